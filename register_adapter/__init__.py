@@ -1,0 +1,44 @@
+"""Register tokens for vision transformers that people already use, as a PEFT method.
+
+Importing the package registers the method with PEFT; that is its only effect.
+
+    >>> from transformers import AutoModel
+    >>> from register_adapter import add_registers
+    >>> model = add_registers(AutoModel.from_pretrained("facebook/dinov2-base"), num_registers=4)
+"""
+
+from ._peft_compat import register as _register
+from ._version import __version__
+from .anatomy import FAMILIES, Anatomy
+from .capture import Trace, capture
+from .config import RegisterConfig
+from .errors import (
+    AdapterFileError,
+    BaseModelMismatchError,
+    MissingExtraError,
+    RegisterAdapterError,
+    UnsupportedModelError,
+)
+from .layer import RegisterLayer
+from .model import RegisterModel
+from .peft_model import RegisterPeftModel, add_registers
+
+__all__ = [
+    "FAMILIES",
+    "AdapterFileError",
+    "Anatomy",
+    "BaseModelMismatchError",
+    "MissingExtraError",
+    "RegisterAdapterError",
+    "RegisterConfig",
+    "RegisterLayer",
+    "RegisterModel",
+    "RegisterPeftModel",
+    "Trace",
+    "UnsupportedModelError",
+    "__version__",
+    "add_registers",
+    "capture",
+]
+
+_register(RegisterConfig, RegisterModel)

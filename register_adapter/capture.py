@@ -1,0 +1,135 @@
+"""Reading what a vision transformer does inside: hidden states, attention maps, registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .anatomy import Tower, find_tower
+from .model import find_register_layer
+
+__all__ = ["Trace", "capture"]
+
+
+class Trace:
+    """What the last forward pass left behind; see :func:`capture`.
+
+    Attributes:
+        prefix: Number of tokens before the registers (CLS, distillation token, native registers).
+        num_registers: Number R of the adapter's registers in the sequence, 0 without an adapter.
+    """
+
+    def __init__(self, tower: Tower, num_registers: int) -> None:
+        self.prefix = tower.prefix
+        self.num_registers = num_registers
+        self._tower = tower
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._attentions: dict[int, torch.Tensor] = {}
+
+    @property
+    def hidden_states(self) -> tuple[torch.Tensor, ...]:
+        """``(B, prefix + R + patches, D)`` each: the input of the first block, then the output of every block.
+
+        All of them stand before the final LayerNorm; entry ``i + 1`` is the output of block ``i``.
+        """
+        return tuple(self._hidden[index] for index in sorted(self._hidden))
+
+    @property
+    def attentions(self) -> tuple[torch.Tensor, ...]:
+        """``(B, H, N, N)`` each, N with registers, one entry a block; empty if not asked for."""
+        return tuple(self._attentions[index] for index in sorted(self._attentions))
+
+    @property
+    def registers(self) -> torch.Tensor:
+        """``(B, R, D)``: the registers as the model would return them, behind the same LayerNorm as its patch tokens.
+
+        Raises:
+            RuntimeError: No forward pass has been made inside the context.
+        """
+        if not self._hidden:
+            raise RuntimeError("nothing captured yet: call the model inside `with capture(model) as trace:` first")
+        cut = self._hidden[max(self._hidden)][:, self.prefix : self.prefix + self.num_registers]
+        norm = self._tower.part("final_norm") if self._tower.anatomy.norm_patches else None
+        # Not through __call__: the registers leave by a hook on this very module.
+        normed: torch.Tensor = norm.forward(cut) if norm is not None else cut
+        return normed
+
+    def patches(self, layer: int = -1) -> torch.Tensor:
+        """``(B, patches, D)``: the patch tokens of ``hidden_states[layer]``, before the final LayerNorm."""
+        return self.hidden_states[layer][:, self.prefix + self.num_registers :]
+
+
+@contextmanager
+def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = True) -> Iterator[Trace]:
+    """Record hidden states, attention maps and registers of every forward pass made inside the context.
+
+    Works with and without registers. For attention maps the tower runs under the eager implementation inside the
+    context; the implementation in use before, and every hook, are restored on the way out, also after an exception.
+    A second forward pass overwrites the first.
+
+    Args:
+        model: A base model, or one with registers.
+        hidden_states: Record hidden states (needed for ``trace.registers``).
+        attentions: Record attention maps, which takes ``B * H * N * N`` floats a block.
+
+    Yields:
+        The :class:`Trace`.
+
+    Raises:
+        UnsupportedModelError: The model has no vision tower, or several.
+
+    Example:
+        >>> with capture(model) as trace:
+        ...     model(pixel_values=pixel_values)
+        >>> trace.registers.shape, len(trace.hidden_states), trace.attentions[0].shape
+    """
+    layer = find_register_layer(model)
+    tower = layer.tower if layer is not None else find_tower(model)
+    trace = Trace(tower, layer.num_active if layer is not None else 0)
+
+    def start(module: nn.Module, args: Any, kwargs: Any) -> None:
+        trace.num_registers = layer.num_active if layer is not None else 0
+        trace._hidden.clear()
+        trace._attentions.clear()
+
+    def first(module: nn.Module, args: Any, kwargs: Any) -> None:
+        trace._hidden[0] = args[0] if args else kwargs["hidden_states"]
+
+    def block(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        trace._hidden[index + 1] = output[0] if isinstance(output, tuple) else output
+
+    def attention(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        trace._attentions[index] = output[1]
+
+    with ExitStack() as stack:
+        blocks: nn.ModuleList = tower.part("blocks")
+        stack.callback(tower.module.register_forward_pre_hook(start, with_kwargs=True).remove)
+        if hidden_states:
+            stack.callback(blocks[0].register_forward_pre_hook(first, with_kwargs=True).remove)
+            for index, module in enumerate(blocks):
+                stack.callback(module.register_forward_hook(partial(block, index)).remove)
+        if attentions:
+            stack.enter_context(_eager_attention(tower))
+            for index in range(len(blocks)):
+                part: nn.Module = tower.block_part(index, "attention")
+                stack.callback(part.register_forward_hook(partial(attention, index)).remove)
+        yield trace
+
+
+@contextmanager
+def _eager_attention(tower: Tower) -> Iterator[None]:
+    """Run the tower under eager attention, which alone returns attention maps."""
+    before = getattr(tower.config, "_attn_implementation", None)
+    if before in (None, "eager") or not hasattr(tower.module, "set_attn_implementation"):
+        yield
+        return
+    tower.module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        tower.module.set_attn_implementation(before)

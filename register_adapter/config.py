@@ -1,0 +1,212 @@
+"""The configuration of a register adapter."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import file_exists, hf_hub_download
+from peft import PeftConfig
+
+from ._peft_compat import peft_type
+from .adapter_file import check_adapter_file
+from .anatomy import Anatomy
+from .errors import AdapterFileError
+from .identity import TowerIdentity
+
+__all__ = ["FORMAT_VERSION", "RegisterConfig"]
+
+#: Version of the config and tensor layout; a file with a larger one was written by a newer release.
+FORMAT_VERSION = 1
+_INITS = ("normal", "zeros", "cls")
+_ATTENTIONS = ("slice", "full")
+_WEIGHTS, _PICKLE, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+_HUB_KEYS = ("revision", "cache_dir", "token", "proxies", "local_files_only", "repo_type", "force_download")
+
+
+@dataclass
+class RegisterConfig(PeftConfig):
+    """Configuration of register tokens retrofitted onto a frozen vision transformer.
+
+    Registers are R learned tokens that enter the sequence behind the embedding layer, take part in every attention, and
+    are cut off every output ("Vision Transformers Need Registers", arXiv 2309.16588; 4 is the paper's default).
+
+    Args:
+        num_registers: Number R of registers, at least 1.
+        init: ``"normal"`` (mean 0, standard deviation ``init_std``), ``"zeros"`` (warns: equal registers get equal
+            gradients and stay equal for ever), or ``"cls"`` (a copy of the CLS token plus that noise).
+        init_std: Standard deviation of the initial values, default 0.02.
+        target_modules: Name of the vision tower, or the end of it; needed only where a model has several.
+        modules_to_save: Modules trained and saved as a whole beside the registers, such as ``["classifier"]``.
+        attentions: ``"slice"`` returns attention maps of the base's shape (their rows then sum to less than one),
+            ``"full"`` returns them with the registers' rows and columns.
+        anatomy: Description of a model that the table of families does not have.
+        base_tower: Identity of the base's vision tower; written on attaching, checked on loading.
+        ignore_base_mismatch: Load the adapter although the base is another one. Never saved.
+        format_version: Version of the file layout.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has a value outside the above.
+    """
+
+    num_registers: int = field(default=4, metadata={"help": "Number of register tokens, at least 1."})
+    init: str = field(default="normal", metadata={"help": "Initial values: 'normal', 'zeros' or 'cls'."})
+    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the initial values."})
+    target_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Name of the vision tower, needed only where a model has several."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved as a whole beside the registers."}
+    )
+    attentions: str = field(
+        default="slice", metadata={"help": "Return attention maps of the base's shape ('slice') or whole ('full')."}
+    )
+    anatomy: Anatomy | dict[str, Any] | None = field(
+        default=None, metadata={"help": "Description of a model that the table of families does not have."}
+    )
+    base_tower: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Identity of the base's vision tower, checked at load."}
+    )
+    ignore_base_mismatch: bool = field(
+        default=False, metadata={"help": "Load although the base model is another one. Never saved."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file layout."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        kinds: dict[str, Any] = {
+            "num_registers": int,
+            "init": str,
+            "init_std": (int, float),
+            "target_modules": (str, list, tuple, set, type(None)),
+            "modules_to_save": (list, tuple, set, type(None)),
+            "attentions": str,
+            "anatomy": (Anatomy, dict, type(None)),
+            "base_tower": (dict, type(None)),
+            "format_version": int,
+        }
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+                raise TypeError(f"{name} must be {_spell(kind)}, got {value!r} of type {type(value).__name__}")
+        if self.num_registers < 1:
+            raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
+        for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 0 <= self.init_std < float("inf"):
+            raise ValueError(f"init_std must be a finite number of at least 0, got {self.init_std}")
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)
+        if isinstance(self.anatomy, dict):
+            self.anatomy = Anatomy.from_dict(self.anatomy)
+        if self.base_tower is not None:
+            try:
+                TowerIdentity(**self.base_tower)
+            except TypeError as error:
+                raise TypeError(f"base_tower does not describe a vision tower: {error}") from error
+        if self.format_version > FORMAT_VERSION:
+            warnings.warn(
+                f"this adapter was written in format {self.format_version}, newer than {FORMAT_VERSION}, the newest "
+                "this release knows; loading goes on. Upgrade with: pip install -U register-adapter",
+                stacklevel=3,
+            )
+
+    @property
+    def identity(self) -> TowerIdentity | None:
+        """The base tower's identity, ``None`` before the adapter was attached."""
+        return TowerIdentity(**self.base_tower) if self.base_tower else None
+
+    @property
+    def tower_name(self) -> str | None:
+        """``target_modules`` as the name of one tower.
+
+        Raises:
+            ValueError: It names several.
+        """
+        names = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules or [])
+        if len(names) > 1:
+            raise ValueError(f"target_modules must name one vision tower, got {names}")
+        return names[0] if names else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a JSON-ready dictionary."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        del values["ignore_base_mismatch"]
+        if isinstance(self.anatomy, Anatomy):
+            values["anatomy"] = self.anatomy.to_dict()
+        return values
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's reader, with an error that names the file.
+
+        Raises:
+            AdapterFileError: The file is no JSON object in UTF-8.
+        """
+        try:
+            values = json.loads(Path(path_json_file).read_text("utf-8"))
+        except (ValueError, OSError) as error:
+            raise AdapterFileError(f"{path_json_file} is not a JSON file in UTF-8: {error}") from error
+        if not isinstance(values, dict):
+            raise AdapterFileError(f"{path_json_file} must hold a JSON object, found {type(values).__name__}")
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> RegisterConfig:
+        """Read a config, and check the weights beside it, so that bad ones are refused before a model is changed.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or repository on the Hub.
+            subfolder: Folder below that.
+            **kwargs: ``revision``, ``token``, ``cache_dir``… for the Hub; ``ignore_base_mismatch``.
+
+        Raises:
+            AdapterFileError: The weights are pickled, damaged, or do not fit the config.
+            TypeError, ValueError: The config has wrong types or values.
+        """
+        config: RegisterConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.ignore_base_mismatch = bool(kwargs.get("ignore_base_mismatch", False))
+        hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
+        weights = _find_weights(str(pretrained_model_name_or_path), subfolder, hub)
+        if weights is not None:
+            size = config.identity.hidden_size if config.identity else None
+            check_adapter_file(weights, config.num_registers, size, config.modules_to_save)
+        return config
+
+
+def _spell(kind: Any) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+
+
+def _find_weights(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path | None:
+    """Local path of the adapter's safetensors file, ``None`` if there are no weights at all.
+
+    Raises:
+        AdapterFileError: There are only pickled weights.
+    """
+    folder = Path(name, subfolder or "")
+    if (folder / _CONFIG).is_file():
+        if (folder / _WEIGHTS).is_file():
+            return folder / _WEIGHTS
+        pickled = (folder / _PICKLE).exists()
+    else:
+        remote = {key: hub[key] for key in ("revision", "token", "repo_type") if key in hub}
+        prefix = f"{subfolder}/" if subfolder else ""
+        if hub.get("local_files_only") or file_exists(name, prefix + _WEIGHTS, **remote):
+            return Path(hf_hub_download(name, _WEIGHTS, subfolder=subfolder, **hub))
+        pickled = file_exists(name, prefix + _PICKLE, **remote)
+    if pickled:
+        raise AdapterFileError(
+            f"{name} holds pickled weights ({_PICKLE}), which can run code when they are read and are never loaded. "
+            f"Ask for {_WEIGHTS}."
+        )
+    return None

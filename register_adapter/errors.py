@@ -1,0 +1,34 @@
+"""The exceptions of the package: each names what was wrong, what was found and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterFileError",
+    "BaseModelMismatchError",
+    "MissingExtraError",
+    "RegisterAdapterError",
+    "UnsupportedModelError",
+]
+
+
+class RegisterAdapterError(Exception):
+    """Base class of the package's own errors."""
+
+
+class UnsupportedModelError(RegisterAdapterError, ValueError):
+    """The model has no vision tower that registers can enter, or several and none was chosen."""
+
+
+class BaseModelMismatchError(RegisterAdapterError, ValueError):
+    """The adapter was trained for another base model."""
+
+
+class AdapterFileError(RegisterAdapterError, ValueError):
+    """An adapter's file is damaged, hostile, or does not hold what its config says."""
+
+
+class MissingExtraError(RegisterAdapterError, ImportError):
+    """An optional package is needed and not installed."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} need the package {package!r}: pip install 'register-adapter[{extra}]'")

@@ -1,0 +1,165 @@
+"""The tuner: finds the vision tower, checks that it is the right one, and puts a :class:`RegisterLayer` on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ._peft_compat import PREFIX
+from .adapter_file import TOKENS_KEY, check_tensors
+from .anatomy import Anatomy, Tower, find_tower
+from .config import RegisterConfig
+from .errors import BaseModelMismatchError, UnsupportedModelError
+from .identity import TowerIdentity
+from .layer import RegisterLayer
+
+__all__ = ["RegisterModel", "find_register_layer"]
+
+
+def find_register_layer(model: nn.Module) -> RegisterLayer | None:
+    """The layer that holds a model's registers, ``None`` for a bare base model."""
+    return next((module for module in model.modules() if isinstance(module, RegisterLayer)), None)
+
+
+class RegisterModel(BaseTuner):
+    """Adds register tokens to a frozen vision transformer.
+
+    Every check is made before anything is changed: the model has one tower that registers can enter, the names in
+    ``modules_to_save`` exist, and an adapter made for another base is refused.
+
+    Args:
+        model: The base model.
+        peft_config: The config, or a dictionary of configs by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Leave the registers on the meta device until they are loaded.
+        state_dict: Accepted for PEFT's sake; the tower is always found by the config.
+
+    Raises:
+        UnsupportedModelError: No tower for registers, or several and none chosen.
+        BaseModelMismatchError: The config was saved with another base model.
+        ValueError: The adapter's name is in use, or ``modules_to_save`` names no module.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = RegisterLayer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        layer = find_register_layer(model)
+        if layer is not None and adapter_name in layer.register_adapter_tokens:
+            raise ValueError(f"the model has register adapter {adapter_name!r} already; choose another adapter_name")
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the registers of ``adapter_name`` on the model's tower; see the class for what is raised."""
+        given = self.peft_config[adapter_name]
+        if not isinstance(given, RegisterConfig):
+            raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
+        anatomy = given.anatomy if isinstance(given.anatomy, Anatomy) else None
+        tower = find_tower(model, given.tower_name, anatomy)
+        self._check_tower(model, tower, given)
+        identity = _checked_identity(tower, given)
+        # A copy: the caller's config can be used for another base.
+        config = dataclasses.replace(given, base_tower=identity.to_dict(), ignore_base_mismatch=False)
+        self.peft_config[adapter_name] = config
+        self._pending = given.inference_mode and given.base_tower is not None
+        self._tower = tower
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _check_tower(model: nn.Module, tower: Tower, config: RegisterConfig) -> None:
+        taken = getattr(tower.module, "registers", None)
+        if taken is not None and not isinstance(taken, RegisterLayer):
+            raise UnsupportedModelError(
+                f"{type(tower.module).__name__} has an attribute 'registers' of its own ({type(taken).__name__}); "
+                "the adapter needs that name"
+            )
+        if config.init == "cls" and tower.part("cls_token") is None:
+            raise ValueError(f"init='cls' needs a CLS token and the family {tower.anatomy.family!r} has none")
+        names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
+        unknown = [name for name in config.modules_to_save or [] if name not in names]
+        if unknown:
+            children = [name for name, _ in model.named_children()]
+            raise ValueError(f"modules_to_save names {unknown}, which {type(model).__name__} lacks; it has {children}")
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        embeddings = self._tower.part("embeddings")
+        self._target = next(name for name, module in self.model.named_modules() if module is embeddings)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        return bool(key == self._target)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, RegisterConfig)
+        layer = getattr(self._tower.module, "registers", None)
+        if layer is None:
+            layer = RegisterLayer(self._tower)
+            layer.train(self._tower.module.training)
+            layer.update_layer(adapter_name, peft_config, self._pending)
+            layer.attach()
+        else:
+            layer.update_layer(adapter_name, peft_config, self._pending)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        layer = find_register_layer(self.model)
+        if merge and layer is not None:
+            layer.merge()
+        base: nn.Module = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        if layer is not None:
+            layer.detach()
+        return base
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Check the tensors, and find the registers' key wherever the tower lies in this model."""
+        assert isinstance(config, RegisterConfig)
+        size = config.identity.hidden_size if config.identity else None
+        check_tensors(state_dict, config.num_registers, size, config.modules_to_save, f"adapter {adapter_name!r}")
+        name, _, key = TOKENS_KEY.rpartition(".")
+        mine = next(k for k in model.state_dict() if k.endswith(f"{name}.{adapter_name}.{key}"))
+        return {mine if k.endswith(TOKENS_KEY) else k: value for k, value in state_dict.items()}
+
+
+def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
+    """The tower's identity, after comparing it with the one the config was saved with."""
+    found = TowerIdentity.of(tower)
+    saved = config.identity
+    if saved is None:
+        return found
+    differences = found.differences(saved)
+    if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):
+        advice = (
+            "Registers of another width can never fit."
+            if "hidden_size" in differences
+            else "Load the right base, or, if you know that the registers fit, say so: "
+            "PeftModel.from_pretrained(base, adapter, ignore_base_mismatch=True)."
+        )
+        base = f" of {config.base_model_name_or_path!r}" if config.base_model_name_or_path else ""
+        raise BaseModelMismatchError(
+            f"the adapter was made for the vision tower {saved}{base}, the given base has {found}: they differ in "
+            f"{', '.join(differences)}. {advice} Nothing was changed."
+        )
+    return saved if differences else found

@@ -1,0 +1,1 @@
+"""What the package ships to be tried on without a network: scenes, a small ViT, planted artifacts."""

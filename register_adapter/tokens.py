@@ -1,0 +1,71 @@
+"""Tensor surgery on the sequence: insert tokens, cut them out of whatever a model returns, grow an attention mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+__all__ = ["cut_tokens", "grow_mask", "insert_tokens"]
+
+
+def insert_tokens(hidden_states: torch.Tensor, tokens: list[torch.Tensor], start: int) -> torch.Tensor:
+    """``(B, N, D)`` with tokens ``(B, R_i, D)`` inserted at position ``start``."""
+    return torch.cat([hidden_states[:, :start], *tokens, hidden_states[:, start:]], dim=1)
+
+
+def cut_tokens(value: Any, start: int, count: int, length: int, attentions: bool = True) -> Any:
+    """Take ``count`` tokens at ``start`` out of everything that is ``length`` tokens long.
+
+    Args:
+        value: A tensor, or a tuple, list or ``ModelOutput`` of such; the latter is changed in place.
+        start: Position of the first token to cut.
+        count: Number of tokens to cut.
+        length: Length of an uncut sequence; tensors of another length are left alone.
+        attentions: Cut attention maps ``(B, H, N, N)`` too.
+
+    Returns:
+        The same structure: hidden states ``(B, length, D)`` become ``(B, length - count, D)``, attention maps lose rows
+        and columns.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 3 and value.shape[1] == length:
+            return torch.cat([value[:, :start], value[:, start + count :]], dim=1) if start else value[:, count:]
+        if attentions and value.ndim == 4 and value.shape[2] == length and value.shape[3] == length:
+            rows = torch.cat([value[:, :, :start], value[:, :, start + count :]], dim=2)
+            return torch.cat([rows[..., :start], rows[..., start + count :]], dim=3)
+        return value
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            value[key] = cut_tokens(item, start, count, length, attentions)
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(cut_tokens(item, start, count, length, attentions) for item in value)
+    return value
+
+
+def grow_mask(mask: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Make room for ``count`` registers in an attention mask; every token may see them.
+
+    A register's own row is the most permissive row of the mask, not a row that sees everything: that would let padding
+    leak into valid tokens through the registers.
+
+    Args:
+        mask: ``(B, N)`` with 1 or ``True`` for valid tokens, or ``(B, 1 or H, Q, K)``, boolean or additive.
+        start: Position of the first register.
+        count: Number of registers.
+
+    Raises:
+        ValueError: The mask has another number of dimensions.
+    """
+    if mask.ndim == 2:
+        return torch.cat([mask[:, :start], mask.new_ones(mask.shape[0], count), mask[:, start:]], dim=1)
+    if mask.ndim != 4:
+        raise ValueError(f"an attention mask must be (B, N) or (B, heads, Q, K), got shape {tuple(mask.shape)}")
+    visible = 1.0 if mask.dtype == torch.bool else 0.0
+    keys = F.pad(mask[..., :start], (0, count), value=visible)
+    mask = torch.cat([keys, mask[..., start:]], dim=-1)
+    rows = mask.amax(dim=-2, keepdim=True) if mask.dtype != torch.bool else mask.any(dim=-2, keepdim=True)
+    rows = rows.expand(*rows.shape[:2], count, rows.shape[-1])
+    return torch.cat([mask[:, :, :start], rows, mask[:, :, start:]], dim=2)
