@@ -125,11 +125,12 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
 def _eager_attention(tower: Tower) -> Iterator[None]:
     """Run the tower under eager attention, which alone returns attention maps."""
     before = getattr(tower.config, "_attn_implementation", None)
-    if before in (None, "eager") or not hasattr(tower.module, "set_attn_implementation"):
+    switch: Any = getattr(tower.module, "set_attn_implementation", None)
+    if before in (None, "eager") or switch is None:
         yield
         return
-    tower.module.set_attn_implementation("eager")
+    switch("eager")
     try:
         yield
     finally:
-        tower.module.set_attn_implementation(before)
+        switch(before)

@@ -117,6 +117,10 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         """Names of the adapters."""
         return list(self.register_adapter_tokens.keys())
 
+    @property
+    def _active_names(self) -> list[str]:
+        return cast("list[str]", self.active_adapters)
+
     def tokens(self, adapter_name: str) -> RegisterTokens:
         """The registers of one adapter.
 
@@ -148,7 +152,7 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         """The active adapters' registers, in the order of activation; none while adapters are disabled."""
         if self.disable_adapters:
             return []
-        found = (self.tokens(name) for name in self.active_adapters if name in self.names)
+        found = (self.tokens(name) for name in self._active_names if name in self.names)
         return [tokens for tokens in found if not tokens.pending]
 
     @property
@@ -158,7 +162,7 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
 
     @property
     def _cuts_attentions(self) -> bool:
-        return not any(self.full_attentions.get(name, False) for name in self.active_adapters)
+        return not any(self.full_attentions.get(name, False) for name in self._active_names)
 
     def attach(self) -> None:
         """Become ``tower.registers`` and register the hooks."""
