@@ -19,6 +19,7 @@ from .errors import (
     RegisterAdapterError,
     UnsupportedModelError,
 )
+from .hub import HubAccessError
 from .layer import RegisterLayer
 from .model import RegisterModel
 from .peft_model import RegisterPeftModel, add_registers
@@ -28,6 +29,7 @@ __all__ = [
     "AdapterFileError",
     "Anatomy",
     "BaseModelMismatchError",
+    "HubAccessError",
     "MissingExtraError",
     "RegisterAdapterError",
     "RegisterConfig",

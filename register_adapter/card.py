@@ -1,13 +1,326 @@
-"""The model card of an adapter."""
+"""The model card of an adapter: written for the Hub, and kept up to date beside what the user wrote."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import transformers
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from huggingface_hub import EvalResult, ModelCardData, RepoCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.models.auto import modeling_auto
+
+from ._version import __version__
 from .config import RegisterConfig
+from .hub import WEIGHTS_NAME
 
-__all__ = ["update_model_card"]
+__all__ = ["is_hub_name", "update_model_card"]
+
+logger = logging.getLogger(__name__)
+
+_BEGIN, _END = "<!-- register-adapter: begin", "<!-- register-adapter: end -->"
+_NOTE = "generated, and replaced at the next save; write outside of these two comments"
+# The last begin before an end, so that a marker whose partner was deleted never swallows the user's text.
+_BLOCK = re.compile(rf"{_BEGIN} \([^)]*\) (?P<record>[^\r\n]*?) -->(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
+# Tables of transformers' Auto classes whose heads are a task of the Hub's, the more special first.
+_TASKS = {
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "image-classification",
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES": "zero-shot-image-classification",
+    "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES": "zero-shot-object-detection",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES": "object-detection",
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES": "image-segmentation",
+    "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES": "depth-estimation",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "image-text-to-text",
+    "MODEL_FOR_BACKBONE_MAPPING_NAMES": "image-feature-extraction",
+    "MODEL_FOR_IMAGE_MAPPING_NAMES": "image-feature-extraction",
+}
 
 
-def update_model_card(path: Path, config: RegisterConfig, base_class: type) -> None:
-    """Write or update the card."""
+def is_hub_name(name: str | None) -> bool:
+    """Whether a base model's or data set's name is ``user/repo`` on the Hub, not a local folder or a description."""
+    if not name or name.count("/") != 1:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def update_model_card(
+    path: Path,
+    config: RegisterConfig,
+    base_class: type,
+    *,
+    training_data: str | None = None,
+    metrics: dict[str, float] | None = None,
+    license: str | None = None,
+    adapter: str | None = None,
+    subfolder: str | None = None,
+    tags: Sequence[str] = (),
+) -> None:
+    """Write an adapter's README.md, or bring the generated part of an existing one up to date.
+
+    The generated part lies between two HTML comments; text outside of them, and metadata that somebody else wrote, stay
+    as they are. A README that cannot be read as a model card is left alone with a warning, so that a save never fails
+    because of it.
+
+    Args:
+        path: The README.md.
+        config: The adapter's config.
+        base_class: Class of the base model.
+        training_data: What the registers were trained on: a data set's name on the Hub, a folder, or a sentence.
+            ``None`` repeats what the card says, if it was written for the same weights.
+        metrics: Measured results by name; ``None`` as above.
+        license: Licence of the adapter as the Hub spells it, such as ``"apache-2.0"``. ``None`` keeps the card's; a
+            licence is never guessed.
+        adapter: Name to load the adapter by, default the folder's name.
+        subfolder: Folder of the weights below the README, ``None`` for its own.
+        tags: More tags for the metadata.
+
+    Raises:
+        OSError: The file cannot be read or written.
+    """
+    try:
+        card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        logger.warning("%s is not a model card in UTF-8 with valid metadata and is left as it is: %s", path, error)
+        return
+    found = _BLOCK.search(card.text)
+    old = _read_record(found["record"]) if found else {}
+    training_data = _plain(training_data) if training_data else None
+    weights = _digest(path.parent / (subfolder or "") / WEIGHTS_NAME) or old.get("weights")
+    if weights == old.get("weights"):
+        # Results describe weights: they stay in the card as long as these do.
+        training_data = training_data or old.get("training_data")
+        metrics = metrics if metrics is not None else old.get("metrics")
+    if license is not None:
+        card.data["license"] = license
+    adapter = adapter or path.absolute().parent.name
+    metadata = _metadata(config, base_class, training_data, metrics, license or old.get("license"), adapter, tags)
+    _merge(card, metadata, old.get("metadata", {}))
+
+    record = {
+        "weights": weights,
+        "training_data": training_data,
+        "metrics": metrics,
+        "license": license or old.get("license"),
+        "metadata": metadata,
+    }
+    # An escaped ">" cannot end the comment.
+    line = json.dumps(record).replace(">", "\\u003e")
+    body = _body(config, base_class, training_data, metrics, adapter, subfolder)
+    block = f"{_BEGIN} ({_NOTE}) {line} -->\n\n{body}\n{_END}"
+    start, end = found.span() if found else (len(card.text), len(card.text))
+    if not card.text.strip():
+        block = f"\n# Register tokens for {_base_name(config) or base_class.__name__}\n\n{block}\n"
+    elif not found:
+        block = f"\n{block}\n" if card.text.endswith("\n") else f"\n\n{block}\n"
+    if "\r\n" in card.text:
+        block = block.replace("\n", "\r\n")
+    card.text = card.text[:start] + block + card.text[end:]
+    card.save(path)
+
+
+def _read_record(text: str) -> dict[str, Any]:
+    """What the last update wrote; nothing if somebody has edited it."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _metadata(
+    config: RegisterConfig,
+    base_class: type,
+    training_data: str | None,
+    metrics: dict[str, float] | None,
+    license: str | None,
+    adapter: str,
+    tags: Sequence[str],
+) -> dict[str, Any]:
+    """The card's metadata, JSON-ready."""
+    base, family = config.base_model_name_or_path, config.identity.family if config.identity else None
+    # A local path is no model of the Hub's: it is refused as base_model there, and tells others about this machine.
+    on_hub = base if is_hub_name(base) else None
+    task = _pipeline_tag(base_class)
+    names = ["register-tokens", "vision-transformer", "peft", "register-adapter"]
+    if _transformers_class(base_class):
+        names.append("transformers")
+    names += [family] if family else []
+    names += [f"base_model:adapter:{on_hub}"] if on_hub else []
+    data = ModelCardData(
+        base_model=on_hub,
+        # "peft", not a name of our own: the files are PEFT's (adapter_config.json), and the Hub knows that library and
+        # lists it under Adapters. The relation below says the same to the base's model tree.
+        library_name="peft",
+        license=license,
+        pipeline_tag=task,
+        tags=[*names, *tags],
+        datasets=[training_data] if training_data and is_hub_name(training_data) else None,
+    )
+    values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+    if on_hub:
+        values["base_model_relation"] = "adapter"
+    finite = {key: value for key, value in (metrics or {}).items() if math.isfinite(value)}
+    # The Hub wants to know what a result was measured on; without that it stays in the text alone.
+    if finite and training_data:
+        values["metrics"] = [_metric(name) for name in finite]
+        values["model-index"] = _model_index(finite, training_data, task, adapter)
+    return values
+
+
+def _model_index(metrics: dict[str, float], training_data: str, task: str | None, adapter: str) -> list[dict[str, Any]]:
+    results = [
+        EvalResult(
+            task_type=task or "image-feature-extraction",
+            dataset_type=training_data if is_hub_name(training_data) else "custom",
+            dataset_name=training_data,
+            metric_type=_metric(name),
+            metric_value=float(value),
+            metric_name=name,
+        )
+        for name, value in metrics.items()
+    ]
+    index: list[dict[str, Any]] = eval_results_to_model_index(adapter.rpartition("/")[2], results)
+    return index
+
+
+def _metric(name: str) -> str:
+    return name.removeprefix("eval_")
+
+
+def _merge(card: RepoCard, ours: dict[str, Any], before: dict[str, Any]) -> None:
+    """Bring our metadata up to date; a value that differs from what was written ``before`` is the user's and stays."""
+    for key in dict.fromkeys([*ours, *before]):
+        value = card.data.get(key)
+        if key == "tags":
+            given = [value] if isinstance(value, str) else list(value or [])
+            theirs = [tag for tag in given if tag not in before.get("tags", [])]
+            card.data["tags"] = list(dict.fromkeys([*theirs, *ours.get("tags", [])]))
+        elif value is None or value == before.get(key):
+            card.data[key] = ours.get(key)
+
+
+def _transformers_class(base_class: type) -> type | None:
+    """The class of transformers' that a base model's class is or derives from."""
+    return next((kind for kind in base_class.__mro__ if kind.__module__.startswith("transformers.models.")), None)
+
+
+def _pipeline_tag(base_class: type) -> str | None:
+    """The Hub's name of the base model's task, where transformers' own tables tell it."""
+    kind = _transformers_class(base_class)
+    for table, task in _TASKS.items() if kind else ():
+        for names in getattr(modeling_auto, table, {}).values():
+            if kind and kind.__name__ in ((names,) if isinstance(names, str) else names):
+                return task
+    if kind and kind.__name__.endswith(("VisionModel", "VisionModelWithProjection")):
+        return "image-feature-extraction"
+    return None
+
+
+def _base_name(config: RegisterConfig) -> str | None:
+    """The base model's name on the Hub, or the last part of its local path."""
+    name = config.base_model_name_or_path
+    return name if not name or is_hub_name(name) else Path(name).absolute().name
+
+
+def _plain(text: str) -> str:
+    """Text that can stand in a line of Markdown; of a local path, the last part."""
+    try:
+        local = Path(text).is_absolute() or Path(text).exists()
+    except OSError:  # too long for a file's name
+        local = False
+    if local:
+        text = Path(text).absolute().name
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
+    """Python code that loads the adapter; it runs where the two names lead somewhere."""
+    name, kind = _base_name(config), _transformers_class(base_class)
+    quoted, revision = json.dumps(name or "path/to/base"), f", revision={json.dumps(config.revision)}"
+    load = f"{base_class.__name__}.from_pretrained({quoted}{revision if config.revision else ''})"
+    if kind is None:
+        load = f"{base_class.__name__}(...)  # built as it was for the training"
+    elif not is_hub_name(name):
+        load += "  # a local folder: put its path here"
+    known = getattr(transformers, base_class.__name__, None) is base_class
+    imports = f"from {'transformers' if known else base_class.__module__} import {base_class.__name__}"
+    if base_class.__module__ == "__main__":
+        imports = f"# {base_class.__name__} is the class of the base model, defined in the script that trained it"
+    place = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
+    return (
+        "import register_adapter  # makes the method known to PEFT\n"
+        "from peft import PeftModel\n"
+        f"{imports}\n\n"
+        f"base = {load}\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)}{place})\n"
+        "model.eval()  # every output has the shape of the base model's output"
+    )
+
+
+def _body(
+    config: RegisterConfig,
+    base_class: type,
+    training_data: str | None,
+    metrics: dict[str, float] | None,
+    adapter: str,
+    subfolder: str | None,
+) -> str:
+    """The generated text, in Markdown."""
+    base = _base_name(config)
+    link = f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{base}`, a local folder"
+    tower = config.identity
+    rows = {
+        "Registers": f"{config.num_registers}" + (f" × {tower.hidden_size}" if tower else ""),
+        "Base model": f"{link if base else 'not named'} (`{base_class.__name__}`)",
+        "Its vision tower": str(tower) if tower else "not recorded",
+        "Initial values": f"`{config.init}`, standard deviation {config.init_std:g}",
+        "Saved as a whole beside them": ", ".join(f"`{name}`" for name in config.modules_to_save or []) or "nothing",
+        "Written by": f"register-adapter {__version__}, PEFT {config.peft_version}",
+    }
+    results = [f"| {_plain(name)} | {value:.6g} |" for name, value in (metrics or {}).items()]
+    return "\n".join(
+        [
+            "Register tokens ([Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588)) retrofitted onto "
+            "a frozen vision transformer: learned tokens that enter its sequence behind the embedding layer and are "
+            "cut off every output. The base model's weights are not changed.",
+            "",
+            "## Load it",
+            "",
+            "```bash\npip install register-adapter\n```",
+            "",
+            f"```python\n{_snippet(config, base_class, adapter, subfolder)}\n```",
+            "",
+            "A base model with other weights is refused at load.",
+            "",
+            "## What it is",
+            "",
+            "| | |\n|---|---|",
+            *(f"| {key} | {value} |" for key, value in rows.items()),
+            "",
+            "## Training data",
+            "",
+            training_data or "Not stated.",
+            "",
+            "## Results",
+            "",
+            *(["| measured | value |\n|---|---|", *results] if results else ["None recorded."]),
+            "",
+        ]
+    )

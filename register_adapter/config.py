@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import file_exists, hf_hub_download
 from peft import PeftConfig
 
 from ._peft_compat import peft_type
 from .adapter_file import check_adapter_file
 from .anatomy import Anatomy
 from .errors import AdapterFileError
+from .hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from .identity import TowerIdentity
 
 __all__ = ["FORMAT_VERSION", "RegisterConfig"]
@@ -23,8 +23,6 @@ __all__ = ["FORMAT_VERSION", "RegisterConfig"]
 FORMAT_VERSION = 1
 _INITS = ("normal", "zeros", "cls")
 _ATTENTIONS = ("slice", "full")
-_WEIGHTS, _PICKLE, _CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
-_HUB_KEYS = ("revision", "cache_dir", "token", "proxies", "local_files_only", "repo_type", "force_download")
 
 
 @dataclass
@@ -44,7 +42,8 @@ class RegisterConfig(PeftConfig):
         attentions: ``"slice"`` returns attention maps of the base's shape (their rows then sum to less than one),
             ``"full"`` returns them with the registers' rows and columns.
         anatomy: Description of a model that the table of families does not have.
-        base_tower: Identity of the base's vision tower; written on attaching, checked on loading.
+        base_tower: Identity of the base's vision tower; written on attaching, checked on loading. Registers of a config
+            that is made with it wait for the values from its file; without them they take no part in the forward pass.
         ignore_base_mismatch: Load the adapter although the base is another one. Never saved.
         format_version: Version of the file layout.
 
@@ -79,6 +78,8 @@ class RegisterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        # Only a saved config names its base from the start: the registers' values are in the file beside it.
+        self.from_file = self.base_tower is not None
         kinds: dict[str, Any] = {
             "num_registers": int,
             "init": str,
@@ -94,6 +95,10 @@ class RegisterConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
                 raise TypeError(f"{name} must be {_spell(kind)}, got {value!r} of type {type(value).__name__}")
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and any(not isinstance(item, str) for item in value or ()):
+                raise TypeError(f"{name} must hold names, got {value!r}")
         if self.num_registers < 1:
             raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
         for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS)):
@@ -106,10 +111,7 @@ class RegisterConfig(PeftConfig):
         if isinstance(self.anatomy, dict):
             self.anatomy = Anatomy.from_dict(self.anatomy)
         if self.base_tower is not None:
-            try:
-                TowerIdentity(**self.base_tower)
-            except TypeError as error:
-                raise TypeError(f"base_tower does not describe a vision tower: {error}") from error
+            self.base_tower = TowerIdentity.from_dict(self.base_tower).to_dict()
         if self.format_version > FORMAT_VERSION:
             warnings.warn(
                 f"this adapter was written in format {self.format_version}, newer than {FORMAT_VERSION}, the newest "
@@ -120,7 +122,7 @@ class RegisterConfig(PeftConfig):
     @property
     def identity(self) -> TowerIdentity | None:
         """The base tower's identity, ``None`` before the adapter was attached."""
-        return TowerIdentity(**self.base_tower) if self.base_tower else None
+        return TowerIdentity.from_dict(self.base_tower) if self.base_tower else None
 
     @property
     def tower_name(self) -> str | None:
@@ -169,13 +171,25 @@ class RegisterConfig(PeftConfig):
             **kwargs: ``revision``, ``token``, ``cache_dir``… for the Hub; ``ignore_base_mismatch``.
 
         Raises:
-            AdapterFileError: The weights are pickled, damaged, or do not fit the config.
+            AdapterFileError: There is no config, it is of another PEFT method, or the weights beside it are missing,
+                pickled, damaged, or do not fit it.
+            HubAccessError: The repository on the Hub cannot be read.
             TypeError, ValueError: The config has wrong types or values.
         """
-        config: RegisterConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        kwargs["token"] = checked_token(kwargs.get("token"))
+        hub = {key: value for key, value in cls._split_kwargs(kwargs)[0].items() if value is not None}
+        find_config(name, subfolder, hub)
+        config: RegisterConfig = super().from_pretrained(name, subfolder, **kwargs)
+        if not isinstance(config, RegisterConfig):
+            raise AdapterFileError(f"{name!r} holds an adapter of the method {config.peft_type}, not registers.")
         config.ignore_base_mismatch = bool(kwargs.get("ignore_base_mismatch", False))
-        hub = {key: kwargs[key] for key in _HUB_KEYS if kwargs.get(key) is not None}
-        weights = _find_weights(str(pretrained_model_name_or_path), subfolder, hub)
+        weights = find_weights(name, subfolder, hub)
+        if weights is None and config.base_tower is not None:
+            # A config without a base's identity was never attached to a model, and may well stand alone.
+            raise AdapterFileError(
+                f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME}. Save it again."
+            )
         if weights is not None:
             size = config.identity.hidden_size if config.identity else None
             check_adapter_file(weights, config.num_registers, size, config.modules_to_save)
@@ -185,28 +199,3 @@ class RegisterConfig(PeftConfig):
 def _spell(kind: Any) -> str:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     return " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-
-
-def _find_weights(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path | None:
-    """Local path of the adapter's safetensors file, ``None`` if there are no weights at all.
-
-    Raises:
-        AdapterFileError: There are only pickled weights.
-    """
-    folder = Path(name, subfolder or "")
-    if (folder / _CONFIG).is_file():
-        if (folder / _WEIGHTS).is_file():
-            return folder / _WEIGHTS
-        pickled = (folder / _PICKLE).exists()
-    else:
-        remote = {key: hub[key] for key in ("revision", "token", "repo_type") if key in hub}
-        prefix = f"{subfolder}/" if subfolder else ""
-        if hub.get("local_files_only") or file_exists(name, prefix + _WEIGHTS, **remote):
-            return Path(hf_hub_download(name, _WEIGHTS, subfolder=subfolder, **hub))
-        pickled = file_exists(name, prefix + _PICKLE, **remote)
-    if pickled:
-        raise AdapterFileError(
-            f"{name} holds pickled weights ({_PICKLE}), which can run code when they are read and are never loaded. "
-            f"Ask for {_WEIGHTS}."
-        )
-    return None

@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 
-from .card import update_model_card
+from ._version import __version__
+from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
+from .hub import checked_token, fetch, hub_errors
+from .model import find_register_layer
 
 __all__ = ["RegisterPeftModel", "add_registers"]
 
+logger = logging.getLogger(__name__)
+
 
 class RegisterPeftModel(PeftModel):
-    """A :class:`peft.PeftModel` whose ``save_pretrained`` replaces files as a whole and writes a register card.
+    """A :class:`peft.PeftModel` whose ``save_pretrained`` replaces files as a whole and writes a register card."""
 
-    ``RegisterPeftModel.from_pretrained(base, "user/repo", revision=..., subfolder=..., token=...)`` loads an adapter as
-    ``PeftModel.from_pretrained`` does.
-    """
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> RegisterPeftModel:
+        """Load an adapter onto its base model, from a folder or from the Hub.
+
+        The same as ``PeftModel.from_pretrained``, with errors that say what the Hub refused; PEFT's says only that it
+        cannot find the config.
+
+        Args:
+            model: The base model.
+            model_id: Folder, or repository on the Hub.
+            adapter_name: Name of the adapter in the model.
+            is_trainable: Whether the registers get gradients; default frozen.
+            config: A config to use in place of the saved one.
+            **kwargs: ``revision``, ``subfolder``, ``token``, ``cache_dir``… for the Hub; ``ignore_base_mismatch``.
+
+        Raises:
+            HubAccessError: The repository, the revision or the file is not there or not for this token, or the Hub
+                cannot be reached.
+            AdapterFileError: The weights are missing, pickled, damaged, or do not fit their config.
+            BaseModelMismatchError: The adapter was made for another base model.
+        """
+        kwargs["token"] = checked_token(kwargs.get("token"))
+        if config is None:
+            config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
+        loaded: RegisterPeftModel = super().from_pretrained(
+            model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
+        )
+        return loaded
 
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, is_main_process: bool = True, **kwargs: Any
@@ -49,11 +90,14 @@ class RegisterPeftModel(PeftModel):
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            if (target / "README.md").is_file():
-                shutil.copyfile(target / "README.md", staging / "README.md")
             try:
+                if (target / "README.md").is_file():
+                    shutil.copyfile(target / "README.md", staging / "README.md")
                 super().save_pretrained(str(staging), is_main_process=is_main_process, **kwargs)
-            except Exception as error:
+                if is_main_process:
+                    # PEFT has written the card before the weights; now it can tell whether they are new.
+                    self._write_card(staging, adapter=target.absolute().name, names=kwargs.get("selected_adapters"))
+            except (OSError, SafetensorError) as error:
                 raise OSError(
                     f"the adapter could not be saved to {target} ({error}); what was there before is untouched"
                 ) from error
@@ -66,8 +110,103 @@ class RegisterPeftModel(PeftModel):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the adapter's model card into ``output_dir``, keeping the text of one that is there."""
-        config = self.peft_config[self.active_adapter]
-        update_model_card(Path(output_dir) / "README.md", config, type(self.get_base_model()))
+        self._write_card(Path(output_dir))
+
+    def _write_card(self, folder: Path, names: list[str] | None = None, **facts: Any) -> None:
+        # A card describes one adapter: the active one, if it is among those that are saved.
+        active = [name for name in self.active_adapters if not names or name in names]
+        name = (active or names or list(self.peft_config))[0]
+        config = self.peft_config[name]
+        if not isinstance(config, RegisterConfig):
+            return
+        # PEFT saves an adapter of another name than "default" into a folder of that name.
+        subfolder = None if name == "default" else name
+        update_model_card(folder / "README.md", config, type(self.get_base_model()), subfolder=subfolder, **facts)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload register adapter",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tags: list[str] | None = None,
+        training_data: str | None = None,
+        metrics: dict[str, float] | None = None,
+        license: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Upload the adapter to a repository on the Hub, in one commit; it is made if it does not exist.
+
+        The README that the repository has is fetched first: text and metadata that somebody wrote there are kept, and
+        only the generated part of the card is brought up to date.
+
+        Args:
+            repo_id: The repository, ``"user/repo"``.
+            commit_message: First line of the commit.
+            commit_description: The rest of it.
+            private: Make a new repository private; no effect on one that exists. ``None`` is the account's default.
+            token: Access token; ``None`` uses the one of ``hf auth login`` or ``HF_TOKEN``.
+            revision: Branch to commit to, made if it does not exist; default ``main``.
+            create_pr: Open a pull request instead of committing.
+            tags: More tags for the card.
+            training_data: What the registers were trained on, for the card; see :func:`update_model_card`.
+            metrics: Measured results for the card.
+            license: Licence of the adapter for the card.
+            **kwargs: For :meth:`save_pretrained`, such as ``selected_adapters``.
+
+        Returns:
+            The commit, with its ``oid`` and ``commit_url``.
+
+        Raises:
+            HubAccessError: The Hub refused it or cannot be reached, or somebody else has committed meanwhile; nothing,
+                or an empty new repository, is left behind then.
+            ValueError: The token has characters that no token has.
+        """
+        token = checked_token(token)
+        api = HfApi(token=token, library_name="register-adapter", library_version=__version__)
+        with tempfile.TemporaryDirectory() as scratch, hub_errors(repo_id, revision, token):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/pr/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            folder = Path(scratch, "adapter")
+            folder.mkdir()
+            # The commit goes on top of this one or fails, so that an edit of the README meanwhile is not lost.
+            head = api.repo_info(repo_id, revision=revision).sha
+            # From the server and not from the cache, which may hold an older text when the server stumbles.
+            hub = {"revision": head, "token": token, "force_download": True}
+            readme = fetch(repo_id, "README.md", None, hub)
+            if readme is not None:
+                shutil.copyfile(readme, folder / "README.md")
+            self.save_pretrained(folder, **kwargs)
+            facts = {"training_data": training_data, "metrics": metrics, "license": license, "tags": tags or ()}
+            self._write_card(folder, adapter=repo_id, names=kwargs.get("selected_adapters"), **facts)
+            self._warn_of_local_base()
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            return api.create_commit(
+                repo_id,
+                [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
+
+    def _warn_of_local_base(self) -> None:
+        for name, config in self.peft_config.items():
+            if not is_hub_name(config.base_model_name_or_path):
+                logger.warning(
+                    "the config of adapter %r names the base model %r, which is no repository on the Hub: others see "
+                    "this name, and cannot load the adapter with AutoPeftModel. Set "
+                    "model.peft_config[%r].base_model_name_or_path before pushing",
+                    name,
+                    config.base_model_name_or_path,
+                    name,
+                )
 
 
 def add_registers(
@@ -93,6 +232,15 @@ def add_registers(
         >>> model.print_trainable_parameters()
     """
     config = RegisterConfig(num_registers=num_registers, **kwargs)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"{type(model).__name__} carries a PEFT adapter already. Add registers to it with "
+            + (
+                "model.add_adapter(name, RegisterConfig(...))."
+                if find_register_layer(model) is not None
+                else "model.get_base_model().add_adapter(RegisterConfig(...), name)."
+            )
+        )
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     return RegisterPeftModel(model, config, adapter_name)

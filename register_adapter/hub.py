@@ -1,0 +1,217 @@
+"""Fetching an adapter's files from a folder or the Hub, with errors that say what to do and never show a token."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants, file_exists, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .errors import AdapterFileError, RegisterAdapterError
+
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "HubAccessError",
+    "checked_token",
+    "fetch",
+    "find_config",
+    "find_weights",
+    "hub_errors",
+]
+
+CONFIG_NAME, WEIGHTS_NAME, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+# The HTTP library behind huggingface_hub has changed twice; its base of all errors is above HfHubHTTPError in each.
+_HTTP_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in ("HTTPError", "RequestException"))
+_LOG_IN = "log in with `hf auth login`, or give a token that may read it: token=..."
+
+
+class HubAccessError(RegisterAdapterError, ValueError):
+    """A repository on the Hub could not be read or written; the message says why and what to do."""
+
+
+def checked_token(token: str | bool | None) -> str | bool | None:
+    """The token without the white space that a file or a terminal leaves around it.
+
+    An HTTP library refuses a header with other characters, and shows the whole header in its error.
+
+    Raises:
+        ValueError: The token has characters that cannot be sent; the message does not show it.
+    """
+    if not isinstance(token, str):
+        return token
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("the token is empty or has characters that no token has; copy it again")
+    return token
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Iterator[None]:
+    """Turn what goes wrong while talking to the Hub into a :class:`HubAccessError`.
+
+    Args:
+        repo_id: The repository, for the message.
+        revision: The revision that was asked for, for the message.
+        token: The token in use; an error in whose text it appears is not shown.
+
+    Raises:
+        HubAccessError: Anything that the Hub, or the way to it, refused. A file that the repository lacks passes as
+            huggingface_hub's ``EntryNotFoundError``, and so does a fault of the local disk (``OSError``).
+    """
+    try:
+        yield
+    except LocalEntryNotFoundError as error:
+        raise HubAccessError(_unreachable(repo_id, error.__cause__ or error)) from _shown(error, token)
+    except EntryNotFoundError:
+        raise
+    except Exception as error:
+        # An upload that fails in a thread of huggingface_hub comes wrapped.
+        inner = error.__cause__ if isinstance(error, RuntimeError) else None
+        message = _explain(repo_id, revision, token, inner if isinstance(inner, Exception) else error)
+        if message is None:
+            raise
+        raise HubAccessError(message) from _shown(error, token)
+
+
+def _explain(repo_id: str, revision: str | None, token: str | bool | None, error: Exception) -> str | None:
+    """What an error of huggingface_hub means for the user, ``None`` for one that has nothing to do with the Hub."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = "Invalid credentials" in str(error)
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is neither a folder that holds {CONFIG_NAME} nor a name on the Hub ('user/repo')."
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id!r} is gated: ask for access on its page {_endpoint()}/{repo_id}, then {_LOG_IN}."
+    if isinstance(error, RepositoryNotFoundError) and not refused:
+        given = "with the token in use" if _secret(token) else "without a token"
+        return (
+            f"there is no folder {repo_id!r} that holds {CONFIG_NAME}, and {_endpoint()} shows no repository of that "
+            f"name {given}. Check the name; if it is private, {_LOG_IN}."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id!r} has no branch, tag or commit {revision!r}; give another revision=..., or none for 'main'."
+    if status == 401:
+        return f"{_endpoint()} refused the token for {repo_id!r}: it is wrong or expired; {_LOG_IN}."
+    if status == 403:
+        return f"the token may not do this with {repo_id!r} (403): it needs access of its own to that repository."
+    if isinstance(error, HfHubHTTPError):
+        said = f": {error.server_message}" if error.server_message else ""
+        said = said.replace(_secret(token) or "\n", " ")
+        return f"{_endpoint()} answered {status} for {repo_id!r}{said}. Nothing was loaded or uploaded."
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo_id!r} cannot be reached: HF_HUB_OFFLINE is set. Unset it."
+    return _unreachable(repo_id, error) if isinstance(error, _HTTP_ERRORS) else None
+
+
+def _unreachable(repo_id: str, error: BaseException) -> str:
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return f"{repo_id!r} is not in the local cache and offline mode or local_files_only is set."
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    cause = f"it answered {status}" if status else type(error).__name__
+    return (
+        f"{repo_id!r} cannot be reached at {_endpoint()} ({cause}) and is not in the local cache; check the connection."
+    )
+
+
+def _endpoint() -> str:
+    """The Hub's address, without a user name and password that may be in it."""
+    parts = urlsplit(constants.ENDPOINT)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _secret(token: str | bool | None) -> str | None:
+    return token if isinstance(token, str) else None if token is False else get_token()
+
+
+def _shown(error: Exception, token: str | bool | None) -> Exception | None:
+    """The error to chain, ``None`` if a server or a proxy has put the token into its text."""
+    secret = _secret(token)
+    return None if secret and secret in "".join(traceback.format_exception(error)) else error
+
+
+def fetch(name: str, filename: str, subfolder: str | None, hub: dict[str, Any]) -> Path | None:
+    """Local path of one file of a repository, downloaded if it is not in the cache.
+
+    Args:
+        name: Repository on the Hub.
+        filename: File in it.
+        subfolder: Folder in it.
+        hub: ``revision``, ``token``, ``cache_dir``... as for ``hf_hub_download``.
+
+    Returns:
+        The path, or ``None`` if the repository has no such file.
+
+    Raises:
+        HubAccessError: The repository cannot be read.
+    """
+    with hub_errors(name, hub.get("revision"), hub.get("token")):
+        try:
+            return Path(hf_hub_download(name, filename, subfolder=subfolder, **hub))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+
+def find_config(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
+    """Local path of an adapter's config.
+
+    Raises:
+        AdapterFileError: The folder or the repository holds none.
+        HubAccessError: The repository cannot be read.
+    """
+    local = Path(name, subfolder or "", CONFIG_NAME)
+    if local.is_file():
+        return local
+    # A name that is a folder here is never looked up on the Hub, where it may belong to somebody else.
+    path = None if Path(name).is_dir() else fetch(name, CONFIG_NAME, subfolder, hub)
+    if path is None:
+        raise AdapterFileError(f"no adapter in {_place(name, subfolder, hub)}: it has no {CONFIG_NAME}.")
+    return path
+
+
+def find_weights(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path | None:
+    """Local path of an adapter's safetensors file, ``None`` if there are no weights at all.
+
+    Raises:
+        AdapterFileError: There are only pickled weights; they are not even downloaded.
+        HubAccessError: The repository cannot be read.
+    """
+    folder = Path(name, subfolder or "")
+    if (folder / CONFIG_NAME).is_file():
+        path = folder / WEIGHTS_NAME if (folder / WEIGHTS_NAME).is_file() else None
+        pickled = path is None and (folder / _PICKLE).exists()
+    else:
+        path = fetch(name, WEIGHTS_NAME, subfolder, hub)
+        pickled = path is None and _has_pickle(name, subfolder, hub)
+    if pickled:
+        raise AdapterFileError(
+            f"{_place(name, subfolder, hub)} holds pickled weights ({_PICKLE}), which can run code when they are read "
+            f"and are never loaded. Ask for {WEIGHTS_NAME}."
+        )
+    return path
+
+
+def _has_pickle(name: str, subfolder: str | None, hub: dict[str, Any]) -> bool:
+    remote = {key: hub[key] for key in ("revision", "token", "repo_type") if key in hub}
+    with hub_errors(name, hub.get("revision"), hub.get("token")):
+        return file_exists(name, f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE, **remote)
+
+
+def _place(name: str, subfolder: str | None, hub: dict[str, Any]) -> str:
+    at = f" at revision {str(hub['revision'])!r}" if "revision" in hub and not Path(name).is_dir() else ""
+    return f"{name!r}{f', folder {subfolder!r},' if subfolder else ''}{at}"
