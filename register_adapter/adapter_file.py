@@ -59,7 +59,7 @@ def check_tensors(
         faults.append(f"expected one tensor '...{TOKENS_KEY}', found {len(tokens)} among {sorted(tensors)}")
     for key in tokens:
         shape = tuple(tensors[key].shape)
-        width = hidden_size if hidden_size is not None else shape[-1]
+        width = hidden_size if hidden_size is not None else (shape or (0,))[-1]
         if shape != (num_registers, width):
             faults.append(f"{key} has shape {shape}, the config says ({num_registers}, {width})")
     saved = modules_to_save or []

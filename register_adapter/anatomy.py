@@ -37,6 +37,7 @@ class Anatomy:
         mlp_in: Linear layer into the MLP of a block (the gate, for a gated MLP).
         mlp_up: The second linear layer into a gated MLP; ``None`` where the MLP is not gated.
         mlp_out: Linear layer out of the MLP of a block.
+        mlp_scale: LayerScale of the MLP branch, ``(D,)``; resolves to nothing where there is none.
         patch_embedding: The convolution that embeds patches.
         position_embedding: Position embeddings, a parameter or an ``nn.Embedding``.
         cls_token: The CLS token's parameter, ``None`` where there is none.
@@ -56,6 +57,7 @@ class Anatomy:
     mlp_in: Paths | None = ("mlp.fc1", "mlp.gate_proj", "intermediate.dense")
     mlp_up: Paths | None = "mlp.up_proj"
     mlp_out: Paths | None = ("mlp.fc2", "mlp.down_proj", "output.dense")
+    mlp_scale: Paths | None = "layer_scale2.lambda1"
     patch_embedding: Paths | None = "embeddings.patch_embeddings.projection"
     position_embedding: Paths | None = "embeddings.position_embeddings"
     cls_token: Paths | None = "embeddings.cls_token"
@@ -73,6 +75,7 @@ class Anatomy:
         """The inverse of :meth:`to_dict`.
 
         Raises:
+            TypeError: A value has the wrong type.
             ValueError: ``values`` has a key that is no field, or no family.
         """
         known = {field.name for field in fields(cls)}
@@ -83,6 +86,13 @@ class Anatomy:
         paths: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        kinds: dict[str, type] = {"family": str, "remove_from": str, "prefix": int, "norm_patches": bool}
+        for key, value in paths.items():
+            kind = int if key == "hidden_size" and value is not None else kinds.get(key)
+            names = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(isinstance(name, str) for name in names) if kind is None else not isinstance(value, kind):
+                wanted = kind.__name__ if kind else "the name of a module"
+                raise TypeError(f"{key!r} of an anatomy must be {wanted}, got {value!r}")
         return cls(**paths)
 
 

@@ -8,11 +8,14 @@ Charikar et al. 2002), in units of the tensor's own norm. Rounding to bfloat16 m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .anatomy import Tower
@@ -20,18 +23,47 @@ from .anatomy import Tower
 __all__ = ["TowerIdentity", "fingerprint"]
 
 BUCKETS = 8
+COLUMNS = 4096
 TOLERANCE = 0.02
 
 
+def _signs(count: int, device: torch.device) -> torch.Tensor:
+    """``count`` fixed values of +1 and -1: one bit of an integer hash of the position, the same on every platform."""
+    bits = torch.arange(1, count + 1, device=device) * 2654435761 & 0xFFFFFFFF
+    # A multiplication alone gives a regular pattern, which smooth weights (position embeddings) would cancel in.
+    bits = (bits ^ bits >> 15) * 1540483477 & 0xFFFFFFFF
+    return ((bits ^ bits >> 13) & 1).to(torch.float32).mul_(2).sub_(1)
+
+
 def _sketch(values: torch.Tensor) -> list[float]:
-    """``BUCKETS`` signed sums of a flat tensor, divided by its norm."""
-    index = torch.arange(values.numel(), device=values.device)
-    # Knuth's multiplicative hash, the same on every platform and device.
-    signs = ((index * 2654435761) >> 15 & 1).to(torch.float32).mul_(2).sub_(1)
-    signed = values * signs
-    signed = nn.functional.pad(signed, (0, -values.numel() % BUCKETS)).view(-1, BUCKETS).sum(0, dtype=torch.float64)
-    norm = values.norm(dtype=torch.float64).clamp_min(1e-12)
-    return [round(value, 4) for value in (signed / norm).tolist()]
+    """``BUCKETS`` signed sums of a flat float32 tensor, divided by its norm."""
+    # Signs of rows times signs of columns: one pass over millions of weights, and no temporary of their size, whose
+    # first touch would take longer than the sums.
+    rows = values[: values.numel() // COLUMNS * COLUMNS].view(-1, COLUMNS)
+    rest = values[rows.numel() :]
+    sums = rows.T @ _signs(len(rows), values.device)
+    sums[: len(rest)] -= rest
+    sums *= _signs(COLUMNS, values.device)
+    norm = torch.linalg.vector_norm(values).clamp_min(1e-12)
+    buckets = sums.view(-1, BUCKETS).sum(0) / norm
+    return [round(value, 4) for value in buckets.tolist()]
+
+
+def _biases(blocks: nn.Module) -> Iterator[torch.Tensor]:
+    """The biases of the base's own layers: wrapped by an adapter, or held by a quantised layer, they stay the same."""
+    inside_adapter: tuple[str, ...] = ()
+    seen: set[int] = set()
+    for name, module in blocks.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            inside_adapter += tuple(f"{name}.{child}" for child, _ in module.named_children() if child != "base_layer")
+        if isinstance(module, BaseTunerLayer) or name.startswith(inside_adapter):
+            continue
+        bias = getattr(module, "bias", None)
+        # torch's own quantised layers pack it, and give it by a method.
+        bias = bias() if callable(bias) and not isinstance(bias, torch.Tensor) else bias
+        if isinstance(bias, torch.Tensor) and id(bias) not in seen:
+            seen.add(id(bias))
+            yield bias
 
 
 def fingerprint(tower: Tower) -> list[float] | None:
@@ -47,7 +79,7 @@ def fingerprint(tower: Tower) -> list[float] | None:
     groups: list[Iterable[Any]] = [
         [getattr(tower.part("patch_embedding"), "weight", None)],
         [getattr(position, "weight", position)],
-        (p for n, p in tower.part("blocks").named_parameters() if n.endswith(".bias")),
+        _biases(tower.part("blocks")),
     ]
     sketches: list[float] = []
     with torch.no_grad():
@@ -56,7 +88,9 @@ def fingerprint(tower: Tower) -> list[float] | None:
             if any(tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "device_mesh") for tensor in tensors):
                 return None
             flat = [tensor.flatten().to(torch.float32) for tensor in tensors if tensor.is_floating_point()]
-            sketches += _sketch(torch.cat([part.to(flat[0].device) for part in flat])) if flat else [0.0] * BUCKETS
+            if len(flat) > 1:
+                flat = [torch.cat([part.to(flat[0].device) for part in flat])]
+            sketches += _sketch(flat[0]) if flat else [0.0] * BUCKETS
     return sketches
 
 
@@ -79,6 +113,27 @@ class TowerIdentity:
     fingerprint: list[float] | None = None
 
     @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TowerIdentity:
+        """The inverse of :meth:`to_dict`; keys of a newer release are ignored with a warning.
+
+        Raises:
+            TypeError: A key is missing, or a value has the wrong type.
+        """
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            warnings.warn(f"base_tower has keys that this release does not know: {unknown}; ignored", stacklevel=4)
+        kinds = {"family": str, "hidden_size": int, "num_hidden_layers": int, "patch_size": int, "fingerprint": list}
+        for name, kind in kinds.items():
+            value = values.get(name)
+            missing = value is None and name in ("patch_size", "fingerprint")
+            if not missing and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise TypeError(f"base_tower[{name!r}] must be {kind.__name__}, got {value!r}")
+        numbers = values.get("fingerprint") or []
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise TypeError("base_tower['fingerprint'] must be a list of finite numbers")
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
     def of(cls, tower: Tower) -> TowerIdentity:
         """The identity of a tower."""
         blocks = len(tower.part("blocks"))
@@ -99,7 +154,8 @@ class TowerIdentity:
         names = ("family", "hidden_size", "num_hidden_layers", "patch_size")
         found = [name for name in names if getattr(self, name) != getattr(other, name)]
         if not found and self.fingerprint and other.fingerprint:
-            pairs = zip(self.fingerprint, other.fingerprint, strict=True)
-            if max(abs(a - b) for a, b in pairs) > TOLERANCE:
+            pairs = zip(self.fingerprint, other.fingerprint, strict=False)
+            same_length = len(self.fingerprint) == len(other.fingerprint)
+            if not same_length or max(abs(a - b) for a, b in pairs) > TOLERANCE:
                 found.append("weights")
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -27,17 +28,25 @@ class RegisterTokens(nn.Module):
 
     Args:
         weight: Initial values, ``(R, D)``.
-        pending: The values are to come from a file; until then the registers take no part in the forward pass.
+        pending: The values are to come from a file; until finite ones are here the registers take no part in the
+            forward pass.
     """
 
     def __init__(self, weight: torch.Tensor, pending: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.pending = pending
+        self._pending = pending
+
+    @property
+    def pending(self) -> bool:
+        """Whether the values from the file are still to come; the first finite ones settle it."""
+        if self._pending and not self.weight.is_meta:
+            self._pending = not bool(torch.isfinite(self.weight).all())
+        return self._pending
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Registers for a batch, ``(B, R, D)``, in the dtype of ``hidden_states`` ``(B, N, D)``."""
-        return self.weight.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
+        """Registers for a batch, ``(B, R, D)``, in the dtype and on the device of ``hidden_states`` ``(B, N, D)``."""
+        return self.weight.to(hidden_states).expand(hidden_states.shape[0], -1, -1)
 
 
 class RegisterLayer(nn.Module, BaseTunerLayer):
@@ -82,12 +91,18 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
             config: Its configuration.
             pending: The values are to come from a file.
         """
-        embedding = next(self.tower.part("embeddings").parameters())
         self.register_adapter_tokens[adapter_name] = RegisterTokens(self._initial_values(config, pending), pending)
         self.full_attentions[adapter_name] = config.attentions == "full"
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        if embedding.is_floating_point() and not embedding.is_meta:
-            self.register_adapter_tokens[adapter_name].to(embedding.dtype)
+        neighbour = self._neighbour
+        if neighbour.is_floating_point() and not neighbour.is_meta:
+            self.register_adapter_tokens[adapter_name].to(neighbour.dtype)
+
+    @property
+    def _neighbour(self) -> torch.Tensor:
+        """A parameter of the base whose dtype and device the registers share: the embeddings', if they have one."""
+        embeddings: nn.Module = self.tower.part("embeddings")
+        return next(chain(embeddings.parameters(), self.tower.module.parameters()))
 
     def _initial_values(self, config: RegisterConfig, pending: bool) -> torch.Tensor:
         # Drawn on the CPU, so that a seed gives the same registers on every device.
@@ -107,7 +122,7 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         return values
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        target = device or next(self.tower.part("embeddings").parameters()).device
+        target = device or self._neighbour.device
         tokens = self.tokens(adapter_name)
         if target.type != "meta" and not tokens.weight.is_meta:
             tokens.to(target)
@@ -130,30 +145,46 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         return cast(RegisterTokens, self.register_adapter_tokens[adapter_name])
 
     def train(self, mode: bool = True) -> RegisterLayer:
-        """As for any module; loaders call ``eval()`` once the weights are in, so pending registers are settled here.
+        """As for any module; loaders call ``eval()`` once the weights are in, so this is where missing ones are found.
 
         Raises:
-            AdapterFileError: No finite values have come in from the adapter's file.
+            AdapterFileError: No finite values have come in from an adapter's file.
         """
         for name in self.names:
-            tokens = self.tokens(name)
-            if tokens.pending and not tokens.weight.is_meta:
-                if not torch.isfinite(tokens.weight).all():
-                    raise AdapterFileError(
-                        f"the adapter {name!r} got no (finite) register values from its file: the tensor is missing, "
-                        "damaged or under another name. The model behaves as without it; load a whole adapter file."
-                    )
-                tokens.pending = False
+            if self.tokens(name).pending and not self.tokens(name).weight.is_meta:
+                self._refuse(name)
         super().train(mode)
         return self
 
+    @staticmethod
+    def _refuse(adapter_name: str) -> None:
+        raise AdapterFileError(
+            f"the adapter {adapter_name!r} got no (finite) register values from its file: the tensor is missing, "
+            "damaged, or from a model in which the vision tower has another place. The model behaves as without it. "
+            f"Take it off with delete_adapter({adapter_name!r}), and load a whole file with PeftModel.from_pretrained, "
+            "which finds the tower in any model."
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; the last adapter takes the hooks with it."""
+        super().delete_adapter(adapter_name)
+        if not self.names:
+            self._remove_hooks()
+
     @property
     def active_tokens(self) -> list[RegisterTokens]:
-        """The active adapters' registers, in the order of activation; none while adapters are disabled."""
+        """The active adapters' registers, in the order of activation; none while adapters are disabled.
+
+        Raises:
+            AdapterFileError: In training mode, an adapter still waits for its values.
+        """
         if self.disable_adapters:
             return []
-        found = (self.tokens(name) for name in self._active_names if name in self.names)
-        return [tokens for tokens in found if not tokens.pending]
+        active = {name: self.tokens(name) for name in self._active_names if name in self.names}
+        waiting = [name for name, tokens in active.items() if tokens.pending]
+        if waiting and self.training:
+            self._refuse(waiting[0])
+        return [tokens for name, tokens in active.items() if name not in waiting]
 
     @property
     def num_active(self) -> int:
@@ -165,9 +196,12 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         return not any(self.full_attentions.get(name, False) for name in self._active_names)
 
     def attach(self) -> None:
-        """Become ``tower.registers`` and register the hooks."""
+        """Become ``tower.registers`` and register the hooks; what is in place already stays."""
         module, anatomy = self.tower.module, self.tower.anatomy
-        module.add_module("registers", self)
+        if getattr(module, "registers", None) is not self:
+            module.add_module("registers", self)
+        if self._handles:
+            return
         remove = self.tower.part("remove")
         self._handles = [
             module.register_forward_pre_hook(self._grow_mask_hook, with_kwargs=True),
@@ -181,10 +215,13 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
 
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""
+        self._remove_hooks()
+        del self.tower.module._modules["registers"]
+
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        del self.tower.module._modules["registers"]
 
     def _insert_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         tokens = self.active_tokens

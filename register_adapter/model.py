@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ._peft_compat import PREFIX
@@ -22,8 +23,12 @@ __all__ = ["RegisterModel", "find_register_layer"]
 
 
 def find_register_layer(model: nn.Module) -> RegisterLayer | None:
-    """The layer that holds a model's registers, ``None`` for a bare base model."""
-    return next((module for module in model.modules() if isinstance(module, RegisterLayer)), None)
+    """The layer that holds a model's registers, the first of them if several towers have some, ``None`` if none has."""
+    return next(iter(_register_layers(model)), None)
+
+
+def _register_layers(model: nn.Module) -> list[RegisterLayer]:
+    return [module for module in model.modules() if isinstance(module, RegisterLayer)]
 
 
 class RegisterModel(BaseTuner):
@@ -56,10 +61,17 @@ class RegisterModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        layer = find_register_layer(model)
-        if layer is not None and adapter_name in layer.register_adapter_tokens:
+        if any(adapter_name in layer.names for layer in _register_layers(model)):
             raise ValueError(f"the model has register adapter {adapter_name!r} already; choose another adapter_name")
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        known = getattr(model, "peft_config", {})
+        names = set(known)
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        except Exception:
+            # PEFT writes the name down beside the other adapters' before it injects.
+            if adapter_name not in names:
+                known.pop(adapter_name, None)
+            raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the registers of ``adapter_name`` on the model's tower; see the class for what is raised."""
@@ -71,9 +83,10 @@ class RegisterModel(BaseTuner):
         self._check_tower(model, tower, given)
         identity = _checked_identity(tower, given)
         # A copy: the caller's config can be used for another base.
-        config = dataclasses.replace(given, base_tower=identity.to_dict(), ignore_base_mismatch=False)
+        config = copy.copy(given)
+        config.base_tower, config.ignore_base_mismatch, config.from_file = identity.to_dict(), False, False
         self.peft_config[adapter_name] = config
-        self._pending = given.inference_mode and given.base_tower is not None
+        self._pending = given.from_file and given.base_tower is not None
         self._tower = tower
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -87,11 +100,7 @@ class RegisterModel(BaseTuner):
             )
         if config.init == "cls" and tower.part("cls_token") is None:
             raise ValueError(f"init='cls' needs a CLS token and the family {tower.anatomy.family!r} has none")
-        names = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
-        unknown = [name for name in config.modules_to_save or [] if name not in names]
-        if unknown:
-            children = [name for name, _ in model.named_children()]
-            raise ValueError(f"modules_to_save names {unknown}, which {type(model).__name__} lacks; it has {children}")
+        _check_modules_to_save(model, tower, config.modules_to_save or [])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         embeddings = self._tower.part("embeddings")
@@ -116,17 +125,20 @@ class RegisterModel(BaseTuner):
         if layer is None:
             layer = RegisterLayer(self._tower)
             layer.train(self._tower.module.training)
-            layer.update_layer(adapter_name, peft_config, self._pending)
-            layer.attach()
-        else:
-            layer.update_layer(adapter_name, peft_config, self._pending)
+        layer.update_layer(adapter_name, peft_config, self._pending)
+        layer.attach()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        layer = find_register_layer(self.model)
-        if merge and layer is not None:
-            layer.merge()
+        layers = _register_layers(self.model)
+        if merge and layers:
+            layers[0].merge()
+        # PEFT would leave the trained heads in the base.
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                path, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(path), child, module.original_module)
         base: nn.Module = super()._unload_and_optionally_merge(False, *args, **kwargs)
-        if layer is not None:
+        for layer in layers:
             layer.detach()
         return base
 
@@ -138,9 +150,40 @@ class RegisterModel(BaseTuner):
         assert isinstance(config, RegisterConfig)
         size = config.identity.hidden_size if config.identity else None
         check_tensors(state_dict, config.num_registers, size, config.modules_to_save, f"adapter {adapter_name!r}")
+        _fit_heads(model, adapter_name, state_dict)
         name, _, key = TOKENS_KEY.rpartition(".")
         mine = next(k for k in model.state_dict() if k.endswith(f"{name}.{adapter_name}.{key}"))
         return {mine if k.endswith(TOKENS_KEY) else k: value for k, value in state_dict.items()}
+
+
+def _check_modules_to_save(model: nn.Module, tower: Tower, names: list[str]) -> None:
+    """Every name leads to a module, and none to one that has the registers' hooks: PEFT makes a copy, hooks and all."""
+    hooked = [tower.module, tower.part("embeddings"), tower.part("remove")]
+    for wanted in names:
+        # The end of a module's name, as in PEFT.
+        found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{wanted}")]
+        if not found:
+            children = [name for name, _ in model.named_children()]
+            raise ValueError(f"modules_to_save names {wanted!r}, which {type(model).__name__} lacks; it has {children}")
+        if any(part is hook for module in found for part in module.modules() for hook in hooked):
+            raise ValueError(
+                f"modules_to_save names {wanted!r}, where registers enter or leave {type(tower.module).__name__}: it "
+                "cannot be trained and saved as a whole beside them. Name a head, or a block."
+            )
+
+
+def _fit_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Give a saved head its own number of classes: the base's head, of which PEFT makes a copy, may have another."""
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
+            continue
+        head = module.modules_to_save[adapter_name]
+        saved = state_dict.get(f"{name}.modules_to_save.{adapter_name}.weight")
+        if saved is None or not isinstance(head, nn.Linear) or saved.shape[1:] != head.weight.shape[1:]:
+            continue
+        if saved.shape != head.weight.shape:
+            resized = nn.Linear(head.in_features, saved.shape[0], bias=head.bias is not None).to(head.weight)
+            module.modules_to_save[adapter_name] = resized.requires_grad_(head.weight.requires_grad)
 
 
 def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:

@@ -48,11 +48,12 @@ def cut_tokens(value: Any, start: int, count: int, length: int, attentions: bool
 def grow_mask(mask: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """Make room for ``count`` registers in an attention mask; every token may see them.
 
-    A register's own row is the most permissive row of the mask, not a row that sees everything: that would let padding
-    leak into valid tokens through the registers.
+    A register sees what the token before it (CLS) sees, or the first token where there is none. A row that sees
+    everything, or what any token sees, would let padding leak into valid tokens through the registers: rows of padding
+    are often open, lest their softmax is one over nothing.
 
     Args:
-        mask: ``(B, N)`` with 1 or ``True`` for valid tokens, or ``(B, 1 or H, Q, K)``, boolean or additive.
+        mask: ``(B, N)`` with 1 or ``True`` for valid tokens, or ``(B, 1 or H, 1 or Q, K)``, boolean or additive.
         start: Position of the first register.
         count: Number of registers.
 
@@ -63,9 +64,9 @@ def grow_mask(mask: torch.Tensor, start: int, count: int) -> torch.Tensor:
         return torch.cat([mask[:, :start], mask.new_ones(mask.shape[0], count), mask[:, start:]], dim=1)
     if mask.ndim != 4:
         raise ValueError(f"an attention mask must be (B, N) or (B, heads, Q, K), got shape {tuple(mask.shape)}")
-    visible = 1.0 if mask.dtype == torch.bool else 0.0
-    keys = F.pad(mask[..., :start], (0, count), value=visible)
+    keys = F.pad(mask[..., :start], (0, count), value=float(mask.dtype == torch.bool))
     mask = torch.cat([keys, mask[..., start:]], dim=-1)
-    rows = mask.amax(dim=-2, keepdim=True) if mask.dtype != torch.bool else mask.any(dim=-2, keepdim=True)
-    rows = rows.expand(*rows.shape[:2], count, rows.shape[-1])
-    return torch.cat([mask[:, :, :start], rows, mask[:, :, start:]], dim=2)
+    if mask.shape[2] == 1:
+        return mask
+    row = mask[:, :, max(start - 1, 0)].unsqueeze(2).expand(-1, -1, count, -1)
+    return torch.cat([mask[:, :, :start], row, mask[:, :, start:]], dim=2)

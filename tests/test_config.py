@@ -1,0 +1,154 @@
+"""The config: its defaults and JSON form, and a model described by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from families import TOWERS, build, make_inputs
+from helpers import Snapshot, assert_identical, differs, run
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
+
+import register_adapter
+from register_adapter import FAMILIES, Anatomy, RegisterConfig, RegisterModel, add_registers, capture
+from register_adapter.anatomy import find_tower, resolve
+from register_adapter.model import find_register_layer
+
+
+def test_defaults_are_the_papers_four_registers() -> None:
+    config = RegisterConfig()
+    assert (config.num_registers, config.init, config.init_std, config.attentions) == (4, "normal", 0.02, "slice")
+    assert config.task_type is None
+    assert config.base_tower is None
+
+
+def test_the_method_is_registered_with_peft() -> None:
+    kind = RegisterConfig().peft_type
+    assert kind is PeftType("REGISTER_ADAPTER")
+    assert kind.value == "REGISTER_ADAPTER"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is RegisterConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is RegisterModel
+    register_adapter._register(RegisterConfig, RegisterModel)  # a second time does nothing
+
+
+def test_the_dictionary_is_json_and_makes_the_same_config() -> None:
+    config = RegisterConfig(num_registers=2, init="cls", modules_to_save=["classifier"], anatomy=Anatomy("mine"))
+    values = json.loads(json.dumps(config.to_dict()))
+    assert "ignore_base_mismatch" not in values
+    assert RegisterConfig(**values) == config
+
+
+@pytest.mark.parametrize("names", [["head", "tail"], ("head", "tail"), {"head", "tail"}])
+def test_modules_to_save_is_any_collection(names: Any) -> None:
+    assert sorted(RegisterConfig(modules_to_save=names).modules_to_save) == ["head", "tail"]
+
+
+def test_peft_reads_the_saved_config(tmp_path: Path) -> None:
+    RegisterConfig(num_registers=3, target_modules={"tower"}).save_pretrained(str(tmp_path))
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(config, RegisterConfig)
+    assert config.num_registers == 3
+    assert config.tower_name == "tower"
+
+
+def test_get_peft_model_and_add_registers_are_the_same() -> None:
+    inputs, outputs = make_inputs("vit"), []
+    for attach in (lambda base: get_peft_model(base, RegisterConfig(num_registers=2)), lambda b: add_registers(b, 2)):
+        torch.manual_seed(0)
+        outputs.append(run(attach(build("vit")).eval(), inputs))
+    assert_identical(*outputs)
+
+
+def test_the_base_is_named_in_the_config(tmp_path: Path) -> None:
+    build("vit").save_pretrained(tmp_path)
+    base = tf.ViTModel.from_pretrained(tmp_path)
+    assert add_registers(base, 4).peft_config["default"].base_model_name_or_path == str(tmp_path)
+
+
+@pytest.mark.parametrize("row", FAMILIES.values(), ids=list(FAMILIES))
+def test_a_row_of_the_table_is_json_and_comes_back(row: Anatomy) -> None:
+    assert Anatomy.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_path_of_a_row_leads_somewhere(name: str) -> None:
+    tower = find_tower(build(name))
+    for field in ("embeddings", "remove", "blocks", "patch_embedding", "position_embedding", "final_norm"):
+        assert tower.part(field) is not None, field
+    assert (tower.part("cls_token") is not None) == (tower.anatomy.cls_token is not None)
+    assert tower.hidden_size == tower.part("final_norm").weight.shape[0]
+    for index in range(len(tower.part("blocks"))):
+        assert tower.block_part(index, "attention") is not None
+        assert tower.block_part(index, "mlp_in").out_features == tower.block_part(index, "mlp_out").in_features
+        assert (tower.block_part(index, "mlp_up") is not None) == (name == "dinov2-swiglu")
+    assert resolve(tower.module, "no.such.place") is None
+
+
+class PlainViT(nn.Module):
+    """A vision transformer in plain PyTorch, without a config or a CLS token."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.stem = nn.Sequential(nn.Flatten(2), _Swap())
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 32, 0.0, batch_first=True) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
+        hidden = self.stem(self.patches(pixel_values))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        normed: torch.Tensor = self.norm(hidden)
+        return normed
+
+
+class _Swap(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.transpose(1, 2)
+
+
+MINE = Anatomy(
+    "mine",
+    embeddings="stem",
+    remove="norm",
+    blocks="layers",
+    prefix=0,
+    hidden_size=16,
+    attention="self_attn",
+    patch_embedding="patches",
+    position_embedding=None,
+    cls_token=None,
+    final_norm="norm",
+)
+
+
+def test_a_plain_model_described_by_hand_gets_registers(tmp_path: Path) -> None:
+    base, inputs = PlainViT().eval(), make_inputs("vit")
+    snapshot = Snapshot(base, inputs)
+    model = add_registers(base, 4, anatomy=MINE, init_std=1.0).eval()
+    found = run(model, inputs)
+    assert found[""].shape == snapshot.outputs[""].shape
+    assert differs(found, snapshot.outputs)
+    with torch.no_grad(), capture(model, attentions=False) as trace:
+        model(**inputs)
+    assert trace.registers.shape == (2, 4, 16)
+    model(**inputs).square().sum().backward()
+    assert find_register_layer(model).tokens("default").weight.grad.abs().sum() > 0
+    model.save_pretrained(str(tmp_path))
+    again = PlainViT()
+    again.load_state_dict(base.state_dict(), strict=False)
+    assert_identical(run(PeftModel.from_pretrained(again, str(tmp_path)), inputs), found)
+    model.unload()
+    snapshot.check_values()
+
+
+def test_an_anatomy_without_a_width_says_where_to_give_it() -> None:
+    values = {**MINE.to_dict(), "hidden_size": None}
+    with pytest.raises(ValueError, match=r"hidden size of PlainViT.*hidden_size=\.\.\."):
+        add_registers(PlainViT(), 4, anatomy=Anatomy.from_dict(values))
