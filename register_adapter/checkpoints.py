@@ -1,0 +1,253 @@
+"""Checkpoints of a training run: the adapter, what surrounds it, and the place in the data; never the frozen base.
+
+A checkpoint is written beside its place under another name and renamed when it is whole, so that a run killed at any
+moment leaves only whole ones. accelerate's ``save_state`` is not used: it writes the whole model, and its loader goes
+on without the random states if they cannot be read, which would break a bit-exact resumption in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import random
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel, set_peft_model_state_dict
+from torch import nn
+
+from .adapter_file import read_tensors
+from .errors import RegisterAdapterError
+
+__all__ = ["CheckpointError", "TrainState", "adapter_weights", "clean", "find", "find_all", "load", "load_adapter"]
+
+logger = logging.getLogger(__name__)
+_NAME = re.compile(r"checkpoint-(\d+)")
+_SCRATCH = ".checkpoint-"
+_STATE, _TENSORS, _ADAPTER = "train_state.json", "train_state.pt", "adapter_model.safetensors"
+#: A difference here changes how long the run is, not what a step does.
+_MAY_CHANGE = ("max_train_steps", "num_train_epochs")
+
+
+class CheckpointError(RegisterAdapterError, ValueError):
+    """A checkpoint is missing, damaged, or belongs to a run with other settings."""
+
+
+@dataclass
+class TrainState:
+    """Where a run is, and what it was started with.
+
+    Attributes:
+        global_step: Optimiser steps done.
+        epoch: Epoch that the next batch belongs to.
+        step: Batches of that epoch done, a process.
+        settings: What must be the same on resumption for the same result.
+    """
+
+    global_step: int = 0
+    epoch: int = 0
+    step: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def find_all(output_dir: str | Path) -> list[Path]:
+    """The whole checkpoints in a folder, the oldest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    whole = [path for path in folders if (path / _STATE).is_file()]
+    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find(name: str, output_dir: str | Path) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means.
+
+    Args:
+        name: A folder, or ``"latest"`` for the newest whole one in ``output_dir``.
+        output_dir: The run's folder.
+
+    Returns:
+        Its path; ``None`` for ``"latest"`` in a folder without any.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint.
+    """
+    whole = find_all(output_dir)
+    if name == "latest":
+        return whole[-1] if whole else None
+    path = Path(name)
+    if not (path / _STATE).is_file():
+        others = f"{output_dir} has {[one.name for one in whole]}" if whole else f"{output_dir} has none"
+        raise CheckpointError(f"{path} is no checkpoint (there is no {_STATE} in it); {others}")
+    return path
+
+
+def clean(output_dir: str | Path, everything: bool = False) -> None:
+    """Remove what a killed run left half written, and with ``everything`` its checkpoints too."""
+    for path in [*Path(output_dir).glob(f"{_SCRATCH}*"), *(find_all(output_dir) if everything else [])]:
+        shutil.rmtree(path)
+
+
+def save(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    state: TrainState,
+    output_dir: str | Path,
+    total_limit: int | None = None,
+) -> Path:
+    """Write ``checkpoint-<global_step>``; every process calls it, the main one writes.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: The prepared model.
+        optimizer: The prepared optimiser.
+        scheduler: The learning rate scheduler.
+        state: Where the run is.
+        output_dir: The run's folder.
+        total_limit: Keep this many checkpoints, the newest; ``None`` keeps all.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    weights = adapter_weights(accelerator, model)
+    tensors = {
+        "optimizer": _optimizer_state(accelerator, model, optimizer),
+        "scheduler": scheduler.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "random": gather_object([_random_state()]),
+    }
+    target = Path(output_dir) / f"checkpoint-{state.global_step}"
+    if accelerator.is_main_process:
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=output_dir))
+        accelerator.unwrap_model(model).save_pretrained(scratch / "new", state_dict=weights)
+        torch.save(tensors, scratch / "new" / _TENSORS)
+        (scratch / "new" / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
+        if target.exists():  # a run resumed from an earlier checkpoint comes by here again
+            target.replace(scratch / "old")
+        (scratch / "new").replace(target)
+        for index, extra in enumerate(find_all(output_dir)[: -total_limit or None] if total_limit else []):
+            extra.replace(scratch / f"extra-{index}")
+        shutil.rmtree(scratch)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def load_adapter(model: PeftModel, checkpoint: Path) -> None:
+    """Load a checkpoint's adapter into the model, before it is prepared for several devices.
+
+    Raises:
+        AdapterFileError: The file is damaged or does not fit the model.
+    """
+    name = str(model.active_adapter)
+    folder = checkpoint if name == "default" else checkpoint / name
+    set_peft_model_state_dict(model, read_tensors(folder / _ADAPTER), name)
+
+
+def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
+    """Where the checkpoint's run was.
+
+    Args:
+        checkpoint: The folder.
+        settings: The settings of the run that goes on.
+
+    Raises:
+        CheckpointError: The file is damaged, or the checkpoint was written with other settings; the result would
+            neither be that of the old run nor that of a new one.
+    """
+    try:
+        state = TrainState(**json.loads((checkpoint / _STATE).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / _STATE} is damaged: {error}") from error
+    names = sorted(set(settings) | set(state.settings))
+    changed = [name for name in names if settings.get(name) != state.settings.get(name)]
+    listed = "; ".join(f"{name}: {state.settings.get(name)!r}, now {settings.get(name)!r}" for name in changed)
+    if any(name not in _MAY_CHANGE for name in changed):
+        raise CheckpointError(
+            f"{checkpoint} was written by a run with other settings ({listed}); resume with the same ones, or start "
+            "anew in another output_dir"
+        )
+    if changed:
+        logger.warning("resuming a run of another length (%s): the schedule follows the new length", listed)
+    return state
+
+
+def load(checkpoint: Path, accelerator: Accelerator, model: nn.Module, optimizer: Any, scheduler: Any) -> Any:
+    """Load optimiser, scheduler and gradient scaler, after all were prepared.
+
+    Returns:
+        This process's random state, for :func:`set_random_state` once the data are in place.
+
+    Raises:
+        CheckpointError: The file is damaged, holds more than tensors and numbers, or does not fit.
+    """
+    path = checkpoint / _TENSORS
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        scheduler.load_state_dict(tensors["scheduler"])
+        _load_optimizer_state(accelerator, model, optimizer, tensors["optimizer"])
+        if accelerator.scaler is not None and tensors["scaler"] is not None:
+            accelerator.scaler.load_state_dict(tensors["scaler"])
+        return tensors["random"][accelerator.process_index]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def adapter_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any] | None:
+    """What is trained, gathered from all processes where it is sharded; ``None`` where the model has it whole."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(model, options=options)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return dict(accelerator.get_state_dict(model))
+    return None
+
+
+def _optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Any:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_optimizer_state_dict(model, optimizer.optimizer, options=options)
+    return optimizer.state_dict()
+
+
+def _load_optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: Any, state: Any) -> None:
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        set_optimizer_state_dict(model, optimizer.optimizer, state, options=options)
+    else:
+        optimizer.load_state_dict(state)
+
+
+def _random_state() -> dict[str, Any]:
+    """Every generator's state, in types that ``torch.load(weights_only=True)`` reads."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set every generator to a state from :func:`load`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

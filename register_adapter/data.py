@@ -1,0 +1,335 @@
+"""Data sets of labelled pictures: from the Hub or a folder, checked before training, read one item at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor
+
+from .images import ImageFileError, check_image, image_name, load_image
+
+__all__ = [
+    "Data",
+    "DataArguments",
+    "ProcessedDataset",
+    "load_data",
+    "load_image_processor",
+    "read_image_folder",
+    "skip_bad",
+]
+
+logger = logging.getLogger(__name__)
+_SHOWN = 20
+
+
+@dataclass
+class DataArguments:
+    """Where pictures come from; the names are those of transformers' image classification scripts.
+
+    Raises:
+        ValueError: Neither or both of ``dataset_name`` and ``train_dir`` are given, or a value is out of range.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of pictures a class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for the evaluation."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training pictures held out where there is no validation set."}
+    )
+    image_column_name: str = field(default="image", metadata={"help": "Column with the pictures."})
+    label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training pictures only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many evaluation pictures only."})
+    verify: Literal["full", "header", "none"] = field(
+        default="full",
+        metadata={"help": "Before training decode every picture (full), read its header only (header), or trust it."},
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "Refuse to train if any file is bad, instead of skipping it."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.train_dir is None):
+            found = "both" if self.train_dir else "neither"
+            raise ValueError(f"give either --dataset_name or --train_dir, found {found}")
+        if self.validation_dir and not self.train_dir:
+            raise ValueError(
+                "--validation_dir goes with --train_dir; a data set's own split is used with --dataset_name"
+            )
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split must lie between 0 and 1, got {self.train_val_split}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.verify not in ("full", "header", "none"):
+            raise ValueError(f"--verify must be full, header or none, got {self.verify!r}")
+
+
+class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Items ``{"pixel_values": (3, H, W) float32, "labels": int}`` of any map-style data set of pictures.
+
+    Args:
+        dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": picture, "label": int}``; a
+            picture is whatever :func:`register_adapter.images.load_image` reads.
+        image_processor: A transformers image processor.
+
+    Raises:
+        ImageFileError: On reading an item whose picture is bad.
+        ValueError: On reading an item without a label.
+    """
+
+    def __init__(self, dataset: Any, image_processor: Callable[..., Any]) -> None:
+        self.dataset, self.image_processor = dataset, image_processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        label = item["label"]
+        if label is None or label < 0:
+            raise ValueError(f"item {index} ({image_name(item['image'])}) has no label (found {label!r})")
+        image = load_image(item["image"], _item_name(item["image"], index))
+        pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": int(label)}
+
+
+def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
+    """The image processor of a model; ``kwargs`` go to ``AutoImageProcessor.from_pretrained``.
+
+    Raises:
+        ValueError: The folder or repository holds none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "
+            f"--image_processor_name ({type(error).__name__})"
+        ) from error
+
+
+def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -> Dataset:
+    """List an image folder, one sub-folder a class; files are listed whatever they are, and none is opened.
+
+    Classes are the sorted names of the sub-folders, empty ones and ones full of bad files included, so that what is
+    skipped later never shifts a label. Files of deeper folders belong to their class; hidden files and folders are left
+    out, and files beside the class folders are skipped with a warning.
+
+    Args:
+        folder: The folder.
+        labels: Classes to use, those of the training set, for a validation folder that may lack some.
+
+    Returns:
+        Columns ``image`` (undecoded ``datasets.Image``) and ``label`` (``datasets.ClassLabel``).
+
+    Raises:
+        ValueError: The folder does not exist, has no sub-folders, or has classes that ``labels`` lacks.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    classes = [path for path in visible if path.is_dir()]
+    names = list(labels) if labels is not None else [path.name for path in classes]
+    if not classes:
+        raise ValueError(f"{root} has no sub-folders; expected one for each class, such as {root}/cat/1.jpg")
+    unknown = [path.name for path in classes if path.name not in names]
+    if unknown:
+        raise ValueError(f"{root} has the classes {unknown}, which the training set lacks; it has {names}")
+    loose = [path.name for path in visible if not path.is_dir()]
+    if loose and PartialState().is_main_process:
+        logger.warning("%s: files outside the class folders are not used: %s", root, _some(loose))
+    files = [(str(path), names.index(one.name)) for one in classes for path in _walk(one)]
+    if not files:
+        raise ValueError(f"{root} has no files in its class folders {names}")
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": [path for path, _ in files], "label": [n for _, n in files]}, features=features)
+
+
+def _walk(folder: Path) -> list[Path]:
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def skip_bad(
+    dataset: Dataset, image_column: str = "image", decode: bool = True, strict: bool = False, num_workers: int = 4
+) -> tuple[Dataset, list[str]]:
+    """Leave out the items whose pictures cannot be read, and say which; classes and their numbers stay.
+
+    Every process checks its share of the items.
+
+    Args:
+        dataset: A ``datasets.Dataset`` with undecoded pictures.
+        image_column: Column with the pictures.
+        decode: Decode every picture whole, or read headers only.
+        strict: Refuse instead of skipping.
+        num_workers: Number of threads a process.
+
+    Returns:
+        The data set without bad items, and a line for each of those: its name and what is wrong.
+
+    Raises:
+        ImageFileError: ``strict`` and a picture is bad, or none is good.
+    """
+    state = PartialState()
+    share = range(state.process_index, len(dataset), state.num_processes)
+    pictures = dataset.select_columns([image_column])
+
+    def check(index: int) -> tuple[int, str] | None:
+        source = pictures[index][image_column]
+        fault = check_image(source, decode)
+        return (index, f"{_item_name(source, index)}: {fault}") if fault else None
+
+    with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
+        results = tqdm(
+            pool.map(check, share),
+            "checking pictures",
+            len(share),
+            unit="file",
+            disable=not state.is_local_main_process,
+        )
+        mine = [result for result in results if result is not None]
+    faults = dict(sorted(gather_object(mine)))
+    if not faults:
+        return dataset, []
+    lines = list(faults.values())
+    if strict:
+        raise ImageFileError(f"{len(lines)} of {len(dataset)} files are bad, and none may be (strict): {_some(lines)}")
+    if len(faults) == len(dataset):
+        raise ImageFileError(f"none of {len(dataset)} files is a picture that can be read: {_some(lines)}")
+    if state.is_main_process:
+        logger.warning("%d of %d files are bad and skipped:\n  %s", len(lines), len(dataset), "\n  ".join(lines))
+    return dataset.select([index for index in range(len(dataset)) if index not in faults]), lines
+
+
+def _item_name(source: Any, index: int) -> str:
+    name = image_name(source)
+    return name if isinstance(source, dict) and source.get("path") else f"item {index} ({name})"
+
+
+def _some(lines: list[str]) -> str:
+    rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + rest
+
+
+def _class_names(dataset: Dataset, column: str) -> list[str]:
+    """The class names of a label column: a ``ClassLabel``'s own, or the sorted values of strings or numbers."""
+    feature = dataset.features.get(column)
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    if isinstance(feature, Value):
+        values = sorted(value for value in dataset.unique(column) if value is not None)
+        if all(isinstance(value, str) for value in values):
+            return values
+        if values == list(range(len(values))):
+            return [str(value) for value in values]
+    raise ValueError(
+        f"column {column!r} ({feature}) cannot be used as a label; the data set has {list(dataset.features)}. A label "
+        "is a class label, a string, or a number from 0 without gaps; name the column with --label_column_name"
+    )
+
+
+def _from_hub(args: DataArguments, token: str | None) -> tuple[Dataset, Dataset | None]:
+    """The training split, and the validation or test split if there is one, with columns ``image`` and ``label``."""
+    assert args.dataset_name is not None
+    with PartialState().main_process_first():
+        splits = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
+    if "train" not in splits:
+        raise ValueError(f"{args.dataset_name} has no split 'train'; it has {list(splits)}")
+    found = [splits[name] for name in ("train", "validation", "test") if name in splits][:2]
+    names = {args.image_column_name: "image", args.label_column_name: "label"}
+    missing = [name for name in names if name not in found[0].features]
+    if missing:
+        raise ValueError(
+            f"{args.dataset_name} has no columns {missing}; it has {list(found[0].features)}. Name them with "
+            "--image_column_name and --label_column_name"
+        )
+    labels = ClassLabel(names=_class_names(found[0], args.label_column_name))
+    sets = [
+        one.select_columns(list(names))
+        .rename_columns({old: new for old, new in names.items() if old != new})
+        .cast_column("image", Image(decode=False))
+        .cast_column("label", labels)
+        for one in found
+    ]
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+@dataclass
+class Data:
+    """What :func:`load_data` returns.
+
+    Attributes:
+        train: The training pictures, columns ``image`` and ``label``.
+        validation: The evaluation pictures, with the same columns.
+        labels: Class names in the order of their numbers.
+        skipped: A line for each file that was left out: its name and what is wrong.
+        name: What the model card says about the training data.
+    """
+
+    train: Dataset
+    validation: Dataset
+    labels: list[str]
+    skipped: list[str]
+    name: str
+
+
+def load_data(args: DataArguments, seed: int = 0, num_workers: int = 4, token: str | None = None) -> Data:
+    """Load, split and check the pictures that ``args`` describe.
+
+    Args:
+        args: Where they are.
+        seed: Seed of the split, where there is no validation set, and of the choice of ``max_*_samples``.
+        num_workers: Number of threads that check pictures.
+        token: Token for the Hub; by default the one that huggingface_hub finds.
+
+    Raises:
+        ValueError: There is no such folder, column or split, or a class of the validation set is unknown.
+        ImageFileError: Bad files and ``strict``, or not one good file.
+    """
+    if args.train_dir is not None:
+        name = Path(args.train_dir).resolve().name
+        train = read_image_folder(args.train_dir)
+        folder = args.validation_dir
+        validation = read_image_folder(folder, train.features["label"].names) if folder else None
+    else:
+        name = str(args.dataset_name)
+        train, validation = _from_hub(args, token)
+    if len(train) < 2 and validation is None:
+        raise ValueError(f"{name} has {len(train)} pictures; at least two are needed, one of them for the evaluation")
+    if validation is None:
+        # Split before checking, so that a file gone bad does not move the others between the sets.
+        parts = train.train_test_split(test_size=args.train_val_split, seed=seed)
+        train, validation = parts["train"], parts["test"]
+    sets: list[Dataset] = []
+    skipped: list[str] = []
+    for data, limit in ((train, args.max_train_samples), (validation, args.max_eval_samples)):
+        if limit is not None and limit < len(data):
+            data = data.shuffle(seed=seed).select(range(limit))
+        if args.verify != "none":
+            data, lines = skip_bad(data, "image", args.verify == "full", args.strict, num_workers)
+            skipped += lines
+        sets.append(data)
+    return Data(sets[0], sets[1], train.features["label"].names, skipped, name)

@@ -1,0 +1,136 @@
+"""Train registers from the command line.
+
+accelerate launch -m register_adapter.train --model_name_or_path facebook/dinov2-base --train_dir pics --output_dir run
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from transformers import HfArgumentParser
+
+from .data import DataArguments, ProcessedDataset, load_data, load_image_processor
+from .errors import RegisterAdapterError
+from .objectives import OBJECTIVES
+from .train_arguments import TrainArguments
+from .training import check_output_dir, train, use_cpu
+
+__all__ = ["ModelArguments", "main"]
+
+logger = logging.getLogger("register_adapter.train")
+
+
+@dataclass
+class ModelArguments:
+    """Which model gets registers, and which.
+
+    Raises:
+        ValueError: ``num_registers`` is below 1.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Model on the Hub, or its folder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    image_processor_name: str | None = field(default=None, metadata={"help": "Image processor, if not the model's."})
+    objective: str = field(
+        default="classification", metadata={"help": "What to train on.", "choices": sorted(OBJECTIVES)}
+    )
+    num_registers: int = field(default=4, metadata={"help": "Number of registers."})
+    init: Literal["normal", "zeros", "cls"] = field(default="normal", metadata={"help": "Their initial values."})
+    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of those."})
+
+    def __post_init__(self) -> None:
+        if self.num_registers < 1:
+            raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse the command line, train, and return the results that are written to ``results.json``.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Raises:
+        SystemExit: An argument, the data or the model is unfit; the message on the standard error says why.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainArguments),
+        prog="register_adapter.train",
+        description="Train register tokens on a frozen vision transformer. A token for the Hub is taken from HF_TOKEN "
+        "or from `hf auth login`, never from the command line.",
+        allow_abbrev=False,
+    )
+    for objective in OBJECTIVES.values():
+        objective.add_arguments(parser.add_argument_group(f"objective {objective.name}"))
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+        model_args, data_args, args, *namespaces = parsed
+        # Names only: a value may be a token.
+        unknown = [word.partition("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
+        if rest:
+            raise ValueError(f"unrecognised arguments: {', '.join(unknown)}")
+        if args.output_dir is None:
+            raise ValueError("--output_dir is required")
+        check_output_dir(args)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+
+    state = PartialState(cpu=use_cpu(args))
+    with _messages(state.is_main_process):
+        try:
+            return _train(model_args, data_args, args, namespaces[0])
+        except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:
+            # A mistake of the user's, not of the program's: no traceback.
+            if state.is_main_process:
+                logger.error("%s", error)
+            sys.exit(1)
+
+
+@contextmanager
+def _messages(is_main_process: bool) -> Iterator[None]:
+    """Show the package's own messages on the standard error, from the main process alone."""
+    package, handler = logging.getLogger("register_adapter"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+def _train(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, flags: Any) -> dict[str, Any]:
+    set_seed(args.seed)
+    source, revision = model_args.image_processor_name or model_args.model_name_or_path, model_args.model_revision
+    image_processor = load_image_processor(
+        source, **({} if model_args.image_processor_name else {"revision": revision})
+    )
+    data = load_data(data_args, args.seed, max(1, args.dataloader_num_workers))
+    objective = OBJECTIVES[model_args.objective].from_arguments(flags, data.labels)
+    base = objective.load_base(model_args.model_name_or_path, revision=revision)
+    model = objective.wrap(
+        base, num_registers=model_args.num_registers, init=model_args.init, init_std=model_args.init_std
+    )
+    return train(
+        model,
+        objective,
+        ProcessedDataset(data.train, image_processor),
+        args,
+        ProcessedDataset(data.validation, image_processor),
+        image_processor=image_processor,
+        training_data=data.name,
+        details={"model": model_args.model_name_or_path, "num_registers": model_args.num_registers}
+        | {"data": data.name, "skipped": data.skipped},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The knobs of a training run, with the names of transformers' no-trainer scripts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["TrainArguments"]
+
+#: transformers' schedules that need nothing but the number of steps.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainArguments:
+    """How to train; every value is checked on construction.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range; the message names it, what was found and what is allowed.
+    """
+
+    output_dir: str | None = _knob(None, "Folder for the adapter, checkpoints, logs and results.json.")
+    per_device_train_batch_size: int = _knob(8, "Pictures a process and step.")
+    per_device_eval_batch_size: int = _knob(8, "Pictures a process in the evaluation.")
+    gradient_accumulation_steps: int = _knob(1, "Batches an optimiser step.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _knob(
+        None, "Autocast to fp16 or bf16; by default what `accelerate launch` says."
+    )
+    learning_rate: float = _knob(1e-3, "Peak learning rate of AdamW.")
+    weight_decay: float = _knob(0.0, "Weight decay of matrices; registers, biases and norms are exempt.")
+    max_grad_norm: float | None = _knob(1.0, "Clip the gradient's norm; 0 does not clip.")
+    lr_scheduler_type: str = _knob("linear", "Name of a transformers schedule, such as linear, cosine, constant.")
+    num_warmup_steps: int = _knob(0, "Optimiser steps of linear warm-up.")
+    num_train_epochs: int = _knob(3, "Passes over the training set.")
+    max_train_steps: int | None = _knob(None, "Optimiser steps; overrides the number of epochs.")
+    seed: int = _knob(0, "Seed of initial values, order of the data and dropout.")
+    dataloader_num_workers: int = _knob(0, "Processes that read pictures; 0 reads in the training process.")
+    checkpointing_steps: int | str | None = _knob(None, "Checkpoint every so many optimiser steps, or each 'epoch'.")
+    resume_from_checkpoint: str | None = _knob(
+        None, "A checkpoint's folder, or 'latest' (starts anew if there is none)."
+    )
+    checkpoints_total_limit: int | None = _knob(None, "Keep this many checkpoints, the newest.")
+    overwrite_output_dir: bool = _knob(False, "Delete an earlier run's checkpoints in output_dir.")
+    logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
+    with_tracking: bool = _knob(False, "Log to an experiment tracker.")
+    report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
+    use_cpu: bool = _knob(False, "Train on the CPU even where there is a GPU.")
+    push_to_hub: bool = _knob(False, "Upload the adapter to the Hub after training.")
+    hub_model_id: str | None = _knob(None, "Repository on the Hub, user/name.")
+    hub_private: bool | None = _knob(None, "Make a new repository private.")
+
+    def __post_init__(self) -> None:
+        steps = self.checkpointing_steps
+        if isinstance(steps, str) and steps != "epoch":
+            if not steps.isdecimal():
+                raise ValueError(f"checkpointing_steps must be a number of steps or 'epoch', got {steps!r}")
+            self.checkpointing_steps = int(steps)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            self._check(name, int, 1)
+        for name in ("num_train_epochs", "logging_steps"):
+            self._check(name, int, 1)
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            self._check(name, int, 1, optional=True)
+        if self.checkpointing_steps != "epoch":
+            self._check("checkpointing_steps", int, 1, optional=True)
+        for name in ("num_warmup_steps", "seed", "dataloader_num_workers"):
+            self._check(name, int, 0)
+        for name in ("learning_rate", "weight_decay"):
+            self._check(name, (int, float), 0)
+        self._check("max_grad_norm", (int, float), 0, optional=True)
+        if self.learning_rate == 0:
+            raise ValueError("learning_rate must be above 0, got 0")
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler_type!r}")
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise ValueError(f"mixed_precision must be no, fp16 or bf16, got {self.mixed_precision!r}")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id, the repository to upload to, such as user/name")
+        for name in ("checkpointing_steps", "resume_from_checkpoint", "with_tracking"):
+            if getattr(self, name) and self.output_dir is None:
+                raise ValueError(f"{name} needs an output_dir to write to")
+
+    def _check(self, name: str, kind: Any, least: float, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not isinstance(value, kind) or isinstance(value, bool):
+            wanted = "an integer" if kind is int else "a number"
+            raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
+        if not least <= value < math.inf:  # NaN is refused too
+            finite = "" if kind is int else "a finite number of "
+            raise ValueError(f"{name} must be {finite}at least {least}, got {value}")

@@ -1,0 +1,494 @@
+"""The training loop: what is trained and saved, exact resumption after SIGKILL, two processes, flags, tracking."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import AutoPeftModel
+from safetensors.torch import load_file
+from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, write_photographs, write_vit
+from transformers import AutoImageProcessor, ViTForImageClassification
+
+from register_adapter import add_registers, checkpoints
+from register_adapter.checkpoints import CheckpointError
+from register_adapter.objectives import OBJECTIVES, ClassificationObjective
+from register_adapter.testbed.scenes import LABELS, SceneDataset
+from register_adapter.train import main
+from register_adapter.training import TrainArguments, train
+
+CLASSES = ["cat", "coffee", "flower"]
+TOKENS = "base_model.model.vit.registers.register_adapter_tokens.weight"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vit(tmp_path_factory.mktemp("model") / "vit", ["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    return write_photographs(folder, "--size", "48", "--crops", "10", "--classes", *CLASSES)
+
+
+def flags(vit: Path, photos: Path, out: Path, *more: str) -> list[str]:
+    command = ["--model_name_or_path", str(vit), "--output_dir", str(out), "--use_cpu", "--train_dir"]
+    return [*command, str(photos / "train"), "--validation_dir", str(photos / "validation"), *more]
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return results
+
+
+# What is trained and saved
+
+
+def test_registers_and_a_new_head_are_trained_and_saved(vit: Path, photos: Path, tmp_path: Path) -> None:
+    before = {file.name: file.read_bytes() for file in vit.iterdir()}
+    results = main(flags(vit, photos, tmp_path, "--max_train_steps", "6", "--seed", "3"))
+    assert read_results(tmp_path) == json.loads(json.dumps(results))
+    assert results["global_step"] == 6
+    assert results["trainable_parameters"] == 4 * 32 + 3 * 32 + 3
+    assert results["train_samples"] == 30
+    assert results["eval_samples"] == 6
+    assert results["metrics"]["eval_accuracy"] in [index / 6 for index in range(7)]
+    assert results["images_per_second"] > 0
+    assert results["versions"]["torch"] == torch.__version__
+    assert {file.name: file.read_bytes() for file in vit.iterdir()} == before
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sorted(tuple(tensor.shape) for tensor in saved.values()) == [(3,), (3, 32), (4, 32)]
+    assert AutoImageProcessor.from_pretrained(tmp_path).size["height"] == 32
+    card = (tmp_path / "README.md").read_text()
+    assert "eval_accuracy" in card
+    assert "train" in card
+
+    model = AutoPeftModel.from_pretrained(tmp_path).eval()
+    x = torch.rand(2, 3, 32, 32)
+    base = ViTForImageClassification.from_pretrained(vit).eval()
+    with torch.no_grad():
+        assert model(pixel_values=x).logits.shape == (2, 3)
+        with model.disable_adapter():
+            assert torch.equal(model(pixel_values=x).logits, base(pixel_values=x).logits)
+
+
+def test_evaluation_is_that_of_the_saved_adapter(vit: Path, photos: Path, tmp_path: Path) -> None:
+    from register_adapter.data import ProcessedDataset, read_image_folder
+
+    results = main(flags(vit, photos, tmp_path, "--max_train_steps", "4", "--per_device_eval_batch_size", "4"))
+    model = AutoPeftModel.from_pretrained(tmp_path).eval()
+    data = ProcessedDataset(read_image_folder(photos / "validation"), AutoImageProcessor.from_pretrained(vit))
+    with torch.no_grad():
+        logits = torch.cat([model(pixel_values=data[index]["pixel_values"][None]).logits for index in range(6)])
+    labels = torch.tensor([data[index]["labels"] for index in range(6)])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert results["metrics"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert results["metrics"]["eval_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+
+
+def test_a_frozen_head_is_kept_and_labels_are_found_by_name(photos: Path, tmp_path: Path) -> None:
+    vit = write_vit(tmp_path / "vit", ["dog", "flower", "cat", "coffee"])
+    results = main(flags(vit, photos, tmp_path / "out", "--max_train_steps", "2", "--freeze_head"))
+    assert results["trainable_parameters"] == 4 * 32
+    assert list(load_file(tmp_path / "out" / "adapter_model.safetensors")) == [TOKENS]
+    objective = ClassificationObjective(CLASSES, freeze_head=True)
+    objective.wrap(ViTForImageClassification.from_pretrained(vit))
+    items = [{"pixel_values": torch.zeros(3, 4, 4), "labels": label} for label in (0, 1, 2)]
+    assert objective.collate(items)["labels"].tolist() == [2, 3, 1]
+
+
+def test_registers_alone_learn_in_process_on_scenes(tmp_path: Path) -> None:
+    vit = write_vit(tmp_path / "vit", list(LABELS), dropout=0.0)
+    base = ViTForImageClassification.from_pretrained(vit)
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    scenes = SceneDataset(8, size=32, split=None)
+    model = add_registers(base)
+    knobs = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "per_device_train_batch_size": 8, "use_cpu": True}
+    objective = ClassificationObjective(freeze_head=True)
+    losses = [
+        train(model, objective, scenes, TrainArguments(max_train_steps=steps, **knobs), scenes)["metrics"]["eval_loss"]
+        for steps in (1, 30)
+    ]
+    assert losses[1] < losses[0] - 0.1
+    assert not model.training
+    for name, tensor in base.state_dict().items():
+        assert "registers" in name or torch.equal(tensor, weights[name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vit"]
+
+
+def test_registers_are_exempt_from_weight_decay(vit: Path, photos: Path, tmp_path: Path) -> None:
+    decay = ["--max_train_steps", "3", "--lr_scheduler_type", "constant", "--learning_rate", "1e-3"]
+    main(flags(vit, photos, tmp_path, *decay, "--weight_decay", "1000"))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    # Learning rate times decay is 1: a decayed matrix is wiped out in each step, up to the step itself.
+    assert saved["base_model.model.classifier.weight"].abs().max() <= 1.1e-3
+    assert saved[TOKENS].std() > 0.015
+
+
+def test_mixed_precision_keeps_the_adapter_in_float32(vit: Path, photos: Path, tmp_path: Path) -> None:
+    results = main(flags(vit, photos, tmp_path, "--max_train_steps", "2", "--mixed_precision", "bf16"))
+    assert results["hardware"]["mixed_precision"] == "bf16"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+# Checkpoints
+
+#: Dropout, shuffling, accumulation over an epoch that does not divide, and reading in workers.
+RUN = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "3"]
+RUN += ["--learning_rate", "0.01", "--lr_scheduler_type", "cosine", "--num_warmup_steps", "3", "--logging_steps", "4"]
+STEPS = 8 * 3  # 30 pictures are 8 batches, 3 optimiser steps, the last of 2 batches
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert main(flags(vit, photos, out, *RUN))["global_step"] == STEPS
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return out
+
+
+def newest(out: Path) -> int:
+    found = checkpoints.find_all(out)
+    return int(found[-1].name.rpartition("-")[2]) if found else 0
+
+
+def kill_at(out: Path, step: int, delay: float, pid: int, running: Any) -> None:
+    """SIGKILL, ``delay`` seconds after the checkpoint of ``step`` is there."""
+    limit = time.monotonic() + 300
+    while newest(out) < step:
+        assert running(), f"the run ended before step {step}"
+        assert time.monotonic() < limit, f"step {step} was not reached"
+        time.sleep(0.002)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+@pytest.mark.parametrize(("workers", "limit"), [(0, None), (2, 1)])
+def test_killed_again_and_again_and_resumed_bit_for_bit(
+    vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path, workers: int, limit: int | None
+) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    logging.getLogger(__name__).warning("seed of the kills: %d", seed)  # shown by pytest if the test fails
+    rng = random.Random(seed)
+    more = [*RUN, "--checkpointing_steps", "1", "--dataloader_num_workers", str(workers)]
+    more += ["--resume_from_checkpoint", "latest"]
+    more += ["--checkpoints_total_limit", str(limit)] if limit else []
+    fork = multiprocessing.get_context("fork")
+    step = 0
+    for _ in range(3):
+        step = rng.randint(max(step, newest(tmp_path)) + 1, max(step, newest(tmp_path)) + 5)
+        run = fork.Process(target=main, args=(flags(vit, photos, tmp_path, *more),))
+        run.start()
+        assert run.pid is not None
+        kill_at(tmp_path, step, rng.uniform(0, 0.05), run.pid, run.is_alive)
+        run.join()
+        assert run.exitcode == -signal.SIGKILL
+        assert newest(tmp_path) >= step
+    assert not (tmp_path / "results.json").exists()
+    results = main(flags(vit, photos, tmp_path, *more))
+    assert results["resumed_from_step"] >= step
+    assert results["global_step"] == STEPS
+    assert adapter_bytes(tmp_path) == adapter_bytes(uninterrupted)
+    assert results["metrics"]["eval_loss"] == read_results(uninterrupted)["metrics"]["eval_loss"]
+    assert len(checkpoints.find_all(tmp_path)) == (limit or STEPS)
+    assert not list(tmp_path.glob(".checkpoint-*")), "half-written checkpoints were left behind"
+
+
+def test_killed_and_resumed_as_a_user_would(vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    command = [*TRAIN, *flags(vit, photos, tmp_path, *RUN, "--checkpointing_steps", "1")]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as run:
+        kill_at(tmp_path, 7, 0.0, run.pid, lambda: run.poll() is None)
+    assert run.returncode == -signal.SIGKILL
+    done = call([*command, "--resume_from_checkpoint", "latest"])
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stderr
+    assert read_results(tmp_path)["resumed_from_step"] >= 7
+    assert adapter_bytes(tmp_path) == adapter_bytes(uninterrupted)
+
+
+def test_a_checkpoint_at_an_epochs_end_and_by_path(
+    vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    main(flags(vit, photos, tmp_path / "a", *RUN, "--checkpointing_steps", "epoch"))
+    found = checkpoints.find_all(tmp_path / "a")
+    assert [path.name for path in found] == [f"checkpoint-{step}" for step in range(3, STEPS + 1, 3)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = [*RUN, "--resume_from_checkpoint", str(found[2])]
+    assert main(flags(vit, photos, tmp_path / "b", *more))["resumed_from_step"] == 9
+    assert adapter_bytes(tmp_path / "b") == adapter_bytes(uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("checkpointed")
+    main(flags(vit, photos, out, "--max_train_steps", "2", "--checkpointing_steps", "2"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return out / "checkpoint-2"
+
+
+def copy_run(checkpoint: Path, target: Path) -> Path:
+    (target / checkpoint.name).mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        (target / checkpoint.name / file.name).write_bytes(file.read_bytes())
+    return target / checkpoint.name
+
+
+def test_a_checkpoint_holds_no_base(vit: Path, checkpoint: Path) -> None:
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert size < 40_000 < (vit / "model.safetensors").stat().st_size
+    assert not [
+        key for key in load_file(checkpoint / "adapter_model.safetensors") if "encoder" in key or "layer" in key
+    ]
+    tensors = torch.load(checkpoint / "train_state.pt", weights_only=True)
+    assert len(tensors["optimizer"]["state"]) == 3
+
+
+def test_a_checkpoint_that_fails_leaves_the_last_one(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, []
+
+    def fail_second(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fail_second)
+    with pytest.raises(SystemExit):
+        main(flags(vit, photos, tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "1"))
+    found = checkpoints.find("latest", tmp_path)
+    assert found is not None
+    assert found.name == "checkpoint-1"
+    assert {file.name for file in found.iterdir()} >= {"train_state.pt", "adapter_model.safetensors"}
+
+
+def test_latest_without_a_checkpoint_starts_anew(
+    vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint-9").mkdir()  # without train_state.json it is none
+    results = main(flags(vit, photos, tmp_path, "--max_train_steps", "1", "--resume_from_checkpoint", "latest"))
+    assert results["resumed_from_step"] is None
+    assert results["global_step"] == 1
+
+
+class _Payload:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("unpickled",)
+
+
+def test_a_checkpoint_is_never_unpickled(
+    vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copied = copy_run(checkpoint, tmp_path / "run")
+    torch.save({"optimizer": _Payload()}, copied / "train_state.pt")
+    refused(flags(vit, photos, tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest"), 1)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(
+    vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--max_train_steps", "2", "--resume_from_checkpoint", "latest"]
+    for file in ("train_state.pt", "train_state.json", "adapter_model.safetensors"):
+        copied = copy_run(checkpoint, tmp_path / file)
+        whole = (copied / file).read_bytes()
+        (copied / file).write_bytes(whole[: len(whole) // 2])
+        refused(flags(vit, photos, tmp_path / file, *more), 1)
+        assert file in capsys.readouterr().err
+
+
+def test_other_settings_are_refused_on_resumption(
+    vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(copy_run(checkpoint, tmp_path / "run"))
+    more = ["--max_train_steps", "2", "--resume_from_checkpoint", run, "--seed", "1", "--learning_rate", "0.5"]
+    refused(flags(vit, photos, tmp_path / "new", *more), 1)
+    message = capsys.readouterr().err
+    assert "learning_rate: 0.001, now 0.5" in message
+    assert "seed: 0, now 1" in message
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        checkpoints.find(str(tmp_path), tmp_path / "run")
+
+
+def test_checkpoints_of_an_earlier_run_are_never_mixed_with_new_ones(
+    vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = copy_run(checkpoint, tmp_path)
+    refused(flags(vit, photos, tmp_path, "--max_train_steps", "1"), 2)
+    assert "holds checkpoints of an earlier run (checkpoint-2)" in capsys.readouterr().err
+    assert copied.exists()
+    main(flags(vit, photos, tmp_path, "--max_train_steps", "1", "--overwrite_output_dir"))
+    assert not copied.exists()
+
+
+# Two processes
+
+
+def test_two_processes_train_and_save_what_one_does(photos: Path, tmp_path: Path) -> None:
+    vit = write_vit(tmp_path / "vit", ["a", "b"], dropout=0.0)
+    common = ["--num_train_epochs", "2", "--seed", "5", "--learning_rate", "0.01"]
+    main(flags(vit, photos, tmp_path / "one", *common, "--per_device_train_batch_size", "10"))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "examples" / "configs" / "cpu.yaml")]
+    script = str(ROOT / "tests" / "two_processes.py")
+    more = [*common, "--per_device_train_batch_size", "5", "--checkpointing_steps", "2"]
+    done = call([*launch, script, *flags(vit, photos, tmp_path / "two", *more)])
+    assert done.returncode == 0, done.stderr
+    one, two = read_results(tmp_path / "one"), read_results(tmp_path / "two")
+    assert two["hardware"]["num_processes"] == 2
+    assert two["global_step"] == one["global_step"] == 6
+    # Both replicas hold the same weights, and those were saved.
+    replicas = [load_file(tmp_path / "two" / f"replica-{rank}.safetensors") for rank in (0, 1)]
+    saved = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    assert torch.equal(replicas[0]["registers"], replicas[1]["registers"])
+    assert torch.equal(replicas[0]["registers"], saved[TOKENS])
+    # Two processes with batches of 5 see what one sees with batches of 10.
+    for key, tensor in load_file(tmp_path / "one" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(saved[key], tensor, atol=1e-4, rtol=1e-3)
+    # Six pictures on two processes: each counts once.
+    assert two["eval_samples"] == 6
+    assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], abs=1e-4)
+    assert AutoPeftModel.from_pretrained(tmp_path / "two") is not None
+    assert len(torch.load(tmp_path / "two" / "checkpoint-6" / "train_state.pt", weights_only=True)["random"]) == 2
+
+
+# Flags
+
+
+def refused(command: list[str], code: int) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(command)
+    assert exit_.value.code == code
+
+
+WRONG = [
+    (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, got 0"),
+    (["--learning_rate", "nan"], "learning_rate must be a finite number of at least 0, got nan"),
+    (["--learning_rate", "fast"], "invalid float value"),
+    (["--max_train_steps", "-1"], "max_train_steps must be at least 1, got -1"),
+    (["--checkpointing_steps", "often"], "checkpointing_steps must be a number of steps or 'epoch', got 'often'"),
+    (["--checkpointing_steps", "0"], "checkpointing_steps must be at least 1, got 0"),
+    (["--checkpoints_total_limit", "0"], "checkpoints_total_limit must be at least 1, got 0"),
+    (["--lr_scheduler_type", "spiral"], "lr_scheduler_type must be one of linear"),
+    (["--mixed_precision", "int4"], "invalid choice: 'int4'"),
+    (["--num_registers", "0"], "num_registers must be at least 1, got 0"),
+    (["--objective", "wishing"], "invalid choice: 'wishing'"),
+    (["--push_to_hub"], "push_to_hub needs hub_model_id"),
+    (["--dataset_name", "beans"], "give either --dataset_name or --train_dir, found both"),
+    (["--train_val_split", "1.5"], "--train_val_split must lie between 0 and 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[" ".join(wrong) for wrong, _ in WRONG])
+def test_wrong_flags(
+    wrong: list[str], message: str, vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(flags(vit, photos, tmp_path / "out", *wrong), 2)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_token_on_the_command_line_is_not_repeated(
+    vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
+        refused(flags(vit, photos, tmp_path, *words), 2)
+        shown = capsys.readouterr()
+        assert "--hub_token" in shown.err
+        assert "hf_secret" not in shown.err + shown.out
+
+
+def test_wrong_paths_and_heads(vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {
+        f"{tmp_path / 'none'} is not a folder": (vit, tmp_path / "none", []),
+        "no image processor was found": (tmp_path / "nothing", photos, []),
+        "lacks 3 of the data set's classes": (vit, photos, ["--freeze_head"]),
+        "has no head 'fc'": (vit, photos, ["--head", "fc"]),
+        "report_to must be one of": (vit, photos, ["--with_tracking", "--report_to", "paper"]),
+        "is no checkpoint": (vit, photos, ["--resume_from_checkpoint", str(photos)]),
+    }
+    for message, (model, data, more) in cases.items():
+        refused(flags(model, data, tmp_path / "out", "--max_train_steps", "1", *more), 1)
+        assert message in capsys.readouterr().err
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_frozen_head_that_the_checkpoint_lacks_is_refused(vit: Path, tmp_path: Path) -> None:
+    ViTForImageClassification.from_pretrained(vit).vit.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no fitting weights for \['classifier.bias', 'classifier.weight'\]"):
+        ClassificationObjective(freeze_head=True).load_base(str(tmp_path))
+    assert ClassificationObjective(CLASSES).load_base(str(tmp_path)).classifier.out_features == 3
+
+
+def test_what_train_refuses(vit: Path) -> None:
+    objective, args = ClassificationObjective(), TrainArguments(max_train_steps=1, use_cpu=True)
+    model = add_registers(ViTForImageClassification.from_pretrained(vit))
+    scenes = SceneDataset(2, size=32, split=None)
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        train(model, objective, SceneDataset(0, split=None), args)
+    with pytest.raises(ValueError, match="must have the key 'image' or 'pixel_values', found"):
+        train(model, objective, [{"text": "x"}], args)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model needs a gradient"):
+        train(model, objective, scenes, args)
+    assert OBJECTIVES["classification"] is ClassificationObjective
+
+
+def test_a_loss_that_explodes_stops_the_run_and_saves_nothing(vit: Path, photos: Path, tmp_path: Path) -> None:
+    class Exploding(ClassificationObjective):
+        def loss(self, model: Any, batch: Any) -> Any:
+            loss, metrics = super().loss(model, batch)
+            return loss * float("inf"), metrics
+
+    model = add_registers(ViTForImageClassification.from_pretrained(vit))
+    args = TrainArguments(output_dir=str(tmp_path), max_train_steps=1, use_cpu=True)
+    with pytest.raises(FloatingPointError, match="the loss is inf at step 1"):
+        train(model, Exploding(), [{"pixel_values": torch.rand(3, 32, 32), "labels": 0}], args)
+    assert not list(tmp_path.iterdir())
+
+
+# Tracking and the example
+
+
+def test_tensorboard_gets_the_losses(vit: Path, photos: Path, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    more = ["--max_train_steps", "4", "--logging_steps", "2", "--with_tracking", "--report_to", "tensorboard"]
+    results = main(flags(vit, photos, tmp_path, *more))
+    (file,) = (tmp_path / "register_adapter").glob("events.*")
+    events = event_accumulator.EventAccumulator(str(file)).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [2, 4]
+    assert events.Scalars("train_loss")[-1].value == pytest.approx(results["metrics"]["train_loss"])
+    assert events.Scalars("eval_accuracy")[0].value == pytest.approx(results["metrics"]["eval_accuracy"])
+
+
+def test_the_example_runs_as_a_user_would_run_it(vit: Path, photos: Path, tmp_path: Path) -> None:
+    script = ROOT / "examples" / "train_classifier.py"
+    assert len(script.read_text().splitlines()) <= 60
+    out = tmp_path / "out"
+    done = call([sys.executable, str(script), str(vit), str(photos / "train"), str(out), "--steps", "2"])
+    assert done.returncode == 0, done.stderr
+    accuracy = read_results(out)["metrics"]["eval_accuracy"]
+    assert f"accuracy on 5 held-out pictures: {accuracy:.3f}" in done.stdout

@@ -1,0 +1,60 @@
+"""A tiny model on disk, an image folder of real photographs, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+ROOT = Path(__file__).parent.parent
+PHOTOS = [sys.executable, str(ROOT / "examples" / "real_photographs.py")]
+TRAIN = [sys.executable, "-m", "register_adapter.train"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def load_example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_vit(folder: Path, labels: list[str], dropout: float = 0.1) -> Path:
+    """A random ViT (2 blocks of width 32, 32 px, patch 8) with its image processor."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def write_photographs(folder: Path, *options: str) -> Path:
+    subprocess.run([*PHOTOS, str(folder), *options], check=True, env=ENVIRONMENT, capture_output=True)
+    return folder
+
+
+def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options)
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
