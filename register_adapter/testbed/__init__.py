@@ -1,1 +1,22 @@
 """What the package ships to be tried on without a network: scenes, a small ViT, planted artifacts."""
+
+from .plant import Planting, plant_artifacts, register_probe
+from .scenes import COLOURS, LABELS, SHAPES, Scene, SceneDataset, SceneObject, make_scene, photographs
+from .vit import load_image_processor, load_planted_vit, load_vit
+
+__all__ = [
+    "COLOURS",
+    "LABELS",
+    "SHAPES",
+    "Planting",
+    "Scene",
+    "SceneDataset",
+    "SceneObject",
+    "load_image_processor",
+    "load_planted_vit",
+    "load_vit",
+    "make_scene",
+    "photographs",
+    "plant_artifacts",
+    "register_probe",
+]

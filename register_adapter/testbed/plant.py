@@ -1,0 +1,385 @@
+"""Planted artifacts: a copy of a clean model in which a few MLP neurons do what register neurons do in large models.
+
+This is a construction, made so that repair can be measured against a ground truth: the model before planting is the
+**clean twin**. In large ViTs a handful of MLP neurons of one block fires on a few low-information patches and writes a
+large vector into them ("Vision Transformers Don't Need Trained Registers", arXiv 2506.08010); from that block on those
+patches have outlying norms and draw attention to themselves. :func:`plant_artifacts` overwrites a few hidden units of
+one block, the least used ones, so that they behave so.
+
+The signature follows "Vision Transformers Need Registers" (arXiv 2309.16588): about 2 % of the patches, at least 5
+times the median norm, bimodal, on patches similar to their neighbours. The neurons come in pairs,
+``act(a) - act(a - c)``, a ramp that saturates, so that a patch is either hit in full or not at all. Their direction is
+fitted under perturbation (random registers, pixel noise, another resolution) with a penalty on whatever a perturbation
+moves: a direction fitted on clean activations alone falls silent as soon as any four tokens are added, and every repair
+would then look good.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..anatomy import Tower, find_tower
+from ..artifacts.norms import neighbour_similarity
+from ..capture import capture
+from ..config import RegisterConfig
+from ..errors import UnsupportedModelError
+from ..model import RegisterModel
+from .scenes import SceneDataset
+
+__all__ = ["Planting", "plant_artifacts", "register_probe"]
+
+#: Height of the ramp: what a pair of neurons sends on, in units of activation, for a patch that is hit.
+_HEIGHT = 10.0
+
+
+@contextmanager
+def register_probe(model: nn.Module, num_registers: int, std: float = 0.02, seed: int = 0) -> Iterator[nn.Module]:
+    """Give ``model`` random, untrained registers for the length of the context (the control arm of every table).
+
+    Args:
+        model: A base model; it is as before afterwards.
+        num_registers: Number of registers; 0 changes nothing.
+        std: Standard deviation of the random values.
+        seed: Seed of the random values.
+
+    Yields:
+        The same model, with registers.
+    """
+    if num_registers == 0:
+        yield model
+        return
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuner = RegisterModel(model, RegisterConfig(num_registers=num_registers, init_std=std), "probe")
+    try:
+        yield model
+    finally:
+        tuner.unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class _View:
+    """One way of looking at the pictures: a perturbation that the neurons must not mind."""
+
+    num_registers: int = 0
+    std: float = 0.02
+    noise: float = 0.0
+    scale: float = 1.0
+
+
+_VIEWS = (
+    _View(),
+    _View(4),
+    _View(4),
+    _View(4),
+    _View(4, std=0.2),
+    _View(1),
+    _View(8),
+    _View(16),
+    _View(noise=0.05),
+    _View(scale=1.4),
+)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where artifacts shall fall: cells of the patch grid ``(h, w)``, there on patches more similar than ``limit``."""
+
+    cells: torch.Tensor
+    grid: tuple[int, int]
+    limit: float
+
+    @classmethod
+    def choose(cls, similarity: torch.Tensor, share: float, seed: int) -> _Target:
+        """Random plain cells, as many as it takes for ``share`` of all patches; ``similarity`` is ``(B, h, w)``."""
+        _, height, width = similarity.shape
+        limit = similarity.flatten().quantile(0.5).item()
+        rate = (similarity > limit).float().mean(0).flatten()
+        order = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))
+        order = order[rate[order] >= rate.median()]
+        enough = int((rate[order].cumsum(0) < share * height * width).sum()) + 1
+        return cls(order[:enough], (height, width), limit)
+
+    def labels(self, similarity: torch.Tensor) -> torch.Tensor:
+        """``(B, patches)`` bool for similarities ``(B, h', w')`` of a grid that may be another than the chosen one."""
+        _, height, width = similarity.shape
+        rows, columns = self.cells // self.grid[1], self.cells % self.grid[1]
+        chosen = torch.zeros(height, width, dtype=torch.bool)
+        chosen[(2 * rows + 1) * height // (2 * self.grid[0]), (2 * columns + 1) * width // (2 * self.grid[1])] = True
+        return (chosen & (similarity > self.limit)).flatten(1)
+
+
+def _call(tower: Tower, pixel_values: torch.Tensor) -> Any:
+    keywords = inspect.signature(tower.module.forward).parameters
+    extra = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in keywords else {}
+    return tower.module(pixel_values=pixel_values, **extra)
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect what goes into ``module``."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Inputs of an MLP under one view: ``(T, D)`` of other tokens, ``(B, patches, D)``, ``(B, patches)`` targets."""
+
+    others: torch.Tensor
+    patches: torch.Tensor
+    targets: torch.Tensor
+
+
+@torch.no_grad()
+def _look(
+    model: nn.Module, tower: Tower, layer: int, pixel_values: torch.Tensor, view: _View, target: _Target, seed: int
+) -> _Tokens:
+    """What goes into block ``layer``'s MLP under one view."""
+    pictures = pixel_values.float()
+    if view.scale != 1.0:
+        patch = tower.patch_size or 1
+        size = [round(side * view.scale / patch) * patch for side in pictures.shape[-2:]]
+        pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True)
+    if view.noise:
+        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
+        pictures = pictures + view.noise * noise.to(pictures.device)
+    pictures = pictures.to(pixel_values.dtype)
+    with (
+        register_probe(model, view.num_registers, view.std, seed),
+        _inputs_of(tower.block_part(layer, "mlp_in")) as seen,
+    ):
+        _call(tower, pictures)
+    tokens = seen[0].float().cpu()
+    first = tower.prefix + view.num_registers
+    return _Tokens(
+        tokens[:, :first].flatten(0, 1), tokens[:, first:], target.labels(neighbour_similarity(tower, pictures).cpu())
+    )
+
+
+def _fit_direction(views: list[_Tokens], steps: int = 100) -> torch.Tensor:
+    """A direction ``(D,)``: logistic regression on targets, plus a penalty on what the perturbations move."""
+    clean = views[0]
+    inputs = torch.cat([part for view in views for part in (view.others, view.patches.flatten(0, 1))])
+    targets = torch.cat(
+        [part.float() for view in views for part in (torch.zeros(len(view.others)), view.targets.flatten())]
+    )
+    moved = [view.patches - clean.patches for view in views[1:] if view.patches.shape == clean.patches.shape]
+    shifts = torch.cat([part.flatten(0, 1) for part in moved])
+    mean, std = inputs.mean(0), inputs.std(0).clamp_min(1e-6)
+    inputs, shifts = (inputs - mean) / std, shifts / std
+    movement = shifts.T @ shifts / len(shifts)
+    weights = torch.where(targets > 0, 0.5 / targets.mean().clamp_min(1e-6), 0.5 / (1 - targets).mean())
+    direction = torch.zeros(inputs.shape[1], requires_grad=True)
+    offset = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([direction, offset], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(inputs @ direction + offset, targets, weights)
+        loss = loss + 1e-3 * direction.square().sum() + 0.3 * direction @ movement @ direction
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return direction.detach() / std
+
+
+def _threshold_and_gain(direction: torch.Tensor, clean: _Tokens, share: float) -> tuple[float, float]:
+    """Where the ramp begins, and how steep it is: a tenth of the patches hit may lie on it."""
+    scores = (clean.patches @ direction).flatten()
+    threshold = max(scores.quantile(1 - share).item(), (clean.others @ direction).max().item())
+    over = scores[scores > threshold] - threshold
+    return threshold, _HEIGHT / over.quantile(0.1).clamp_min(1e-6).item()
+
+
+def _write_pair(
+    tower: Tower, layer: int, pair: list[int], direction: torch.Tensor, threshold: float, gain: float
+) -> None:
+    """Let two hidden units together send ``_HEIGHT`` where the score is over the threshold, and nothing below it."""
+    gate, up = tower.block_part(layer, "mlp_in"), tower.block_part(layer, "mlp_up")
+    for unit, offset in zip(pair, (0.0, _HEIGHT), strict=True):
+        gate.weight[unit] = (gain * direction).to(gate.weight)
+        gate.bias[unit] = -gain * threshold - offset
+        if up is not None:  # gated MLP: the other factor is one
+            up.weight[unit] = 0
+            up.bias[unit] = 1
+
+
+@torch.no_grad()
+def _least_used(tower: Tower, layer: int, pixel_values: torch.Tensor, count: int) -> list[int]:
+    """The hidden units that write least, by mean |activation| times the norm of what they write."""
+    out = tower.block_part(layer, "mlp_out")
+    with _inputs_of(out) as seen:
+        _call(tower, pixel_values)
+    written = seen[0].abs().float().mean((0, 1)) * out.weight.float().norm(dim=0)
+    return sorted(written.argsort()[:count].tolist())
+
+
+def _attractive_vector(
+    model: nn.Module, tower: Tower, layer: int, pair: list[int], pixel_values: torch.Tensor, size: float, steps: int
+) -> torch.Tensor:
+    """A vector ``(D,)`` of norm ``size`` that, written into the patches hit, draws later blocks' attention to them."""
+    out, scale = tower.block_part(layer, "mlp_out"), tower.block_part(layer, "mlp_scale")
+    vector = torch.randn(out.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(out.weight.device)
+    vector.requires_grad_(True)
+    hit: list[torch.Tensor] = []
+
+    def scaled() -> torch.Tensor:
+        centred = vector - vector.mean()  # LayerNorm removes the mean
+        return torch.mul(centred, size / centred.norm())
+
+    def write(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        sent = (args[0][..., pair[:1]] - args[0][..., pair[1:]]).float() / _HEIGHT
+        hit[:] = [sent[..., 0] > 0.5]
+        column = scaled() if scale is None else scaled() / scale.float()
+        return torch.add(output, (sent * column).to(output.dtype))
+
+    handle = out.register_forward_hook(write)
+    optimizer = torch.optim.Adam([vector], lr=0.1)
+    # Attention of CLS, or of all tokens where there is no CLS.
+    asked = slice(0, 1) if tower.anatomy.prefix else slice(None)
+    try:
+        with torch.enable_grad(), capture(model, hidden_states=False) as trace:
+            for _ in range(steps if layer + 1 < len(tower.part("blocks")) else 0):
+                _call(tower, pixel_values)
+                received = [
+                    (attention[:, :, asked].mean((1, 2)) * hit[0]).sum(1) for attention in trace.attentions[layer + 1 :]
+                ]
+                optimizer.zero_grad()
+                (-torch.stack(received).clamp_min(1e-6).log().mean()).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+    finally:
+        handle.remove()
+    return scaled().detach()
+
+
+@dataclass(frozen=True)
+class Planting:
+    """A model with planted artifacts, and what was planted.
+
+    Attributes:
+        model: The planted copy; the model given is untouched and is its clean twin.
+        layer: Index of the block with the planted neurons.
+        neurons: Indices of the hidden units of that block's MLP, in ascending order.
+    """
+
+    model: Any
+    layer: int
+    neurons: tuple[int, ...]
+
+    @torch.no_grad()
+    def hits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """``(B, patches)`` bool: the patches that the planted neurons write into, the ground truth of a detector."""
+        tower = find_tower(self.model)
+        with _inputs_of(tower.block_part(self.layer, "mlp_out")) as seen:
+            _call(tower, pixel_values)
+        sent = seen[0][:, tower.prefix :, list(self.neurons)].float()
+        # The first of a pair is always the larger one: a pair sends the difference.
+        return (sent.amax(-1) - sent.amin(-1)) > _HEIGHT / 2
+
+
+def plant_artifacts(
+    model: nn.Module,
+    layer: int | None = None,
+    pixel_values: torch.Tensor | None = None,
+    *,
+    num_neurons: int = 4,
+    strength: float = 8.0,
+    share: float = 0.02,
+    attraction_steps: int = 20,
+    seed: int = 0,
+) -> Planting:
+    """A copy of a clean model with planted register neurons; see the module for what that means.
+
+    Args:
+        model: Any supported model whose MLP layers have biases. It is left as it is.
+        layer: Index of the block that gets the neurons; default: the middle.
+        pixel_values: Pictures to fit on, ``(M, 3, H, W)``, as the model expects them; 64 or more with plain places.
+            Default: 128 scenes, scaled to -1…1, of the size in the model's config.
+        num_neurons: Number of hidden units that are overwritten, an even number.
+        strength: Norm of what is written over the largest median patch norm of the blocks from ``layer`` on.
+        share: Share of the patches that shall be artifacts.
+        attraction_steps: Steps of the search for a vector that later blocks attend to; 0 takes a random one.
+        seed: Seed of everything random.
+
+    Returns:
+        The :class:`Planting`.
+
+    Raises:
+        UnsupportedModelError: No single vision tower, or MLP layers that cannot be overwritten.
+        ValueError: ``layer`` is no block of the model, or ``num_neurons`` is odd.
+    """
+    planted = copy.deepcopy(model).eval().requires_grad_(False)
+    tower = find_tower(planted)
+    blocks = len(tower.part("blocks"))
+    layer = (blocks - 1) // 2 if layer is None else layer
+    if not 0 <= layer < blocks:
+        raise ValueError(f"layer must be a block of the model, 0 to {blocks - 1}, got {layer}")
+    if num_neurons < 2 or num_neurons % 2:
+        raise ValueError(f"num_neurons must be even and at least 2, neurons are planted in pairs; got {num_neurons}")
+    gate, out = tower.block_part(layer, "mlp_in"), tower.block_part(layer, "mlp_out")
+    if gate is None or out is None or gate.bias is None:
+        raise UnsupportedModelError(
+            f"block {layer} of {type(tower.module).__name__} has no MLP with biases that the table describes"
+        )
+    pixel_values = _default_pictures(tower, seed) if pixel_values is None else pixel_values
+    pixel_values = pixel_values.to(gate.weight)
+
+    target = _Target.choose(neighbour_similarity(tower, pixel_values).cpu(), share, seed)
+    views = [
+        _look(planted, tower, layer, pixel_values, view, target, seed + number) for number, view in enumerate(_VIEWS)
+    ]
+    direction = _fit_direction(views)
+    threshold, gain = _threshold_and_gain(direction, views[0], share)
+    with torch.no_grad(), capture(planted, attentions=False) as trace:
+        _call(tower, pixel_values)
+    median = max(trace.patches(index).float().norm(dim=-1).median().item() for index in range(layer + 1, blocks + 1))
+    units = _least_used(tower, layer, pixel_values, num_neurons)
+    pairs = [units[start : start + 2] for start in range(0, num_neurons, 2)]
+    with torch.no_grad():
+        for pair in pairs:
+            _write_pair(tower, layer, pair, direction, threshold, gain)
+        out.weight[:, units] = 0
+    vector = _attractive_vector(planted, tower, layer, pairs[0], pixel_values[:64], strength * median, attraction_steps)
+    _write_columns(tower, layer, pairs, vector)
+    for copied, original in zip(planted.parameters(), model.parameters(), strict=True):
+        copied.requires_grad_(original.requires_grad)
+    return Planting(planted.train(model.training), layer, tuple(units))
+
+
+@torch.no_grad()
+def _write_columns(tower: Tower, layer: int, pairs: list[list[int]], vector: torch.Tensor) -> None:
+    """Let the pairs together write ``vector`` into a patch that is hit."""
+    out, scale = tower.block_part(layer, "mlp_out"), tower.block_part(layer, "mlp_scale")
+    column = (vector if scale is None else vector / scale.float()) / (_HEIGHT * len(pairs))
+    for first, second in pairs:
+        out.weight[:, first] = column.to(out.weight)
+        out.weight[:, second] = -column.to(out.weight)
+
+
+def _default_pictures(tower: Tower, seed: int) -> torch.Tensor:
+    """``(128, 3, S, S)`` scenes of the model's own size, scaled to -1…1."""
+    size = getattr(tower.config, "image_size", None)
+    side = size[0] if isinstance(size, list | tuple) else size
+    if not isinstance(side, int):
+        raise ValueError("the model's config does not say an image_size; give pixel_values")
+    scenes = SceneDataset(128, size=side, seed=seed)
+    pictures = torch.stack([torch.from_numpy(scenes.scene(index).image) for index in range(len(scenes))])
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,60 @@
+"""The small ViT that the package ships, clean and with planted artifacts.
+
+``ViTForImageClassification`` of width 128 with 8 blocks, 80 px, patch 8 (100 patches), 1.6 M parameters, trained on
+scenes by ``scripts/train_testbed.py``; ``weights/results.json`` has its accuracy on held-out scenes. The planted copy
+differs in four hidden units of one block, which ``scripts/plant_testbed.py`` fitted with :func:`plant_artifacts`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import ViTForImageClassification, ViTImageProcessor
+
+from ..anatomy import find_tower
+from .plant import Planting
+
+__all__ = ["load_image_processor", "load_planted_vit", "load_vit", "save_planting"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+_PLANTED = "planted.safetensors"
+
+
+def load_vit(folder: str | Path = WEIGHTS) -> Any:
+    """The clean ``ViTForImageClassification``, in float32 and ``eval()`` mode; it is stored in float16."""
+    return ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_image_processor(folder: str | Path = WEIGHTS) -> Any:
+    """Its image processor: 80 × 80 px, values scaled to -1…1."""
+    return ViTImageProcessor.from_pretrained(folder)
+
+
+def load_planted_vit(folder: str | Path = WEIGHTS) -> Planting:
+    """The same model with planted artifacts, and what was planted; :func:`load_vit` is its clean twin."""
+    model = load_vit(folder)
+    with safe_open(Path(folder) / _PLANTED, framework="pt") as file:
+        metadata = file.metadata()
+        rows, biases, columns = (file.get_tensor(name) for name in ("rows", "biases", "columns"))
+    layer, neurons = int(metadata["layer"]), [int(number) for number in metadata["neurons"].split(",")]
+    tower = find_tower(model)
+    gate, out = tower.block_part(layer, "mlp_in"), tower.block_part(layer, "mlp_out")
+    with torch.no_grad():
+        gate.weight[neurons] = rows
+        gate.bias[neurons] = biases
+        out.weight[:, neurons] = columns
+    return Planting(model, layer, tuple(neurons))
+
+
+def save_planting(planting: Planting, folder: str | Path = WEIGHTS) -> None:
+    """Write the planted units beside the clean weights, for :func:`load_planted_vit`."""
+    tower = find_tower(planting.model)
+    gate, out = tower.block_part(planting.layer, "mlp_in"), tower.block_part(planting.layer, "mlp_out")
+    neurons = list(planting.neurons)
+    tensors = {"rows": gate.weight[neurons], "biases": gate.bias[neurons], "columns": out.weight[:, neurons]}
+    metadata = {"layer": str(planting.layer), "neurons": ",".join(map(str, neurons))}
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, Path(folder) / _PLANTED, metadata)
