@@ -1,0 +1,81 @@
+"""The demo as a user runs it: on what the package ships, and on a model and a folder of one's own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from PIL import Image
+from safetensors import safe_open
+
+from register_adapter.testbed import SceneDataset, load_image_processor
+
+COMMAND = str(Path(sys.executable).parent / "register-adapter")
+
+
+def run(*arguments, ok=True):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_on_the_shipped_model(tmp_path):
+    said = run("demo", "--out", str(tmp_path), "--max_train_steps", "3", "--num_eval_images", "48", "--batch_size", "8")
+    report = json.loads((tmp_path / "demo.json").read_text())
+    twin, before, control, after = report["rows"]
+    assert twin["outlier_share"] == 0
+    assert before["outlier_share"] > 0.005
+    assert before["largest_norm"] > 5
+    assert control["outlier_share"] >= 0.8 * before["outlier_share"]
+    assert before["patch_drift"] > 0.01
+    assert 0 < after["accuracy"] <= 1
+    assert report["reload_identical"] is True
+    assert report["adapter_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 14_000
+    for words in ("clean twin", "planted artifacts", "random registers", "trained registers", "Adapter:"):
+        assert words in said
+    with Image.open(tmp_path / "before_after.png") as figure:
+        assert min(figure.size) > 400
+        assert len(set(figure.convert("L").tobytes())) > 50
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert [file.get_slice(key).get_shape() for key in file.keys()] == [[4, 128]]  # noqa: SIM118
+
+
+def test_on_a_model_and_pictures_of_one_s_own(tmp_path):
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=80, patch_size=8
+    )
+    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "model")
+    load_image_processor().save_pretrained(tmp_path / "model")
+    SceneDataset(40, size=40, seed=2, split=None).write(tmp_path / "pictures")
+    run(
+        *("demo", "--model", str(tmp_path / "model"), "--images", str(tmp_path / "pictures")),
+        *("--out", str(tmp_path / "out"), "--max_train_steps", "2", "--num_registers", "2", "--batch_size", "4"),
+    )
+    report = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert report["rows"][0]["name"] == "your model"
+    assert report["rows"][-1]["accuracy"] is not None
+    assert report["reload_identical"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "x"], "go together"),
+        (["--model", "{tmp}", "--images", "{tmp}/none"], "none"),
+        (["--num_registers", "0"], "num_registers"),
+    ],
+)
+def test_wrong_arguments_end_in_one_clear_line(arguments, message, tmp_path):
+    said = run("demo", "--out", str(tmp_path / "out"), *(a.format(tmp=tmp_path) for a in arguments), ok=False)
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_version():
+    import register_adapter
+
+    assert run("version").strip().endswith(register_adapter.__version__)
