@@ -1,0 +1,160 @@
+"""The overhead benchmark runs, counts bytes rightly, and reports what it measured and what it left out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--models", "tiny", "--sizes", "28", "--batches", "1", "--dtypes", "float32", "--devices", "cpu"]
+
+
+@pytest.fixture
+def overhead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import overhead
+
+    return overhead
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import measuring
+
+    return measuring
+
+
+def test_the_documented_command_writes_a_whole_report(tmp_path: Path) -> None:
+    out = tmp_path / "new folder" / "overhead.json"
+    command = [sys.executable, str(BENCHMARKS / "overhead.py"), *TINY, "--compile", "no", "--repeats", "3"]
+    done = subprocess.run(
+        [*command, "--min-time", "0", "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert {"benchmark", "config", "versions", "hardware", "commit", "wrapping", "skipped", "targets"} < set(report)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["hardware"]["cores"] >= 1
+    assert report["skipped"] == []
+    assert [result["step"] for result in report["results"]] == ["forward", "train"]
+    for result in report["results"]:
+        assert set(result["milliseconds"]) == {"base", "adapter", "native"}
+        for ratio in result["ratios"].values():
+            assert 0 < ratio["p10"] <= ratio["median"] <= ratio["p90"]
+    assert report["wrapping"][0]["ms"]["median"] > 0
+    names = {target["target"] for target in report["targets"]}
+    assert names == {"time of adapter / native", "peak memory, |adapter / native - 1|"}
+    assert all(target["passed"] == (target["value"] <= target["limit"]) for target in report["targets"])
+    assert "| adapter / native |" in done.stdout
+    assert done.stdout.count("| cpu | tiny |") == 2
+
+
+def test_each_of_the_three_models_trains_one_parameter(overhead: ModuleType) -> None:
+    models = overhead.build("tiny", 28, 4)
+    trained = {
+        name: {key: tuple(p.shape) for key, p in model.named_parameters() if p.requires_grad}
+        for name, model in models.items()
+    }
+    assert trained["base"] == {"embeddings.cls_token": (1, 1, 32)}
+    assert trained["native"] == {"embeddings.register_tokens": (1, 4, 32)}
+    assert list(trained["adapter"].values()) == [(4, 32)]
+    pixel_values = torch.randn(1, 3, 28, 28)
+    before = {name: [p.clone() for p in model.parameters()] for name, model in models.items()}
+    for name, model in models.items():
+        overhead.make_call(model, pixel_values, "train")()
+        changed = [not torch.equal(old, new) for old, new in zip(before[name], list(model.parameters()), strict=True)]
+        assert sum(changed) == 1, name
+
+
+def test_what_is_left_out_is_named_with_the_reason(overhead: ModuleType, tmp_path: Path) -> None:
+    common = [*TINY, "--compile", "no", "--repeats", "1", "--min-time", "0", "--out", str(tmp_path / "report.json")]
+    slow = overhead.main([*common, "--budget", "0"])
+    assert slow["results"] == []
+    assert {case["step"] for case in slow["skipped"]} == {"forward", "train"}
+    assert all("--budget 0" in case["reason"] for case in slow["skipped"])
+    late = overhead.main([*common, "--max-minutes", "0"])
+    assert all("--max-minutes" in case["reason"] for case in late["skipped"])
+    assert len(late["skipped"]) == 2
+
+
+def test_a_case_that_does_not_fit_is_not_started(
+    overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overhead, "free_bytes", lambda device: 10_000)
+    report = overhead.main([*TINY, "--compile", "no", "--repeats", "1", "--out", str(tmp_path / "report.json")])
+    assert report["results"] == []
+    assert all("GiB are free" in case["reason"] for case in report["skipped"])
+
+
+@pytest.mark.parametrize("wrong", [["--sizes", "30"], ["--batches", "0"], ["--repeats", "0"], ["--models", "xxl"]])
+def test_wrong_options_are_refused(overhead: ModuleType, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        overhead.main([*TINY, *wrong])
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_missed_targets_are_reported_as_missed(overhead: ModuleType) -> None:
+    case = {"device": "cpu", "model": "l", "size": 224, "dtype": "float32", "batch": 1, "compiled": False}
+    result: dict[str, Any] = {
+        **case,
+        "step": "forward",
+        "ratios": {"adapter/native": {"median": 1.009}, "adapter/base": {"median": 1.031}},
+        "bytes": {"adapter": {"activation_peak": 1020}, "native": {"activation_peak": 1000}},
+    }
+    found = overhead.check_targets([result], [{"model": "l", "ms": {"median": 49.0}}], 4)
+    assert [target["passed"] for target in found] == [True, False, False, True]
+    assert len(overhead.check_targets([result], [], 16)) == 2
+
+
+def test_the_peak_is_the_most_that_was_alive_at_once(measuring: ModuleType) -> None:
+    known = torch.zeros(10_000)
+    with measuring.PeakBytes([known]) as counter:
+        one = torch.ones(1000)
+        two = one + 1
+        del one
+        view = two[:10]
+        del two
+        three = torch.ones(500)
+        three.add_(1)
+        known[:100].add_(1)
+    assert counter.peak == 2 * 4000
+    assert counter.live == 4000 + 2000
+    del view, three
+    assert counter.live == 0
+
+
+def test_saved_bytes_count_every_storage_once(measuring: ModuleType) -> None:
+    weight = torch.ones(100, requires_grad=True)
+    values = torch.ones(100)
+
+    def call() -> None:
+        product = weight * values
+        (product * product).sum().backward()
+
+    # Kept: the factors of the second product are one storage; `values` and `weight` are given.
+    assert measuring.saved_bytes(call, [weight, values]) == 400
+    assert measuring.saved_bytes(call, [weight]) == 800
+
+
+def test_ratios_are_taken_within_a_turn(measuring: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine that gets slower all the time: every ratio within a turn stays at 2 (give or take the drift in a turn).
+    now = [1.0]
+
+    def clock(call: Any, device: str, calls: int = 1) -> float:
+        now[0] *= 1.01
+        return now[0] * call()
+
+    monkeypatch.setattr(measuring, "clock", clock)
+    found = measuring.take_turns(
+        {"one": lambda: 2.0, "other": lambda: 1.0}, [("one", "other")], "cpu", repeats=30, min_time=0, budget=1e9
+    )
+    assert found["ratios"]["one/other"]["median"] == pytest.approx(2, rel=0.02)
+    assert found["milliseconds"]["one"]["p90"] > 1.2 * found["milliseconds"]["one"]["p10"]

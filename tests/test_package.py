@@ -1,0 +1,324 @@
+"""What is shipped: the wheel's content, what an import does, docstrings, and the layers between modules."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import register_adapter
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "register_adapter"
+MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "register_adapter."))
+CORE = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface-hub"}
+
+#: Lowest first: a module imports from its own layer or a lower one, never from a higher one. A package stands for all
+#: its modules. docs/architecture.md says what each of them is.
+LAYERS = (
+    ("_version", "errors", "_peft_compat", "tokens", "images", "report"),
+    ("anatomy", "adapter_file", "hub", "data"),
+    ("identity",),
+    ("config",),
+    ("layer", "card"),
+    ("model",),
+    ("peft_model", "capture"),
+    ("artifacts", "viz", "reload"),
+    ("measure",),
+    ("testbed", "objectives", "checkpoints", "train_arguments"),
+    ("loop",),
+    ("training",),
+    ("train",),
+    ("demo", "cli"),
+)
+
+
+def _run(code: str, cwd: Path, *arguments: str) -> str:
+    command = [sys.executable, *arguments, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """A wheel built from a copy of the sources, with no network and no build folder left in the repository."""
+    source = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(PACKAGE, source / "register_adapter", ignore=ignored)
+    # Folders that must stay out of the wheel although they lie beside the package.
+    for name in ("tests", "benchmarks", "examples", "scripts"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    out = source / "out"
+    _run("from setuptools import build_meta; build_meta.build_wheel('out')", source)
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    sources = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert sources <= names
+    assert "register_adapter/py.typed" in names
+    weights = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "testbed" / "weights").glob("*")}
+    assert weights <= names
+    rest = {name for name in names - sources - weights if ".dist-info/" not in name}
+    assert rest == {"register_adapter/py.typed"}
+
+
+def test_the_wheel_is_small_and_has_no_pickle(wheel: zipfile.ZipFile) -> None:
+    assert not [name for name in wheel.namelist() if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pyc"))]
+    assert sum(item.file_size for item in wheel.infolist() if "/weights/" in item.filename) <= 2 * 4 * 2**20
+    assert sum(item.file_size for item in wheel.infolist() if "/weights/" not in item.filename) < 2**20
+
+
+def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
+    folder = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
+    metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
+    assert metadata["Version"] == register_adapter.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {line.partition(">")[0].strip().replace("_", "-") for line in required} >= CORE
+    assert "register_adapter.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+    licence = wheel.read(f"{folder}/licenses/LICENSE").decode()
+    assert "Apache License" in licence
+    assert "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_what_is_optional_is_not_a_core_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    core = {line.partition(">")[0].strip().replace("_", "-") for line in project["dependencies"]}
+    assert core == CORE | {"numpy", "pillow", "tqdm"}
+    optional = " ".join(project["optional-dependencies"]["demo"] + project["optional-dependencies"]["test"])
+    assert "register-adapter[" in optional
+
+
+def test_the_citation_names_this_version() -> None:
+    import yaml
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == register_adapter.__version__
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(citation)
+    assert citation["references"][0]["title"] == "Vision Transformers Need Registers"
+
+
+def test_every_pin_is_one_exact_version() -> None:
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(pin.specifier and all(one.operator == "==" for one in pin.specifier) for pin in pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [line for extra in project["optional-dependencies"].values() for line in extra] + project["dependencies"]
+    pinned = {pin.name.replace("_", "-") for pin in pins}
+    for requirement in map(Requirement, wanted):
+        name = requirement.name.replace("_", "-")
+        assert name == "register-adapter" or name in pinned, f"constraints.txt does not pin {name}"
+        for pin in pins:
+            if pin.name.replace("_", "-") == name:
+                version = next(iter(pin.specifier)).version
+                assert requirement.specifier.contains(version), f"{pin} is outside {requirement}"
+
+
+# What an import does
+
+
+def test_an_import_registers_with_peft_and_does_nothing_else(tmp_path: Path) -> None:
+    """Compared in a fresh process, with the libraries below it imported before; a second import adds nothing."""
+    report = _run(
+        """
+        import importlib, logging, os, random, warnings
+        import accelerate, datasets, huggingface_hub, numpy, peft, safetensors.torch, torch, transformers
+        import peft.tuners.tuners_utils, transformers.utils.logging
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+        def state():
+            return {
+                "environment": dict(os.environ),
+                "folder": os.getcwd(),
+                "files": sorted(os.listdir()),
+                "warnings": [str(one) for one in warnings.filters],
+                "handlers": [str(one) for one in logging.getLogger().handlers],
+                "verbosity": transformers.utils.logging.get_verbosity(),
+                "threads": torch.get_num_threads(),
+                "dtype": str(torch.get_default_dtype()),
+                "grad": torch.is_grad_enabled(),
+                "torch rng": torch.get_rng_state().tolist(),
+                "numpy rng": str(numpy.random.get_state()),
+                "rng": str(random.getstate()),
+                "module hooks": len(torch.nn.modules.module._global_forward_hooks),
+                "module class": sorted(vars(torch.nn.Module)),
+                "peft model": sorted(vars(peft.PeftModel)),
+                "types": sorted(one.value for one in peft.PeftType),
+                "configs": sorted(one.value for one in PEFT_TYPE_TO_CONFIG_MAPPING),
+                "tuners": sorted(one.value for one in PEFT_TYPE_TO_TUNER_MAPPING),
+                "prefixes": sorted(one.value for one in PEFT_TYPE_TO_PREFIX_MAPPING),
+            }
+
+        before = state()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            import register_adapter
+        importlib.reload(register_adapter)
+        after = state()
+        for name in ("types", "configs", "tuners", "prefixes"):
+            new = set(after.pop(name)) ^ set(before.pop(name))
+            assert new == {"REGISTER_ADAPTER"}, (name, new)
+        for name in before:
+            assert before[name] == after[name], (name, before[name], after[name])
+        print("as before")
+        """,
+        tmp_path,
+    )
+    assert report == "as before\n", "the import printed or logged something"
+
+
+def test_the_library_needs_no_extra(tmp_path: Path) -> None:
+    """Every module but the command line is imported in a process that has none of the optional packages."""
+    missing = ("matplotlib", "rich", "skimage", "sklearn", "tensorboard", "timm", "torchvision", "typer")
+    names = [name for name in MODULES if name != "register_adapter.cli"]
+    code = f"""
+    import importlib, importlib.abc, sys
+    import torch, transformers, peft, accelerate, datasets
+
+    class Absent(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in {missing!r}:
+                raise ModuleNotFoundError(name)
+
+    for name in list(sys.modules):
+        if name.partition(".")[0] in {missing!r}:
+            del sys.modules[name]
+    sys.meta_path.insert(0, Absent())
+    for name in {names!r}:
+        importlib.import_module(name)
+    print("imported")
+    """
+    assert "imported" in _run(code, tmp_path).split()
+
+
+# Names and docstrings
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports_and_its_public_names_are_described(name: str) -> None:
+    module = importlib.import_module(name)
+    assert (module.__doc__ or "").strip(), f"{name} has no docstring"
+    public = _public(module)
+    assert public or name.endswith("._version"), f"{name} lists nothing in __all__"
+    for symbol in public:
+        value = getattr(module, symbol)
+        if (inspect.isclass(value) or inspect.isroutine(value)) and value.__module__.startswith("register_adapter"):
+            assert (value.__doc__ or "").strip(), f"{name}.{symbol} has no docstring"
+            for member in _methods(value):
+                assert (inspect.getdoc(member) or "").strip(), f"{member.__qualname__} has no docstring"
+
+
+def _public(module: ModuleType) -> list[str]:
+    return list(getattr(module, "__all__", []))
+
+
+def _methods(value: Any) -> list[Any]:
+    if not inspect.isclass(value):
+        return []
+    own = [member for name, member in vars(value).items() if not name.startswith("_")]
+    functions = [member.fget if isinstance(member, property) else getattr(member, "__func__", member) for member in own]
+    return [member for member in functions if inspect.isfunction(member)]
+
+
+def test_the_packages_public_names_exist_and_are_sorted() -> None:
+    names = register_adapter.__all__
+    assert len(names) == len(set(names))
+    assert all(hasattr(register_adapter, name) for name in names)
+
+
+# Layers
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also inside functions, as names below the package."""
+    here = path.relative_to(ROOT).with_suffix("").parts
+    package = here if path.name == "__init__.py" else here[:-1]
+    package = package[:-1] if path.name == "__init__.py" else package
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            start = ".".join(part for part in (base, node.module) if part)
+            # `from . import name` may import a module.
+            targets = [start, *(f"{start}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {target for target in targets if target in MODULES}
+    return {target.removeprefix("register_adapter.") for target in found}
+
+
+def _graph() -> dict[str, set[str]]:
+    paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return {name: _imports(path) for name, path in zip(names, paths, strict=True)}
+
+
+def test_a_lower_layer_never_imports_a_higher_one() -> None:
+    level = {name: index for index, names in enumerate(LAYERS) for name in names}
+    graph = _graph()
+    unplaced = {name.partition(".")[0] for name in graph} - set(level)
+    assert not unplaced, f"put {sorted(unplaced)} into LAYERS and into docs/architecture.md"
+    for name, targets in graph.items():
+        for target in targets:
+            mine, theirs = (level[one.partition(".")[0]] for one in (name, target))
+            assert theirs <= mine, f"{name} imports {target}, which is in a higher layer"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {name: set(targets) for name, targets in _graph().items()}
+    # A package's __init__ only gathers its modules' names.
+    graph = {
+        name: {t for t in targets if t not in {n.rpartition(".")[0] for n in graph}} for name, targets in graph.items()
+    }
+    while free := [name for name, targets in graph.items() if not targets & set(graph)]:
+        for name in free:
+            del graph[name]
+    assert not graph, f"a circle among {sorted(graph)}"
+
+
+def test_the_imports_are_found() -> None:
+    """The two tests above would pass on an empty graph."""
+    graph = _graph()
+    assert {"anatomy", "config", "tokens", "errors"} <= graph["layer"]
+    assert {"anatomy", "capture"} <= graph["artifacts.norms"]
+    assert graph["errors"] == set()
+
+
+def test_the_architecture_document_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    names = {name.partition(".")[0] for name in _graph()} - {"_version"}
+    missing = [name for name in names if f"`{name}" not in text]
+    assert not missing, f"docs/architecture.md does not mention {sorted(missing)}"
