@@ -50,7 +50,7 @@ def _app() -> Any:
         num_registers: int = typer.Option(4, "--num_registers", min=1, help="Number of registers."),
         max_train_steps: int = typer.Option(150, "--max_train_steps", min=1, help="Optimiser steps."),
         batch_size: int = typer.Option(32, "--batch_size", min=1, help="Pictures a step."),
-        learning_rate: float = typer.Option(0.05, "--learning_rate", help="Peak learning rate."),
+        learning_rate: float = typer.Option(0.1, "--learning_rate", help="Peak learning rate."),
         num_eval_images: int = typer.Option(256, "--num_eval_images", min=2, help="Held-out pictures, at most."),
         seed: int = typer.Option(0, help="Seed of everything random."),
     ) -> None:
@@ -58,8 +58,12 @@ def _app() -> Any:
 
         Without --model and --images it runs on the small ViT with planted artifacts that the package ships.
         """
+        import warnings
+
         from transformers.utils import logging
 
+        # PEFT reads an attribute that transformers has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         from .demo import DemoArguments, run_demo
 
         logging.disable_progress_bar()

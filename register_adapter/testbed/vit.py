@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import ViTForImageClassification, ViTImageProcessor
 
 from ..anatomy import find_tower
 from .plant import Planting
@@ -26,12 +26,14 @@ _PLANTED = "planted.safetensors"
 
 def load_vit(folder: str | Path = WEIGHTS) -> Any:
     """The clean ``ViTForImageClassification``, in float32 and ``eval()`` mode; it is stored in float16."""
-    return ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def load_image_processor(folder: str | Path = WEIGHTS) -> Any:
     """Its image processor: 80 × 80 px, values scaled to -1…1."""
-    return ViTImageProcessor.from_pretrained(folder)
+    # The default one needs torchvision in transformers 5, and says so at length without it.
+    kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
+    return kind.from_pretrained(folder)
 
 
 def load_planted_vit(folder: str | Path = WEIGHTS) -> Planting:
