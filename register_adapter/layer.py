@@ -180,7 +180,7 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return []
-        active = {name: self.tokens(name) for name in self._active_names if name in self.names}
+        active = {name: self.tokens(name) for name in self._active_names if name in self.register_adapter_tokens}
         waiting = [name for name, tokens in active.items() if tokens.pending]
         if waiting and self.training:
             self._refuse(waiting[0])
@@ -246,23 +246,25 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         # What was recorded on the way (hidden_states, attentions) is as long as the last hidden state before the cut.
-        count = self.num_active
         last = None if isinstance(output, torch.Tensor) else output[0]
-        if not count or not isinstance(last, torch.Tensor) or last.ndim != 3:
+        if not isinstance(last, torch.Tensor) or last.ndim != 3:
+            return None
+        count = self.num_active
+        if not count:
             return None
         return cut_tokens(output, self.prefix, count, last.shape[1] + count, self._cuts_attentions)
 
     def _grow_mask_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        count = self.num_active
+        position = self._mask_position
+        positional = args[position] if position is not None and len(args) > position else None
+        mask = kwargs.get("attention_mask", positional)
+        count = self.num_active if mask is not None else 0
         if not count:
             return None
-        position = self._mask_position
-        if kwargs.get("attention_mask") is not None:
-            return args, {**kwargs, "attention_mask": grow_mask(kwargs["attention_mask"], self.prefix, count)}
-        if position is not None and len(args) > position and args[position] is not None:
-            grown = grow_mask(args[position], self.prefix, count)
-            return (*args[:position], grown, *args[position + 1 :]), kwargs
-        return None
+        grown = grow_mask(mask, self.prefix, count)
+        if position is None or "attention_mask" in kwargs:
+            return args, {**kwargs, "attention_mask": grown}
+        return (*args[:position], grown, *args[position + 1 :]), kwargs
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Registers cannot be merged.
