@@ -234,12 +234,13 @@ def _load_optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer:
 
 def _random_state() -> dict[str, Any]:
     """Every generator's state, in types that ``torch.load(weights_only=True)`` reads."""
+    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "cuda": torch.cuda.get_rng_state() if cuda else None,
     }
 
 

@@ -90,7 +90,7 @@ class TrainArguments:
             raise ValueError(f"mixed_precision must be no, fp16 or bf16, got {self.mixed_precision!r}")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the repository to upload to, such as user/name")
-        for name in ("checkpointing_steps", "resume_from_checkpoint", "with_tracking"):
+        for name in ("checkpointing_steps", "resume_from_checkpoint", "with_tracking", "push_to_hub"):
             if getattr(self, name) and self.output_dir is None:
                 raise ValueError(f"{name} needs an output_dir to write to")
 

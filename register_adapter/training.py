@@ -152,7 +152,7 @@ def train(
     weights = checkpoints.adapter_weights(accelerator, prepared)
     trained = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     trained.eval()
-    _check_finite(weights or dict(trained.named_parameters()))
+    _check_finite(weights or {name: parameter for name, parameter in trained.named_parameters() if name in trainable})
     if accelerator.is_main_process and args.output_dir:
         _save(trained, weights, Path(args.output_dir), results, image_processor, training_data)
         if args.push_to_hub:
@@ -195,9 +195,9 @@ def _accelerator(args: TrainArguments) -> Accelerator:
         if args.report_to not in known:
             raise ValueError(f"report_to must be one of {', '.join(known)}, got {args.report_to!r}")
         if not trackers or args.report_to not in ("all", *trackers):
-            raise MissingExtraError(
-                f"reports to {args.report_to}", args.report_to.replace("all", "tensorboard"), "train"
-            )
+            if args.report_to in ("all", "tensorboard"):
+                raise MissingExtraError("reports to a tracker", "tensorboard", "train")
+            raise ValueError(f"report_to={args.report_to!r} needs its package, which is not installed")
     accelerator = Accelerator(
         cpu=use_cpu(args),
         mixed_precision=args.mixed_precision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -280,6 +281,7 @@ def _imports(path: Path) -> set[str]:
     return {target.removeprefix("register_adapter.") for target in found}
 
 
+@functools.cache
 def _graph() -> dict[str, set[str]]:
     paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
     names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for path in paths]

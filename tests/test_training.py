@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hub_server import HubServer
 from peft import AutoPeftModel
 from safetensors.torch import load_file
 from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, write_photographs, write_vit
@@ -118,7 +119,7 @@ def test_a_frozen_head_is_kept_and_labels_are_found_by_name(photos: Path, tmp_pa
 
 
 def test_registers_alone_learn_in_process_on_scenes(tmp_path: Path) -> None:
-    vit = write_vit(tmp_path / "vit", list(LABELS), dropout=0.0)
+    vit = write_vit(tmp_path / "vit", list(LABELS), dropout=0.0, std=0.2)
     base = ViTForImageClassification.from_pretrained(vit)
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     scenes = SceneDataset(8, size=32, split=None)
@@ -174,7 +175,7 @@ def newest(out: Path) -> int:
 
 def kill_at(out: Path, step: int, delay: float, pid: int, running: Any) -> None:
     """SIGKILL, ``delay`` seconds after the checkpoint of ``step`` is there."""
-    limit = time.monotonic() + 300
+    limit = time.monotonic() + 900
     while newest(out) < step:
         assert running(), f"the run ended before step {step}"
         assert time.monotonic() < limit, f"step {step} was not reached"
@@ -423,7 +424,7 @@ def test_a_token_on_the_command_line_is_not_repeated(
 
 def test_wrong_paths_and_heads(vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = {
-        f"{tmp_path / 'none'} is not a folder": (vit, tmp_path / "none", []),
+        f"{tmp_path / 'none' / 'train'} is not a folder": (vit, tmp_path / "none", []),
         "no image processor was found": (tmp_path / "nothing", photos, []),
         "lacks 3 of the data set's classes": (vit, photos, ["--freeze_head"]),
         "has no head 'fc'": (vit, photos, ["--head", "fc"]),
@@ -482,6 +483,25 @@ def test_tensorboard_gets_the_losses(vit: Path, photos: Path, tmp_path: Path) ->
     assert [event.step for event in events.Scalars("train_loss")] == [2, 4]
     assert events.Scalars("train_loss")[-1].value == pytest.approx(results["metrics"]["train_loss"])
     assert events.Scalars("eval_accuracy")[0].value == pytest.approx(results["metrics"]["eval_accuracy"])
+
+
+def test_push_to_hub_uploads_all_and_shows_no_token(vit: Path, photos: Path, tmp_path: Path) -> None:
+    token = "hf_TrainersTokenQwErTy"
+    more = ["--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "author/regs"]
+    kept = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")}
+    with HubServer({token: "author"}) as server:
+        hub = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token, "HF_DEBUG": "1"}
+        hub |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        command = [*TRAIN, *flags(vit, photos, tmp_path / "out", *more)]
+        done = subprocess.run(command, env=kept | hub, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr
+        commit = server.repos["author/regs"].at("main")
+    assert commit is not None
+    assert set(commit.files) >= {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json"}
+    assert commit.files["adapter_model.safetensors"].data == adapter_bytes(tmp_path / "out")
+    assert "eval_accuracy" in commit.files["README.md"].data.decode()
+    written = [path.read_text("utf-8") for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md")]
+    assert not [text for text in (done.stdout, done.stderr, *written) if token in text]
 
 
 def test_the_example_runs_as_a_user_would_run_it(vit: Path, photos: Path, tmp_path: Path) -> None:

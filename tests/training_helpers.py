@@ -27,7 +27,7 @@ def load_example(name: str) -> Any:
     return module
 
 
-def write_vit(folder: Path, labels: list[str], dropout: float = 0.1) -> Path:
+def write_vit(folder: Path, labels: list[str], dropout: float = 0.1, std: float = 0.02) -> Path:
     """A random ViT (2 blocks of width 32, 32 px, patch 8) with its image processor."""
     torch.manual_seed(0)
     config = ViTConfig(
@@ -37,6 +37,7 @@ def write_vit(folder: Path, labels: list[str], dropout: float = 0.1) -> Path:
         intermediate_size=64,
         image_size=32,
         patch_size=8,
+        initializer_range=std,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         id2label=dict(enumerate(labels)),
@@ -53,7 +54,7 @@ def write_photographs(folder: Path, *options: str) -> Path:
 
 
 def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False, **options)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
 def adapter_bytes(folder: Path) -> bytes:

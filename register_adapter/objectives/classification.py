@@ -55,8 +55,8 @@ class ClassificationObjective(Objective):
         """``AutoModelForImageClassification`` with a head for the data set's classes.
 
         Raises:
-            ValueError: The checkpoint lacks weights of the tower, or, with ``freeze_head``, of the head; or its tower
-                does not fit its config.
+            ValueError: The model has no such head; the checkpoint lacks weights of the tower, or, with ``freeze_head``,
+                of the head; or its tower does not fit its config.
         """
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         own = [config.id2label[index] for index in sorted(config.id2label)]
@@ -67,6 +67,8 @@ class ClassificationObjective(Objective):
         model, info = AutoModelForImageClassification.from_pretrained(
             name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
+        if not self.freeze_head:
+            self._check_head(model)
         # A new head may be missing from the checkpoint or have another shape there; nothing else may.
         allowed = () if self.freeze_head else (f"{self.head}.",)
         lost = {key for key in info["missing_keys"] if not key.startswith(allowed)}
@@ -88,14 +90,17 @@ class ClassificationObjective(Objective):
         if self.freeze_head:
             self._ids = self._find_labels(base)
             return add_registers(base, **kwargs)
+        self._check_head(base)
+        modules = [*(kwargs.pop("modules_to_save", None) or []), self.head]
+        return add_registers(base, modules_to_save=list(dict.fromkeys(modules)), **kwargs)
+
+    def _check_head(self, base: nn.Module) -> None:
         if not hasattr(base, self.head):
             children = [name for name, _ in base.named_children()]
             raise ValueError(
                 f"{type(base).__name__} has no head {self.head!r}; it has {children}. Name the head (--head), or train "
                 "registers only (--freeze_head)."
             )
-        modules = [*(kwargs.pop("modules_to_save", None) or []), self.head]
-        return add_registers(base, modules_to_save=list(dict.fromkeys(modules)), **kwargs)
 
     def _find_labels(self, base: nn.Module) -> list[int] | None:
         """The model's number for each of the data set's classes, ``None`` if they are the same."""
