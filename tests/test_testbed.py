@@ -60,9 +60,8 @@ def test_the_image_processor_does_what_the_model_was_trained_with():
 
 def test_the_clean_twin_has_no_outliers(held_out):
     clean = load_vit()
-    for layer in range(9):
-        share = summarise_norms(patch_norms(clean, [held_out[0]], layer)).share
-        assert share == 0 or (layer == 0 and share < 0.02)
+    for layer in range(1, 9):  # 0 is the input of the first block, where norms follow the contrast of the patch
+        assert summarise_norms(patch_norms(clean, [held_out[0]], layer)).share == 0
 
 
 def test_planted_artifacts_have_the_published_signature(planting, held_out):

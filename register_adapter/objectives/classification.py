@@ -55,8 +55,8 @@ class ClassificationObjective(Objective):
         """``AutoModelForImageClassification`` with a head for the data set's classes.
 
         Raises:
-            ValueError: The model has no such head; the checkpoint lacks weights of the tower, or, with ``freeze_head``,
-                of the head; or its tower does not fit its config.
+            ValueError: The model has no head of that name; or the checkpoint lacks weights of the tower or of a frozen
+                head, or has them in other shapes.
         """
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         own = [config.id2label[index] for index in sorted(config.id2label)]

@@ -204,7 +204,8 @@ def _fit_direction(views: list[_Tokens], steps: int = 100) -> torch.Tensor:
 def _threshold_and_gain(direction: torch.Tensor, clean: _Tokens, share: float) -> tuple[float, float]:
     """Where the ramp begins, and how steep it is: a tenth of the patches hit may lie on it."""
     scores = (clean.patches @ direction).flatten()
-    threshold = max(scores.quantile(1 - share).item(), (clean.others @ direction).max().item())
+    others = (clean.others @ direction).tolist()  # none where there is no CLS
+    threshold = max([scores.quantile(1 - share).item(), *others])
     over = scores[scores > threshold] - threshold
     return threshold, _HEIGHT / over.quantile(0.1).clamp_min(1e-6).item()
 
