@@ -1,6 +1,7 @@
 """What the package ships to be tried on without a network: scenes, a small ViT, planted artifacts."""
 
-from .plant import Planting, plant_artifacts, register_probe
+from .plant import Planting, plant_artifacts
+from .probe import register_probe
 from .scenes import COLOURS, LABELS, SHAPES, Scene, SceneDataset, SceneObject, make_scene, photographs
 from .vit import load_image_processor, load_planted_vit, load_vit
 

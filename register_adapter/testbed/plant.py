@@ -30,43 +30,14 @@ from torch.nn import functional as F
 from ..anatomy import Tower, find_tower
 from ..artifacts.norms import neighbour_similarity
 from ..capture import capture
-from ..config import RegisterConfig
 from ..errors import UnsupportedModelError
-from ..model import RegisterModel
+from .probe import register_probe
 from .scenes import SceneDataset
 
-__all__ = ["Planting", "plant_artifacts", "register_probe"]
+__all__ = ["Planting", "plant_artifacts"]
 
 #: Height of the ramp: what a pair of neurons sends on, in units of activation, for a patch that is hit.
 _HEIGHT = 10.0
-
-
-@contextmanager
-def register_probe(model: nn.Module, num_registers: int, std: float = 0.02, seed: int = 0) -> Iterator[nn.Module]:
-    """Give ``model`` random, untrained registers for the length of the context (the control arm of every table).
-
-    Args:
-        model: A base model; it is as before afterwards.
-        num_registers: Number of registers; 0 changes nothing.
-        std: Standard deviation of the random values.
-        seed: Seed of the random values.
-
-    Yields:
-        The same model, with registers.
-    """
-    if num_registers == 0:
-        yield model
-        return
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tuner = RegisterModel(model, RegisterConfig(num_registers=num_registers, init_std=std), "probe")
-    try:
-        yield model
-    finally:
-        tuner.unload()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
