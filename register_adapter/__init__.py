@@ -9,7 +9,7 @@ Importing the package registers the method with PEFT; that is its only effect.
 
 from ._peft_compat import register as _register
 from ._version import __version__
-from .anatomy import FAMILIES, Anatomy
+from .anatomy import Anatomy
 from .capture import Trace, capture
 from .config import RegisterConfig
 from .errors import (
@@ -19,6 +19,7 @@ from .errors import (
     RegisterAdapterError,
     UnsupportedModelError,
 )
+from .families import FAMILIES
 from .hub import HubAccessError
 from .layer import RegisterLayer
 from .model import RegisterModel

@@ -1,4 +1,4 @@
-"""Every touch of PEFT's internals: the new member of its enum of methods, and the registration.
+"""Every touch of PEFT's internals: the new member of its enum of methods, the registration, what older versions lack.
 
 PEFT has no plug-in entry points: ``register_peft_method`` insists that the name is a member of ``PeftType``, and
 transformers calls ``.value`` on it, so the enum gets a real member.
@@ -6,13 +6,17 @@ transformers calls ``.value`` on it, so the enum gets a real member.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+from torch import nn
 
-__all__ = ["METHOD", "PREFIX", "peft_type", "register"]
+__all__ = ["METHOD", "PREFIX", "peft_type", "register", "remap_on_load"]
 
 METHOD = "register_adapter"
 PREFIX = "register_adapter_"
@@ -36,3 +40,34 @@ def register(config_cls: type, model_cls: type) -> None:
     """Make the method known to PEFT; a second call does nothing."""
     if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+
+
+def remap_on_load(tuner: nn.Module, remap: Callable[..., dict[str, Any]]) -> None:
+    """Have ``remap`` called when an adapter is loaded, also by a PEFT without a hook for it (0.18).
+
+    Args:
+        tuner: The module that holds the base as ``tuner.model``, and configs by name as ``tuner.peft_config``.
+        remap: Takes the arguments of ``BaseTuner._remap_adapter_state_dict_for_load``, by keyword.
+    """
+    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        tuner.register_load_state_dict_pre_hook(partial(_before_load, remap))  # type: ignore[no-untyped-call]
+
+
+def _before_load(
+    remap: Callable[..., dict[str, Any]], tuner: Any, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Undo what PEFT 0.18 did to the keys of a register adapter, and do what ``remap`` says."""
+    given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    named = {key: key.rpartition(f".{PREFIX}")[2].split(".") for key in given if f".{PREFIX}" in key}
+    names = {parts[1] for parts in named.values() if len(parts) > 1}
+    if len(names) != 1 or not all(key in named or ".modules_to_save." in key for key in given):
+        return  # the state of a whole model, or an adapter of another method
+    (name,) = names
+    bare = {}
+    for key, value in given.items():
+        place, mark, end = key.rpartition(f".{PREFIX}")
+        bare[f"{place}{mark}{end.replace(f'.{name}.', '.', 1)}" if mark else key] = value
+    placed = remap(model=tuner, config=tuner.peft_config[name], adapter_name=name, state_dict=bare)
+    for key in given:
+        del state_dict[f"{prefix}{key}"]
+    state_dict.update({f"{prefix}{key}": value for key, value in placed.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import AdapterFileError
 
-__all__ = ["TOKENS_KEY", "check_adapter_file", "check_tensors", "read_tensors"]
+__all__ = ["GATE_KEY", "TOKENS_KEY", "check_adapter_file", "check_tensors", "is_foreign", "read_tensors"]
 
 #: The end of the register tokens' key, whatever the tower's place in the model it was saved from.
 TOKENS_KEY = "registers.register_adapter_tokens.weight"
+#: The same of the gate on their attention logits.
+GATE_KEY = "registers.register_adapter_tokens.gate"
+_FOREIGN = re.compile(r"(^|\.)registers\.register_adapter_tokens\.[^.]+\.(weight|gate)$")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,10 +38,14 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def is_foreign(key: str) -> bool:
+    """Whether a key is of another adapter of the model that was saved: PEFT 0.18 writes those along, by their names."""
+    return _FOREIGN.search(key) is not None
+
+
 def check_tensors(
     tensors: Mapping[str, torch.Tensor],
-    num_registers: int,
-    hidden_size: int | None,
+    shapes: Mapping[str, tuple[int, ...]],
     modules_to_save: list[str] | None,
     source: str | Path,
 ) -> None:
@@ -45,8 +53,7 @@ def check_tensors(
 
     Args:
         tensors: Key to tensor, as stored in the file.
-        num_registers: R of the config.
-        hidden_size: D of the base the adapter was made for, ``None`` if not known.
+        shapes: End of a key to the shape of its tensor, -1 for a size that is not known.
         modules_to_save: Names of whole modules that are saved beside the registers.
         source: Named in the error.
 
@@ -54,16 +61,20 @@ def check_tensors(
         AdapterFileError: A tensor is missing, extra, misshapen, of a wrong dtype, or not finite.
     """
     faults = []
-    tokens = [key for key in tensors if key.endswith(TOKENS_KEY)]
-    if len(tokens) != 1:
-        faults.append(f"expected one tensor '...{TOKENS_KEY}', found {len(tokens)} among {sorted(tensors)}")
-    for key in tokens:
-        shape = tuple(tensors[key].shape)
-        width = hidden_size if hidden_size is not None else (shape or (0,))[-1]
-        if shape != (num_registers, width):
-            faults.append(f"{key} has shape {shape}, the config says ({num_registers}, {width})")
+    tokens = []
+    for end, expected in shapes.items():
+        found = [key for key in tensors if key.endswith(end)]
+        tokens += found
+        if len(found) != 1:
+            faults.append(f"expected one tensor '...{end}', found {len(found)} among {sorted(tensors)}")
+        for key in found:
+            shape = tuple(tensors[key].shape)
+            if len(shape) != len(expected) or any(a not in (b, -1) for a, b in zip(expected, shape, strict=True)):
+                wanted = ", ".join("any" if size == -1 else str(size) for size in expected)
+                faults.append(f"{key} has shape {shape}, the config says ({wanted})")
     saved = modules_to_save or []
-    extra = [key for key in tensors if key not in tokens and not any(f".{name}." in f".{key}" for name in saved)]
+    known = [key for key in tensors if key in tokens or is_foreign(key)]
+    extra = [key for key in tensors if key not in known and not any(f".{name}." in f".{key}" for name in saved)]
     if extra:
         faults.append(f"tensors that the config does not mention: {sorted(extra)}")
     missing = [name for name in saved if not any(f".{name}." in f".{key}" for key in tensors)]
@@ -81,7 +92,7 @@ def check_tensors(
 
 
 def check_adapter_file(
-    path: str | Path, num_registers: int, hidden_size: int | None, modules_to_save: list[str] | None
+    path: str | Path, shapes: Mapping[str, tuple[int, ...]], modules_to_save: list[str] | None
 ) -> None:
     """Read and check a whole adapter file; see :func:`read_tensors` and :func:`check_tensors` for what is raised."""
-    check_tensors(read_tensors(path), num_registers, hidden_size, modules_to_save, path)
+    check_tensors(read_tensors(path), shapes, modules_to_save, path)

@@ -1,19 +1,11 @@
-"""Where registers enter and leave a vision tower: one frozen row a model family, and the search for towers in a model.
-
-A new family is one row of :data:`FAMILIES`; nothing else in the package names a model.
-"""
+"""Where registers enter and leave a vision tower: the description of one family of models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from torch import nn
-
-from .errors import UnsupportedModelError
-
-__all__ = ["FAMILIES", "Anatomy", "Tower", "find_tower", "find_towers", "resolve"]
+__all__ = ["Anatomy", "Paths", "parent", "resolve"]
 
 Paths = str | tuple[str, ...]
 
@@ -28,12 +20,24 @@ class Anatomy:
     Attributes:
         family: Name of the family, part of an adapter's identity.
         embeddings: Module whose output, ``(B, prefix + patches, D)``, gets the registers.
+        insert_at: Whether they join the ``"output"`` or the ``"input"`` of ``embeddings``.
         remove: Module at which they are taken out again.
         remove_from: Whether they leave the ``"input"`` or the ``"output"`` of ``remove``.
         blocks: The list of transformer blocks.
         prefix: Number of tokens before the patches (CLS, distillation token), native registers not counted.
-        native_registers: Attribute of the tower's config with the number of registers the model has already, if any.
-        attention: Attention module of a block; its second output under the eager implementation is ``(B, H, N, N)``.
+        native_registers: Attribute with the number of registers that the model has already, if any; it is added to
+            ``prefix``.
+        position_bias: Modules that return a relative position bias ``(..., N, N)``, below the tower or below a block.
+        positions_between: Module that returns position embeddings ``(..., N, D)`` added between blocks.
+        prefix_counter: Attribute with the number of tokens before the patches that a block reads, below the block
+            (timm's rotary embeddings leave so many tokens alone).
+        methods: Methods that users call past the tower's ``forward`` and that return whole sequences.
+        counted_methods: Methods that take a sequence apart by the number of tokens before the patches.
+        method_counter: Attribute of the tower with that number, which they read.
+        attention: Attention module of a block.
+        attention_maps: Where its maps ``(B, H, N, N)`` come from: ``"output"``, its second output under the eager
+            implementation; ``"weights"``, an ``nn.MultiheadAttention`` asked for them; or ``"dropout"``, the dropout
+            below it at ``attn_drop`` once ``fused_attn`` is off.
         mlp_in: Linear layer into the MLP of a block (the gate, for a gated MLP).
         mlp_up: The second linear layer into a gated MLP; ``None`` where the MLP is not gated.
         mlp_out: Linear layer out of the MLP of a block.
@@ -43,17 +47,27 @@ class Anatomy:
         cls_token: The CLS token's parameter, ``None`` where there is none.
         final_norm: The LayerNorm after the last block.
         norm_patches: Whether the returned patch tokens went through it (CLIP's went not, only its CLS).
-        hidden_size: Width D of a token; ``None`` reads ``tower.config.hidden_size``.
+        hidden_size: Width D of a token; ``None`` reads it off the tower (``config.hidden_size``, ``embed_dim``…).
+        input_shape: Shape of one input, ``(C, H, W)``, for the dry run of an anatomy described by hand; ``None``
+            derives it from the patch and position embeddings.
     """
 
     family: str
     embeddings: Paths = "embeddings"
+    insert_at: Literal["input", "output"] = "output"
     remove: Paths = "layernorm"
     remove_from: Literal["input", "output"] = "input"
     blocks: Paths = ("layers", "encoder.layer")
     prefix: int = 1
-    native_registers: str | None = None
-    attention: Paths = "attention"
+    native_registers: Paths | None = None
+    position_bias: Paths | None = None
+    positions_between: Paths | None = None
+    prefix_counter: Paths | None = None
+    methods: tuple[str, ...] = ()
+    counted_methods: tuple[str, ...] = ()
+    method_counter: str | None = None
+    attention: Paths = ("attention.attention", "attention")
+    attention_maps: Literal["output", "weights", "dropout"] = "output"
     mlp_in: Paths | None = ("mlp.fc1", "mlp.gate_proj", "intermediate.dense")
     mlp_up: Paths | None = "mlp.up_proj"
     mlp_out: Paths | None = ("mlp.fc2", "mlp.down_proj", "output.dense")
@@ -64,6 +78,7 @@ class Anatomy:
     final_norm: Paths | None = "layernorm"
     norm_patches: bool = True
     hidden_size: int | None = None
+    input_shape: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, JSON-ready."""
@@ -86,44 +101,26 @@ class Anatomy:
         paths: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        kinds: dict[str, type] = {"family": str, "remove_from": str, "prefix": int, "norm_patches": bool}
         for key, value in paths.items():
-            kind = int if key == "hidden_size" and value is not None else kinds.get(key)
-            names = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(isinstance(name, str) for name in names) if kind is None else not isinstance(value, kind):
+            kind = _KINDS.get(key)
+            items = value if isinstance(value, tuple) else () if value is None else (value,)
+            fits = all(isinstance(item, kind or str) and not (kind is int and item is True) for item in items)
+            if not fits or (key in _SCALARS and (len(items) != 1 or isinstance(value, tuple))):
                 wanted = kind.__name__ if kind else "the name of a module"
                 raise TypeError(f"{key!r} of an anatomy must be {wanted}, got {value!r}")
+        for key, allowed in _CHOICES.items():
+            if paths.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"{key!r} of an anatomy must be one of {', '.join(allowed)}, got {paths[key]!r}")
         return cls(**paths)
 
 
-_CLIP = Anatomy(
-    "clip",
-    remove="encoder",
-    remove_from="output",
-    blocks="encoder.layers",
-    attention="self_attn",
-    patch_embedding="embeddings.patch_embedding",
-    position_embedding="embeddings.position_embedding",
-    cls_token="embeddings.class_embedding",
-    final_norm="post_layernorm",
-    norm_patches=False,
-)
-_SIGLIP = replace(_CLIP, family="siglip", prefix=0, cls_token=None, norm_patches=True)
-_DINOV2 = Anatomy("dinov2", remove="encoder", remove_from="output", blocks=("encoder.layer", "layer"))
-_DINOV2_REGISTERS = replace(_DINOV2, family="dinov2_with_registers", native_registers="num_register_tokens")
-
-# Class name of a tower -> its row. Names, so that no model is imported before the user has done so.
-FAMILIES: dict[str, Anatomy] = {
-    "ViTModel": Anatomy("vit"),
-    "DeiTModel": Anatomy("deit", prefix=2),
-    "CLIPVisionModel": _CLIP,
-    "CLIPVisionTransformer": _CLIP,  # transformers 4
-    "Dinov2Model": _DINOV2,
-    "Dinov2Backbone": _DINOV2,
-    "Dinov2WithRegistersModel": _DINOV2_REGISTERS,
-    "Dinov2WithRegistersBackbone": _DINOV2_REGISTERS,
-    "SiglipVisionModel": _SIGLIP,
-    "SiglipVisionTransformer": _SIGLIP,  # transformers 4
+# Types of the fields that name no module; those of them that are one value, never None.
+_KINDS: dict[str, type] = {"prefix": int, "norm_patches": bool, "hidden_size": int, "input_shape": int}
+_SCALARS = ("family", "insert_at", "remove_from", "prefix", "attention_maps", "norm_patches")
+_CHOICES = {
+    "insert_at": ("output", "input"),
+    "remove_from": ("input", "output"),
+    "attention_maps": ("output", "weights", "dropout"),
 }
 
 
@@ -140,121 +137,15 @@ def resolve(root: Any, paths: Paths | None) -> Any:
     return None
 
 
-@dataclass(frozen=True)
-class Tower:
-    """A vision tower found in a model.
-
-    Attributes:
-        path: Dotted name below the model, ``""`` if the model is itself the tower.
-        module: The tower.
-        anatomy: Its row.
-    """
-
-    path: str
-    module: nn.Module
-    anatomy: Anatomy
-
-    def part(self, field: str) -> Any:
-        """What the anatomy's path ``field`` leads to, or ``None``."""
-        return resolve(self.module, getattr(self.anatomy, field))
-
-    def block_part(self, index: int, field: str) -> Any:
-        """The same below block ``index``."""
-        return resolve(self.part("blocks")[index], getattr(self.anatomy, field))
-
-    @property
-    def config(self) -> Any:
-        """The tower's own config, ``None`` for a plain module."""
-        return getattr(self.module, "config", None)
-
-    @property
-    def prefix(self) -> int:
-        """Number of tokens before the registers: CLS and the like, and native registers."""
-        native = self.anatomy.native_registers
-        return self.anatomy.prefix + (int(getattr(self.config, native)) if native else 0)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width D of a token.
-
-        Raises:
-            UnsupportedModelError: Neither the anatomy nor the tower's config says it.
-        """
-        size = self.anatomy.hidden_size or getattr(self.config, "hidden_size", None)
-        if not isinstance(size, int):
-            raise UnsupportedModelError(
-                f"cannot tell the hidden size of {type(self.module).__name__}: it has no config.hidden_size. "
-                "Give it in the Anatomy (hidden_size=...)."
-            )
-        return size
-
-    @property
-    def patch_size(self) -> int | None:
-        """Side of a patch in pixels, where the tower's config says it."""
-        size = getattr(self.config, "patch_size", None)
-        return size[0] if isinstance(size, list | tuple) else size
-
-    @property
-    def missing(self) -> list[str]:
-        """Names of the hook points that the anatomy describes and the module does not have."""
-        return [field for field in ("embeddings", "remove", "blocks") if self.part(field) is None]
-
-
-def find_towers(model: nn.Module) -> Iterator[Tower]:
-    """Every vision tower of the table in ``model``, outermost first; subclasses of a listed class count."""
-    for path, module in model.named_modules():
-        for kind in type(module).__mro__:
-            if kind.__name__ in FAMILIES:
-                tower = Tower(path, module, FAMILIES[kind.__name__])
-                if not tower.missing:
-                    yield tower
-                break
-
-
-def find_tower(model: nn.Module, name: str | None = None, anatomy: Anatomy | None = None) -> Tower:
-    """The one vision tower that registers shall enter.
-
-    Args:
-        model: The base model, or anything that contains its tower.
-        name: Dotted name of the tower, or the end of it; needed where there are several.
-        anatomy: Description of a model that the table does not have.
+def parent(root: Any, paths: Paths) -> tuple[Any, str]:
+    """Owner and name of the attribute that the first existing of ``paths`` leads to.
 
     Raises:
-        UnsupportedModelError: No tower, several and no ``name``, or an anatomy that does not fit.
+        AttributeError: There is none.
     """
-    if anatomy is not None:
-        try:
-            tower = Tower(name or "", model.get_submodule(name or ""), anatomy)
-        except AttributeError as error:
-            raise UnsupportedModelError(f"{type(model).__name__} has no module {name!r} to describe") from error
-        if tower.missing:
-            wanted = {field: getattr(anatomy, field) for field in tower.missing}
-            raise UnsupportedModelError(
-                f"the anatomy {anatomy.family!r} does not fit {type(tower.module).__name__}: nothing at {wanted}. "
-                f"Its children are {[child for child, _ in tower.module.named_children()]}."
-            )
-        return tower
-    towers = list(find_towers(model))
-    names = [tower.path or "the model itself" for tower in towers]
-    if name is not None:
-        chosen = [t for t in towers if t.path == name] or [t for t in towers if f".{t.path}".endswith(f".{name}")]
-        if len(chosen) != 1:
-            raise UnsupportedModelError(
-                f"target_modules={name!r} names {len(chosen)} vision towers of {type(model).__name__}; "
-                f"it has {names or 'none'}."
-            )
-        return chosen[0]
-    if len(towers) > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(towers)} vision towers: {', '.join(names)}. "
-            f"Choose one: add_registers(model, target_modules={towers[0].path!r})."
-        )
-    if not towers:
-        supported = sorted({row.family for row in FAMILIES.values()})
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no vision tower that registers can enter. Looked for modules of class "
-            f"{', '.join(FAMILIES)} (families: {', '.join(supported)}) with embeddings, blocks and a place to take the "
-            "registers out again. For a plain ViT of another class describe it by hand: "
-            "add_registers(model, anatomy=Anatomy('mine', embeddings='...', blocks='...', remove='...'))."
-        )
-    return towers[0]
+    for path in (paths,) if isinstance(paths, str) else paths:
+        place, _, name = path.rpartition(".")
+        owner = resolve(root, place) if place else root
+        if owner is not None and hasattr(owner, name):
+            return owner, name
+    raise AttributeError(f"{type(root).__name__} has nothing at {paths}")

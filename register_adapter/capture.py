@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .anatomy import Tower, find_tower
+from .attention_maps import record_attention_maps
+from .layer import RegisterLayer
 from .model import find_register_layer
+from .tokens import hidden_states_of
+from .towers import Tower, find_tower
 
 __all__ = ["Trace", "capture"]
 
@@ -21,13 +24,14 @@ class Trace:
 
     Attributes:
         prefix: Number of tokens before the registers (CLS, distillation token, native registers).
-        num_registers: Number R of the adapter's registers in the sequence, 0 without an adapter.
+        num_registers: Number R of the adapters' registers in the sequence as it leaves the last block, 0 without any.
     """
 
     def __init__(self, tower: Tower, num_registers: int) -> None:
         self.prefix = tower.prefix
         self.num_registers = num_registers
         self._tower = tower
+        self._counts: dict[int, int] = {}
         self._hidden: dict[int, torch.Tensor] = {}
         self._attentions: dict[int, torch.Tensor] = {}
 
@@ -35,6 +39,7 @@ class Trace:
     def hidden_states(self) -> tuple[torch.Tensor, ...]:
         """``(B, prefix + R + patches, D)`` each: the input of the first block, then the output of every block.
 
+        R is 0 up to the block where registers enter, see :meth:`num_registers_at`.
         All of them stand before the final LayerNorm; entry ``i + 1`` is the output of block ``i``.
         """
         return tuple(self._hidden[index] for index in sorted(self._hidden))
@@ -59,9 +64,13 @@ class Trace:
         normed: torch.Tensor = norm.forward(cut) if norm is not None else cut
         return normed
 
+    def num_registers_at(self, layer: int) -> int:
+        """Number of the adapters' registers in ``hidden_states[layer]``."""
+        return self._counts[sorted(self._hidden)[layer]]
+
     def patches(self, layer: int = -1) -> torch.Tensor:
         """``(B, patches, D)``: the patch tokens of ``hidden_states[layer]``, before the final LayerNorm."""
-        return self.hidden_states[layer][:, self.prefix + self.num_registers :]
+        return self.hidden_states[layer][:, self.prefix + self.num_registers_at(layer) :]
 
 
 @contextmanager
@@ -94,17 +103,19 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
 
     def start(module: nn.Module, args: Any, kwargs: Any) -> None:
         trace.num_registers = layer.num_active if layer is not None else 0
-        trace._hidden.clear()
         trace._attentions.clear()
 
     def first(module: nn.Module, args: Any, kwargs: Any) -> None:
-        trace._hidden[0] = args[0] if args else kwargs["hidden_states"]
+        trace._hidden.clear()
+        keep(0, hidden_states_of(args, kwargs))
+
+    def keep(index: int, hidden: torch.Tensor) -> None:
+        trace._hidden[index] = hidden
+        # Entry i is what block i - 1 returns; the first one is what enters block 0.
+        trace._counts[index] = layer.count_at(max(index - 1, 0)) if layer is not None else 0
 
     def block(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        trace._hidden[index + 1] = output[0] if isinstance(output, tuple) else output
-
-    def attention(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        trace._attentions[index] = output[1]
+        keep(index + 1, output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack:
         blocks: nn.ModuleList = tower.part("blocks")
@@ -112,25 +123,19 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
         if hidden_states:
             stack.callback(blocks[0].register_forward_pre_hook(first, with_kwargs=True).remove)
             for index, module in enumerate(blocks):
-                stack.callback(module.register_forward_hook(partial(block, index)).remove)
+                stack.callback(module.register_forward_hook(partial(block, index), prepend=True).remove)
         if attentions:
-            stack.enter_context(_eager_attention(tower))
-            for index in range(len(blocks)):
-                part: nn.Module = tower.block_part(index, "attention")
-                stack.callback(part.register_forward_hook(partial(attention, index)).remove)
+            if layer is not None:
+                stack.enter_context(_whole_attentions(layer))
+            stack.enter_context(record_attention_maps(tower, trace._attentions))
         yield trace
 
 
 @contextmanager
-def _eager_attention(tower: Tower) -> Iterator[None]:
-    """Run the tower under eager attention, which alone returns attention maps."""
-    before = getattr(tower.config, "_attn_implementation", None)
-    switch: Any = getattr(tower.module, "set_attn_implementation", None)
-    if before in (None, "eager") or switch is None:
-        yield
-        return
-    switch("eager")
+def _whole_attentions(layer: RegisterLayer) -> Iterator[None]:
+    """Attention maps keep the columns of key/value pairs."""
+    layer.whole_attentions = True
     try:
         yield
     finally:
-        switch(before)
+        layer.whole_attentions = False

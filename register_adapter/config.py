@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 from peft import PeftConfig
 
 from ._peft_compat import peft_type
-from .adapter_file import check_adapter_file
+from .adapter_file import GATE_KEY, TOKENS_KEY, check_adapter_file
 from .anatomy import Anatomy
 from .errors import AdapterFileError
 from .hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from .identity import TowerIdentity
+from .registers import Placement
 
 __all__ = ["FORMAT_VERSION", "RegisterConfig"]
 
@@ -39,6 +41,14 @@ class RegisterConfig(PeftConfig):
         init_std: Standard deviation of the initial values, default 0.02.
         target_modules: Name of the vision tower, or the end of it; needed only where a model has several.
         modules_to_save: Modules trained and saved as a whole beside the registers, such as ``["classifier"]``.
+        insert_layer: Index k of the first block that has registers, default 0 (behind the embeddings). Blocks before it
+            run without gradient, which saves their activations.
+        deep: Fresh learned registers at every block from ``insert_layer`` on, in place of the ones that came through
+            the block before ("Visual Prompt Tuning", deep, arXiv 2203.12119).
+        key_value: Learned key/value pairs in the attention of every block from ``insert_layer`` on, instead of tokens
+            in the sequence ("Prefix-Tuning", arXiv 2101.00190).
+        gate: Initial value of a learned bias on the attention logits of the registers' keys, one a block and register;
+            ``None``, the default, for no gate. At -5 to -10 registers hardly change a model at first.
         attentions: ``"slice"`` returns attention maps of the base's shape (their rows then sum to less than one),
             ``"full"`` returns them with the registers' rows and columns.
         anatomy: Description of a model that the table of families does not have.
@@ -60,6 +70,14 @@ class RegisterConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved as a whole beside the registers."}
+    )
+    insert_layer: int = field(default=0, metadata={"help": "Index of the first block that has registers."})
+    deep: bool = field(default=False, metadata={"help": "Fresh learned registers at every block."})
+    key_value: bool = field(
+        default=False, metadata={"help": "Learned key/value pairs in every block's attention instead of tokens."}
+    )
+    gate: float | None = field(
+        default=None, metadata={"help": "Initial value of a learned bias on the registers' attention logits."}
     )
     attentions: str = field(
         default="slice", metadata={"help": "Return attention maps of the base's shape ('slice') or whole ('full')."}
@@ -86,6 +104,10 @@ class RegisterConfig(PeftConfig):
             "init_std": (int, float),
             "target_modules": (str, list, tuple, set, type(None)),
             "modules_to_save": (list, tuple, set, type(None)),
+            "insert_layer": int,
+            "deep": bool,
+            "key_value": bool,
+            "gate": (int, float, type(None)),
             "attentions": str,
             "anatomy": (Anatomy, dict, type(None)),
             "base_tower": (dict, type(None)),
@@ -93,7 +115,7 @@ class RegisterConfig(PeftConfig):
         }
         for name, kind in kinds.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise TypeError(f"{name} must be {_spell(kind)}, got {value!r} of type {type(value).__name__}")
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
@@ -104,6 +126,14 @@ class RegisterConfig(PeftConfig):
         for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.insert_layer < 0:
+            raise ValueError(f"insert_layer must be at least 0, got {self.insert_layer}")
+        if self.deep and self.key_value:
+            raise ValueError("deep=True puts tokens into the sequence, key_value=True does not: choose one of them")
+        if self.key_value and self.init == "cls":
+            raise ValueError("init='cls' is for tokens; key/value pairs (key_value=True) start from init='normal'")
+        if self.gate is not None and not math.isfinite(self.gate):
+            raise ValueError(f"gate must be a finite number or None, got {self.gate}")
         if not 0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std must be a finite number of at least 0, got {self.init_std}")
         if self.modules_to_save is not None:
@@ -123,6 +153,25 @@ class RegisterConfig(PeftConfig):
     def identity(self) -> TowerIdentity | None:
         """The base tower's identity, ``None`` before the adapter was attached."""
         return TowerIdentity.from_dict(self.base_tower) if self.base_tower else None
+
+    @property
+    def placement(self) -> Placement:
+        """Where and how the registers enter."""
+        return Placement(self.num_registers, self.insert_layer, self.deep, self.key_value, self.attentions == "full")
+
+    @property
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """End of a tensor's key to its shape in the adapter's file; sizes not known before attaching are -1."""
+        identity = self.identity
+        width, blocks = (identity.hidden_size, identity.num_hidden_layers) if identity else (-1, -1)
+        started = blocks - self.insert_layer if identity else -1
+        weight = self.placement.shape(width, blocks)
+        if not identity and len(weight) > 2:
+            weight = (started, *weight[1:])
+        shapes = {TOKENS_KEY: weight}
+        if self.gate is not None:
+            shapes[GATE_KEY] = (started, self.num_registers)
+        return shapes
 
     @property
     def tower_name(self) -> str | None:
@@ -191,8 +240,7 @@ class RegisterConfig(PeftConfig):
                 f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME}. Save it again."
             )
         if weights is not None:
-            size = config.identity.hidden_size if config.identity else None
-            check_adapter_file(weights, config.num_registers, size, config.modules_to_save)
+            check_adapter_file(weights, config.expected_shapes, config.modules_to_save)
         return config
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
 
@@ -15,41 +17,21 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .anatomy import Tower
+from .attention import AttentionHooks, reads_implementation
 from .config import RegisterConfig
 from .errors import AdapterFileError
-from .tokens import cut_tokens, grow_mask, insert_tokens
+from .methods import MethodHooks
+from .registers import Placement, RegisterTokens, Segment
+from .sequence import SequenceHooks
+from .towers import Tower
 
-__all__ = ["RegisterLayer", "RegisterTokens"]
+__all__ = ["BASE", "RegisterLayer"]
 
-
-class RegisterTokens(nn.Module):
-    """The registers of one adapter, in a module that is called, so that offloading hooks bring them to the device.
-
-    Args:
-        weight: Initial values, ``(R, D)``.
-        pending: The values are to come from a file; until finite ones are here the registers take no part in the
-            forward pass.
-    """
-
-    def __init__(self, weight: torch.Tensor, pending: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self._pending = pending
-
-    @property
-    def pending(self) -> bool:
-        """Whether the values from the file are still to come; the first finite ones settle it."""
-        if self._pending and not self.weight.is_meta:
-            self._pending = not bool(torch.isfinite(self.weight).all())
-        return self._pending
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Registers for a batch, ``(B, R, D)``, in the dtype and on the device of ``hidden_states`` ``(B, N, D)``."""
-        return self.weight.to(hidden_states).expand(hidden_states.shape[0], -1, -1)
+#: Among ``adapter_names``, PEFT's name for an image without an adapter.
+BASE = "__base__"
 
 
-class RegisterLayer(nn.Module, BaseTunerLayer):
+class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, nn.Module, BaseTunerLayer):
     """Register tokens of one or more adapters on one vision tower.
 
     Args:
@@ -58,18 +40,20 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
 
     register_adapter_tokens: nn.ModuleDict
     adapter_layer_names: tuple[str, ...] = ("register_adapter_tokens",)
-    other_param_names: tuple[str, ...] = ("full_attentions",)
+    other_param_names: tuple[str, ...] = ("placements",)
 
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.tower = tower
         self.prefix = tower.prefix
         self.register_adapter_tokens = nn.ModuleDict()
-        self.full_attentions: dict[str, bool] = {}
+        self.placements: dict[str, Placement] = {}
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
+        self._configs: list[tuple[nn.Module, Any]] = []
+        self._images: list[str] | None = None
         parameters = list(inspect.signature(type(tower.module).forward).parameters)[1:]
         self._mask_position = parameters.index("attention_mask") if "attention_mask" in parameters else None
 
@@ -91,8 +75,15 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
             config: Its configuration.
             pending: The values are to come from a file.
         """
-        self.register_adapter_tokens[adapter_name] = RegisterTokens(self._initial_values(config, pending), pending)
-        self.full_attentions[adapter_name] = config.attentions == "full"
+        placement = config.placement
+        blocks = len(self.tower.part("blocks"))
+        weight = self._initial_values(config, placement.shape(self.tower.hidden_size, blocks), pending)
+        gate = None
+        if config.gate is not None:
+            fill = torch.nan if pending else config.gate
+            gate = torch.full((blocks - config.insert_layer, config.num_registers), float(fill))
+        self.register_adapter_tokens[adapter_name] = RegisterTokens(weight, pending, gate)
+        self.placements[adapter_name] = placement
         self._move_adapter_to_device_of_base_layer(adapter_name)
         neighbour = self._neighbour
         if neighbour.is_floating_point() and not neighbour.is_meta:
@@ -104,9 +95,7 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         embeddings: nn.Module = self.tower.part("embeddings")
         return next(chain(embeddings.parameters(), self.tower.module.parameters()))
 
-    def _initial_values(self, config: RegisterConfig, pending: bool) -> torch.Tensor:
-        # Drawn on the CPU, so that a seed gives the same registers on every device.
-        shape = (config.num_registers, self.tower.hidden_size)
+    def _initial_values(self, config: RegisterConfig, shape: tuple[int, ...], pending: bool) -> torch.Tensor:
         if pending:
             return torch.full(shape, torch.nan)
         if config.init == "zeros":
@@ -115,7 +104,7 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
             return torch.zeros(shape)
-        values = torch.randn(shape) * config.init_std
+        values = torch.randn(shape) * config.init_std  # on the CPU: a seed gives the same registers on every device
         if config.init == "cls":
             cls = self.tower.part("cls_token")
             values = values + cls.detach().to(values.device, values.dtype).reshape(1, -1)
@@ -172,46 +161,89 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
             self._remove_hooks()
 
     @property
-    def active_tokens(self) -> list[RegisterTokens]:
-        """The active adapters' registers, in the order of activation; none while adapters are disabled.
+    def segments(self) -> list[Segment]:
+        """What takes part in the forward pass, in the order of entry; nothing while adapters are disabled.
 
         Raises:
             AdapterFileError: In training mode, an adapter still waits for its values.
         """
         if self.disable_adapters:
             return []
+        if self._images is not None:
+            return self._segments_by_image(self._images)
         active = {name: self.tokens(name) for name in self._active_names if name in self.register_adapter_tokens}
         waiting = [name for name, tokens in active.items() if tokens.pending]
         if waiting and self.training:
             self._refuse(waiting[0])
-        return [tokens for name, tokens in active.items() if name not in waiting]
+        segments = [Segment(self.placements[name], [active[name]]) for name in active if name not in waiting]
+        # Those that start later come later in the sequence too: nobody's place changes when they join.
+        return sorted(segments, key=lambda segment: segment.placement.insert_layer)
 
     @property
-    def num_active(self) -> int:
-        """Number of registers that take part in the forward pass."""
-        return sum(tokens.weight.shape[0] for tokens in self.active_tokens)
+    def sequence(self) -> list[Segment]:
+        """The segments that are tokens in the sequence, in their order there."""
+        return [segment for segment in self.segments if not segment.placement.key_value]
+
+    def _segments_by_image(self, images: list[str]) -> list[Segment]:
+        names = [name for name in dict.fromkeys(images) if name != BASE]
+        if not names:
+            return []
+        placement = max(self.placements[name] for name in names)
+        order = {BASE: -1, **{name: index for index, name in enumerate(names)}}
+        return [Segment(placement, [self.tokens(name) for name in names], [order[name] for name in images])]
+
+    @contextmanager
+    def images_with(self, adapter_names: list[str]) -> Iterator[None]:
+        """Give every image of the batches in this context the adapter of its own.
+
+        Args:
+            adapter_names: One name an image; ``"__base__"`` for an image without registers.
+
+        Raises:
+            ValueError: The layer is in training mode, the adapters enter at different places, or they have different
+                numbers of registers and the model does not let keys be masked.
+        """
+        names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
+        if self.training:
+            raise ValueError("adapter_names= is for inference; call model.eval() first")
+        places = {self.placements[name]._replace(num_registers=0, full_attentions=False) for name in names}
+        if len(places) > 1:
+            raise ValueError(
+                "adapter_names= mixes adapters that enter at different places (insert_layer, deep, key_value): "
+                f"{ {name: self.placements[name] for name in names} }. Run one batch for each."
+            )
+        counts = {0 if name == BASE else self.placements[name].num_registers for name in adapter_names}
+        ragged = bool(names) and len(counts) > 1
+        if ragged and not reads_implementation(self.tower):
+            raise ValueError(
+                f"adapter_names= mixes different numbers of registers, and {type(self.tower.module).__name__} has no "
+                "place where the keys of the missing ones could be masked. Run one batch for each number."
+            )
+        before = self._images
+        self._images = list(adapter_names)
+        if ragged:
+            self._enter_attention()
+        try:
+            yield
+        finally:
+            self._images = before
 
     @property
     def _cuts_attentions(self) -> bool:
-        return not any(self.full_attentions.get(name, False) for name in self._active_names)
+        names = self._active_names if self._images is None else self._images
+        return not any(self.placements[name].full_attentions for name in names if name in self.placements)
 
     def attach(self) -> None:
-        """Become ``tower.registers`` and register the hooks; what is in place already stays."""
-        module, anatomy = self.tower.module, self.tower.anatomy
+        """Become ``tower.registers`` and register the hooks that the adapters need."""
+        module = self.tower.module
         if getattr(module, "registers", None) is not self:
             module.add_module("registers", self)
-        if self._handles:
-            return
-        remove = self.tower.part("remove")
-        self._handles = [
-            module.register_forward_pre_hook(self._grow_mask_hook, with_kwargs=True),
-            self.tower.part("embeddings").register_forward_hook(self._insert_hook),
-            remove.register_forward_pre_hook(self._remove_from_input_hook)
-            if anatomy.remove_from == "input"
-            else remove.register_forward_hook(self._remove_from_output_hook),
-            # A tower that ends where registers leave needs no second cut.
-            *([] if remove is module else [module.register_forward_hook(self._tower_output_hook)]),
-        ]
+        self._remove_hooks()
+        by_block = any(placement.deep or placement.insert_layer for placement in self.placements.values())
+        self._handles = self._sequence_hooks(by_block)
+        self._wrap_methods()
+        if any(p.key_value or self.tokens(name).gate is not None for name, p in self.placements.items()):
+            self._enter_attention()
 
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""
@@ -222,49 +254,11 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-    def _insert_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        tokens = self.active_tokens
-        if not tokens:
-            return None
-        hidden = output[0] if isinstance(output, tuple) else output
-        grown = insert_tokens(hidden, [one(hidden) for one in tokens], self.prefix)
-        return (grown, *output[1:]) if isinstance(output, tuple) else grown
-
-    def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
-        count = self.num_active
-        if not count:
-            return None
-        return cut_tokens(args, self.prefix, count, args[0].shape[1], self._cuts_attentions)
-
-    def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        count = self.num_active
-        if not count:
-            return None
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        return cut_tokens(output, self.prefix, count, hidden.shape[1], self._cuts_attentions)
-
-    def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        # What was recorded on the way (hidden_states, attentions) is as long as the last hidden state before the cut.
-        last = None if isinstance(output, torch.Tensor) else output[0]
-        if not isinstance(last, torch.Tensor) or last.ndim != 3:
-            return None
-        count = self.num_active
-        if not count:
-            return None
-        return cut_tokens(output, self.prefix, count, last.shape[1] + count, self._cuts_attentions)
-
-    def _grow_mask_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        position = self._mask_position
-        positional = args[position] if position is not None and len(args) > position else None
-        mask = kwargs.get("attention_mask", positional)
-        count = self.num_active if mask is not None else 0
-        if not count:
-            return None
-        grown = grow_mask(mask, self.prefix, count)
-        if position is None or "attention_mask" in kwargs:
-            return args, {**kwargs, "attention_mask": grown}
-        return (*args[:position], grown, *args[position + 1 :]), kwargs
+        self._unwrap_methods()
+        self._leave_attention()
+        if self.tower.anatomy.prefix_counter:
+            for block in self.tower.part("blocks"):
+                self._count_prefix(block, 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Registers cannot be merged.
@@ -274,5 +268,5 @@ class RegisterLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError(
             "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
-            "take it off with unload(), or export the model with its registers with export_native() (planned)."
+            "take it off with unload(), or export the model with its registers with export_native()."
         )

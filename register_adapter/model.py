@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,13 +13,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ._peft_compat import PREFIX
-from .adapter_file import TOKENS_KEY, check_tensors
-from .anatomy import Anatomy, Tower, find_tower
+from ._peft_compat import PREFIX, remap_on_load
+from .adapter_file import GATE_KEY, TOKENS_KEY, check_tensors, is_foreign
+from .anatomy import Anatomy
+from .attention import reads_implementation
 from .config import RegisterConfig
+from .dry_run import dry_run
 from .errors import BaseModelMismatchError, UnsupportedModelError
 from .identity import TowerIdentity
-from .layer import RegisterLayer
+from .layer import BASE, RegisterLayer
+from .towers import Tower, find_tower
 
 __all__ = ["RegisterModel", "find_register_layer"]
 
@@ -72,6 +77,7 @@ class RegisterModel(BaseTuner):
             if adapter_name not in names:
                 known.pop(adapter_name, None)
             raise
+        remap_on_load(self, self._remap_adapter_state_dict_for_load)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the registers of ``adapter_name`` on the model's tower; see the class for what is raised."""
@@ -82,6 +88,8 @@ class RegisterModel(BaseTuner):
         tower = find_tower(model, given.tower_name, anatomy)
         self._check_tower(model, tower, given)
         identity = _checked_identity(tower, given)
+        if anatomy is not None:
+            dry_run(tower, given)
         # A copy: the caller's config can be used for another base.
         config = copy.copy(given)
         config.base_tower, config.ignore_base_mismatch, config.from_file = identity.to_dict(), False, False
@@ -100,6 +108,7 @@ class RegisterModel(BaseTuner):
             )
         if config.init == "cls" and tower.part("cls_token") is None:
             raise ValueError(f"init='cls' needs a CLS token and the family {tower.anatomy.family!r} has none")
+        _check_placement(tower, config)
         _check_modules_to_save(model, tower, config.modules_to_save or [])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -128,19 +137,58 @@ class RegisterModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, self._pending)
         layer.attach()
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way to ``model(..., adapter_names=[...])``: one name an image, ``"__base__"`` for none."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        layers = _register_layers(self.model)
+        known = [name for layer in layers for name in layer.names]
+        if unknown := sorted({*names} - {*known, BASE}):
+            raise ValueError(f"adapter_names has {unknown}, the model has the register adapters {known}")
+        with ExitStack() as stack:
+            for layer in layers:
+                own = [name if name in layer.names else BASE for name in names]
+                stack.enter_context(layer.images_with(own))
+            yield
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         layers = _register_layers(self.model)
         if merge and layers:
             layers[0].merge()
-        # PEFT would leave the trained heads in the base.
+        own = {name for layer in layers for name in layer.names}
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
+            # PEFT would leave the trained heads in the base.
+            if isinstance(module, ModulesToSaveWrapper) and set(module.modules_to_save) <= own:
                 path, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(path), child, module.original_module)
-        base: nn.Module = super()._unload_and_optionally_merge(False, *args, **kwargs)
         for layer in layers:
             layer.detach()
+        # Not PEFT's own, which takes every method's layers off, LoRA's too.
+        known = getattr(self.model, "peft_config", None)
+        if known is not None:
+            del self.model.peft_config
+            if others := {name: config for name, config in known.items() if name not in own}:
+                self.model.peft_config = others
+        base: nn.Module = self.model
         return base
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """One adapter's registers; PEFT drops every key with another adapter's name in it, be it "registers"."""
+        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, model.state_dict(), unwanted_adapter_names
+        )
+        return {key: value for key, value in found.items() if f".register_adapter_tokens.{adapter_name}." in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -148,12 +196,40 @@ class RegisterModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check the tensors, and find the registers' key wherever the tower lies in this model."""
         assert isinstance(config, RegisterConfig)
-        size = config.identity.hidden_size if config.identity else None
-        check_tensors(state_dict, config.num_registers, size, config.modules_to_save, f"adapter {adapter_name!r}")
+        check_tensors(state_dict, config.expected_shapes, config.modules_to_save, f"adapter {adapter_name!r}")
         _fit_heads(model, adapter_name, state_dict)
-        name, _, key = TOKENS_KEY.rpartition(".")
-        mine = next(k for k in model.state_dict() if k.endswith(f"{name}.{adapter_name}.{key}"))
-        return {mine if k.endswith(TOKENS_KEY) else k: value for k, value in state_dict.items()}
+        kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}
+        return {_place(model, adapter_name, key): value for key, value in kept.items()}
+
+
+def _place(model: nn.Module, adapter_name: str, key: str) -> str:
+    """The key in this model of what the file calls ``key``: the tower may have another place."""
+    for end in (TOKENS_KEY, GATE_KEY):
+        if key.endswith(end):
+            path, _, name = end.rpartition(".")
+            return next(k for k in model.state_dict() if k.endswith(f"{path}.{adapter_name}.{name}"))
+    return key
+
+
+def _check_placement(tower: Tower, config: RegisterConfig) -> None:
+    """The tower can have registers where the config wants them."""
+    name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
+    if config.insert_layer >= blocks:
+        raise ValueError(
+            f"insert_layer={config.insert_layer} is no block of {name}, which has {blocks} (0 to {blocks - 1})"
+        )
+    if config.insert_layer and tower.part("positions_between") is not None:
+        raise UnsupportedModelError(
+            f"insert_layer cannot be had with {name}, which adds position embeddings between its blocks, for the "
+            "length that the sequence has from the start. Use insert_layer=0."
+        )
+    wanted = [mode for mode in ("key_value", "gate") if getattr(config, mode) not in (None, False)]
+    if wanted and not reads_implementation(tower):
+        raise UnsupportedModelError(
+            f"{wanted[0]} needs a model whose attention goes through transformers' attention interface, where pairs "
+            f"and biases can be added; the blocks of {name} do not. Use registers in the sequence (deep=True for fresh "
+            "ones at every block)."
+        )
 
 
 def _check_modules_to_save(model: nn.Module, tower: Tower, names: list[str]) -> None:

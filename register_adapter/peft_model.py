@@ -64,6 +64,16 @@ class RegisterPeftModel(PeftModel):
         )
         return loaded
 
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, and never over an adapter that is there, as PEFT 0.18 would have it.
+
+        Raises:
+            ValueError: The name is in use.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, is_main_process: bool = True, **kwargs: Any
     ) -> None:
@@ -93,7 +103,7 @@ class RegisterPeftModel(PeftModel):
             try:
                 if (target / "README.md").is_file():
                     shutil.copyfile(target / "README.md", staging / "README.md")
-                super().save_pretrained(str(staging), is_main_process=is_main_process, **kwargs)
+                self._save_each(staging, is_main_process, **kwargs)
                 if is_main_process:
                     # PEFT has written the card before the weights; now it can tell whether they are new.
                     self._write_card(staging, adapter=target.absolute().name, names=kwargs.get("selected_adapters"))
@@ -107,6 +117,23 @@ class RegisterPeftModel(PeftModel):
                 file.replace(place)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def _save_each(
+        self,
+        folder: Path,
+        is_main_process: bool,
+        selected_adapters: list[str] | None = None,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Every adapter without the registers of the others, which PEFT 0.18 would write along."""
+        state = self.state_dict() if state_dict is None else state_dict
+        for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
+            foreign = [f".register_adapter_tokens.{other}." for other in self.peft_config if other != name]
+            own = {key: value for key, value in state.items() if not any(part in key for part in foreign)}
+            super().save_pretrained(
+                str(folder), is_main_process=is_main_process, selected_adapters=[name], state_dict=own, **kwargs
+            )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the adapter's model card into ``output_dir``, keeping the text of one that is there."""
@@ -238,7 +265,7 @@ def add_registers(
             + (
                 "model.add_adapter(name, RegisterConfig(...))."
                 if find_register_layer(model) is not None
-                else "model.get_base_model().add_adapter(RegisterConfig(...), name)."
+                else 'compose(model, {"registers": RegisterConfig(...)}).'
             )
         )
     if config.base_model_name_or_path is None:

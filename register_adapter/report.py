@@ -24,6 +24,8 @@ def versions() -> dict[str, str | None]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
+    # The package's metadata leave out which build it is (+cpu, +cu132).
+    found["torch"] = str(torch.__version__)
     return found
 
 

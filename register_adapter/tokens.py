@@ -7,12 +7,42 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-__all__ = ["cut_tokens", "grow_mask", "insert_tokens"]
+__all__ = [
+    "cut_tokens",
+    "grow_bias",
+    "grow_mask",
+    "hidden_states_of",
+    "insert_tokens",
+    "pad_tokens",
+    "with_hidden_states",
+]
+
+# What modules call the sequence that comes in, where it is no positional argument.
+_NAMES = ("hidden_states", "inputs_embeds", "x")
+
+
+def hidden_states_of(args: Any, kwargs: Any) -> torch.Tensor:
+    """The sequence among a module's arguments: the first positional one, or the keyword of a usual name."""
+    value: torch.Tensor = args[0] if args else next(kwargs[name] for name in _NAMES if name in kwargs)
+    return value
+
+
+def with_hidden_states(args: Any, kwargs: Any, hidden_states: torch.Tensor) -> tuple[Any, Any]:
+    """The arguments with another sequence."""
+    if args:
+        return (hidden_states, *args[1:]), kwargs
+    return args, {**kwargs, next(name for name in _NAMES if name in kwargs): hidden_states}
 
 
 def insert_tokens(hidden_states: torch.Tensor, tokens: list[torch.Tensor], start: int) -> torch.Tensor:
     """``(B, N, D)`` with tokens ``(B, R_i, D)`` inserted at position ``start``."""
     return torch.cat([hidden_states[:, :start], *tokens, hidden_states[:, start:]], dim=1)
+
+
+def pad_tokens(hidden_states: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """``(B, N, D)`` with ``count`` zero tokens at position ``start``."""
+    zeros = hidden_states.new_zeros(hidden_states.shape[0], count, hidden_states.shape[2])
+    return insert_tokens(hidden_states, [zeros], start)
 
 
 def cut_tokens(value: Any, start: int, count: int, length: int, attentions: bool = True) -> Any:
@@ -40,7 +70,7 @@ def cut_tokens(value: Any, start: int, count: int, length: int, attentions: bool
         for key, item in list(value.items()):
             value[key] = cut_tokens(item, start, count, length, attentions)
         return value
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         return type(value)(cut_tokens(item, start, count, length, attentions) for item in value)
     return value
 
@@ -70,3 +100,13 @@ def grow_mask(mask: torch.Tensor, start: int, count: int) -> torch.Tensor:
         return mask
     row = mask[:, :, max(start - 1, 0)].unsqueeze(2).expand(-1, -1, count, -1)
     return torch.cat([mask[:, :, :start], row, mask[:, :, start:]], dim=2)
+
+
+def grow_bias(bias: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """A relative position bias ``(..., N, N)`` with ``count`` rows and columns of zeros at ``start``.
+
+    Registers have no position, so nothing is near or far for them.
+    """
+    columns = torch.cat([F.pad(bias[..., :start], (0, count)), bias[..., start:]], dim=-1)
+    rows = F.pad(columns[..., :start, :], (0, 0, 0, count))
+    return torch.cat([rows, columns[..., start:, :]], dim=-2)

@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import cases_clip
+import cases_vit
+import cases_vlm
 import torch
 import transformers as tf
+from cases_base import (
+    BLOCKS,
+    HEADS,
+    IMAGE,
+    IMAGE_TOKEN,
+    LABELS,
+    MLP,
+    PATCH,
+    PATCHES,
+    SHAPE,
+    TEXT,
+    WIDTH,
+    Case,
+    llama,
+)
 from torch import nn
 
-IMAGE, PATCH, WIDTH, BLOCKS, HEADS, LABELS = 32, 8, 32, 2, 4, 5
-PATCHES = (IMAGE // PATCH) ** 2
-
-_SHAPE: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": BLOCKS,
-    "num_attention_heads": HEADS,
-    "image_size": IMAGE,
-    "patch_size": PATCH,
-}
-_MLP: dict[str, Any] = {"intermediate_size": 2 * WIDTH}
-_TEXT: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": 1,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 2 * WIDTH,
-    "max_position_embeddings": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_IMAGE_TOKEN = 63
+__all__ = [
+    "BLOCKS",
+    "CASES",
+    "HEADS",
+    "IMAGE",
+    "LABELS",
+    "PATCH",
+    "PATCHES",
+    "TOWERS",
+    "WIDTH",
+    "Case",
+    "build",
+    "make_inputs",
+    "perturb",
+]
 
 
 def _vit(**options: Any) -> tf.ViTConfig:
-    return tf.ViTConfig(**_SHAPE, **_MLP, encoder_stride=PATCH, num_labels=LABELS, **options)
+    return tf.ViTConfig(**SHAPE, **MLP, encoder_stride=PATCH, num_labels=LABELS, **options)
 
 
 def _deit(**options: Any) -> tf.DeiTConfig:
-    return tf.DeiTConfig(**_SHAPE, **_MLP, encoder_stride=PATCH, num_labels=LABELS, **options)
+    return tf.DeiTConfig(**SHAPE, **MLP, encoder_stride=PATCH, num_labels=LABELS, **options)
 
 
 def _dinov2(kind: type = tf.Dinov2Config, **options: Any) -> Any:
-    return kind(**{**_SHAPE, **options}, mlp_ratio=2, num_labels=LABELS)
+    return kind(**{**SHAPE, **options}, mlp_ratio=2, num_labels=LABELS)
 
 
 def _dinov2_registers(**options: Any) -> Any:
@@ -54,37 +64,36 @@ def _dinov2_registers(**options: Any) -> Any:
 
 
 def _clip_vision(**options: Any) -> tf.CLIPVisionConfig:
-    return tf.CLIPVisionConfig(**_SHAPE, **_MLP, projection_dim=16, **options)
+    return tf.CLIPVisionConfig(**SHAPE, **MLP, projection_dim=16, **options)
 
 
 def _clip(**options: Any) -> tf.CLIPConfig:
-    return tf.CLIPConfig(text_config=_TEXT, vision_config=_clip_vision(), projection_dim=16, **options)
+    return tf.CLIPConfig(text_config=TEXT, vision_config=_clip_vision().to_dict(), projection_dim=16, **options)
 
 
 def _siglip_vision() -> tf.SiglipVisionConfig:
-    return tf.SiglipVisionConfig(**_SHAPE, **_MLP)
+    return tf.SiglipVisionConfig(**SHAPE, **MLP)
 
 
 def _siglip(**options: Any) -> tf.SiglipConfig:
-    text = {**_TEXT, "projection_size": WIDTH}
+    text = {**TEXT, "projection_size": WIDTH}
     return tf.SiglipConfig(text_config=text, vision_config=_siglip_vision().to_dict(), **options)
 
 
 def _llava() -> Any:
-    text = tf.LlamaConfig(**_TEXT, num_key_value_heads=HEADS)
-    config = tf.LlavaConfig(vision_config=_clip_vision(), text_config=text, image_token_id=_IMAGE_TOKEN)
+    config = tf.LlavaConfig(vision_config=_clip_vision(), text_config=llama(), image_token_id=IMAGE_TOKEN)
     return tf.LlavaForConditionalGeneration(config)
 
 
 def _dual_encoder() -> Any:
-    vision, text = _vit(), tf.BertConfig(**_TEXT)
+    vision, text = _vit(), tf.BertConfig(**TEXT)
     return tf.VisionTextDualEncoderModel(
         tf.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16)
     )
 
 
 def _captioner() -> Any:
-    decoder = tf.BertConfig(**_TEXT, is_decoder=True, add_cross_attention=True)
+    decoder = tf.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
     return tf.VisionEncoderDecoderModel(tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(_deit(), decoder))
 
 
@@ -99,30 +108,11 @@ def _depth() -> Any:
     return model
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model to test.
-
-    Attributes:
-        family: Family in the package's table.
-        make: Builds the model with random weights.
-        inputs: Names of the inputs beside ``pixel_values``.
-        output: Name of the output that a loss is taken of.
-        whole: Whether the model is a vision model (its outputs have hidden states), not one part of a larger model.
-    """
-
-    family: str
-    make: Callable[[], Any]
-    inputs: tuple[str, ...] = ()
-    output: str = "last_hidden_state"
-    whole: bool = True
-
-
 def _backbone(kind: str, config: Callable[..., Any], **options: Any) -> Callable[[], Any]:
     return lambda: getattr(tf, kind)(config(out_indices=[1, 2], **options))
 
 
-CASES: dict[str, Case] = {
+_FIRST: dict[str, Case] = {
     "vit": Case("vit", lambda: tf.ViTModel(_vit())),
     "vit-classifier": Case("vit", lambda: tf.ViTForImageClassification(_vit()), output="logits"),
     "vit-masked": Case(
@@ -171,8 +161,22 @@ CASES: dict[str, Case] = {
     "captioner": Case("deit", _captioner, inputs=("decoder_input_ids",), output="logits", whole=False),
     "depth": Case("dinov2", _depth, output="predicted_depth", whole=False),
 }
-#: The bare tower of every family.
-TOWERS = ("vit", "deit", "clip-vision", "dinov2", "dinov2-swiglu", "dinov2-registers", "siglip-vision")
+#: Every model that the installed transformers has.
+CASES: dict[str, Case] = {
+    name: case
+    for name, case in {**_FIRST, **cases_vit.CASES, **cases_clip.CASES, **cases_vlm.CASES}.items()
+    if hasattr(tf, case.needs)
+}
+#: Bare towers that AutoModel knows, one of each way for registers to enter and leave.
+TOWERS = tuple(
+    name
+    for name in (
+        *("vit", "deit", "clip-vision", "dinov2", "dinov2-swiglu", "dinov2-registers", "siglip-vision"),
+        *("mae", "msn", "ijepa", "beit", "beit-shared", "dinov3", "dinov3-swiglu", "sapiens2", "tipsv2", "pixio"),
+        *("dpt", "internvl-vision", "qianfan-ocr-vision", "siglip2-vision", "idefics3-vision"),
+    )
+    if name in CASES
+)
 
 
 def perturb(model: nn.Module, seed: int = 0, scale: float = 0.1) -> None:
@@ -195,25 +199,81 @@ def _built(name: str) -> Any:
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     """A fresh copy of the model ``name``, frozen, in evaluation mode; the same weights at every call."""
     model = copy.deepcopy(_built(name)).requires_grad_(False).to(dtype)
-    model.set_attn_implementation(attention)
+    for module in [model, *model.modules()]:
+        # A model without SDPA of its own can have a tower with it.
+        if isinstance(module, tf.PreTrainedModel) and (attention == "eager" or module._supports_sdpa):
+            # transformers 4 raises for a whole that has one part without SDPA (a Q-Former).
+            with contextlib.suppress(ValueError):
+                module.set_attn_implementation(attention)
     return model
+
+
+_Pixels = Callable[[int, int, torch.Generator], dict[str, torch.Tensor]]
+
+
+def _naflex(batch: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    side = size // PATCH
+    return {
+        "pixel_values": torch.randn(batch, side**2, 3 * PATCH**2, generator=generator),
+        "pixel_attention_mask": torch.ones(batch, side**2, dtype=torch.long),
+        "spatial_shapes": torch.full((batch, 2), side),
+    }
+
+
+def _flattened(batch: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    side = size // PATCH
+    place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1) + 1.0
+    patches = torch.randn(batch, side**2, 3 * PATCH**2, generator=generator)
+    return {"flattened_patches": torch.cat([place.reshape(1, -1, 2).expand(batch, -1, -1), patches], dim=-1)}
+
+
+def _images(count: int) -> _Pixels:
+    return lambda batch, size, generator: {
+        "pixel_values": torch.randn(batch, count, 3, size, size, generator=generator)
+    }
+
+
+def _tiles(batch: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {**_images(2)(batch, size, generator), "image_sizes": torch.full((batch, 2), size)}
+
+
+#: Kinds of picture, by the name that a case gives.
+PIXELS: dict[str, _Pixels] = {
+    "image": lambda batch, size, generator: {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)},
+    "images": _images(1),
+    "tiles": _tiles,
+    "video": _images(2),
+    "spectrogram": lambda batch, size, generator: {"input_values": torch.randn(batch, size, size, generator=generator)},
+    "naflex": _naflex,
+    "flattened": _flattened,
+}
 
 
 def make_inputs(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, size: int = IMAGE) -> dict[str, Any]:
     """Random inputs for the model ``name``, the same at every call."""
-    generator = torch.Generator().manual_seed(1)
-    values: dict[str, Any] = {"pixel_values": torch.randn(batch, 3, size, size, generator=generator).to(dtype)}
+    case, generator = CASES[name], torch.Generator().manual_seed(1)
+    values: dict[str, Any] = PIXELS[case.pixels](batch, size, generator)
+    values = {key: value.to(dtype) if value.is_floating_point() else value for key, value in values.items()}
+    patches = (size // PATCH) ** 2
     ids = torch.randint(3, 60, (batch, 6), generator=generator)
     ids[:, -1] = 2
-    for kind in CASES[name].inputs:
+    for kind in case.inputs:
         if kind == "bool_masked_pos":
-            values[kind] = torch.rand(batch, PATCHES, generator=generator) < 0.5
+            values[kind] = torch.rand(batch, patches, generator=generator) < 0.5
+        elif kind == "tube_mask":  # as many patches hidden in every video
+            values["bool_masked_pos"] = (torch.arange(patches) % 2).bool().expand(batch, -1)
+        elif kind == "noise":
+            values[kind] = torch.rand(batch, patches, generator=generator)
         elif kind == "attention_mask":
             values[kind] = torch.ones_like(ids)
+        elif kind == "image_attention_mask":
+            values[kind] = torch.ones_like(ids)[..., None]
         elif kind == "image_text":
-            image = torch.full((batch, PATCHES), _IMAGE_TOKEN)
+            image = torch.full((batch, case.image_tokens), IMAGE_TOKEN)
             values["input_ids"] = torch.cat([image, ids], dim=1)
             values["attention_mask"] = torch.ones_like(values["input_ids"])
+        elif kind == "image_position":
+            values["image_embeds_position_mask"] = values["input_ids"] == IMAGE_TOKEN
         else:
             values[kind] = ids
     return values

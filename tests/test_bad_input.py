@@ -18,6 +18,7 @@ import transformers as tf
 from families import WIDTH, build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, hooks, run
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -176,7 +177,9 @@ def test_bad_weights_are_refused_by_transformers(fault: str, is_trainable: bool,
         base.load_adapter(str(adapter), is_trainable=is_trainable)
         base.train()
 
-    with pytest.raises(Exception, match=r"register values|deserializing header|No such file|mismatched_sizes"):
+    # transformers 4 lets torch read and compare; torch refuses pickles of classes.
+    said = r"register values|deserializing header|No such file|mismatched_sizes|size mismatch|Weights only load failed"
+    with pytest.raises(Exception, match=said):
         load_and_train()
     assert not (adapter / "exploded").exists()
     assert_identical(run(base, snapshot.inputs), snapshot.outputs)
@@ -199,6 +202,10 @@ def test_what_transformers_lets_pass_gives_the_registers_of_the_file(fault: str,
 def test_bad_weights_are_refused_where_the_config_is_handed_over(fault: str, adapter: Path) -> None:
     """PEFT skips the reading of the config then; the weights are checked as they come in."""
     spoil, message = FAULTS[fault]
+    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        if fault == "extra":
+            pytest.skip("this PEFT hands tensors to the module that they are for: a stranger reaches none")
+        message += "|no .finite. register values"
     config = RegisterConfig.from_pretrained(str(adapter))
     spoil(adapter)
     base = build("vit")
@@ -542,7 +549,7 @@ def test_a_second_adapter_that_is_refused_leaves_no_name_behind(adapter: Path) -
 
 
 def test_an_adapter_of_another_method_is_not_taken_for_registers(tmp_path: Path) -> None:
-    lora = get_peft_model(build("vit"), LoraConfig(target_modules=["q_proj"]))
+    lora = get_peft_model(build("vit"), LoraConfig(target_modules=["q_proj", "query"]))
     lora.save_pretrained(str(tmp_path))
     with pytest.raises(AdapterFileError, match=r"LORA.*not registers"):
         RegisterConfig.from_pretrained(str(tmp_path))

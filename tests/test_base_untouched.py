@@ -154,7 +154,7 @@ def test_lora_beside_registers_trains_and_unloads() -> None:
     base.add_adapter(RegisterConfig(num_registers=4), "registers")
     with_registers = run(base, inputs)
     assert differs(with_registers, snapshot.outputs)
-    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    lora = LoraConfig(target_modules=["q_proj", "v_proj", "query", "value"], init_lora_weights=False)
     model = get_peft_model(base, lora).eval()
     assert differs(run(model, inputs), with_registers)
     merged = model.merge_and_unload()
@@ -164,7 +164,7 @@ def test_lora_beside_registers_trains_and_unloads() -> None:
 
 def test_registers_go_into_a_model_that_has_lora() -> None:
     base, inputs = build("vit"), make_inputs("vit")
-    lora = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    lora = get_peft_model(base, LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)).eval()
     expected = run(lora, inputs)
     lora.base_model.model.add_adapter(RegisterConfig(num_registers=4), "registers")
     assert differs(run(lora, inputs), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -13,8 +14,8 @@ from families import CASES, PATCH, TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run, shapes
 
 from register_adapter import add_registers
-from register_adapter.anatomy import find_tower
 from register_adapter.model import find_register_layer
+from register_adapter.towers import find_tower
 
 
 def registered(name: str, attention: str = "sdpa", **options: Any) -> torch.nn.Module:
@@ -32,9 +33,11 @@ def gradient(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("name", TOWERS)
 def test_another_resolution_has_the_shapes_of_the_base(name: str, size: int) -> None:
     base, inputs = build(name, "eager"), make_inputs(name, size=size)
-    # DINOv2 always interpolates; its forward has no such argument.
-    ask: dict[str, Any] = {} if name.startswith("dinov2") else {"interpolate_pos_encoding": True}
-    ask |= {"output_hidden_states": True, "output_attentions": True}
+    ask: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
+    parameters = inspect.signature(base.forward).parameters
+    # DINOv2 always interpolates; its forward has no such argument. Others have none in transformers 4.
+    if not name.startswith("dinov2") and {"interpolate_pos_encoding", "kwargs"} & set(parameters):
+        ask["interpolate_pos_encoding"] = True
     expected = run(base, inputs, **ask)
     assert expected["last_hidden_state"].shape[1] == (size // PATCH) ** 2 + find_tower(base).prefix
     found = run(add_registers(base, 4).eval(), inputs, **ask)
@@ -65,6 +68,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
 def test_registers_added_to_a_checkpointing_base_get_gradients(name: str) -> None:
     base, inputs = build(name).train(), make_inputs(name)
     base.gradient_checkpointing_enable({"use_reentrant": True})
+    base.enable_input_require_grads()
+    try:
+        base(**inputs)
+    except AttributeError as error:
+        pytest.skip(f"this transformers cannot have gradients at the input of this base, with any adapter: {error}")
+    base.disable_input_require_grads()
     assert gradient(add_registers(base, 4).train(), inputs).abs().sum() > 0
 
 
@@ -105,7 +114,7 @@ def test_a_deep_copy_of_the_base_keeps_its_registers(name: str) -> None:
     model, inputs = registered(name), make_inputs(name)
     twin = copy.deepcopy(model.get_base_model())
     assert find_register_layer(twin) is not find_register_layer(model)
-    assert find_register_layer(twin).tower.module is twin
+    assert find_register_layer(twin).tower.module is find_tower(twin).module
     assert_identical(run(twin, inputs), run(model, inputs))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from safetensors import safe_open
 
 from register_adapter import RegisterConfig, RegisterPeftModel, add_registers
 from register_adapter.model import find_register_layer
+from register_adapter.towers import find_tower
 
 # DPT builds its backbone by a way of its own, which from_pretrained of a tiny one does not survive.
 SAVED = [name for name in CASES if name != "depth"]
@@ -45,6 +47,8 @@ NOT_FOUND_BY_TRANSFORMERS = {
     ("siglip-vision", "siglip"),
     ("siglip-vision", "siglip-classifier"),
 }
+# transformers 4 does not look below base_model_prefix: the tower must have one place in both models.
+LOOKS_BELOW_PREFIX = "load_config" in inspect.signature(tf.PreTrainedModel.load_adapter).parameters
 
 
 def tokens(model: torch.nn.Module, name: str = "default") -> torch.Tensor:
@@ -99,6 +103,8 @@ def test_a_fresh_process_gets_the_same_bits_by_every_route(name: str, reports: d
 def test_auto_model_loads_an_adapter_folder(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "base")
     base = class_of(name).from_pretrained(tmp_path / "base")
+    if type(base.config) not in tf.AutoModel._model_mapping:
+        pytest.skip("AutoModel does not know this tower in this version of transformers")
     model, inputs = add_registers(base, 4).eval(), make_inputs(name)
     adapter = saved(model, tmp_path / "adapter")
     assert_identical(run(tf.AutoModel.from_pretrained(adapter), inputs), run(model, inputs))
@@ -140,7 +146,7 @@ def test_transformers_loads_another_models_adapter_or_says_that_it_cannot(
         model.load_adapter(adapter, is_trainable=is_trainable)
         model.train()
 
-    if (source, target) in NOT_FOUND_BY_TRANSFORMERS:
+    if not found_by_transformers(source, target):
         with pytest.raises(ValueError, match=r"(?s)no \(finite\) register values.*PeftModel\.from_pretrained"):
             load_and_train()
         assert_identical(run(model, inputs), expected_base)
@@ -152,10 +158,14 @@ def test_transformers_loads_another_models_adapter_or_says_that_it_cannot(
         assert differs(run(model, inputs), expected_base)
 
 
+def found_by_transformers(source: str, target: str) -> bool:
+    if LOOKS_BELOW_PREFIX:
+        return (source, target) not in NOT_FOUND_BY_TRANSFORMERS
+    return find_tower(build(source)).path == find_tower(build(target)).path
+
+
 def with_tower_of(target: str, source: str) -> Any:
     """The model ``target`` with the weights of the tower in ``source``."""
-    from register_adapter.anatomy import find_tower
-
     receiver = build(target)
     result = find_tower(receiver).module.load_state_dict(find_tower(build(source)).module.state_dict(), strict=False)
     assert not [key for key in result.missing_keys if "mask_token" not in key and "pooler" not in key]
@@ -346,7 +356,9 @@ def test_registers_and_lora_round_trip_side_by_side(tmp_path: Path) -> None:
     def pair() -> Any:
         base = build("vit")
         base.add_adapter(RegisterConfig(num_registers=4, init_std=1.0), "registers")
-        return base, get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+        return base, get_peft_model(
+            base, LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)
+        ).eval()
 
     base, model = pair()
     trained = tokens(base, "registers").detach().clone()

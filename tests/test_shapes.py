@@ -8,7 +8,7 @@ from families import BLOCKS, CASES, HEADS, PATCHES, TOWERS, build, make_inputs
 from helpers import differs, run, shapes
 
 from register_adapter import add_registers
-from register_adapter.anatomy import find_tower
+from register_adapter.towers import find_tower
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,5 +99,7 @@ def test_image_features_of_clip_and_siglip_have_the_shape_of_the_base() -> None:
         base, pixel_values = build(name), make_inputs(name)["pixel_values"]
         expected = base.get_image_features(pixel_values=pixel_values)
         found = add_registers(base, 4).eval().get_image_features(pixel_values=pixel_values)
-        assert found["pooler_output"].shape == expected["pooler_output"].shape
-        assert not torch.equal(found["pooler_output"], expected["pooler_output"])
+        if not isinstance(expected, torch.Tensor):  # transformers 4 returns the features alone
+            found, expected = found["pooler_output"], expected["pooler_output"]
+        assert found.shape == expected.shape
+        assert not torch.equal(found, expected)

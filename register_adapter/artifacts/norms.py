@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..anatomy import Tower
 from ..capture import capture
+from ..errors import UnsupportedModelError
+from ..towers import Tower
 
 __all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "summarise_norms"]
 
@@ -74,8 +75,15 @@ def neighbour_similarity(tower: Tower, pixel_values: torch.Tensor) -> torch.Tens
 
     Returns:
         ``(B, h, w)``, the mean over the neighbours that exist.
+
+    Raises:
+        UnsupportedModelError: The tower embeds patches in another way than by a 2-D convolution.
     """
     convolution = tower.part("patch_embedding")
+    if not isinstance(convolution, nn.Conv2d):
+        raise UnsupportedModelError(
+            f"{type(tower.module).__name__} embeds its patches without a 2-D convolution, so they have no known places"
+        )
     features = F.normalize(convolution(pixel_values.to(convolution.weight.dtype)).float(), dim=1)
     total = features.new_zeros(features.shape[0], *features.shape[2:])
     count = torch.zeros_like(total)

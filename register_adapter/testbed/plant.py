@@ -27,10 +27,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..anatomy import Tower, find_tower
 from ..artifacts.norms import neighbour_similarity
 from ..capture import capture
 from ..errors import UnsupportedModelError
+from ..towers import Tower, find_tower
 from .probe import register_probe
 from .scenes import SceneDataset
 

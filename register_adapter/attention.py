@@ -1,0 +1,255 @@
+"""Registers that live in the attention: key/value pairs, gates, and keys that some images of a batch do not have.
+
+transformers looks its attention implementation up by name in the module's config. An :class:`AttentionConfig` stands in
+for that config and names a function of ours, which adds the pairs or the bias and calls the implementation in use.
+Hooks on the key and value projections could not do it: their output is viewed with the length of their input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .registers import Segment
+
+if TYPE_CHECKING:
+    from .towers import Tower
+
+__all__ = ["AttentionConfig", "AttentionHooks", "grow_block_mask", "is_block_mask", "reads_implementation"]
+
+IMPLEMENTATION = "register_adapter"
+#: Implementations that take an additive mask.
+_MASKABLE = ("eager", "sdpa")
+
+
+def reads_implementation(tower: Tower) -> bool:
+    """Whether every block of a tower looks its attention implementation up, as transformers' newer models do."""
+    blocks = range(len(tower.part("blocks")))
+    return all(any(True for _ in _attention_modules(tower, block)) for block in blocks)
+
+
+def _attention_modules(tower: Tower, block: int) -> Iterator[nn.Module]:
+    attention: nn.Module | None = tower.block_part(block, "attention")
+    for module in attention.modules() if attention is not None else ():
+        source = sys.modules.get(type(module).__module__)
+        if hasattr(module, "config") and hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+            yield module
+
+
+@cache
+def _adds_mask(eager: Callable[..., Any]) -> bool:
+    """Whether an eager implementation adds its mask to the logits: ViT's in transformers 4 multiplies maps by it."""
+    stub: Any = nn.Identity()
+    stub.num_key_value_groups = 1
+    one = torch.ones(1, 1, 1, 1, device="cpu")
+    try:
+        weights = eager(stub, one, one, one, one - 1, scaling=1.0, dropout=0.0)[1]
+    except (AttributeError, TypeError):  # it reads more off its module, as none of those that multiply does
+        return True
+    return bool(weights.any())
+
+
+def _additive(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention with a mask that is added, in the place of one that multiplies."""
+    weights = (query @ key.transpose(-1, -2) * scaling + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def is_block_mask(mask: Any) -> bool:
+    """Whether a mask is flex attention's: a function of two positions, and the blocks in which it is not empty."""
+    return hasattr(mask, "mask_mod") and hasattr(mask, "seq_lengths")
+
+
+def grow_block_mask(mask: Any, start: int, count: int, rows: bool = True) -> Any:
+    """Make room for registers in flex attention's ``BlockMask``, as :func:`~.tokens.grow_mask` does in a tensor.
+
+    Args:
+        mask: For sequences of ``N`` tokens.
+        start: Position of the first register.
+        count: Number of registers.
+        rows: Whether they are queries too, not keys alone.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask  # not in every release of torch
+
+    inner, (queries, keys) = mask.mask_mod, mask.seq_lengths
+
+    def behind(index: torch.Tensor) -> torch.Tensor:  # a register is where the token before it is
+        return torch.where(index < start + count, index.clamp(max=max(start - 1, 0)), index - count)
+
+    def grown(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        register = (key >= start) & (key < start + count)
+        place = torch.where(key < start, key, behind(key))
+        asking = torch.where(query < start, query, behind(query)) if rows else query
+        seen: torch.Tensor = inner(batch, head, asking, place)
+        return register | seen
+
+    batch, heads = mask.kv_num_blocks.shape[:2]
+    device = mask.kv_num_blocks.device
+    length = queries + count if rows else queries
+    return create_block_mask(grown, batch, heads, length, keys + count, device, mask.BLOCK_SIZE)
+
+
+class AttentionConfig:
+    """The config of an attention module, but for the implementation it names.
+
+    Args:
+        config: The config.
+        layer: The tuner layer of the tower.
+        block: Index of the block.
+        eager: The eager implementation of the module's family, which the table of implementations does not hold.
+    """
+
+    def __init__(self, config: Any, layer: AttentionHooks, block: int, eager: Callable[..., Any]) -> None:
+        self.config, self.layer, self.block, self.eager = config, layer, block, eager
+        self.adds_mask = _adds_mask(eager)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return IMPLEMENTATION if self.layer.in_attention else self.implementation
+
+    @property
+    def implementation(self) -> str:
+        """Name of the implementation in use."""
+        return self.config._attn_implementation or "eager"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "config":  # copying and unpickling ask before there is a config
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+class AttentionHooks:
+    """What a :class:`RegisterLayer` does inside attention; mixed into it."""
+
+    tower: Tower
+    prefix: int
+    #: Return the columns of key/value pairs in attention maps.
+    whole_attentions: bool = False
+    _configs: list[tuple[nn.Module, Any]]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What takes part in the forward pass."""
+        raise NotImplementedError
+
+    @property
+    def _cuts_attentions(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether the attention needs anything beyond the sequence."""
+        return any(segment.placement.key_value or segment.biased for segment in self.segments)
+
+    def _enter_attention(self) -> None:
+        """Put the stand-in configs in place; once."""
+        if self._configs:
+            return
+        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
+        for block in range(len(self.tower.part("blocks"))):
+            for module in _attention_modules(self.tower, block):
+                eager = sys.modules[type(module).__module__].eager_attention_forward
+                self._configs.append((module, module.config))
+                stand_in: Any = AttentionConfig(module.config, self, block, eager)
+                module.config = stand_in
+
+    def _leave_attention(self) -> None:
+        for module, config in self._configs:
+            module.config = config
+        self._configs = []
+
+    def attend(
+        self,
+        block: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, Any, int]:
+        """Keys and values with the pairs of ``block``, the mask to go with them, and the number of pairs.
+
+        Args:
+            block: Index of the block.
+            query: ``(B, H, N, d)``.
+            key: ``(B, H, N, d)``, registers in the sequence included.
+            value: The same shape.
+            mask: ``(B or 1, H or 1, N or 1, N)``, boolean or additive, or flex attention's.
+        """
+        here = [segment for segment in self.segments if segment.placement.insert_layer <= block]
+        pairs = [segment for segment in here if segment.placement.key_value]
+        length = key.shape[2]
+        for segment in pairs:
+            keys, values = segment.pairs(key, block)
+            key, value = torch.cat([key, keys], dim=2), torch.cat([value, values], dim=2)
+        added = key.shape[2] - length
+        if added and is_block_mask(mask):
+            mask = grow_block_mask(mask, length, added, rows=False)
+        elif added and mask is not None:
+            mask = F.pad(mask, (0, added), value=float(mask.dtype == torch.bool))
+        if any(segment.biased for segment in here):
+            tokens = [segment for segment in here if not segment.placement.key_value]
+            bias = [segment.bias(query, block) for segment in tokens]
+            bias.append(query.new_zeros(1, length - self.prefix - sum(segment.count for segment in tokens)))
+            bias = [query.new_zeros(1, self.prefix), *bias, *(segment.bias(query, block) for segment in pairs)]
+            batch = max(part.shape[0] for part in bias)
+            row = torch.cat([part.expand(batch, -1) for part in bias], dim=1)[:, None, None]
+            if mask is None:
+                mask = row
+            elif mask.dtype == torch.bool:
+                mask = row.masked_fill(~mask, -torch.inf)
+            else:
+                mask = mask + row
+        return key, value, mask, added
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The function behind :data:`IMPLEMENTATION`; arguments and result are those of any attention of transformers."""
+    stand_in: Any = module.config
+    layer: AttentionHooks = stand_in.layer
+    name = stand_in.implementation
+    padded = isinstance(attention_mask, torch.Tensor)
+    if name not in _MASKABLE and (padded or any(segment.biased for segment in layer.segments)):
+        raise ValueError(
+            f"the attention implementation {name!r} takes no additive mask, which gates, adapter_names= with different "
+            "numbers of registers, and key/value pairs beside a padding mask need; switch: "
+            "model.set_attn_implementation('sdpa')"
+        )
+    multiplies = name == "eager" and not stand_in.adds_mask
+    if multiplies and padded:
+        raise ValueError(
+            f"{type(module).__name__} multiplies its attention maps by a mask (head_mask), which cannot go with gates, "
+            "key/value pairs and adapter_names= with different numbers of registers; leave the mask out"
+        )
+    key, value, mask, added = layer.attend(stand_in.block, query, key, value, attention_mask)
+    inner = stand_in.eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    if multiplies and mask is not None:
+        inner = _additive
+    output, weights = inner(module, query, key, value, mask, **kwargs)
+    # What flex attention returns here is no map.
+    if added and weights is not None and weights.ndim == 4 and layer._cuts_attentions and not layer.whole_attentions:
+        weights = weights[..., :-added]
+    return output, weights

@@ -1,0 +1,145 @@
+"""Methods that users call past a tower's ``forward``: registers are cut out of what those return.
+
+timm's ``forward_intermediates``, on which ``get_intermediate_layers`` and ``features_only`` rest, splits and reshapes
+by its own count of prefix tokens, and would put registers into the feature map in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .anatomy import parent
+from .tokens import cut_tokens, hidden_states_of
+
+if TYPE_CHECKING:
+    from .towers import Tower
+
+__all__ = ["MethodHooks"]
+
+#: Keys of outputs that hold whole sequences, and the tokens before the patches.
+_SEQUENCE_KEYS = ("x_prenorm",)
+_PREFIX_KEYS = ("image_intermediates_prefix", "x_norm_regtokens")
+
+
+class MethodHooks:
+    """What a :class:`RegisterLayer` does to such methods; mixed into it."""
+
+    tower: Tower
+    prefix: int
+    _inside_method: bool = False
+    _length: int
+    _cut: Callable[[Any, int], Any]
+    count_at: Callable[[int], int]
+
+    @property
+    def num_active(self) -> int:
+        """Number of registers in the sequence when it leaves the last block."""
+        raise NotImplementedError
+
+    @property
+    def _methods(self) -> tuple[str, ...]:
+        return (*self.tower.anatomy.methods, *self.tower.anatomy.counted_methods)
+
+    def _wrap_methods(self) -> None:
+        for path in self._methods:
+            owner, name = parent(self.tower.module, path)
+            # An attribute of the instance, which the class's method shines through again once it is gone.
+            setattr(owner, name, partial(self._call_method, path))
+
+    def _unwrap_methods(self) -> None:
+        for path in self._methods:
+            owner, name = parent(self.tower.module, path)
+            owner.__dict__.pop(name, None)
+
+    def _call_method(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        owner, name = parent(self.tower.module, path)
+        original = partial(getattr(type(owner), name), owner, *args, **kwargs)
+        if not self.num_active or self._inside_method:
+            return original()
+        self._check_call(name, args)
+        if path in self.tower.anatomy.counted_methods:
+            return self._counted(original)
+        result = original()
+        if isinstance(result, dict):
+            whole = [key for key in _SEQUENCE_KEYS if key in result]
+            return {**result, **{key: self._cut(result[key], result[key].shape[1] - self.num_active) for key in whole}}
+        # A sequence came in.
+        return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0))
+
+    def _counted(self, method: Callable[[], Any]) -> Any:
+        """Call a method that counts the registers among the tower's prefix tokens; see ``_count_registers``."""
+        module, counter, count = self.tower.module, self.tower.anatomy.method_counter, self.num_active
+        assert counter is not None
+        before = getattr(module, counter)
+        self._inside_method = True
+        try:
+            result = method()
+        finally:
+            setattr(module, counter, before)
+            self._inside_method = False
+        whole = self._length + count
+        return _without_registers(result, count, before, lambda value: cut_tokens(value, self.prefix, count, whole))
+
+    def _check_call(self, name: str, args: Any) -> None:
+        """Refuse what would give wrong numbers, or an error from deep inside."""
+        kind = type(self.tower.module).__name__
+        if args and isinstance(args[0], list):
+            raise TypeError(
+                f"{kind}.{name} was given a list of {len(args[0])} batches: registers enter one batch at a time. "
+                "Call it for each of them."
+            )
+        # Elsewhere no placeholders stand for registers that start later.
+        late = self.tower.anatomy.method_counter and self.count_at(0) < self.num_active
+        if late and torch.is_grad_enabled() and getattr(self.tower.module, "grad_checkpointing", False):
+            raise ValueError(
+                f"{kind}.{name} with gradient checkpointing and registers that start at a later block (insert_layer): "
+                "the backward pass would not know that it recomputes this method. Call set_grad_checkpointing(False), "
+                "or use insert_layer=0."
+            )
+
+    def _count_registers(self, length: int) -> None:
+        """Registers enter a sequence of ``length`` tokens: from here on the tower counts them among its prefix tokens.
+
+        Not before: timm resamples its position embeddings by the same count.
+        """
+        self._length = length
+        counter = self.tower.anatomy.method_counter
+        assert counter is not None
+        setattr(self.tower.module, counter, getattr(self.tower.module, counter) + self.num_active)
+
+
+def _without_registers(value: Any, count: int, before: int, cut: Callable[[Any], Any], prefix: bool = False) -> Any:
+    """A result without the registers that counted as prefix tokens, of which there are ``before`` without them.
+
+    Args:
+        value: The result, of any structure.
+        count: Number of registers.
+        before: The tower's own count of prefix tokens.
+        cut: Takes the registers out of whole sequences.
+        prefix: Whether ``value`` holds prefix tokens alone.
+    """
+    if isinstance(value, torch.Tensor):
+        return cut_tokens(value, before, count, before + count) if prefix else cut(value)
+    if isinstance(value, dict):
+        names = [key for key in value if before or key != "image_intermediates_prefix"]
+        return {key: _without_registers(value[key], count, before, cut, key in _PREFIX_KEYS) for key in names}
+    if isinstance(value, list):
+        return [
+            _pair(item, count, before)
+            if isinstance(item, tuple)
+            else _without_registers(item, count, before, cut, prefix)
+            for item in value
+        ]
+    if isinstance(value, tuple):
+        return tuple(_without_registers(item, count, before, cut) for item in value)
+    return value
+
+
+def _pair(pair: tuple[torch.Tensor, ...], count: int, before: int) -> Any:
+    """Pairs of feature map and prefix tokens, as timm makes them; maps alone if the model has no prefix tokens."""
+    features, tokens = pair
+    return (features, cut_tokens(tokens, before, count, before + count)) if before else features

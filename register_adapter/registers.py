@@ -1,0 +1,129 @@
+"""The registers of one adapter as a module, and the part they take in a forward pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["Placement", "RegisterTokens", "Segment"]
+
+
+class Placement(NamedTuple):
+    """Where and how the registers of one adapter enter.
+
+    Attributes:
+        num_registers: Number R of registers in every block that has them.
+        insert_layer: Index of the first block that has them.
+        deep: Fresh registers at every block.
+        key_value: Key/value pairs in every block's attention instead of tokens in the sequence.
+        full_attentions: Attention maps are returned with the registers.
+    """
+
+    num_registers: int
+    insert_layer: int = 0
+    deep: bool = False
+    key_value: bool = False
+    full_attentions: bool = False
+
+    def shape(self, hidden_size: int, num_blocks: int) -> tuple[int, ...]:
+        """Shape of the weight: ``(R, D)``, ``(blocks, R, D)`` if deep, ``(blocks, 2, R, D)`` for key/value pairs."""
+        last = (self.num_registers, hidden_size)
+        if self.key_value:
+            return (num_blocks - self.insert_layer, 2, *last)
+        return (num_blocks - self.insert_layer, *last) if self.deep else last
+
+
+class RegisterTokens(nn.Module):
+    """The registers of one adapter, in a module that is called, so that offloading hooks bring them to the device.
+
+    Args:
+        weight: Initial values, see :meth:`Placement.shape`.
+        pending: The values are to come from a file; until finite ones are here the registers take no part in the
+            forward pass.
+        gate: Initial bias on the attention logits of the registers' keys, ``(blocks, R)``; ``None`` for no gate.
+    """
+
+    def __init__(self, weight: torch.Tensor, pending: bool = False, gate: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.count = weight.shape[-2]  # the weight itself may be sharded or offloaded
+        self.weight = nn.Parameter(weight)
+        self.gate = None if gate is None else nn.Parameter(gate)
+        self._pending = pending
+
+    @property
+    def pending(self) -> bool:
+        """Whether the values from the file are still to come; the first finite ones settle it."""
+        if self._pending and not self.weight.is_meta:
+            self._pending = not all(bool(torch.isfinite(part).all()) for part in self.parameters())
+        return self._pending
+
+    def forward(self, like: torch.Tensor, block: int | None = None, gate: bool = False) -> torch.Tensor:
+        """The weight, or its part for one block, in the dtype and on the device of ``like``.
+
+        With ``gate`` the gate ``(R,)`` of the block instead; zeros without a gate.
+        """
+        if gate and self.gate is None:
+            return like.new_zeros(self.count)
+        values = self.gate if gate and self.gate is not None else self.weight
+        # A view: ZeRO-3 takes a parameter's values away behind this module's forward.
+        return (values[:] if block is None else values[block]).to(like)
+
+
+class Segment:
+    """Consecutive registers in the sequence, or pairs in the attention: one adapter's, or image by image another's.
+
+    Args:
+        placement: Of the adapter; of several, the one with most registers.
+        tokens: The adapters' registers, each once.
+        images: For every image the position of its adapter in ``tokens``, or -1 for none; ``None``: all have the first.
+    """
+
+    def __init__(self, placement: Placement, tokens: list[RegisterTokens], images: list[int] | None = None) -> None:
+        self.placement = placement
+        self.tokens = tokens
+        self.images = images
+        self.count = placement.num_registers
+        self.counts = [one.count for one in tokens]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some images have fewer registers than others, so that keys must be masked."""
+        return self.images is not None and (-1 in self.images or min(self.counts) < self.count)
+
+    @property
+    def biased(self) -> bool:
+        """Whether the attention logits of the keys need a bias."""
+        return self.ragged or any(one.gate is not None for one in self.tokens)
+
+    def _by_image(self, values: list[torch.Tensor], batch: int, fill: float = 0.0) -> torch.Tensor:
+        """``(..., R_i, D)`` each, as one ``(B, ..., R, D)``; images without an adapter get rows of ``fill``."""
+        if self.images is None:
+            return values[0].expand(batch, *values[0].shape)
+        if len(self.images) != batch:
+            raise ValueError(f"adapter_names has {len(self.images)} names for a batch of {batch} images")
+        padded = [F.pad(v, (0, 0, 0, self.count - v.shape[-2]), value=fill) for v in values]
+        padded.append(torch.full_like(padded[0], fill))  # index -1
+        return torch.stack([padded[index] for index in self.images])
+
+    def draw(self, hidden_states: torch.Tensor, block: int) -> torch.Tensor:
+        """``(B, R, D)`` registers for block ``block``, like ``hidden_states`` ``(B, N, D)``."""
+        index = block - self.placement.insert_layer if self.placement.deep else None
+        return self._by_image([one(hidden_states, index) for one in self.tokens], hidden_states.shape[0])
+
+    def pairs(self, key: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(B, H, R, d)`` keys and values for block ``block``, like ``key`` ``(B, H, N, d)``."""
+        index = block - self.placement.insert_layer
+        batch, heads, _, width = key.shape
+        both = self._by_image([one(key, index) for one in self.tokens], batch)
+        both = both.reshape(batch, 2, self.count, heads, width).transpose(2, 3)
+        return both[:, 0], both[:, 1]
+
+    def bias(self, like: torch.Tensor, block: int) -> torch.Tensor:
+        """``(1 or B, R)`` to add to the attention logits of the keys: the gate, minus infinity where there is none."""
+        index = block - self.placement.insert_layer
+        gates = [one(like, index, gate=True).unsqueeze(-1) for one in self.tokens]
+        batch = 1 if self.images is None else like.shape[0]
+        return self._by_image(gates, batch, fill=-torch.inf).squeeze(-1)

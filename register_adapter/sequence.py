@@ -1,0 +1,293 @@
+"""The hooks that put registers into the sequence and take them out again, as methods of the tuner layer.
+
+Bound methods, not closures: a deep copy of a model must have hooks of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from .anatomy import parent
+from .attention import grow_block_mask, is_block_mask
+from .registers import Segment
+from .tokens import (
+    cut_tokens,
+    grow_bias,
+    grow_mask,
+    hidden_states_of,
+    insert_tokens,
+    pad_tokens,
+    with_hidden_states,
+)
+
+if TYPE_CHECKING:
+    from .towers import Tower
+
+__all__ = ["SequenceHooks"]
+
+
+class SequenceHooks:
+    """What a :class:`RegisterLayer` does to the sequence; mixed into it."""
+
+    tower: Tower
+    prefix: int
+    #: Inside a method that users call past the tower's forward, which counts registers among the prefix tokens.
+    _inside_method: bool = False
+    _count_registers: Callable[[int], None]
+    _mask_position: int | None
+
+    @property
+    def _cuts_attentions(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What takes part in the forward pass."""
+        raise NotImplementedError
+
+    @property
+    def sequence(self) -> list[Segment]:
+        """The segments that are tokens in the sequence, in their order there."""
+        raise NotImplementedError
+
+    @property
+    def num_active(self) -> int:
+        """Number of registers in the sequence when it leaves the last block."""
+        return sum(segment.count for segment in self.sequence)
+
+    def count_at(self, block: int) -> int:
+        """Number of registers in the sequence inside block ``block``; 0 stands for the embeddings' output too."""
+        return sum(segment.count for segment in self.sequence if segment.placement.insert_layer <= block)
+
+    def _sequence_hooks(self, by_block: bool) -> list[Any]:
+        """Register the hooks; those on blocks only where an adapter or the family needs them."""
+        module, anatomy = self.tower.module, self.tower.anatomy
+        embeddings: nn.Module = self.tower.part("embeddings")
+        remove: nn.Module = self.tower.part("remove")
+        handles: list[Any] = [
+            embeddings.register_forward_pre_hook(self._insert_into_input_hook, with_kwargs=True)
+            if anatomy.insert_at == "input"
+            else embeddings.register_forward_hook(self._insert_into_output_hook),
+            remove.register_forward_pre_hook(self._remove_from_input_hook)
+            if anatomy.remove_from == "input"
+            else remove.register_forward_hook(self._remove_from_output_hook),
+        ]
+        if anatomy.insert_at == "output":  # else the mask grows where registers join
+            handles.append(module.register_forward_pre_hook(self._grow_mask_hook, with_kwargs=True))
+        if remove is not module:  # a tower that ends where registers leave needs no second cut
+            handles.append(module.register_forward_hook(self._tower_output_hook))
+        for block, bias in self.tower.parts("position_bias"):
+            handles.append(bias.register_forward_pre_hook(partial(self._position_length_hook, block), with_kwargs=True))
+            handles.append(bias.register_forward_hook(partial(self._position_bias_hook, block)))
+        if any(True for _ in self.tower.parts("position_bias")):
+            for block in self.tower.part("blocks"):
+                handles.append(block.register_forward_pre_hook(self._additive_mask_hook, with_kwargs=True))
+        handles += [
+            module.register_forward_hook(self._positions_between_hook)
+            for _, module in self.tower.parts("positions_between")
+        ]
+        if by_block or anatomy.prefix_counter:
+            for index, block in enumerate(self.tower.part("blocks")):
+                hook = partial(self._block_hook, index)
+                handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+                if anatomy.method_counter:
+                    handles.append(block.register_forward_hook(partial(self._fill_up_hook, index)))
+        return handles
+
+    def _insert(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        if self._inside_method:
+            self._count_registers(hidden_states.shape[1])
+        tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
+        if tokens:
+            hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
+        if self._loses_gradients(hidden_states):
+            return hidden_states.detach().requires_grad_()
+        return hidden_states if tokens else None
+
+    def _loses_gradients(self, hidden_states: torch.Tensor) -> bool:
+        """Whether registers that enter inside a block would get no gradient.
+
+        Reentrant checkpointing of a block gives none to anything unless the block's input has one.
+        """
+        if not self.tower.module.training or not torch.is_grad_enabled() or hidden_states.requires_grad:
+            return False
+        trainable = any(p.requires_grad for s in self.segments for one in s.tokens for p in one.parameters())
+        return trainable and any(_checkpoints_reentrantly(module) for module in self.tower.module.modules())
+
+    def _insert_into_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, dict):  # a ModelOutput, changed in place
+            name = next(key for key, value in output.items() if value is not None)
+            grown = self._insert(output[name])
+            if grown is not None:
+                output[name] = grown
+            return output
+        grown = self._insert(output[0] if isinstance(output, tuple) else output)
+        if grown is None:
+            return None
+        return (grown, *output[1:]) if isinstance(output, tuple) else grown
+
+    def _insert_into_input_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        grown = self._insert(hidden_states_of(args, kwargs))
+        if grown is None:
+            return None
+        count = self.count_at(0)
+        args, kwargs = _grow_masks(args, kwargs, self.prefix, count, grown.shape[1])
+        return with_hidden_states(args, kwargs, grown)
+
+    def _block_hook(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Registers that start at this block, fresh ones of deep adapters, and masks made for another length."""
+        segments = [s for s in self.sequence if s.placement.insert_layer <= index]
+        count = sum(segment.count for segment in segments)
+        self._count_prefix(module, count)
+        hidden = given = hidden_states_of(args, kwargs)
+        if index > 0:
+            hidden = self.without_placeholders(hidden, index - 1)
+        start = self.prefix
+        for segment in segments:
+            first = segment.placement.insert_layer
+            if first == index and index > 0:
+                hidden = insert_tokens(hidden, [segment.draw(hidden, index)], start)
+            elif segment.placement.deep and first < index:
+                fresh = segment.draw(hidden, index)
+                hidden = torch.cat([hidden[:, :start], fresh, hidden[:, start + segment.count :]], dim=1)
+            start += segment.count
+        if hidden is given:
+            return None
+        before = self.count_at(0)
+        if count > before:
+            args, kwargs = _grow_masks(args, kwargs, self.prefix + before, count - before, hidden.shape[1])
+        return with_hidden_states(args, kwargs, hidden)
+
+    def _fill_up_hook(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
+        """Inside a method every block returns the same number of tokens: zeros for registers that start later."""
+        missing = self.num_active - self.count_at(index) if self._inside_method else 0
+        if not missing:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        filled = pad_tokens(hidden, self.prefix + self.count_at(index), missing)
+        return (filled, *output[1:]) if isinstance(output, tuple) else filled
+
+    def without_placeholders(self, hidden_states: torch.Tensor, block: int) -> torch.Tensor:
+        """What block ``block`` returned ``(B, N, D)``, without what stands there for registers that start later."""
+        present = self.count_at(block)
+        missing = self.num_active - present if self._inside_method else 0
+        if not missing:
+            return hidden_states
+        return cast(torch.Tensor, cut_tokens(hidden_states, self.prefix + present, missing, hidden_states.shape[1]))
+
+    def _count_prefix(self, block: nn.Module, count: int) -> None:
+        """Tell a block how many tokens stand before the patches."""
+        if self.tower.anatomy.prefix_counter:
+            owner, name = parent(block, self.tower.anatomy.prefix_counter)
+            # Only where it changes: an assignment is a mutation that a compiled graph has to keep.
+            if getattr(owner, name) != self.prefix + count:
+                setattr(owner, name, self.prefix + count)
+
+    def _cut(self, value: Any, length: int) -> Any:
+        """Take the registers out of everything; ``length`` is that of a sequence without them.
+
+        What was recorded on the way has the registers of the block it comes from.
+        """
+        blocks = {0, *(segment.placement.insert_layer for segment in self.sequence)}
+        for count in sorted({self.count_at(block) for block in blocks} - {0}):
+            value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
+        return value
+
+    def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
+        count = 0 if self._inside_method else self.num_active
+        return self._cut(args, args[0].shape[1] - count) if count else None
+
+    def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        count = 0 if self._inside_method else self.num_active
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        return self._cut(output, hidden.shape[1] - count) if count else None
+
+    def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        # A plain dictionary, as DINOv2's own code returns it, has no entry 0.
+        values = output.values() if isinstance(output, dict) else output
+        last = None if isinstance(output, torch.Tensor) else next(iter(values), None)
+        if isinstance(last, (tuple, list)) and last:  # a backbone's feature maps, (B, D, h, w) or (B, N, D)
+            last = last[-1]
+            length = last.shape[1] if last.ndim == 3 else last.shape[-2:].numel() + self.prefix
+        elif isinstance(last, torch.Tensor) and last.ndim == 3:
+            length = last.shape[1]
+        else:
+            return None
+        return self._cut(output, length) if self.num_active else None
+
+    def _position_length_hook(self, index: int | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """A bias that is interpolated to the length of the sequence must not count registers (BEiT's ``dim_size``)."""
+        count = self.count_at(index or 0)
+        if not count or kwargs.get("dim_size") is None:
+            return None
+        return args, {**kwargs, "dim_size": kwargs["dim_size"] - count}
+
+    def _positions_between_hook(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """Position embeddings ``(..., N, D)`` that are added between blocks: registers have none there either."""
+        count = self.count_at(0)
+        if not count:
+            return None
+        zeros = output.new_zeros(*output.shape[:-2], count, output.shape[-1])
+        return torch.cat([output[..., : self.prefix, :], zeros, output[..., self.prefix :, :]], dim=-2)
+
+    def _additive_mask_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Make a boolean mask additive in a model with a position bias.
+
+        transformers adds the two, which puts every token that is seen at 1 and key/value pairs behind them at 0.
+        """
+        dtype = hidden_states_of(args, kwargs).dtype
+
+        def additive(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.ndim != 4:
+                return value
+            return torch.zeros_like(value, dtype=dtype).masked_fill(~value, torch.finfo(dtype).min)
+
+        if not self.segments:
+            return None
+        return tuple(additive(value) for value in args), {name: additive(value) for name, value in kwargs.items()}
+
+    def _position_bias_hook(self, index: int | None, module: nn.Module, args: Any, output: Any) -> Any:
+        count = self.count_at(index or 0)
+        return grow_bias(output, self.prefix, count) if count else None
+
+    def _grow_mask_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        position = self._mask_position
+        positional = args[position] if position is not None and len(args) > position else None
+        mask = kwargs.get("attention_mask", positional)
+        count = self.count_at(0) if mask is not None else 0
+        if not count:
+            return None
+        grown = grow_mask(mask, self.prefix, count)
+        if position is None or "attention_mask" in kwargs:
+            return args, {**kwargs, "attention_mask": grown}
+        return (*args[:position], grown, *args[position + 1 :]), kwargs
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    """Whether transformers checkpoints this module, and does not say ``use_reentrant=False``."""
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return getattr(module, "gradient_checkpointing", False) is True and options.get("use_reentrant", True)
+
+
+def _grow_masks(args: Any, kwargs: Any, start: int, count: int, length: int) -> Any:
+    """Make room for ``count`` registers in the masks and biases that come with a sequence, now ``length`` tokens."""
+
+    def grow(value: Any, name: str = "") -> Any:
+        if is_block_mask(value) and value.seq_lengths[1] == length - count:
+            return grow_block_mask(value, start, count)
+        if not isinstance(value, torch.Tensor) or value.shape[-1:] != (length - count,):
+            return value
+        if value.ndim > 2 and "bias" in name:
+            return grow_bias(value, start, count)
+        return grow_mask(value, start, count) if value.ndim == 4 or (value.ndim == 2 and name == mask) else value
+
+    mask = "attention_mask"
+    # Pix2Struct in transformers 4 hands (B, N) on, to its blocks as the first argument behind the sequence.
+    second = mask if len(args) > 1 and getattr(args[1], "shape", ())[:1] == args[0].shape[:1] else ""
+    grown = tuple(grow(value, "" if place else second) for place, value in enumerate(args[1:]))
+    return (*args[:1], *grown), {name: grow(value, name) for name, value in kwargs.items()}

@@ -1,0 +1,214 @@
+"""The search for vision towers in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .anatomy import Anatomy, resolve
+from .errors import UnsupportedModelError
+from .families import FAMILIES, REFUSED
+from .stacks import CONDITIONS, STACKS, VARIANTS
+
+__all__ = ["Tower", "find_tower", "find_towers"]
+
+# Where towers of the supported libraries say the width of a token.
+_WIDTHS = ("config.hidden_size", "embed_dim", "hidden_dim", "transformer.width")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower found in a model.
+
+    Attributes:
+        path: Dotted name below the model, ``""`` if the model is itself the tower.
+        module: The tower.
+        anatomy: Its row.
+    """
+
+    path: str
+    module: nn.Module
+    anatomy: Anatomy
+
+    def part(self, field: str) -> Any:
+        """What the anatomy's path ``field`` leads to, or ``None``."""
+        return resolve(self.module, getattr(self.anatomy, field))
+
+    def block_part(self, index: int, field: str) -> Any:
+        """The same below block ``index``."""
+        block = self.part("blocks")[index]
+        found = resolve(block, getattr(self.anatomy, field))
+        # DINOv3 calls the only layer into an MLP that is not gated "up".
+        only = field == "mlp_up" and found is resolve(block, self.anatomy.mlp_in)
+        return None if only else found
+
+    def parts(self, field: str) -> Iterator[tuple[int | None, Any]]:
+        """``(block, part)`` for every block that has what the path ``field`` names, ``(None, part)`` for the tower."""
+        for index, block in enumerate(self.part("blocks")):
+            if (found := resolve(block, getattr(self.anatomy, field))) is not None:
+                yield index, found
+        if (found := self.part(field)) is not None:
+            yield None, found
+
+    @property
+    def config(self) -> Any:
+        """The tower's own config, ``None`` for a plain module."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the registers: CLS and the like, and native registers."""
+        return self.anatomy.prefix + int(self.part("native_registers") or 0)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of a token.
+
+        Raises:
+            UnsupportedModelError: Neither the anatomy nor the tower's config says it.
+        """
+        size = self.anatomy.hidden_size or resolve(self.module, _WIDTHS)
+        if not isinstance(size, int):
+            raise UnsupportedModelError(
+                f"cannot tell the hidden size of {type(self.module).__name__}: it has none of {', '.join(_WIDTHS)}. "
+                "Give it in the Anatomy (hidden_size=...)."
+            )
+        return size
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of a patch in pixels, where the tower's config or its patch embedding says it."""
+        size = getattr(self.config, "patch_size", None)
+        if size is None:
+            # An adapter's layer around it (LoRA on the convolution) does not say.
+            part = self.part("patch_embedding")
+            size = getattr(getattr(part, "base_layer", part), "kernel_size", None)
+        return size[0] if isinstance(size, list | tuple) else size
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the hook points that the anatomy describes and the module does not have."""
+        absent = [field for field in ("embeddings", "remove", "blocks") if self.part(field) is None]
+        if self.anatomy.method_counter and self.part("method_counter") is None:
+            absent.append("method_counter")
+        for field in ("methods", "counted_methods"):
+            if any(resolve(self.module, method) is None for method in getattr(self.anatomy, field)):
+                absent.append(field)
+        return absent
+
+
+def find_towers(model: nn.Module) -> Iterator[Tower]:
+    """Every vision tower of the table in ``model``, outermost first; subclasses of a listed class count."""
+    for path, module in model.named_modules():
+        anatomy = _row(type(module))
+        if anatomy is not None and not (tower := Tower(path, module, _fitted(anatomy, module))).missing:
+            yield tower
+
+
+def _row(kind: type) -> Anatomy | None:
+    """The row of a class or of the nearest class it derives from."""
+    for base in kind.__mro__:
+        package = base.__module__.partition(".")[0]
+        for name in (f"{package}.{base.__name__}", base.__name__):
+            if name in FAMILIES:
+                return FAMILIES[name]
+            if name in STACKS:
+                return STACKS[name]
+    return None
+
+
+def _fitted(anatomy: Anatomy, module: nn.Module) -> Anatomy:
+    """The row as it is for a module with such options."""
+    for path, values in VARIANTS.get(anatomy.family, ()):
+        if resolve(module, path):
+            anatomy = replace(anatomy, **values)
+    return anatomy
+
+
+def _longest_list(module: nn.Module) -> str | None:
+    """Name of the longest list of modules of one class: the blocks, where nobody says what they are called."""
+    lists = [
+        (len(part), name)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential) and len({type(item) for item in part}) == 1
+    ]
+    return max(lists)[1] if lists else None
+
+
+def find_tower(model: nn.Module, name: str | None = None, anatomy: Anatomy | None = None) -> Tower:
+    """The one vision tower that registers shall enter.
+
+    Args:
+        model: The base model, or anything that contains its tower.
+        name: Dotted name of the tower, or the end of it; needed where there are several.
+        anatomy: Description of a model that the table does not have.
+
+    Raises:
+        UnsupportedModelError: No tower, several and no ``name``, or an anatomy that does not fit.
+    """
+    if anatomy is not None:
+        try:
+            module = model.get_submodule(name or "")
+        except AttributeError as error:
+            raise UnsupportedModelError(f"{type(model).__name__} has no module {name!r} to describe") from error
+        if resolve(module, anatomy.blocks) is None and (blocks := _longest_list(module)):
+            anatomy = replace(anatomy, blocks=blocks)
+        tower = Tower(name or "", module, anatomy)
+        if tower.missing:
+            wanted = {field: getattr(anatomy, field) for field in tower.missing}
+            raise UnsupportedModelError(
+                f"the anatomy {anatomy.family!r} does not fit {type(tower.module).__name__}: nothing at {wanted}. "
+                f"Its children are {[child for child, _ in tower.module.named_children()]}."
+            )
+        return tower
+    towers = list(find_towers(model))
+    names = [tower.path or "the model itself" for tower in towers]
+    if name is not None:
+        chosen = [t for t in towers if t.path == name] or [t for t in towers if f".{t.path}".endswith(f".{name}")]
+        if len(chosen) != 1:
+            raise UnsupportedModelError(
+                f"target_modules={name!r} names {len(chosen)} vision towers of {type(model).__name__}; "
+                f"it has {names or 'none'}."
+            )
+        return _checked(chosen[0])
+    if len(towers) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(towers)} vision towers: {', '.join(names)}. "
+            f"Choose one: add_registers(model, target_modules={towers[0].path!r})."
+        )
+    if not towers:
+        rows = {**FAMILIES, **STACKS}
+        supported = sorted({row.family for row in rows.values()})
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no vision tower that registers can enter. {_strangers(model)}Looked for "
+            f"modules of class {', '.join(rows)} (families: {', '.join(supported)}) with embeddings, blocks and a "
+            "place to take the registers out again. For a plain ViT of another class describe it by hand: "
+            "add_registers(model, anatomy=Anatomy('mine', embeddings='...', blocks='...', remove='...'))."
+        )
+    return _checked(towers[0])
+
+
+def _checked(tower: Tower) -> Tower:
+    """The tower, if it has the attributes that its family needs."""
+    for path, wanted, reason in CONDITIONS.get(tower.anatomy.family, ()):
+        if (found := resolve(tower.module, path)) != wanted:
+            raise UnsupportedModelError(
+                f"{type(tower.module).__name__} has {path}={found!r}, and registers need {wanted!r}: {reason}"
+            )
+    return tower
+
+
+def _strangers(model: nn.Module) -> str:
+    """Modules of a class that is refused, or that lack what the table describes, as sentences for an error."""
+    found = []
+    for path, module in model.named_modules():
+        if reason := REFUSED.get(type(module).__name__):
+            return f"{path or 'the model itself'} is a {type(module).__name__}, which is refused: {reason}. "
+        anatomy = _row(type(module))
+        if anatomy is not None and (fields := Tower(path, module, anatomy).missing):
+            lacks = {field: getattr(anatomy, field) for field in fields}
+            found.append(f"{path or 'the model itself'} is a {type(module).__name__}, but without {lacks}. ")
+    return "".join(found)

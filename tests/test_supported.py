@@ -1,0 +1,66 @@
+"""The README's table of supported models is the registry's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from register_adapter import UnsupportedModelError, add_registers
+from register_adapter.families import FAMILIES, REFUSED
+from register_adapter.stacks import STACKS
+from register_adapter.supported import END, START, full_table, short_table
+
+ROOT = Path(__file__).parents[1]
+TABLES = {"README.md": short_table, "docs/families.md": full_table}
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_the_documents_hold_the_tables_of_the_registry(document: str) -> None:
+    inside = (ROOT / document).read_text("utf-8").partition(START)[2].partition(END)[0].strip()
+    assert inside == TABLES[document](), "run: make families"
+
+
+def test_the_command_prints_and_writes_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "register_adapter.cli", "families"]
+    done = subprocess.run([*command, "--full"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == full_table()
+    document = tmp_path / "document.md"
+    document.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    subprocess.run([*command, "--into", str(document)], check=True, timeout=300)
+    assert document.read_text() == f"before\n{START}\n{short_table()}\n{END}\nafter\n"
+    document.write_text("no place")
+    refused = subprocess.run([*command, "--into", str(document)], capture_output=True, text=True, timeout=300)
+    assert refused.returncode != 0
+    assert "no place for the table" in refused.stderr
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_every_row_is_in_the_tables(table: Callable[[], str]) -> None:
+    names = [name.rpartition(".")[2] for name in (*FAMILIES, *STACKS)]
+    assert all(f"{name}`" in table() for name in names)
+
+
+def test_the_document_of_refused_models_is_the_tables() -> None:
+    text = (ROOT / "docs" / "refused.md").read_text("utf-8")
+    refused = text.partition("## Accepted")[0]
+    assert set(re.findall(r"`([A-Z]\w+)`", refused)) - {"REFUSED"} == set(REFUSED)
+    for reason in set(REFUSED.values()):
+        assert f"## {reason[0].upper()}{reason[1:]}" in text
+
+
+def test_no_family_is_both_supported_and_refused() -> None:
+    assert not set(FAMILIES) & set(REFUSED)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refused_model_is_named_with_its_reason(name: str) -> None:
+    model = nn.Sequential(type(name, (nn.Linear,), {})(2, 2))
+    with pytest.raises(UnsupportedModelError, match=re.escape(f"0 is a {name}, which is refused: {REFUSED[name]}")):
+        add_registers(model)
