@@ -1,0 +1,192 @@
+"""A folder with several adapters: a subfolder for each, as PEFT writes it, and a manifest of what belongs there.
+
+``adapters.json`` is written last and holds a checksum of every weights file, so that half a save is never loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .adapter_file import read_tensors
+from .config import RegisterConfig
+from .errors import AdapterFileError
+from .hub import WEIGHTS_NAME
+
+__all__ = ["MANIFEST", "SavedAdapter", "check_name", "read_folder", "write_folder"]
+
+MANIFEST = "adapters.json"
+_VERSION = 1
+_CONFIG = "adapter_config.json"
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def check_name(name: Any) -> str:
+    """An adapter's name is also the name of its folder, and a part of its tensors' keys.
+
+    Raises:
+        ValueError: It has other characters than letters, digits, ``-`` and ``_``.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"an adapter's name has letters, digits, '-' and '_' only, got {name!r}")
+    return name
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """One adapter of a folder.
+
+    Attributes:
+        name: Its name.
+        path: Its subfolder.
+        config: Its config.
+        active: Whether it was active when it was saved.
+    """
+
+    name: str
+    path: Path
+    config: PeftConfig
+    active: bool
+
+
+def write_folder(
+    folder: str | Path,
+    adapters: Mapping[str, tuple[PeftConfig, Mapping[str, torch.Tensor]]],
+    active: Iterable[str],
+) -> None:
+    """Write adapters beside the folder, and move them into it when all are whole, the manifest last.
+
+    Args:
+        folder: Made if it does not exist; other files in it stay.
+        adapters: Config and tensors (by the key of PEFT's files) by adapter name.
+        active: Names of the adapters that are active, in order.
+
+    Raises:
+        ValueError: The folder is a file, or a name cannot be a folder's.
+        OSError: The files could not be written; what was in the folder is as before.
+    """
+    target = Path(folder)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; adapters are saved into a folder")
+    names = [check_name(name) for name in adapters]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    order = [*active, *names]
+    entries = []
+    try:
+        try:
+            for name in sorted(names, key=order.index):
+                config, tensors = adapters[name]
+                config = copy.deepcopy(config)
+                config.inference_mode = True
+                place = staging / name
+                place.mkdir()
+                # Clones, since safetensors refuses tensors that share memory.
+                whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+                save_file(whole, place / WEIGHTS_NAME, metadata={"format": "pt"})
+                config.save_pretrained(str(place))
+                entries.append(
+                    {
+                        "name": name,
+                        "method": config.peft_type.value,
+                        "active": name in order[: -len(names)],
+                        "sha256": _checksum(place / WEIGHTS_NAME),
+                    }
+                )
+            manifest = {"format_version": _VERSION, "adapters": entries}
+            (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the adapters could not be saved to {target} ({error}); what was there before is untouched"
+            ) from error
+        files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MANIFEST)
+        for file in [*files, staging / MANIFEST]:
+            place = target / file.relative_to(staging)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> list[SavedAdapter]:
+    """Read the manifest and check everything that it names.
+
+    Args:
+        folder: As :func:`write_folder` made it.
+        selected: Names of the adapters to read, default all.
+
+    Raises:
+        AdapterFileError: The manifest, a config or weights are missing, damaged, or of another save.
+        ValueError: ``selected`` names an adapter that is not there.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise AdapterFileError(
+            f"there is no {MANIFEST} in {folder}: it is no folder of save_adapters. A folder with one adapter is "
+            "loaded with PeftModel.from_pretrained."
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        version, entries = manifest["format_version"], manifest["adapters"]
+        names = [check_name(entry["name"]) for entry in entries]
+        whole = all(
+            isinstance(entry[key], kind)
+            for entry in entries
+            for key, kind in (("method", str), ("active", bool), ("sha256", str))
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise AdapterFileError(f"{path} is not a manifest of adapters ({type(error).__name__}: {error})") from error
+    if not isinstance(version, int) or version > _VERSION:
+        raise AdapterFileError(
+            f"{path} has format {version!r}, the newest this release knows is {_VERSION}. "
+            "Upgrade with: pip install -U register-adapter"
+        )
+    if not names or not whole or len(set(names)) != len(names):
+        raise AdapterFileError(
+            f"{path} lists no adapters, one twice, or one without method, state and checksum: {names}"
+        )
+    wanted = list(names if selected is None else selected)
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ValueError(f"no adapter {', '.join(map(repr, unknown))} in {folder}; it has {names}")
+    return [_read_adapter(path.parent, entry) for entry in entries if entry["name"] in wanted]
+
+
+def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
+    name, method = entry["name"], entry["method"]
+    place = folder / name
+    missing = [file for file in (_CONFIG, WEIGHTS_NAME) if not (place / file).is_file()]
+    if missing:
+        raise AdapterFileError(f"the adapter {name!r} in {folder} has no {' and no '.join(missing)}. Save it again.")
+    if _checksum(place / WEIGHTS_NAME) != entry["sha256"]:
+        raise AdapterFileError(
+            f"{place / WEIGHTS_NAME} is not the file that {MANIFEST} describes: it is damaged, or of another save. "
+            "Save all adapters again, or load it alone with PeftModel.from_pretrained."
+        )
+    read_tensors(place / WEIGHTS_NAME)
+    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    values = RegisterConfig.from_json_file(str(place / _CONFIG))
+    if method not in kinds or values.get("peft_type") != method:
+        raise AdapterFileError(
+            f"the adapter {name!r} is of the method {method!r} in {MANIFEST} and {values.get('peft_type')!r} in its "
+            f"config; this peft knows {', '.join(sorted(kinds))}"
+        )
+    return SavedAdapter(name, place, kinds[method].from_pretrained(str(place)), entry["active"])
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,356 @@
+"""The tuner of a model that carries adapters of several PEFT methods: each call reaches the layers of one method."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ._peft_compat import remap_on_load
+from .config import RegisterConfig
+from .layer import RegisterLayer
+from .model import RegisterModel
+
+__all__ = ["ComposedTuner", "check_heads", "flags_kept"]
+
+
+@contextlib.contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Give every parameter that is there now its ``requires_grad`` back: PEFT's calls move it for whole models."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+
+
+@contextlib.contextmanager
+def _hooks_lifted(model: nn.Module) -> Iterator[None]:
+    """Take the registers' hooks off while modules are replaced: layer norm tuning copies modules with their hooks."""
+    layers = [module for module in model.modules() if isinstance(module, RegisterLayer) and module.names]
+    for layer in layers:
+        layer._remove_hooks()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            if layer.names and any(module is layer for module in model.modules()):
+                layer.attach()
+
+
+def check_heads(configs: dict[str, PeftConfig], active: Iterable[str]) -> None:
+    """A module of ``modules_to_save`` has one trained copy at a time.
+
+    Raises:
+        ValueError: Two of the adapters that are to be active name the same module.
+    """
+    owner: dict[str, str] = {}
+    for name in active:
+        for head in getattr(configs[name], "modules_to_save", None) or ():
+            if owner.setdefault(head, name) != name:
+                raise ValueError(
+                    f"the adapters {owner[head]!r} and {name!r} both have {head!r} in modules_to_save: only one copy "
+                    "of it can be active. Leave it to one of them, or activate them in turn."
+                )
+
+
+def _method(layer: Any) -> str:
+    # Layers of one method (linear, convolution, quantised) have several classes, in one package.
+    return type(layer).__module__.rpartition(".")[0]
+
+
+class ComposedTuner(BaseTuner):
+    """The adapters of all methods on one model; one tuner of PEFT's for each method is kept for what only it can do.
+
+    Args:
+        model: The base model; its ``peft_config`` holds every adapter's config by name.
+        tuners: Tuners that have put adapters on it.
+    """
+
+    model: Any
+    prefix = ""
+    tuner_layer_cls = BaseTunerLayer
+
+    def __init__(self, model: nn.Module, tuners: Iterable[BaseTuner] = ()) -> None:
+        # Not BaseTuner's own, which injects an adapter.
+        nn.Module.__init__(self)
+        self.model = model
+        if not hasattr(model, "peft_config"):
+            self.model.peft_config = {}
+        # In a dictionary, which is no submodule: each of them holds the model too.
+        self._tuners: dict[Any, BaseTuner] = {}
+        remap_on_load(self, RegisterModel._remap_adapter_state_dict_for_load)
+        for tuner in tuners:
+            for one in tuner._tuners.values() if isinstance(tuner, ComposedTuner) else [tuner]:
+                self._keep(one)
+
+    def _keep(self, tuner: BaseTuner) -> None:
+        method = next(
+            (method for method, kind in PEFT_TYPE_TO_TUNER_MAPPING.items() if type(tuner) is kind and self._of(method)),
+            None,
+        )
+        if method is not None:
+            self._tuners[method] = tuner
+            # What a method shares between its layers (VeRA's projections) is saved from here.
+            for name, child in tuner.named_children():
+                if name != "model":
+                    self.add_module(name, child)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Config by adapter name, of all methods."""
+        return cast("dict[str, PeftConfig]", self.model.peft_config)
+
+    @property
+    def shared(self) -> list[str]:
+        """Names of the modules here that one method's layers share."""
+        return [name for name, _ in self.named_children() if name != "model"]
+
+    def _of(self, method: Any) -> list[str]:
+        return [name for name, config in self.peft_config.items() if config.peft_type == method]
+
+    def _layers(self, method: Any) -> list[BaseTunerLayer]:
+        kind = PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls
+        return [module for module in self.model.modules() if isinstance(module, kind)]
+
+    @property
+    def _heads(self) -> list[AuxiliaryTrainingWrapper]:
+        return [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, method by method, in the order of activation."""
+        names: dict[str, None] = {}
+        for method in dict.fromkeys(config.peft_type for config in self.peft_config.values()):
+            mine = self._of(method)
+            for layer in self._layers(method):
+                names.update(dict.fromkeys(name for name in layer.active_adapters if name in mine))
+        return list(names)
+
+    active_adapter = active_adapters
+
+    def tuner_of(self, names: Iterable[str]) -> BaseTuner:
+        """The tuner of the method that all of ``names`` belong to.
+
+        Raises:
+            ValueError: They are of several methods, or of one that was attached without a tuner.
+        """
+        methods = {self.peft_config[name].peft_type for name in names}
+        tuner = self._tuners.get(next(iter(methods)))
+        if len(methods) != 1 or tuner is None or not hasattr(tuner, "_enable_peft_forward_hooks"):
+            found = sorted(method.value for method in methods)
+            raise ValueError(
+                f"adapter_names in one batch must be of one method that supports it, these are of {found}; "
+                "run the batch once per method's adapters, with set_adapter"
+            )
+        return tuner
+
+    @contextlib.contextmanager
+    def showing(self, names: Iterable[str]) -> Iterator[dict[str, PeftConfig]]:
+        """Within the context PEFT sees no other adapters than these: it compares fields that other methods lack."""
+        everything = self.peft_config
+        shown = {name: everything[name] for name in names}
+        del self.model.peft_config
+        if shown:
+            self.model.peft_config = shown
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                yield dict(shown)
+        finally:
+            self.model.peft_config = everything
+
+    def add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
+        """Put an adapter on the model; the first of its method is active, a further one waits, frozen."""
+        method = config.peft_type
+        rivals, active = self._of(method), self.active_adapters
+        if not rivals:
+            check_heads({**self.peft_config, name: config}, [*active, name])
+        # The first adapter freezes the base; a later one changes nobody's requires_grad.
+        kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
+        with kept, _hooks_lifted(self.model):
+            try:
+                with self.showing(rivals) as mine:
+                    if rivals and method in self._tuners:
+                        tuner = self._tuners[method]
+                        tuner.peft_config = {**mine, name: config}
+                        tuner.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
+                    else:
+                        kind = PEFT_TYPE_TO_TUNER_MAPPING[method]
+                        tuner = kind(self.model, {name: config}, name, low_cpu_mem_usage=low_cpu_mem_usage)
+                self._check_not_stacked(name)
+            except Exception:
+                self.peft_config[name] = config
+                self._take_off(name)
+                raise
+            self.peft_config[name] = tuner.peft_config[name]
+            self._keep(tuner)
+        self._set_active(
+            [*active, *([] if rivals else [name])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
+        )
+
+    def _check_not_stacked(self, name: str) -> None:
+        for path, layer in self.model.named_modules():
+            inner = getattr(layer, "base_layer", None) if isinstance(layer, BaseTunerLayer) else None
+            if isinstance(inner, BaseTunerLayer) and _method(inner) != _method(layer):
+                raise ValueError(
+                    f"the adapter {name!r} targets {path!r}, which the method {_method(inner)!r} wraps already: "
+                    "stacked layers cannot be merged or taken off one by one. Give them different target_modules."
+                )
+
+    def activate(self, names: list[str], inference_mode: bool = False, methods: Iterable[Any] = ()) -> None:
+        """Make ``names`` the active adapters of their methods, and of ``methods``; others stay as they are.
+
+        Raises:
+            ValueError: Two active adapters would share a module of ``modules_to_save``.
+        """
+        named = {*methods, *(self.peft_config[name].peft_type for name in names)}
+        active = [name for name in self.active_adapters if self.peft_config[name].peft_type not in named] + names
+        check_heads(self.peft_config, active)
+        self._set_active(active, named, inference_mode)
+
+    def _set_active(self, active: list[str], methods: set[Any], inference_mode: bool, keep: bool = False) -> None:
+        with flags_kept(self.model) if keep else contextlib.nullcontext():
+            for method in methods:
+                mine = [name for name in active if self.peft_config[name].peft_type == method]
+                for layer in self._layers(method):
+                    if layer.merged:
+                        layer.unmerge()
+                    layer.set_adapter(mine, inference_mode=inference_mode)
+            for head in self._heads:
+                wanted = [name for name in active if name in head._adapters]
+                named = any(self.peft_config[name].peft_type in methods for name in wanted)
+                with contextlib.nullcontext() if named else flags_kept(head):
+                    if wanted and head.disable_adapters:
+                        # Older PEFT switches a head off when an adapter of another method comes.
+                        head.enable_adapters(True)
+                    if named or wanted != head.active_adapters:
+                        head.set_adapter(wanted, inference_mode=inference_mode)
+
+    @contextlib.contextmanager
+    def without(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the context ``names`` take no part; gradients, and everything afterwards, are as before."""
+        out = set(names)
+        undo: list[tuple[Any, list[str]]] = []
+        with flags_kept(self.model):
+            for module in self.model.modules():
+                if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or module.disable_adapters:
+                    continue
+                active = list(module.active_adapters)
+                left = [name for name in active if name not in out]
+                if left == active:
+                    continue
+                undo.append((module, active))
+                if left:
+                    module.set_adapter(left)
+                else:
+                    module.enable_adapters(False)
+        try:
+            yield
+        finally:
+            with flags_kept(self.model):
+                for module, active in undo:
+                    if module.disable_adapters:
+                        module.enable_adapters(True)
+                    module.set_adapter(active)
+
+    def remove(self, name: str) -> None:
+        """Take one adapter off; the last of its method takes the method's layers with it.
+
+        Raises:
+            ValueError: It is merged into the base's weights.
+        """
+        if any(name in layer.merged_adapters for layer in self._layers(self.peft_config[name].peft_type)):
+            raise ValueError(f"adapter {name!r} is merged into the base's weights; call unmerge_adapter() first")
+        self._take_off(name)
+
+    def _take_off(self, name: str) -> None:
+        method = self.peft_config[name].peft_type
+        for layer in self._layers(method):
+            layer.delete_adapter(name)
+        for head in self._heads:
+            if name in head._adapters:
+                head.delete_adapter(name, None)
+        del self.peft_config[name]
+        if not self._of(method):
+            self._strip([method])
+        self._set_active(self.active_adapters, set(), inference_mode=False, keep=True)
+
+    def _strip(self, methods: Iterable[Any], merge: bool = False, **options: Any) -> None:
+        """Put the base's own modules back in the place of the methods' layers and of heads that nobody owns."""
+        kinds = tuple(PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls for method in methods)
+        with _hooks_lifted(self.model):
+            done: list[str] = []
+            for path, module in list(self.model.named_modules()):
+                if any(path.startswith(f"{one}.") for one in done):
+                    continue
+                if isinstance(module, RegisterLayer) and isinstance(module, kinds):
+                    module.detach()
+                    continue
+                head = isinstance(module, AuxiliaryTrainingWrapper) and not (
+                    set(module._adapters) & set(self.peft_config)
+                )
+                if not head and not (isinstance(module, kinds) and hasattr(module, "base_layer")):
+                    continue
+                with onload_layer(module):
+                    if head and not merge:
+                        plain = module.original_module
+                    elif hasattr(module, "unload_and_optionally_merge_module"):
+                        plain = module.unload_and_optionally_merge_module(
+                            merge=merge, safe_merge=options.get("safe_merge", False), adapter_names=None
+                        )
+                    else:
+                        if merge:
+                            module.merge(**options)
+                        plain = module.base_layer
+                        while isinstance(plain, kinds):
+                            plain = plain.base_layer
+                parent, _, child = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, plain)
+                done.append(path)
+        for method in methods:
+            self._tuners.pop(method, None)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Merge what can be merged, registers stay; or take everything off. PEFT's ``unload`` and ``merge_and_unload``.
+
+        Raises:
+            NotImplementedError: There is nothing but registers, or ``adapter_names`` names some.
+        """
+        registers = [name for name, config in self.peft_config.items() if isinstance(config, RegisterConfig)]
+        others = [name for name in self.peft_config if name not in registers]
+        if merge and (not others or set(adapter_names or ()) & set(registers)):
+            self._layers(self.peft_config[registers[0]].peft_type)[0].merge()
+        methods = {config.peft_type for config in self.peft_config.values()}
+        if merge:
+            for name in others:
+                tuner = self._tuners.get(self.peft_config[name].peft_type)
+                if tuner is not None:
+                    tuner._check_merge_allowed()
+            methods -= {self.peft_config[name].peft_type for name in registers}
+        gone = {name: self.peft_config.pop(name) for name in (others if merge else list(self.peft_config))}
+        try:
+            self._strip(methods, merge, **({"safe_merge": safe_merge, "adapter_names": adapter_names} if merge else {}))
+        except Exception:
+            self.peft_config.update(gone)
+            raise
+        if not self.peft_config:
+            del self.model.peft_config
+        return cast(nn.Module, self.model)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("adapters are put on with add_adapter")

@@ -1,0 +1,319 @@
+"""Registers beside other PEFT methods on one model: LoRA, IA3, VeRA, OFT, tuned layer norms.
+
+PEFT keeps the adapters of one method in one tuner, and a ``PeftModel`` knows one tuner: a call that names an adapter of
+another method then changes the wrong layers. :class:`ComposedPeftModel` sends every call to the layers of the method
+that the named adapter belongs to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.functional import cast_adapter_dtype, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .adapter_folder import read_folder, write_folder
+from .adapter_names import check_adapters, configs_of, innermost
+from .composed_tuner import ComposedTuner, check_heads, flags_kept
+from .config import RegisterConfig
+from .errors import AdapterFileError
+
+__all__ = ["ComposedPeftModel", "compose", "load_adapters", "save_adapters"]
+
+
+def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any) -> ComposedPeftModel:
+    """Put adapters of several PEFT methods on one model; all are active and trainable, the base is frozen.
+
+    Args:
+        model: A base model, or one that carries adapters already: from :func:`add_registers`, ``get_peft_model`` or
+            transformers' ``add_adapter``. It is changed in place; those adapters stay and take part.
+        configs: Config by adapter name.
+        **options: ``autocast_adapter_dtype`` and ``low_cpu_mem_usage`` as in ``get_peft_model``.
+
+    Raises:
+        ValueError: A name is in use or no plain name, a method cannot be composed, or two adapters train the same
+            module of ``modules_to_save``. The model is unchanged.
+
+    Example:
+        >>> model = compose(vit, {"registers": RegisterConfig(), "lora": LoraConfig(target_modules=["q_proj"])})
+        >>> with model.disable_adapter("lora"):
+        ...     model(pixel_values)  # registers alone
+    """
+    base = innermost(model)
+    check_adapters(base, configs)
+    with _all_or_nothing(base):
+        composed = ComposedPeftModel(model)
+        everything = list(dict.fromkeys([*composed.active_adapters, *configs]))
+        check_heads({**configs_of(base), **configs}, everything)
+        for name, config in configs.items():
+            composed.add_adapter(name, config, **options)
+        composed.set_adapter(everything)
+    return composed
+
+
+@contextlib.contextmanager
+def _all_or_nothing(base: nn.Module) -> Iterator[None]:
+    """Take off again what was put on the base, if not all of it could be."""
+    known = list(configs_of(base))
+    flags = {id(parameter): parameter.requires_grad for parameter in base.parameters()}
+    training = base.training
+    try:
+        yield
+    except Exception:
+        tuner = ComposedTuner(base)
+        for name in [name for name in tuner.peft_config if name not in known]:
+            tuner.remove(name)
+        if not known:
+            tuner.unload()
+        for parameter in base.parameters():
+            parameter.requires_grad = flags.get(id(parameter), parameter.requires_grad)
+        base.train(training)
+        raise
+
+
+def save_adapters(model: nn.Module, folder: str | Path, selected_adapters: Iterable[str] | None = None) -> None:
+    """Save adapters of any PEFT methods into one folder, a subfolder each, with one manifest.
+
+    Every subfolder is what PEFT itself writes, and can be loaded alone with ``PeftModel.from_pretrained``.
+    Embedding layers that were resized or trained as a whole are not saved.
+
+    Args:
+        model: From :func:`compose`, :func:`add_registers`, ``get_peft_model`` or transformers' ``add_adapter``.
+        folder: Made if it does not exist; an earlier save in it is replaced when the new one is whole.
+        selected_adapters: Names of the adapters to save, default all.
+
+    Raises:
+        ValueError: The model has no adapters, or not the selected ones.
+        OSError: The files could not be written.
+    """
+    if not configs_of(innermost(model)):
+        raise ValueError(f"{type(innermost(model)).__name__} carries no adapter to save")
+    composed = model if isinstance(model, ComposedPeftModel) else ComposedPeftModel(model)
+    names = list(composed.peft_config if selected_adapters is None else selected_adapters)
+    composed._known(names)
+    if not names:
+        raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
+    adapters = {name: (composed.peft_config[name], _tensors(composed, name)) for name in names}
+    write_folder(folder, adapters, [name for name in composed.active_adapters if name in names])
+
+
+def _tensors(composed: ComposedPeftModel, name: str) -> dict[str, torch.Tensor]:
+    """One adapter's tensors by the keys of PEFT's files.
+
+    PEFT leaves out every key with another adapter's name *anywhere* in it: an adapter called "registers", or like any
+    module of the base, would take the others' tensors along. So the others are left out here, where their names stand.
+    """
+    others = [other for other in composed.peft_config if other != name]
+    foreign = [f"base_model.{child}.{other}." for child in composed.base_model.shared for other in others]
+    for path, module in composed.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            tables = (*module.adapter_layer_names, *module.other_param_names)
+            foreign += [f"{path}.{table}.{other}." for table in tables for other in others]
+    state = {key: value for key, value in composed.state_dict().items() if not f"{key}.".startswith(tuple(foreign))}
+    with composed.base_model.showing([name]):
+        return cast(
+            "dict[str, torch.Tensor]",
+            get_peft_model_state_dict(composed, state, adapter_name=name, save_embedding_layers=False),
+        )
+
+
+def load_adapters(
+    model: nn.Module,
+    folder: str | Path,
+    is_trainable: bool = False,
+    selected_adapters: Iterable[str] | None = None,
+    ignore_base_mismatch: bool = False,
+    **options: Any,
+) -> ComposedPeftModel:
+    """Put every adapter of a folder of :func:`save_adapters` on a base; those that were active are active again.
+
+    Args:
+        model: The base model, or one that carries other adapters already.
+        folder: The folder.
+        is_trainable: Whether the adapters get gradients; default frozen.
+        selected_adapters: Names of the adapters to load, default all.
+        ignore_base_mismatch: As in :class:`RegisterConfig`.
+        **options: ``low_cpu_mem_usage``, ``torch_device``, ``autocast_adapter_dtype`` as in ``PeftModel.load_adapter``.
+
+    Raises:
+        AdapterFileError: Something in the folder is missing or damaged, or its tensors do not fit the base.
+        BaseModelMismatchError: The registers were made for another base.
+        ValueError: A name is in use. In all cases the model is as before.
+    """
+    base = innermost(model)
+    saved = read_folder(folder, selected_adapters)
+    check_adapters(base, {one.name: one.config for one in saved})
+    # Registers first: they know their base by the names and values of its own parameters.
+    saved_first = sorted(saved, key=lambda one: not isinstance(one.config, RegisterConfig))
+    with _all_or_nothing(base):
+        composed = ComposedPeftModel(model)
+        kept = composed.active_adapters
+        for one in saved_first:
+            if isinstance(one.config, RegisterConfig):
+                one.config.ignore_base_mismatch = ignore_base_mismatch
+            one.config.inference_mode = not is_trainable
+            composed.add_adapter(one.name, one.config, options.get("low_cpu_mem_usage", False))
+            try:
+                result = composed.load_adapter(one.path, one.name, is_trainable=is_trainable, **options)
+            except (RuntimeError, KeyError) as error:
+                raise AdapterFileError(
+                    f"the tensors in {one.path} do not fit {type(base).__name__}: {error}"
+                ) from error
+            # PEFT takes any key with these letters in it for the adapter's.
+            end = PEFT_TYPE_TO_PREFIX_MAPPING[one.config.peft_type]
+            missing = [key for key in result.missing_keys if one.name in key.rpartition(end)[2].split(".")]
+            # PEFT 0.18 draws VeRA's shared projections again from their seed, and leaves the saved ones unread.
+            drawn = tuple(f"base_model.{child}" for child in composed.base_model.shared)
+            strange = [*missing, *(key for key in result.unexpected_keys if not key.startswith(drawn))]
+            if strange:
+                raise AdapterFileError(
+                    f"the tensors in {one.path} do not fit {type(base).__name__}: missing or not expected {strange}"
+                )
+        active = list(dict.fromkeys([*kept, *(one.name for one in saved if one.active)]))
+        with flags_kept(base):
+            composed.base_model.activate(active, methods={one.config.peft_type for one in saved})
+        if is_trainable:
+            composed.set_requires_grad([one.name for one in saved if one.active])
+    return composed
+
+
+class ComposedPeftModel(PeftModel):
+    """A :class:`peft.PeftModel` whose adapters may be of several methods; made by :func:`compose`.
+
+    Args:
+        model: A base model, or one that carries adapters.
+
+    Raises:
+        ValueError: The adapters that the model carries cannot be composed.
+    """
+
+    base_model: ComposedTuner
+
+    def __init__(self, model: nn.Module) -> None:
+        # Not PeftModel's own, which builds the one tuner of its one method.
+        nn.Module.__init__(self)
+        base = innermost(model)
+        check_adapters(base, {})
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        self._is_prompt_learning = False
+        self._peft_config = None
+        self._adapters_disabled = False
+        self.base_model = ComposedTuner(base, [part for part in model.modules() if isinstance(part, BaseTuner)])
+        if getattr(base, "is_gradient_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(base)
+
+    @property
+    def peft_type(self) -> Any:
+        """The method of the first adapter, ``None`` without adapters."""
+        return next((config.peft_type for config in self.peft_config.values()), None)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that take part in the forward pass, method by method."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The first of them, or of all adapters if none is active; empty without adapters."""
+        return next(iter([*self.active_adapters, *self.peft_config]), "")
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter takes part in the forward pass."""
+        return bool(self.active_adapters)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, adapters on it."""
+        return cast(nn.Module, self.base_model.model)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """As in PEFT, for an adapter of any method: the first of a method is active, further ones wait.
+
+        Raises:
+            ValueError: As :func:`compose`.
+        """
+        base = self.get_base_model()
+        check_adapters(base, {adapter_name: peft_config})
+        config = copy.deepcopy(peft_config)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        self.base_model.add(adapter_name, config, low_cpu_mem_usage)
+        cast_adapter_dtype(base, adapter_name, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make the named adapters the active ones of *their* methods; other methods stay as they are.
+
+        Args:
+            adapter_name: One name or several; several of one method are active together, in this order.
+            inference_mode: Freeze them.
+
+        Raises:
+            ValueError: An adapter is not there, or two of them train the same module of ``modules_to_save``.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        self.base_model.activate(names, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter off; the last register adapter leaves no trace in the model.
+
+        Raises:
+            ValueError: It is not there.
+        """
+        self._known([adapter_name])
+        self.base_model.remove(adapter_name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self, adapter_names: str | Iterable[str] | None = None) -> Iterator[None]:
+        """Within the context the named adapters take no part; ``requires_grad`` is afterwards as it was before.
+
+        Args:
+            adapter_names: One name or several, default all: then the outputs are the base model's.
+
+        Raises:
+            ValueError: An adapter is not there.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.peft_config)
+        self._known(names)
+        with self.base_model.without(names):
+            yield
+
+    def _known(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(self.peft_config)}")
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            names = set(kwargs.get("adapter_names") or ()) - {"__base__"}
+            if names:
+                self._known(names)
+                tuner = self.base_model.tuner_of(names)
+                tuner.training = self.training  # it is no submodule, and train() does not reach it
+                stack.enter_context(tuner._enable_peft_forward_hooks(*args, **kwargs))
+            yield
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save every adapter into one folder; see :func:`save_adapters`."""
+        save_adapters(self, save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, model_id: str | Path, **kwargs: Any) -> ComposedPeftModel:
+        """Load every adapter of a folder; see :func:`load_adapters`."""
+        return load_adapters(model, model_id, **kwargs)
