@@ -9,8 +9,10 @@ Importing the package registers the method with PEFT; that is its only effect.
 
 from ._peft_compat import register as _register
 from ._version import __version__
+from .adapter_names import rename_adapter
 from .anatomy import Anatomy
 from .capture import Trace, capture
+from .composition import ComposedPeftModel, compose, load_adapters, save_adapters
 from .config import RegisterConfig
 from .errors import (
     AdapterFileError,
@@ -19,6 +21,7 @@ from .errors import (
     RegisterAdapterError,
     UnsupportedModelError,
 )
+from .export import export_native, export_onnx, export_program, save_native
 from .families import FAMILIES
 from .hub import HubAccessError
 from .layer import RegisterLayer
@@ -30,6 +33,7 @@ __all__ = [
     "AdapterFileError",
     "Anatomy",
     "BaseModelMismatchError",
+    "ComposedPeftModel",
     "HubAccessError",
     "MissingExtraError",
     "RegisterAdapterError",
@@ -42,6 +46,14 @@ __all__ = [
     "__version__",
     "add_registers",
     "capture",
+    "compose",
+    "export_native",
+    "export_onnx",
+    "export_program",
+    "load_adapters",
+    "rename_adapter",
+    "save_adapters",
+    "save_native",
 ]
 
 _register(RegisterConfig, RegisterModel)

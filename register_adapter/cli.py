@@ -50,7 +50,7 @@ def _app() -> Any:
         num_registers: int = typer.Option(4, "--num_registers", min=1, help="Number of registers."),
         max_train_steps: int = typer.Option(150, "--max_train_steps", min=1, help="Optimiser steps."),
         batch_size: int = typer.Option(32, "--batch_size", min=1, help="Pictures a step."),
-        learning_rate: float = typer.Option(0.1, "--learning_rate", help="Peak learning rate."),
+        learning_rate: float = typer.Option(0.01, "--learning_rate", help="Peak learning rate."),
         num_eval_images: int = typer.Option(256, "--num_eval_images", min=2, help="Held-out pictures, at most."),
         seed: int = typer.Option(0, help="Seed of everything random."),
     ) -> None:
@@ -81,6 +81,44 @@ def _app() -> Any:
             )
         )
         _print(report, output_dir)
+
+    @app.command()
+    def export(
+        adapter: str = typer.Argument(help="Folder of the adapter, or its name on the Hub."),
+        base: str | None = typer.Option(None, help="Base model: folder or name; default the one the adapter names."),
+        out: str = typer.Option(..., "--output_dir", "--out", help="Folder for the result."),
+        form: str = typer.Option("native", "--format", help="native, onnx or program (torch.export)."),
+        image_size: int | None = typer.Option(
+            None, "--image_size", min=1, help="Side of the pictures in pixels; default the model's own."
+        ),
+    ) -> None:
+        """Write a model with its trained registers for people who do not have this package.
+
+        native: a plain transformers or timm model with registers. onnx, program: a graph for one picture size.
+        """
+        import warnings
+
+        from transformers.utils import logging
+
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        from .export import export_saved
+
+        logging.disable_progress_bar()
+        typer.echo(export_saved(adapter, out, form, base, image_size))
+
+    @app.command()
+    def families(
+        full: bool = typer.Option(False, "--full", help="One line a family, with where registers enter and leave."),
+        into: str | None = typer.Option(None, "--into", help="A document to put the table into, such as README.md."),
+    ) -> None:
+        """Print the supported models as a Markdown table."""
+        from .supported import full_table, short_table, write_table
+
+        table = full_table() if full else short_table()
+        if into is None:
+            typer.echo(table)
+        else:
+            write_table(into, table)
 
     return app
 

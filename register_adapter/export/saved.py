@@ -1,0 +1,114 @@
+"""Export of a saved adapter, as the command line does it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.utils import cached_file
+
+from ..config import RegisterConfig
+from ..errors import MissingExtraError
+from ..peft_model import RegisterPeftModel
+from .native import export_native, save_native
+from .program import export_onnx, export_program
+from .subject import Subject, example_inputs
+
+__all__ = ["FORMATS", "export_saved"]
+
+
+def _native(model: nn.Module, out: Path, image_size: int | None) -> str:
+    plain = export_native(model, image_size=image_size)
+    save_native(plain, out)
+    return f"{type(plain).__name__} in {out}"
+
+
+def _onnx(model: nn.Module, out: Path, image_size: int | None) -> str:
+    path = out / "model.onnx"
+    return f"{path} (outputs: {', '.join(export_onnx(model, path, example_inputs(Subject.of(model), image_size)))})"
+
+
+def _program(model: nn.Module, out: Path, image_size: int | None) -> str:
+    path = out / "model.pt2"
+    return f"{path} (outputs: {', '.join(export_program(model, path, example_inputs(Subject.of(model), image_size)))})"
+
+
+#: Name of a format -> what writes it into a folder and says what was written.
+FORMATS: dict[str, Callable[[nn.Module, Path, int | None], str]] = {
+    "native": _native,
+    "onnx": _onnx,
+    "program": _program,
+}
+
+
+def export_saved(
+    adapter: str | Path, out: str | Path, form: str = "native", base: str | None = None, image_size: int | None = None
+) -> str:
+    """Load a saved adapter on its base and export the two.
+
+    Args:
+        adapter: Folder of the adapter, or repository on the Hub.
+        out: Folder for the result, made if it does not exist; it must not be the adapter's or the base's.
+        form: One of :data:`FORMATS`.
+        base: Folder or name of the base; default the one in the adapter's config. For timm what ``create_model`` takes,
+            such as ``hf-hub:timm/…`` or ``local-dir:…``.
+        image_size: Side of the pictures in pixels, see :func:`export_native`; for ``onnx`` and ``program`` the size
+            that the graph is made for.
+
+    Returns:
+        One line on what was written where.
+
+    Raises:
+        ValueError: An unknown format, no base, or ``out`` is the folder of the adapter or the base.
+        RegisterAdapterError, OSError: As for loading and for :func:`export_native`.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
+    config = RegisterConfig.from_pretrained(str(adapter))
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter {str(adapter)!r} does not name its base model: give it with --base")
+    target = Path(out)
+    if target.is_file():
+        raise ValueError(f"{target} is a file; the export needs a folder")
+    if target.resolve() in {Path(adapter).resolve(), Path(base.removeprefix("local-dir:")).resolve()}:
+        raise ValueError(f"{target} holds the adapter or its base; give another folder with --out")
+    mapping = config.auto_mapping or {}
+    library = mapping.get("parent_library", "transformers").partition(".")[0]
+    load = _LOADERS.get(library)
+    if load is None:
+        raise ValueError(
+            f"the adapter's base is a {mapping.get('base_model_class')} of {library!r}; the command line knows "
+            f"{', '.join(_LOADERS)}. Load it in Python and use register_adapter.export.export_native."
+        )
+    model = RegisterPeftModel.from_pretrained(load(base, mapping), adapter)
+    said = FORMATS[form](model, target, image_size)
+    if library == "transformers":
+        # So that AutoImageProcessor works on the folder too.
+        processor = cached_file(base, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        if processor is not None:
+            shutil.copyfile(processor, target / "preprocessor_config.json")
+    return said
+
+
+def _transformers(base: str, mapping: dict[str, str]) -> nn.Module:
+    kind: Any = getattr(transformers, mapping.get("base_model_class", ""), transformers.AutoModel)
+    model: nn.Module = kind.from_pretrained(base)
+    return model
+
+
+def _timm(base: str, mapping: dict[str, str]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError("timm models", "timm", "timm") from error
+    model: nn.Module = timm.create_model(base, pretrained=True)
+    return model
+
+
+# Top-level package of the base's class -> how it is loaded.
+_LOADERS: dict[str, Callable[[str, dict[str, str]], nn.Module]] = {"transformers": _transformers, "timm": _timm}
