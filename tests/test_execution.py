@@ -1,0 +1,450 @@
+"""Registers that enter in every way, under what people run models with: graphs, shards, offloading, quantisers."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers as tf
+from execution_cases import SHARDED, WAYS, gradients, registered, trained_values
+from families import HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
+from helpers import assert_identical, differs, run
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from register_adapter import RegisterConfig
+from register_adapter.attention import grow_block_mask
+from register_adapter.export import export_onnx
+from register_adapter.tokens import grow_mask
+from register_adapter.towers import find_tower
+
+NAMES = [name for name in ("vit", "clip-vision", "dinov2", "dinov3", "siglip2-vision", "beit") if name in TOWERS]
+OUTPUT = "last_hidden_state"
+every_name = pytest.mark.parametrize("name", NAMES)
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        equal = torch.allclose(found[key], value, rtol=tolerance, atol=tolerance)
+        assert equal, f"{key} differs, relative error {error(found[key], value):.1e}"
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of all values together, relative."""
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+# Compiled
+
+
+@pytest.fixture
+def _no_graphs() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: torch.nn.Module, backend: str = "eager") -> Any:
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+@every_way
+@every_name
+@pytest.mark.usefixtures("_no_graphs")
+def test_the_whole_model_is_one_graph(name: str, way: str) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    close(run(compiled(model), inputs), run(model, inputs))
+
+
+@pytest.mark.usefixtures("_no_graphs")
+def test_a_graph_can_return_hidden_states_after_an_eager_pass() -> None:
+    """Without the eager pass transformers' recorders fail to compile, on a plain model too."""
+    model, inputs = registered("vit", "insert_layer"), make_inputs("vit")
+    expected = run(model, inputs, output_hidden_states=True)
+    close(run(compiled(model), inputs, output_hidden_states=True), expected)
+
+
+@pytest.mark.parametrize("way", ["deep", "key_value", "gate"])
+@pytest.mark.usefixtures("_no_graphs")
+def test_a_compiled_model_follows_the_active_adapter(way: str) -> None:
+    model, inputs = registered("vit", "default"), make_inputs("vit")
+    model.add_adapter("other", RegisterConfig(num_registers=5, init_std=1.0, **WAYS[way]))
+    graph = compiled(model.eval())
+    for adapter in ("default", "other", "default"):
+        model.set_adapter(adapter)
+        close(run(graph, inputs), run(model, inputs))
+        with model.disable_adapter():
+            close(run(graph, inputs), run(build("vit"), inputs))
+
+
+@every_way
+@pytest.mark.usefixtures("_no_graphs")
+def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
+    model, inputs = registered("vit", way).train(), make_inputs("vit")
+    expected = gradients(model, inputs)
+    model.zero_grad()
+    compiled(model, "aot_eager")(**inputs).last_hidden_state.square().mean().backward()
+    found = {name.rpartition("register_adapter_tokens.")[2]: value.grad for name, value in model.named_parameters()}
+    close({name: found[name] for name in expected}, expected)
+
+
+@pytest.mark.parametrize(("name", "way"), [("dinov2", "default"), ("siglip2-vision", "key_value")])
+@pytest.mark.usefixtures("_no_graphs")
+def test_inductor_trains(name: str, way: str) -> None:
+    model, inputs = registered(name, way).train(), make_inputs(name)
+    expected = gradients(model, inputs)
+    graph = compiled(model, "inductor")
+    close(gradients(graph, inputs), expected)
+    close(run(graph.eval(), inputs), run(model, inputs))
+
+
+# Exported
+
+
+def batch_of(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    return {key: torch.cat([value] * size)[:size] for key, value in inputs.items()}
+
+
+@every_way
+@every_name
+def test_an_exported_program_takes_any_batch(name: str, way: str) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    free = name != "siglip2-vision"  # its position embeddings are resized picture by picture, with or without registers
+    shapes = {key: {0: torch.export.Dim("batch", min=1, max=64)} for key in inputs} if free else None
+    program = torch.export.export(model.get_base_model(), (), inputs, dynamic_shapes=shapes, strict=False).module()
+    for size in (1, 2, 5) if free else (2,):
+        close(run(program, batch_of(inputs, size)), run(model, batch_of(inputs, size)))
+
+
+@pytest.mark.parametrize(("name", "way"), [("beit", "key_value"), *(("vit", way) for way in WAYS)])
+def test_onnx_gives_the_same_numbers_for_any_batch(name: str, way: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="runs ONNX files")
+    model, inputs = registered(name, way), make_inputs(name)
+    names = export_onnx(model, tmp_path / "model.onnx", inputs)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for size in (2, 3):
+        batch = batch_of(inputs, size)
+        values = session.run(None, {key: value.numpy() for key, value in batch.items()})
+        close(dict(zip(names, map(torch.from_numpy, values), strict=True)), run(model, batch), 1e-4)
+
+
+# Checkpointed
+
+
+@pytest.mark.parametrize("kind", [{"use_reentrant": True}, {"use_reentrant": False}, None], ids=str)
+@every_way
+@every_name
+def test_gradient_checkpointing_changes_no_gradient(name: str, way: str, kind: dict[str, bool] | None) -> None:
+    model, inputs = registered(name, way).train(), make_inputs(name)
+    expected = gradients(model, inputs)
+    model.get_base_model().gradient_checkpointing_enable(kind)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    close(gradients(model, inputs), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_only_reentrant_checkpointing_makes_the_embeddings_require_a_gradient(reentrant: bool) -> None:
+    model, inputs = registered("vit", "key_value").train(), make_inputs("vit")
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    seen = []
+    block = find_tower(model).part("blocks")[0]
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
+    model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    model.requires_grad_(False)
+    model(**inputs)
+    assert seen == [reentrant, False, False]
+
+
+# Two processes
+
+
+def _two_processes(file: Path, *kinds: str) -> dict[str, torch.Tensor]:
+    script = Path(__file__).with_name("two_processes_gradients.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*launch, str(file), *kinds], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def by_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return _two_processes(tmp_path_factory.mktemp("torch") / "gradients.safetensors", "ddp", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The first time on a machine DeepSpeed compiles an extension, which takes minutes and a C++ compiler."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    return _two_processes(tmp_path_factory.mktemp("deepspeed") / "gradients.safetensors", "zero3")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize(("name", "way"), SHARDED)
+def test_two_processes_give_the_gradients_of_one(
+    name: str, way: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    sharded = request.getfixturevalue("by_deepspeed" if kind == "zero3" else "by_torch")
+    model = registered(name, way).train()
+    before, grads = trained_values(model), gradients(model, make_inputs(name))
+    for key, grad in grads.items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(sharded[f"{kind} {name} {way} grad {key}"], grad, rtol=1e-4, atol=1e-7)
+        stepped = before[key] - 0.1 * grad
+        torch.testing.assert_close(sharded[f"{kind} {name} {way} step {key}"], stepped, rtol=1e-6, atol=1e-6)
+
+
+# Offloaded
+
+# SigLIP 2 reads its position embedding past the module: it cannot be offloaded without registers either.
+OFFLOADED = [name for name in NAMES if name != "siglip2-vision"]
+
+
+def offload(model: torch.nn.Module, kind: str, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    if kind == "cpu":
+        accelerate.cpu_offload(model, cpu)
+    else:
+        accelerate.disk_offload(model, folder, cpu)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+@every_way
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloaded_registers_come_back_for_the_forward_pass(name: str, way: str, kind: str, tmp_path: Path) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    expected = run(model, inputs)
+    offload(model, kind, tmp_path)
+    assert {value.device.type for value in model.parameters()} == {"meta"}
+    assert_identical(run(model, inputs), expected)
+    with model.disable_adapter():
+        assert_identical(run(model, inputs), run(build(name), inputs))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+@every_way
+def test_a_model_can_be_dispatched_with_its_registers_anywhere(way: str, place: str, tmp_path: Path) -> None:
+    model, inputs = registered("vit", way), make_inputs("vit")
+    expected = run(model, inputs)
+    base = model.get_base_model()
+    blocks = ("layers", "encoder")  # newer and older transformers
+    places = {name: "disk" if name in blocks else "cpu" for name, _ in base.named_children()} | {"registers": place}
+    accelerate.dispatch_model(base, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert base.registers.tokens("default").weight.is_meta == (place == "disk")
+    assert_identical(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+@every_way
+@every_name
+def test_an_adapter_loads_into_a_base_with_a_device_map(name: str, way: str, device_map: str, tmp_path: Path) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    build(name).save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    base = tf.AutoModel.from_pretrained(tmp_path / "base", device_map=device_map, attn_implementation="sdpa")
+    assert_identical(run(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), inputs), run(model, inputs))
+
+
+@every_way
+def test_registers_join_a_base_on_disk(way: str, tmp_path: Path) -> None:
+    """PEFT cannot load any adapter into such a base, LoRA no more than registers; new ones can be added."""
+    build("vit").save_pretrained(tmp_path / "base")
+    base = tf.AutoModel.from_pretrained(
+        tmp_path / "base", device_map={"": "disk"}, offload_folder=tmp_path / "disk", attn_implementation="sdpa"
+    )
+    assert {value.device.type for value in base.parameters()} == {"meta"}
+    inputs = make_inputs("vit")
+    assert_identical(run(registered("vit", way, base), inputs), run(registered("vit", way), inputs))
+
+
+# Number formats and layouts
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+@every_way
+@every_name
+def test_half_weights(name: str, way: str, dtype: torch.dtype, limit: float) -> None:
+    expected = run(registered(name, way), make_inputs(name))[OUTPUT]
+    model = registered(name, way, build(name, dtype=dtype))
+    inputs = make_inputs(name, dtype=dtype)
+    whole = registered(name, way).to(dtype)
+    for found in (run(model, inputs)[OUTPUT], run(whole, inputs)[OUTPUT]):
+        assert found.dtype == dtype
+        assert error(found, expected) < limit
+    for value in gradients(model.train(), inputs).values():
+        assert value.dtype == torch.float32  # PEFT keeps what is trained in float32
+        assert torch.isfinite(value).all()
+        assert value.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_way
+@every_name
+def test_autocast_trains_float32_registers(name: str, way: str, dtype: torch.dtype) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    expected = run(model, inputs)[OUTPUT]
+    with torch.autocast("cpu", dtype=dtype):
+        assert error(run(model, inputs)[OUTPUT], expected) < 0.02
+        for value in gradients(model.train(), inputs).values():
+            assert value.dtype == torch.float32
+            assert torch.isfinite(value).all()
+            assert value.abs().sum() > 0
+
+
+@every_way
+@pytest.mark.parametrize("name", [name for name in NAMES if make_inputs(name)["pixel_values"].ndim == 4])
+def test_channels_last(name: str, way: str) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    expected = run(model, inputs)
+    model = model.to(memory_format=torch.channels_last)
+    inputs["pixel_values"] = inputs["pixel_values"].to(memory_format=torch.channels_last)
+    close(run(model, inputs), expected)
+
+
+# Quantised
+
+INT8 = {"weights": "Int8WeightOnlyConfig", "dynamic": "Int8DynamicActivationInt8WeightConfig"}
+
+
+def quantised(model: torch.nn.Module, kind: str) -> Any:
+    quantization = pytest.importorskip("torchao.quantization", reason="int8 weights")
+    quantization.quantize_(model, getattr(quantization, INT8[kind])())
+    return model
+
+
+@pytest.mark.parametrize("kind", INT8)
+@every_way
+@every_name
+def test_int8_before_or_after_the_registers_is_the_same(name: str, way: str, kind: str, tmp_path: Path) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    expected = run(model, inputs)[OUTPUT]
+    model.save_pretrained(tmp_path / "float")
+    base = quantised(build(name), kind)
+    before = run(base, inputs)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "float", is_trainable=True).eval()
+    found = run(loaded, inputs)
+    assert 0 < error(found[OUTPUT], expected) < 0.02
+    quantised(model.get_base_model(), kind)
+    assert_identical(run(model, inputs), found)
+    with loaded.disable_adapter():
+        assert_identical(run(loaded, inputs), before)
+    loaded.save_pretrained(tmp_path / "int8")  # and back to the float base
+    again = PeftModel.from_pretrained(build(name), tmp_path / "int8").eval()
+    assert_identical(run(again, inputs), run(registered(name, way), inputs))
+
+
+@every_way
+@every_name
+def test_registers_train_on_int8_weights(name: str, way: str) -> None:
+    inputs = make_inputs(name)
+    expected = gradients(registered(name, way).train(), inputs)
+    found = gradients(registered(name, way, quantised(build(name), "weights")).train(), inputs)
+    for key, value in expected.items():
+        assert 0 < error(found[key], value) < 0.1
+
+
+BITS = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+}
+
+
+@pytest.mark.parametrize("kind", BITS)
+@every_way
+def test_bitsandbytes(way: str, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", minversion="0.49", reason="its first release for CPUs that this was tried on")
+    # Four-bit weights come in blocks of 64 numbers of a row.
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    base, inputs = tf.ViTModel(tf.ViTConfig(**shape, image_size=IMAGE, patch_size=PATCH)).eval(), make_inputs("vit")
+    base.save_pretrained(tmp_path / "base")
+    model = registered("vit", way, copy.deepcopy(base))
+    model.save_pretrained(tmp_path / "adapter")
+    options = tf.BitsAndBytesConfig(**BITS[kind])
+    small = tf.AutoModel.from_pretrained(tmp_path / "base", quantization_config=options, device_map="cpu")
+    loaded = PeftModel.from_pretrained(small, tmp_path / "adapter", is_trainable=True)
+    # Trained first: bitsandbytes packs four-bit weights at the first forward pass in evaluation mode, for good.
+    for value in gradients(loaded.train(), inputs).values():
+        assert torch.isfinite(value).all()
+        assert value.abs().sum() > 0
+    found = run(loaded.eval(), inputs)[OUTPUT]
+    with loaded.disable_adapter():
+        plain = run(loaded, inputs)[OUTPUT]
+    limit = 2 * error(plain, run(base, inputs)[OUTPUT])
+    assert 0 < error(found, run(model, inputs)[OUTPUT]) < limit
+    assert error(found, plain) > 0
+
+
+# Attention implementations
+
+
+@pytest.fixture
+def _uncompiled() -> Iterator[None]:
+    """Flex attention as written: compiling it for a CPU takes tens of seconds."""
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("this torch cannot be told to leave flex attention uncompiled")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+FLEX = ["vit", "clip-vision", "dinov2", "dinov2-registers", "dinov3", "siglip-vision"]
+
+
+@every_way
+@pytest.mark.parametrize("name", [name for name in FLEX if name in TOWERS])
+@pytest.mark.usefixtures("_uncompiled")
+def test_flex_attention(name: str, way: str) -> None:
+    model, inputs = registered(name, way), make_inputs(name)
+    expected = run(model, inputs)
+    model.get_base_model().set_attn_implementation("flex_attention")
+    if way == "gate":
+        with pytest.raises(ValueError, match=r"'flex_attention' takes no additive mask.*set_attn_implementation"):
+            run(model, inputs)
+    else:
+        close(run(model, inputs), expected)
+    with model.disable_adapter():
+        close(run(model, inputs), run(build(name), inputs))
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 9])
+def test_room_in_a_block_mask_is_room_in_a_dense_one(start: int) -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="block masks")
+    seen = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = flex.create_block_mask(lambda b, h, q, k: seen[b, h, q, k], 2, 1, 9, 9, "cpu")
+
+    def dense(grown: Any) -> torch.Tensor:
+        return flex.create_mask(grown.mask_mod, 2, 1, *grown.seq_lengths, "cpu")
+
+    assert torch.equal(dense(mask), seen)
+    assert torch.equal(dense(grow_block_mask(mask, start, 3)), grow_mask(seen, start, 3))
+    keys = torch.cat([seen, seen.new_ones(2, 1, 9, 3)], dim=-1)
+    assert torch.equal(dense(grow_block_mask(mask, 9, 3, rows=False)), keys)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@every_way
+@pytest.mark.skipif("siglip2-vision" not in TOWERS, reason="transformers without SigLIP 2")
+def test_padding_patches_stay_out_of_the_others(way: str, attention: str) -> None:
+    """SigLIP 2 brings its mask to the encoder, where registers join."""
+    model, inputs = registered("siglip2-vision", way, build("siglip2-vision", attention)), make_inputs("siglip2-vision")
+    inputs["spatial_shapes"] = torch.tensor([[3, 4], [4, 4]])
+    inputs["pixel_attention_mask"][0, 12:] = 0
+    expected = run(model, inputs)
+    inputs["pixel_values"] = inputs["pixel_values"].clone()
+    inputs["pixel_values"][0, 12:] += 100.0
+    found = run(model, inputs)
+    assert torch.equal(found[OUTPUT][0, :12], expected[OUTPUT][0, :12])
+    assert torch.equal(found["pooler_output"], expected["pooler_output"])
+    assert differs({"": found[OUTPUT][0, 12:]}, {"": expected[OUTPUT][0, 12:]})

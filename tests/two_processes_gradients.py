@@ -1,0 +1,92 @@
+"""One of two processes: registers' gradients, and the registers after a step, under DDP, FSDP2 and DeepSpeed's ZeRO-3.
+
+Each process has a half of the batch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from execution_cases import SHARDED, gradients, registered, trained, trained_values
+from families import make_inputs
+from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from register_adapter.towers import find_tower
+
+RATE = 0.1
+Tensors = dict[str, torch.Tensor]
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Every block a unit of its own, as training scripts do it; the registers belong to the root's."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for block in find_tower(model).part("blocks"):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def step_of_torch(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    model = wrap(model)
+    grads = gradients(model, inputs)
+    torch.optim.SGD(trained(model).values(), lr=RATE).step()
+    return grads, trained_values(model)
+
+
+def step_of_deepspeed(model: nn.Module, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    config = {
+        "train_batch_size": distributed.get_world_size(),
+        # Otherwise it keeps every parameter of fewer than 100,000 numbers whole.
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(trained(model).values(), lr=RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.backward(engine(**inputs).last_hidden_state.square().mean())
+    grads = {name: safe_get_full_grad(value).clone() for name, value in trained(model).items()}
+    engine.step()
+    return grads, {name: safe_get_full_fp32_param(value).clone() for name, value in trained(model).items()}
+
+
+STEPS = {
+    "ddp": lambda model, inputs: step_of_torch(DistributedDataParallel, model, inputs),
+    "fsdp2": lambda model, inputs: step_of_torch(shard, model, inputs),
+    "zero3": step_of_deepspeed,
+}
+
+
+def main() -> None:
+    file, *kinds = sys.argv[1:]
+    torch.set_num_threads(1)
+    if "zero3" in kinds:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    else:
+        distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    found = {}
+    for kind in kinds:
+        for name, way in SHARDED:
+            inputs = {key: value[rank : rank + 1] for key, value in make_inputs(name).items()}
+            grads, values = STEPS[kind](registered(name, way).train(), inputs)
+            found |= {f"{kind} {name} {way} grad {key}": value for key, value in grads.items()}
+            found |= {f"{kind} {name} {way} step {key}": value for key, value in values.items()}
+    if rank == 0:
+        save_file(found, file)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
