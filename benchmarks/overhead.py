@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -38,6 +38,8 @@ PATCH = 14
 STEPS = ("forward", "train")
 RATIOS = (("adapter", "native"), ("adapter", "base"), ("native", "base"))
 MAX_OF_NATIVE, MAX_OF_BASE, MAX_MEMORY_DRIFT, MAX_WRAP_MS = 1.01, 1.03, 0.01, 50.0
+LATE_RATIOS = (("half", "start"),)
+MAX_LATE_TIME, MAX_LATE_MEMORY = 0.8, 0.6
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,19 @@ def build(model: str, size: int, registers: int) -> dict[str, nn.Module]:
     for name, trained in (("base", "embeddings.cls_token"), ("native", "embeddings.register_tokens")):
         for key, parameter in models[name].named_parameters():
             parameter.requires_grad_(key == trained)
+    return models
+
+
+def build_late(model: str, size: int, registers: int) -> dict[str, nn.Module]:
+    """Two adapters: registers from block 0 on (``start``), and from the middle on (``half``)."""
+    width, blocks, heads = SHAPES[model]
+    models: dict[str, nn.Module] = {}
+    for name, insert_layer in (("start", 0), ("half", blocks // 2)):
+        torch.manual_seed(0)
+        config = Dinov2Config(
+            hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, image_size=size, patch_size=PATCH
+        )
+        models[name] = add_registers(Dinov2Model(config), num_registers=registers, insert_layer=insert_layer)
     return models
 
 
@@ -120,8 +135,19 @@ def compiled(models: dict[str, nn.Module], wanted: bool) -> Iterator[dict[str, n
         torch._dynamo.reset()
 
 
-def run_case(case: Case, models: dict[str, nn.Module], args: argparse.Namespace) -> dict[str, Any]:
+def run_case(
+    case: Case,
+    models: dict[str, nn.Module],
+    args: argparse.Namespace,
+    ratios: tuple[tuple[str, str], ...] = RATIOS,
+) -> dict[str, Any]:
     """Measure one case.
+
+    Args:
+        case: What to run.
+        models: The variants that take turns, by name.
+        args: The command line's.
+        ratios: Pairs of variants to compare.
 
     Raises:
         RuntimeError: It does not fit into the memory or the time, or cannot be compiled.
@@ -132,7 +158,7 @@ def run_case(case: Case, models: dict[str, nn.Module], args: argparse.Namespace)
     pixel_values = torch.randn(case.batch, 3, case.size, case.size).to(case.device, getattr(torch, case.dtype))
     with compiled(models, case.compiled) as ready:
         calls = {name: make_call(module, pixel_values, case.step) for name, module in ready.items()}
-        result = asdict(case) | take_turns(calls, RATIOS, case.device, args.repeats, args.min_time, args.budget)
+        result = asdict(case) | take_turns(calls, ratios, case.device, args.repeats, args.min_time, args.budget)
         result["bytes"] = {}
         for name, call in calls.items():
             weights = [*models[name].parameters(), *models[name].buffers()]
@@ -158,7 +184,7 @@ def measure_wrapping(model: str, repeats: int) -> dict[str, Any]:
 
 
 def check_targets(
-    results: list[dict[str, Any]], wrapping: list[dict[str, Any]], registers: int
+    results: list[dict[str, Any]], wrapping: list[dict[str, Any]], registers: int, late: Iterable[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """Compare what was measured with what was to be reached."""
     found: list[dict[str, Any]] = []
@@ -176,6 +202,17 @@ def check_targets(
         peaks = [result["bytes"][name]["activation_peak"] for name in ("adapter", "native")]
         if None not in peaks:
             add("peak memory, |adapter / native - 1|", where, abs(peaks[0] / peaks[1] - 1), MAX_MEMORY_DRIFT)
+    for result in late:
+        where = {key: result[key] for key in Case.__dataclass_fields__}
+        add(
+            "insert_layer at half the depth, time of a step",
+            where,
+            result["ratios"]["half/start"]["median"],
+            MAX_LATE_TIME,
+        )
+        peaks = [result["bytes"][name]["activation_peak"] for name in ("half", "start")]
+        if None not in peaks:
+            add("insert_layer at half the depth, peak memory", where, peaks[0] / peaks[1], MAX_LATE_MEMORY)
     for one in wrapping:
         if one["model"] == "l":
             add("milliseconds to wrap a ViT-L", {"model": "l"}, one["ms"]["median"], MAX_WRAP_MS)
@@ -214,6 +251,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config["max_minutes"] = None if math.isinf(args.max_minutes) else args.max_minutes
     results: list[dict[str, Any]] = []
+    late: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     wrapping = [measure_wrapping(model, args.repeats) for model in args.models]
     report: dict[str, Any] = {
@@ -224,7 +262,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
 
     def write() -> None:
-        report.update(results=results, skipped=skipped, targets=check_targets(results, wrapping, args.registers))
+        report.update(results=results, insert_layer=late, skipped=skipped)
+        report["targets"] = check_targets(results, wrapping, args.registers, late)
         report.update(seconds=round(time.time() - started, 1), load_average=os.getloadavg())
         report["process_peak_rss_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -238,6 +277,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         write()
     shapes = list(product(devices, args.models, args.sizes, args.dtypes))
     bar = tqdm(total=len(shapes) * len(args.batches) * len(compile_modes) * len(args.steps), unit="case")
+    for device, model, size, dtype in shapes if "train" in args.steps else ():
+        case = Case(device, model, size, dtype, min(args.batches), False, "train")
+        try:
+            if time.time() - started > 60 * args.max_minutes:
+                raise RuntimeError(f"not started: --max-minutes {args.max_minutes} are over")
+            variants = build_late(model, size, args.registers).items()
+            moved = {name: module.to(device, getattr(torch, dtype)) for name, module in variants}
+            late.append(run_case(case, moved, args, LATE_RATIOS))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            skipped.append(asdict(case) | {"what": "insert_layer", "reason": reason.removeprefix("RuntimeError: ")})
+        write()
     for device, model, size, dtype in shapes:
         models: dict[str, nn.Module] = {}
         for batch, with_compile, step in product(sorted(args.batches), compile_modes, args.steps):
@@ -276,6 +327,13 @@ def summary(report: dict[str, Any]) -> str:
         cells.append(f"{result['milliseconds']['base']['median']:.1f}")
         cells += [f"{ratio['median']:.3f} ({ratio['p10']:.3f}–{ratio['p90']:.3f})" for ratio in ratios]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "insert_layer at half the depth / registers from block 0 on:", ""]
+    for result in report["insert_layer"]:
+        ratio = result["ratios"]["half/start"]
+        peaks = [result["bytes"][name]["activation_peak"] for name in ("half", "start")]
+        memory = "not seen" if None in peaks else f"{peaks[0] / peaks[1]:.3f}"
+        case = " ".join(str(result[key]) for key in Case.__dataclass_fields__)
+        lines.append(f"* {case}: time {ratio['median']:.3f} ({ratio['p10']:.3f}–{ratio['p90']:.3f}), memory {memory}")
     failed = [target for target in report["targets"] if not target["passed"]]
     lines.append(f"\n{len(report['targets']) - len(failed)} of {len(report['targets'])} targets reached.")
     lines += [f"missed: {target}" for target in failed]

@@ -45,13 +45,19 @@ def test_the_documented_command_writes_a_whole_report(tmp_path: Path) -> None:
     assert report["hardware"]["cores"] >= 1
     assert report["skipped"] == []
     assert [result["step"] for result in report["results"]] == ["forward", "train"]
+    (late,) = report["insert_layer"]
+    assert set(late["milliseconds"]) == {"half", "start"}
+    # Counted, not timed: half of the two blocks keep nothing for the backward pass.
+    assert 0.3 < late["bytes"]["half"]["saved_for_backward"] / late["bytes"]["start"]["saved_for_backward"] < 0.8
     for result in report["results"]:
         assert set(result["milliseconds"]) == {"base", "adapter", "native"}
         for ratio in result["ratios"].values():
             assert 0 < ratio["p10"] <= ratio["median"] <= ratio["p90"]
     assert report["wrapping"][0]["ms"]["median"] > 0
     names = {target["target"] for target in report["targets"]}
-    assert names == {"time of adapter / native", "peak memory, |adapter / native - 1|"}
+    kinds = ("time of a step", "peak memory")
+    late = {f"insert_layer at half the depth, {kind}" for kind in kinds}
+    assert names == {"time of adapter / native", "peak memory, |adapter / native - 1|", *late}
     assert all(target["passed"] == (target["value"] <= target["limit"]) for target in report["targets"])
     assert "| adapter / native |" in done.stdout
     assert done.stdout.count("| cpu | tiny |") == 2
@@ -82,7 +88,8 @@ def test_what_is_left_out_is_named_with_the_reason(overhead: ModuleType, tmp_pat
     assert all("--budget 0" in case["reason"] for case in slow["skipped"])
     late = overhead.main([*common, "--max-minutes", "0"])
     assert all("--max-minutes" in case["reason"] for case in late["skipped"])
-    assert len(late["skipped"]) == 2
+    assert len(late["skipped"]) == 3
+    assert sum(case.get("what") == "insert_layer" for case in late["skipped"]) == 1
 
 
 def test_a_case_that_does_not_fit_is_not_started(
