@@ -55,7 +55,7 @@ class DemoArguments:
     num_registers: int = 4
     max_train_steps: int = 150
     batch_size: int = 32
-    learning_rate: float = 0.1
+    learning_rate: float = 0.01
     num_eval_images: int = 256
     seed: int = 0
 
