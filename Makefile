@@ -3,6 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Versions to install with, and what `make test` needs beside the package; `make test-oldest` has others.
+CONSTRAINTS ?= constraints.txt
+TEST_EXTRA ?= dev
+OLDEST_PYTHON ?= $(or $(shell python3.10 -c 'print("python3.10")' 2>/dev/null),$(PYTHON))
 # Test processes; "auto" is one per core.
 WORKERS ?= auto
 PYTEST_ARGS ?=
@@ -10,18 +14,20 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-REQUIREMENTS := pyproject.toml constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
+REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help demo test lint types format bench wheel clean
+.PHONY: help demo test test-oldest lint types format families bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train registers for the packaged model, and show what they change"
 	@echo "make test    run the tests (PYTEST_ARGS='-k layer' for some of them, WORKERS=1 for one process)"
+	@echo "make test-oldest  the same with the oldest versions that are supported (docs/versions.md)"
 	@echo "make lint    check style (ruff)"
 	@echo "make types   check types (mypy --strict)"
 	@echo "make format  rewrite the sources in the project's style"
+	@echo "make families  renew the tables of supported models in README.md and docs/families.md"
 	@echo "make bench   measure the overhead (BENCH_ARGS='--models s'; hours without it)"
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make clean   remove the environment and everything that was built"
@@ -32,23 +38,21 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 
-# One stamp for each set of extras; it is older than a requirement that changed.
-$(VENV)/.installed-demo: $(REQUIREMENTS) | $(BIN)/python
-	@echo "installing register-adapter[demo] into $(VENV)"
-	@$(PIP_INSTALL) -e '.[demo]'
-	@touch $@
-
-$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
-	@echo "installing register-adapter[dev] into $(VENV)"
-	@$(PIP_INSTALL) -e '.[dev]'
+# One stamp for each extra; it is older than a requirement that changed. The extras dev and test contain demo.
+$(VENV)/.installed-%: $(REQUIREMENTS) | $(BIN)/python
+	@echo "installing register-adapter[$*] into $(VENV)"
+	@$(PIP_INSTALL) -e '.[$*]'
 	@touch $@ $(VENV)/.installed-demo
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/register-adapter demo $(DEMO_ARGS)
 
 # One thread a process: the processes already take the cores. No test needs a network beyond loopback.
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-$(TEST_EXTRA)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) CONSTRAINTS=constraints-oldest.txt TEST_EXTRA=test
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -61,6 +65,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+families: $(VENV)/.installed-dev
+	$(BIN)/register-adapter families --into README.md
+	$(BIN)/register-adapter families --full --into docs/families.md
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
 
@@ -68,4 +76,4 @@ wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -106,7 +106,11 @@ class Loop:
         """The batches of the current epoch from the current place on, in an order that seed and epoch determine."""
         self.generator.manual_seed(self.args.seed + self.state.epoch)
         self.loader.set_epoch(self.state.epoch)
-        return skip_first_batches(self.loader, self.state.step) if self.state.step else self.loader
+        if not self.state.step:
+            return self.loader
+        rest = skip_first_batches(self.loader, self.state.step)
+        rest.set_epoch(self.state.epoch)  # accelerate 1.10 begins with epoch 0 again
+        return rest
 
     def _step(self, batch: Any) -> None:
         """One batch, and an optimiser step if enough have come together."""

@@ -211,7 +211,7 @@ def wait(what: str) -> None:
 
 def lora_folder(folder: Path) -> None:
     """An adapter of another method."""
-    get_peft_model(small_base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    get_peft_model(small_base(), LoraConfig(target_modules=["q_proj", "query"])).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ class ClassificationObjective(Objective):
         # A new head may be missing from the checkpoint or have another shape there; nothing else may.
         allowed = () if self.freeze_head else (f"{self.head}.",)
         lost = {key for key in info["missing_keys"] if not key.startswith(allowed)}
-        lost |= {key[0] for key in info["mismatched_keys"] if not key[0].startswith(allowed)}
+        # transformers 4 gives the keys alone, 5 their shapes too.
+        misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+        lost |= {key for key in misshapen if not key.startswith(allowed)}
         if lost:
             advice = "A frozen head must be in the checkpoint: leave --freeze_head out, or " if self.freeze_head else ""
             raise ValueError(
