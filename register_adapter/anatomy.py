@@ -106,7 +106,7 @@ class Anatomy:
             items = value if isinstance(value, tuple) else () if value is None else (value,)
             fits = all(isinstance(item, kind or str) and not (kind is int and item is True) for item in items)
             if not fits or (key in _SCALARS and (len(items) != 1 or isinstance(value, tuple))):
-                wanted = kind.__name__ if kind else "the name of a module"
+                wanted = kind.__name__ if kind else "str" if key in _SCALARS else "the name of a module"
                 raise TypeError(f"{key!r} of an anatomy must be {wanted}, got {value!r}")
         for key, allowed in _CHOICES.items():
             if paths.get(key, allowed[0]) not in allowed:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from families import IMAGE, LABELS, PATCHES, build, make_inputs, perturb
+from families import CASES, IMAGE, LABELS, PATCHES, build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, differs, hooks, run
 from peft import LoraConfig, get_peft_model
 
@@ -30,11 +30,15 @@ from register_adapter.tokens import cut_tokens
 
 COMMAND = str(Path(sys.executable).parent / "register-adapter")
 #: Models of the tests that have a class with registers; ``native`` gives their number.
-WITH_NATIVE_CLASS = (
-    *("dinov2", "dinov2-swiglu", "dinov2-classifier", "dinov2-backbone"),
-    *("dinov2-registers", "dinov2-registers-classifier", "dinov2-registers-backbone"),
-    *("dinov3", "dinov3-swiglu", "dinov3-backbone", "sapiens2", "sapiens2-backbone", "tipsv2", "tipsv2-backbone"),
-)
+WITH_NATIVE_CLASS = [
+    name
+    for name in (
+        *("dinov2", "dinov2-swiglu", "dinov2-classifier", "dinov2-backbone"),
+        *("dinov2-registers", "dinov2-registers-classifier", "dinov2-registers-backbone"),
+        *("dinov3", "dinov3-swiglu", "dinov3-backbone", "sapiens2", "sapiens2-backbone", "tipsv2", "tipsv2-backbone"),
+    )
+    if name in CASES
+]
 WITHOUT = ("vit-classifier", "deit", "clip-projection", "siglip-vision", "clip")
 
 

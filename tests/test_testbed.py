@@ -118,6 +118,10 @@ def test_any_family_can_be_planted(name):
     model = build(name)
     if find_tower(model).block_part(0, "mlp_in") is None:
         pytest.skip("both halves of its gated MLP are one layer in this version of transformers")
+    if not isinstance(find_tower(model).part("patch_embedding"), torch.nn.Conv2d):
+        pytest.skip("without a convolution over the picture patches have no known neighbours")
+    if name == "mae":
+        pytest.skip("it hides patches at random: what is hit has another place in every pass")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     pixel_values, _ = pixels(48, 3, "train", size=32)
     planting = plant_artifacts(model, 0, pixel_values, share=0.06, strength=8, attraction_steps=2)
