@@ -101,7 +101,9 @@ def export_onnx(
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("ONNX files", package, "onnx")
     program, names = _traced(model, example_inputs, dynamic_batch)
-    onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(names))
+    # It traces the program again; with gradients SDPA would take a path whose views do not fit any batch.
+    with torch.no_grad():
+        onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(names))
     _write(Path(path), lambda file: onnx.save(str(file)))
     return names
 
