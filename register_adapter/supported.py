@@ -7,6 +7,7 @@ from pathlib import Path
 from .anatomy import Anatomy
 from .families import FAMILIES
 from .stacks import STACKS
+from .towers import ROWS
 
 __all__ = ["END", "START", "full_table", "short_table", "write_table"]
 
@@ -30,7 +31,7 @@ def short_table() -> str:
 def full_table() -> str:
     """A Markdown table, one line a family: classes, tokens before the registers, where these enter and leave."""
     rows: dict[str, tuple[Anatomy, list[str]]] = {}
-    for name, anatomy in {**FAMILIES, **STACKS}.items():
+    for name, anatomy in ROWS.items():
         rows.setdefault(anatomy.family, (anatomy, []))[1].append(name)
     lines = [
         "| family | vision towers | tokens before them | registers enter | and leave |",

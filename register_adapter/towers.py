@@ -13,7 +13,10 @@ from .errors import UnsupportedModelError
 from .families import FAMILIES, REFUSED
 from .stacks import CONDITIONS, STACKS, VARIANTS
 
-__all__ = ["Tower", "find_tower", "find_towers"]
+__all__ = ["ROWS", "Tower", "find_tower", "find_towers"]
+
+#: The whole table: class name of a tower, or ``package.ClassName``, to its row.
+ROWS: dict[str, Anatomy] = {**FAMILIES, **STACKS}
 
 # Where towers of the supported libraries say the width of a token.
 _WIDTHS = ("config.hidden_size", "embed_dim", "hidden_dim", "transformer.width")
@@ -113,10 +116,8 @@ def _row(kind: type) -> Anatomy | None:
     for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
         for name in (f"{package}.{base.__name__}", base.__name__):
-            if name in FAMILIES:
-                return FAMILIES[name]
-            if name in STACKS:
-                return STACKS[name]
+            if name in ROWS:
+                return ROWS[name]
     return None
 
 
@@ -180,11 +181,10 @@ def find_tower(model: nn.Module, name: str | None = None, anatomy: Anatomy | Non
             f"Choose one: add_registers(model, target_modules={towers[0].path!r})."
         )
     if not towers:
-        rows = {**FAMILIES, **STACKS}
-        supported = sorted({row.family for row in rows.values()})
+        supported = sorted({row.family for row in ROWS.values()})
         raise UnsupportedModelError(
             f"{type(model).__name__} has no vision tower that registers can enter. {_strangers(model)}Looked for "
-            f"modules of class {', '.join(rows)} (families: {', '.join(supported)}) with embeddings, blocks and a "
+            f"modules of class {', '.join(ROWS)} (families: {', '.join(supported)}) with embeddings, blocks and a "
             "place to take the registers out again. For a plain ViT of another class describe it by hand: "
             "add_registers(model, anatomy=Anatomy('mine', embeddings='...', blocks='...', remove='...'))."
         )
