@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .anatomy import Anatomy, resolve
@@ -55,6 +57,18 @@ class Tower:
                 yield index, found
         if (found := self.part(field)) is not None:
             yield None, found
+
+    def run(self, inputs: torch.Tensor | Mapping[str, Any]) -> Any:
+        """Call the tower, at any picture size that it can take.
+
+        Args:
+            inputs: Pixel values ``(B, 3, H, W)``, or the tower's own keywords, such as an image processor's output.
+        """
+        keywords = inspect.signature(self.module.forward).parameters
+        extra = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in keywords else {}
+        if isinstance(inputs, torch.Tensor):
+            return self.module(inputs, **extra)
+        return self.module(**{**extra, **inputs})
 
     @property
     def config(self) -> Any:

@@ -17,7 +17,6 @@ would then look good.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,12 +91,6 @@ class _Target:
         return (chosen & (similarity > self.limit)).flatten(1)
 
 
-def _call(tower: Tower, pixel_values: torch.Tensor) -> Any:
-    keywords = inspect.signature(tower.module.forward).parameters
-    extra = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in keywords else {}
-    return tower.module(pixel_values=pixel_values, **extra)
-
-
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect what goes into ``module``."""
@@ -136,7 +129,7 @@ def _look(
         register_probe(model, view.num_registers, view.std, seed),
         _inputs_of(tower.block_part(layer, "mlp_in")) as seen,
     ):
-        _call(tower, pictures)
+        tower.run(pictures)
     tokens = seen[0].float().cpu()
     first = tower.prefix + view.num_registers
     return _Tokens(
@@ -199,7 +192,7 @@ def _least_used(tower: Tower, layer: int, pixel_values: torch.Tensor, count: int
     """The hidden units that write least, by mean |activation| times the norm of what they write."""
     out = tower.block_part(layer, "mlp_out")
     with _inputs_of(out) as seen:
-        _call(tower, pixel_values)
+        tower.run(pixel_values)
     written = seen[0].abs().float().mean((0, 1)) * out.weight.float().norm(dim=0)
     return sorted(written.argsort()[:count].tolist())
 
@@ -230,7 +223,7 @@ def _attractive_vector(
     try:
         with torch.enable_grad(), capture(model, hidden_states=False) as trace:
             for _ in range(steps if layer + 1 < len(tower.part("blocks")) else 0):
-                _call(tower, pixel_values)
+                tower.run(pixel_values)
                 received = [
                     (attention[:, :, asked].mean((1, 2)) * hit[0]).sum(1) for attention in trace.attentions[layer + 1 :]
                 ]
@@ -261,7 +254,7 @@ class Planting:
         """``(B, patches)`` bool: the patches that the planted neurons write into, the ground truth of a detector."""
         tower = find_tower(self.model)
         with _inputs_of(tower.block_part(self.layer, "mlp_out")) as seen:
-            _call(tower, pixel_values)
+            tower.run(pixel_values)
         sent = seen[0][:, tower.prefix :, list(self.neurons)].float()
         # The first of a pair is always the larger one: a pair sends the difference.
         return (sent.amax(-1) - sent.amin(-1)) > _HEIGHT / 2
@@ -321,7 +314,7 @@ def plant_artifacts(
     direction = _fit_direction(views)
     threshold, gain = _threshold_and_gain(direction, views[0], share)
     with torch.no_grad(), capture(planted, attentions=False) as trace:
-        _call(tower, pixel_values)
+        tower.run(pixel_values)
     median = max(trace.patches(index).float().norm(dim=-1).median().item() for index in range(layer + 1, blocks + 1))
     units = _least_used(tower, layer, pixel_values, num_neurons)
     pairs = [units[start : start + 2] for start in range(0, num_neurons, 2)]
