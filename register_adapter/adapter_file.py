@@ -12,13 +12,25 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import AdapterFileError
 
-__all__ = ["GATE_KEY", "TOKENS_KEY", "check_adapter_file", "check_tensors", "is_foreign", "read_tensors"]
+__all__ = [
+    "GATE_KEY",
+    "NEURON_KEYS",
+    "TOKENS_KEY",
+    "UNITS_KEY",
+    "check_adapter_file",
+    "check_tensors",
+    "is_foreign",
+    "read_tensors",
+]
 
 #: The end of the register tokens' key, whatever the tower's place in the model it was saved from.
 TOKENS_KEY = "registers.register_adapter_tokens.weight"
 #: The same of the gate on their attention logits.
 GATE_KEY = "registers.register_adapter_tokens.gate"
-_FOREIGN = re.compile(r"(^|\.)registers\.register_adapter_tokens\.[^.]+\.(weight|gate)$")
+#: The same of the register neurons: which hidden units they are, and what goes with them.
+UNITS_KEY = "registers.register_adapter_tokens.units"
+NEURON_KEYS = (UNITS_KEY, *(f"registers.register_adapter_tokens.{name}" for name in ("usual", "limits", "strength")))
+_FOREIGN = re.compile(r"(^|\.)registers\.register_adapter_tokens\.[^.]+\.(weight|gate|units|usual|limits|strength)$")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -83,8 +95,11 @@ def check_tensors(
     for key, tensor in tensors.items():
         if tensor.is_meta:
             continue
-        if key in tokens and tensor.dtype not in _DTYPES:
-            faults.append(f"{key} has dtype {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+        wanted_dtypes = (torch.int64,) if key.endswith(UNITS_KEY) else _DTYPES
+        if key in tokens and tensor.dtype not in wanted_dtypes:
+            faults.append(f"{key} has dtype {tensor.dtype}, expected one of {', '.join(map(str, wanted_dtypes))}")
+        elif key.endswith(UNITS_KEY) and (tensor < 0).any():
+            faults.append(f"{key} has negative indices")
         elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
             faults.append(f"{key} has values that are not finite (NaN or infinity)")
     if faults:

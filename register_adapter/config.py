@@ -12,18 +12,19 @@ from typing import Any
 from peft import PeftConfig
 
 from ._peft_compat import peft_type
-from .adapter_file import GATE_KEY, TOKENS_KEY, check_adapter_file
+from .adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_adapter_file
 from .anatomy import Anatomy
 from .errors import AdapterFileError
 from .hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from .identity import TowerIdentity
+from .neuron_shift import REMOVALS, checked_neurons, count_neurons
 from .registers import Placement
 
 __all__ = ["FORMAT_VERSION", "RegisterConfig"]
 
 #: Version of the config and tensor layout; a file with a larger one was written by a newer release.
-FORMAT_VERSION = 1
-_INITS = ("normal", "zeros", "cls")
+FORMAT_VERSION = 2
+_INITS = ("normal", "zeros", "cls", "test_time")
 _ATTENTIONS = ("slice", "full")
 
 
@@ -37,7 +38,8 @@ class RegisterConfig(PeftConfig):
     Args:
         num_registers: Number R of registers, at least 1.
         init: ``"normal"`` (mean 0, standard deviation ``init_std``), ``"zeros"`` (warns: equal registers get equal
-            gradients and stay equal for ever), or ``"cls"`` (a copy of the CLS token plus that noise).
+            gradients and stay equal for ever), ``"cls"`` (a copy of the CLS token plus that noise), or ``"test_time"``
+            (zero, filled by ``register_neurons``: what :func:`fit_test_time_registers` makes).
         init_std: Standard deviation of the initial values, default 0.02.
         target_modules: Name of the vision tower, or the end of it; needed only where a model has several.
         modules_to_save: Modules trained and saved as a whole beside the registers, such as ``["classifier"]``.
@@ -49,6 +51,13 @@ class RegisterConfig(PeftConfig):
             in the sequence ("Prefix-Tuning", arXiv 2101.00190).
         gate: Initial value of a learned bias on the attention logits of the registers' keys, one a block and register;
             ``None``, the default, for no gate. At -5 to -10 registers hardly change a model at first.
+        register_neurons: Block to its register neurons, hidden units of its MLP whose activations are moved from the
+            other tokens to the registers ("Vision Transformers Don't Need Trained Registers", arXiv 2506.08010). A
+            saved config has their numbers only; which ones they are is in the weights' file.
+            :func:`fit_test_time_registers` finds them.
+        remove: What the other tokens keep of those activations: ``"zero"`` nothing, ``"mean"`` the usual activation of
+            a patch, ``"outliers"`` everything but what lies beyond the usual, which becomes the usual.
+        train_removal: Train how far each neuron's activations are moved, a gate in 0…1 that starts at 1.
         attentions: ``"slice"`` returns attention maps of the base's shape (their rows then sum to less than one),
             ``"full"`` returns them with the registers' rows and columns.
         anatomy: Description of a model that the table of families does not have.
@@ -79,6 +88,15 @@ class RegisterConfig(PeftConfig):
     gate: float | None = field(
         default=None, metadata={"help": "Initial value of a learned bias on the registers' attention logits."}
     )
+    register_neurons: dict[int, list[int] | int] | None = field(
+        default=None, metadata={"help": "Block to its register neurons (hidden units of the MLP)."}
+    )
+    remove: str = field(
+        default="zero", metadata={"help": "What other tokens keep of those: 'zero', 'mean' or 'outliers' only."}
+    )
+    train_removal: bool = field(
+        default=False, metadata={"help": "Train how far each register neuron's activations are moved."}
+    )
     attentions: str = field(
         default="slice", metadata={"help": "Return attention maps of the base's shape ('slice') or whole ('full')."}
     )
@@ -91,7 +109,7 @@ class RegisterConfig(PeftConfig):
     ignore_base_mismatch: bool = field(
         default=False, metadata={"help": "Load although the base model is another one. Never saved."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the file layout."})
+    format_version: int = field(default=1, metadata={"help": "Version of the file layout."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +126,9 @@ class RegisterConfig(PeftConfig):
             "deep": bool,
             "key_value": bool,
             "gate": (int, float, type(None)),
+            "register_neurons": (dict, type(None)),
+            "remove": str,
+            "train_removal": bool,
             "attentions": str,
             "anatomy": (Anatomy, dict, type(None)),
             "base_tower": (dict, type(None)),
@@ -123,7 +144,7 @@ class RegisterConfig(PeftConfig):
                 raise TypeError(f"{name} must hold names, got {value!r}")
         if self.num_registers < 1:
             raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
-        for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS)):
+        for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.insert_layer < 0:
@@ -134,6 +155,7 @@ class RegisterConfig(PeftConfig):
             raise ValueError("init='cls' is for tokens; key/value pairs (key_value=True) start from init='normal'")
         if self.gate is not None and not math.isfinite(self.gate):
             raise ValueError(f"gate must be a finite number or None, got {self.gate}")
+        self._check_neurons()
         if not 0 <= self.init_std < float("inf"):
             raise ValueError(f"init_std must be a finite number of at least 0, got {self.init_std}")
         if self.modules_to_save is not None:
@@ -148,6 +170,27 @@ class RegisterConfig(PeftConfig):
                 "this release knows; loading goes on. Upgrade with: pip install -U register-adapter",
                 stacklevel=3,
             )
+
+    def _check_neurons(self) -> None:
+        """Settle ``register_neurons`` and what goes with it."""
+        if not self.register_neurons:
+            self.register_neurons = None
+            if self.init == "test_time" or self.train_removal:
+                raise ValueError(
+                    "init='test_time' and train_removal need register neurons, which are found on pictures: call "
+                    "fit_test_time_registers(model, images)"
+                )
+            return
+        self.register_neurons = checked_neurons(self.register_neurons, numbers_only=self.from_file)
+        if self.deep:
+            raise ValueError("deep=True puts fresh registers at every block: what neurons gave them would be lost")
+        first = min(self.register_neurons)
+        if not self.key_value and first < self.insert_layer:
+            raise ValueError(
+                f"register_neurons has block {first}, before the registers start (insert_layer={self.insert_layer})"
+            )
+        # Older releases would leave the neurons out; they warn of a newer format.
+        self.format_version = max(self.format_version, 2)
 
     @property
     def identity(self) -> TowerIdentity | None:
@@ -171,6 +214,8 @@ class RegisterConfig(PeftConfig):
         shapes = {TOKENS_KEY: weight}
         if self.gate is not None:
             shapes[GATE_KEY] = (started, self.num_registers)
+        if self.register_neurons:
+            shapes |= {key: (sum(count_neurons(self.register_neurons).values()),) for key in NEURON_KEYS}
         return shapes
 
     @property
@@ -189,6 +234,8 @@ class RegisterConfig(PeftConfig):
         """The config as a JSON-ready dictionary."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         del values["ignore_base_mismatch"]
+        if self.register_neurons:
+            values["register_neurons"] = count_neurons(self.register_neurons)
         if isinstance(self.anatomy, Anatomy):
             values["anatomy"] = self.anatomy.to_dict()
         return values

@@ -21,6 +21,7 @@ from .attention import AttentionHooks, reads_implementation
 from .config import RegisterConfig
 from .errors import AdapterFileError
 from .methods import MethodHooks
+from .neuron_hooks import NeuronHooks
 from .registers import Placement, RegisterTokens, Segment
 from .sequence import SequenceHooks
 from .towers import Tower
@@ -31,7 +32,7 @@ __all__ = ["BASE", "RegisterLayer"]
 BASE = "__base__"
 
 
-class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, nn.Module, BaseTunerLayer):
+class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.Module, BaseTunerLayer):
     """Register tokens of one or more adapters on one vision tower.
 
     Args:
@@ -82,7 +83,9 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, nn.Module, BaseT
         if config.gate is not None:
             fill = torch.nan if pending else config.gate
             gate = torch.full((blocks - config.insert_layer, config.num_registers), float(fill))
-        self.register_adapter_tokens[adapter_name] = RegisterTokens(weight, pending, gate)
+        self.register_adapter_tokens[adapter_name] = tokens = RegisterTokens(weight, pending, gate)
+        if config.register_neurons:
+            tokens.add_neurons(config.register_neurons, config.remove, config.train_removal, pending)
         self.placements[adapter_name] = placement
         self._move_adapter_to_device_of_base_layer(adapter_name)
         neighbour = self._neighbour
@@ -98,6 +101,8 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, nn.Module, BaseT
     def _initial_values(self, config: RegisterConfig, shape: tuple[int, ...], pending: bool) -> torch.Tensor:
         if pending:
             return torch.full(shape, torch.nan)
+        if config.init == "test_time":  # what the registers hold comes from the neurons
+            return torch.zeros(shape)
         if config.init == "zeros":
             warnings.warn(
                 "init='zeros': equal registers get equal gradients and stay equal for ever; use init='normal'",
@@ -241,6 +246,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, nn.Module, BaseT
         self._remove_hooks()
         by_block = any(placement.deep or placement.insert_layer for placement in self.placements.values())
         self._handles = self._sequence_hooks(by_block)
+        self._handles += self._neuron_hooks({block for name in self.names for block in self.tokens(name).slices})
         self._wrap_methods()
         if any(p.key_value or self.tokens(name).gate is not None for name, p in self.placements.items()):
             self._enter_attention()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,14 +14,15 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ._peft_compat import PREFIX, remap_on_load
-from .adapter_file import GATE_KEY, TOKENS_KEY, check_tensors, is_foreign
+from .adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 from .anatomy import Anatomy
 from .attention import reads_implementation
 from .config import RegisterConfig
 from .dry_run import dry_run
-from .errors import BaseModelMismatchError, UnsupportedModelError
+from .errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
 from .identity import TowerIdentity
 from .layer import BASE, RegisterLayer
+from .neuron_shift import count_neurons
 from .towers import Tower, find_tower
 
 __all__ = ["RegisterModel", "find_register_layer"]
@@ -197,6 +198,13 @@ class RegisterModel(BaseTuner):
         """Check the tensors, and find the registers' key wherever the tower lies in this model."""
         assert isinstance(config, RegisterConfig)
         check_tensors(state_dict, config.expected_shapes, config.modules_to_save, f"adapter {adapter_name!r}")
+        units = next((value for key, value in state_dict.items() if key.endswith(UNITS_KEY)), None)
+        if units is not None and not units.is_meta:
+            counts = count_neurons(config.register_neurons or {})
+            parts = torch.split(units, list(counts.values()))
+            found = {block: part.tolist() for block, part in zip(counts, parts, strict=True)}
+            tower = next(layer.tower for layer in _register_layers(model) if adapter_name in layer.names)
+            _check_units(tower, found, f"adapter {adapter_name!r}")
         _fit_heads(model, adapter_name, state_dict)
         kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}
         return {_place(model, adapter_name, key): value for key, value in kept.items()}
@@ -204,11 +212,30 @@ class RegisterModel(BaseTuner):
 
 def _place(model: nn.Module, adapter_name: str, key: str) -> str:
     """The key in this model of what the file calls ``key``: the tower may have another place."""
-    for end in (TOKENS_KEY, GATE_KEY):
+    path = TOKENS_KEY.rpartition(".")[0]
+    for end in (TOKENS_KEY, GATE_KEY, *NEURON_KEYS):
         if key.endswith(end):
-            path, _, name = end.rpartition(".")
+            name = end.removeprefix(f"{path}.")
             return next(k for k in model.state_dict() if k.endswith(f"{path}.{adapter_name}.{name}"))
     return key
+
+
+def _check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
+    """The MLPs have the hidden units that are named; numbers of them (of which a file says more) are passed over."""
+    name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
+    for block, units in neurons.items():
+        last = tower.block_part(block, "mlp_out") if block < blocks else None
+        if last is None:
+            raise UnsupportedModelError(
+                f"{source} has register neurons in block {block} of {name}, which has {blocks} blocks, with an MLP at "
+                f"{tower.anatomy.mlp_out!r}"
+            )
+        width = getattr(last, "in_features", None)
+        if isinstance(units, list) and isinstance(width, int) and max(units) >= width:
+            raise AdapterFileError(
+                f"{source} names hidden unit {max(units)} of block {block} of {name}, whose MLP has {width}. "
+                "Nothing was changed."
+            )
 
 
 def _check_placement(tower: Tower, config: RegisterConfig) -> None:
@@ -223,6 +250,7 @@ def _check_placement(tower: Tower, config: RegisterConfig) -> None:
             f"insert_layer cannot be had with {name}, which adds position embeddings between its blocks, for the "
             "length that the sequence has from the start. Use insert_layer=0."
         )
+    _check_units(tower, config.register_neurons or {}, "the config")
     wanted = [mode for mode in ("key_value", "gate") if getattr(config, mode) not in (None, False)]
     if wanted and not reads_implementation(tower):
         raise UnsupportedModelError(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .neuron_shift import NeuronShift
+
 __all__ = ["Placement", "RegisterTokens", "Segment"]
 
 
@@ -36,7 +38,7 @@ class Placement(NamedTuple):
         return (num_blocks - self.insert_layer, *last) if self.deep else last
 
 
-class RegisterTokens(nn.Module):
+class RegisterTokens(NeuronShift):
     """The registers of one adapter, in a module that is called, so that offloading hooks bring them to the device.
 
     Args:
@@ -51,23 +53,26 @@ class RegisterTokens(nn.Module):
         self.count = weight.shape[-2]  # the weight itself may be sharded or offloaded
         self.weight = nn.Parameter(weight)
         self.gate = None if gate is None else nn.Parameter(gate)
+        self.slices = {}
         self._pending = pending
 
     @property
     def pending(self) -> bool:
         """Whether the values from the file are still to come; the first finite ones settle it."""
         if self._pending and not self.weight.is_meta:
-            self._pending = not all(bool(torch.isfinite(part).all()) for part in self.parameters())
+            parts = [*self.parameters(), *self.buffers()]
+            self._pending = not all(bool(torch.isfinite(part).all()) for part in parts)
         return self._pending
 
-    def forward(self, like: torch.Tensor, block: int | None = None, gate: bool = False) -> torch.Tensor:
+    def forward(self, like: torch.Tensor, block: int | None = None, part: str = "weight") -> torch.Tensor:
         """The weight, or its part for one block, in the dtype and on the device of ``like``.
 
-        With ``gate`` the gate ``(R,)`` of the block instead; zeros without a gate.
+        With another ``part`` that instead: the ``"gate"`` ``(R,)`` of the block, zeros without a gate, or the neurons'
+        ``"strength"`` ``(K,)``.
         """
-        if gate and self.gate is None:
+        values: torch.Tensor | None = getattr(self, part)
+        if values is None:
             return like.new_zeros(self.count)
-        values = self.gate if gate and self.gate is not None else self.weight
         # A view: ZeRO-3 takes a parameter's values away behind this module's forward.
         return (values[:] if block is None else values[block]).to(like)
 
@@ -113,6 +118,21 @@ class Segment:
         index = block - self.placement.insert_layer if self.placement.deep else None
         return self._by_image([one(hidden_states, index) for one in self.tokens], hidden_states.shape[0])
 
+    def shift(
+        self, activations: torch.Tensor, block: int, start: int, count: int, visible: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Activations ``(B, N, M)`` of block ``block`` with the shift done; see :class:`NeuronShift`."""
+        for number, one in enumerate(self.tokens):
+            if block not in one.slices:
+                continue
+            if self.images is None:
+                return one.shift(activations, block, start, count, visible)
+            own = min(count, one.count)
+            chosen = torch.tensor([index == number for index in self.images], device=activations.device)
+            shifted = one.shift(activations, block, start, own, visible)
+            activations = torch.where(chosen[:, None, None], shifted, activations)
+        return activations
+
     def pairs(self, key: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """``(B, H, R, d)`` keys and values for block ``block``, like ``key`` ``(B, H, N, d)``."""
         index = block - self.placement.insert_layer
@@ -124,6 +144,6 @@ class Segment:
     def bias(self, like: torch.Tensor, block: int) -> torch.Tensor:
         """``(1 or B, R)`` to add to the attention logits of the keys: the gate, minus infinity where there is none."""
         index = block - self.placement.insert_layer
-        gates = [one(like, index, gate=True).unsqueeze(-1) for one in self.tokens]
+        gates = [one(like, index, part="gate").unsqueeze(-1) for one in self.tokens]
         batch = 1 if self.images is None else like.shape[0]
         return self._by_image(gates, batch, fill=-torch.inf).squeeze(-1)

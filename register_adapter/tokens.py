@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ __all__ = [
     "hidden_states_of",
     "insert_tokens",
     "pad_tokens",
+    "visible_to",
     "with_hidden_states",
 ]
 
@@ -100,6 +101,36 @@ def grow_mask(mask: torch.Tensor, start: int, count: int) -> torch.Tensor:
         return mask
     row = mask[:, :, max(start - 1, 0)].unsqueeze(2).expand(-1, -1, count, -1)
     return torch.cat([mask[:, :, :start], row, mask[:, :, start:]], dim=2)
+
+
+def visible_to(query: int, hidden_states: torch.Tensor, arguments: list[Any]) -> torch.Tensor | None:
+    """Which tokens the one at position ``query`` sees, by the mask among a block's arguments.
+
+    Args:
+        query: Position of the token that looks.
+        hidden_states: ``(B, N, D)``, the block's sequence.
+        arguments: The block's other arguments; a mask is ``(B, N)``, ``(B or 1, H or 1, N or 1, N)``, boolean or
+            additive, or flex attention's.
+
+    Returns:
+        ``(B, N)`` bool, seen in any head; ``None`` without a mask.
+    """
+    batch, length = hidden_states.shape[:2]
+    for value in arguments:
+        if hasattr(value, "mask_mod"):
+            images = torch.arange(batch, device=hidden_states.device)[:, None]
+            keys = torch.arange(length, device=hidden_states.device)[None]
+            zero = torch.zeros_like(keys)
+            return cast(torch.Tensor, value.mask_mod(images, zero, zero + query, keys)).expand(batch, length)
+        if not isinstance(value, torch.Tensor) or value.shape[-1] != length:
+            continue
+        if value.ndim == 4:
+            row = value[:, :, min(query, value.shape[2] - 1)]
+            seen = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+            return seen.any(1).expand(batch, length)
+        if value.ndim == 2 and value.shape[0] == batch:
+            return value.bool()
+    return None
 
 
 def grow_bias(bias: torch.Tensor, start: int, count: int) -> torch.Tensor:

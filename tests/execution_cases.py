@@ -17,6 +17,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "deep": {"deep": True},
     "key_value": {"key_value": True},
     "gate": {"gate": -1.0},
+    "neurons": {"register_neurons": {0: [0, 3, 7], 1: [5]}, "train_removal": True},
 }
 #: What two processes train.
 SHARDED = [(name, way) for name in ("vit", "dinov3") for way in WAYS]

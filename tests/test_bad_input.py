@@ -247,7 +247,7 @@ def spoil_config(folder: Path, **values: Any) -> None:
         ({"num_registers": "4"}, "num_registers must be int, got '4' of type str"),
         ({"num_registers": 4.0}, "got 4.0 of type float"),
         ({"num_registers": None}, "got None of type NoneType"),
-        ({"init": "random"}, "init must be one of normal, zeros, cls, got 'random'"),
+        ({"init": "random"}, "init must be one of normal, zeros, cls, test_time, got 'random'"),
         ({"init_std": "wide"}, "init_std must be int or float, got 'wide'"),
         ({"attentions": 3}, "attentions must be str, got 3"),
         ({"modules_to_save": "classifier"}, "modules_to_save must be .*, got 'classifier' of type str"),
@@ -292,7 +292,7 @@ def test_a_fingerprint_that_is_none_is_refused(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 99}, "written in format 99, newer than 1"),
+        ({"format_version": 99}, "written in format 99, newer than 2"),
         ({"gating": "new", "heads": 3}, r"\['gating', 'heads'\]"),
     ],
     ids=["newer version", "unknown keys"],

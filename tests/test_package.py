@@ -35,14 +35,14 @@ CORE = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"
 #: Lowest first: a module imports from its own layer or a lower one, never from a higher one. A package stands for all
 #: its modules. docs/architecture.md says what each of them is.
 LAYERS = (
-    ("_version", "errors", "_peft_compat", "tokens", "registers", "images", "report"),
+    ("_version", "errors", "_peft_compat", "tokens", "neuron_shift", "registers", "images", "report"),
     ("anatomy", "adapter_file", "hub", "data"),
     ("families", "stacks"),
     ("towers", "supported"),
     ("identity",),
     ("config",),
     ("adapter_folder",),
-    ("attention", "methods", "attention_maps"),
+    ("attention", "methods", "neuron_hooks", "attention_maps"),
     ("sequence",),
     ("layer", "card", "adapter_names"),
     ("dry_run",),

@@ -27,6 +27,10 @@ MODES: dict[str, dict[str, Any]] = {
     "gate": {"gate": -1.0},
     "gate-deep": {"gate": -1.0, "deep": True},
     "gate-key_value": {"gate": -1.0, "key_value": True},
+    "neurons": {"register_neurons": {0: [0, 3, 7], 1: [5]}},
+    "neurons-gate": {"register_neurons": {1: [0, 3, 7]}, "remove": "outliers", "insert_layer": 1, "gate": -1.0},
+    "neurons-key_value": {"register_neurons": {0: [0, 3, 7]}, "remove": "mean", "key_value": True},
+    "neurons-trained": {"register_neurons": {0: [0, 3, 7], 1: [5]}, "train_removal": True},
 }
 ASK = {"output_hidden_states": True}
 HAS_INTERFACE = {name: reads_implementation(find_tower(build(name))) for name in {*TOWERS, "dinov2-classifier"}}

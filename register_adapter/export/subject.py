@@ -104,6 +104,7 @@ class Subject:
             place = segment.placement
             unlike = [name for name in ("insert_layer", "deep", "key_value") if getattr(place, name)]
             unlike += ["gate"] if any(tokens.gate is not None for tokens in segment.tokens) else []
+            unlike += ["register_neurons"] if any(tokens.slices for tokens in segment.tokens) else []
             if unlike:
                 raise ValueError(
                     f"native registers enter once, as tokens, behind the embeddings; these have {', '.join(unlike)}, "

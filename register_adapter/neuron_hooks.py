@@ -1,0 +1,58 @@
+"""The hooks that shift register neurons' activations inside the blocks' MLPs, as methods of the tuner layer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from .tokens import hidden_states_of, visible_to
+
+if TYPE_CHECKING:
+    from .registers import Segment
+    from .towers import Tower
+
+__all__ = ["NeuronHooks"]
+
+
+class NeuronHooks:
+    """What a :class:`RegisterLayer` does inside MLPs; mixed into it."""
+
+    tower: Tower
+    prefix: int
+    #: ``(B, N)`` bool, what a register sees in the block that is running; ``None`` without a mask.
+    _visible: torch.Tensor | None = None
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What takes part in the forward pass."""
+        raise NotImplementedError
+
+    def _neuron_hooks(self, blocks: set[int]) -> list[Any]:
+        """Register the hooks on the blocks that have register neurons."""
+        handles = []
+        for block in sorted(blocks):
+            last = self.tower.block_part(block, "mlp_out")
+            handles.append(last.register_forward_pre_hook(partial(self._shift_hook, block)))
+            module = self.tower.part("blocks")[block]
+            handles.append(module.register_forward_pre_hook(self._visible_hook, with_kwargs=True))
+        return handles
+
+    def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        visible = visible_to(self.prefix, hidden_states_of(args, kwargs), [*args[1:], *kwargs.values()])
+        # Only where it changes: an assignment is a mutation that a compiled graph has to keep.
+        if visible is not self._visible:
+            self._visible = visible
+
+    def _shift_hook(self, block: int, module: nn.Module, args: Any) -> Any:
+        activations = cast(torch.Tensor, args[0])
+        start = self.prefix
+        shifted = activations
+        for segment in self.segments:
+            present = not segment.placement.key_value and segment.placement.insert_layer <= block
+            count = segment.count if present else 0
+            shifted = segment.shift(shifted, block, start, count, self._visible)
+            start += count
+        return None if shifted is activations else (shifted, *args[1:])
