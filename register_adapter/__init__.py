@@ -11,6 +11,7 @@ from ._peft_compat import register as _register
 from ._version import __version__
 from .adapter_names import rename_adapter
 from .anatomy import Anatomy
+from .artifacts import ArtifactReport, audit
 from .capture import Trace, capture
 from .composition import ComposedPeftModel, compose, load_adapters, save_adapters
 from .config import RegisterConfig
@@ -27,11 +28,13 @@ from .hub import HubAccessError
 from .layer import RegisterLayer
 from .model import RegisterModel
 from .peft_model import RegisterPeftModel, add_registers
+from .viz import attention_map
 
 __all__ = [
     "FAMILIES",
     "AdapterFileError",
     "Anatomy",
+    "ArtifactReport",
     "BaseModelMismatchError",
     "ComposedPeftModel",
     "HubAccessError",
@@ -45,6 +48,8 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "add_registers",
+    "attention_map",
+    "audit",
     "capture",
     "compose",
     "export_native",

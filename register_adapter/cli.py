@@ -83,6 +83,41 @@ def _app() -> Any:
         _print(report, output_dir)
 
     @app.command()
+    def audit(
+        model: str = typer.Argument(help="Model: folder, name on the Hub; planted or clean for the shipped ViT."),
+        images: str = typer.Argument(help="Folder of pictures, with those below it; scenes for made ones."),
+        output_dir: str = typer.Option(
+            "report", "--output_dir", "--out", help="Folder for audit.json and the page index.html."
+        ),
+        adapter: list[str] | None = typer.Option(  # noqa: B008 - typer's way
+            None, help="Folder or name of an adapter; may be given several times."
+        ),
+        rule: str = typer.Option("auto", help="Rule for outliers, such as auto, mixture, fixed:150, sigma:3, mad:6."),
+        attentions: bool = typer.Option(True, help="Sum attention maps; without them it is faster."),
+        batch_size: int = typer.Option(32, "--batch_size", min=1, help="Pictures a batch."),
+        max_images: int | None = typer.Option(None, "--max_images", min=1, help="Use the first so many pictures."),
+        device: str | None = typer.Option(None, help="Where to run; default a GPU if there is one."),
+        strict: bool = typer.Option(False, "--strict", help="Refuse bad pictures instead of skipping them."),
+    ) -> None:
+        """Find out whether a model has artifacts, with and without adapters: a table, audit.json and a page.
+
+        Try it on what the package ships: register-adapter audit planted scenes
+        """
+        import warnings
+
+        from transformers.utils import logging
+
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        from .audit_command import AuditArguments, print_reports, run_audit
+
+        logging.disable_progress_bar()
+        arguments = AuditArguments(
+            model, images, output_dir, adapter or (), rule, attentions, batch_size, max_images, device, strict
+        )
+        reports, no_pictures = run_audit(arguments)
+        print_reports(reports, output_dir, no_pictures)
+
+    @app.command()
     def export(
         adapter: str = typer.Argument(help="Folder of the adapter, or its name on the Hub."),
         base: str | None = typer.Option(None, help="Base model: folder or name; default the one the adapter names."),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-__all__ = ["git_commit", "hardware", "versions"]
+__all__ = ["git_commit", "hardware", "machine", "versions"]
 
 _PACKAGES = ("register-adapter", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
 
@@ -31,15 +31,21 @@ def versions() -> dict[str, str | None]:
 
 def hardware(accelerator: Accelerator) -> dict[str, Any]:
     """Device, number of processes and threads, and precision of a run."""
-    device = accelerator.device
+    return {
+        **machine(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device, processor, cores and threads."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "num_processes": accelerator.num_processes,
-        "distributed_type": accelerator.distributed_type.value,
-        "mixed_precision": accelerator.mixed_precision,
     }
 
 

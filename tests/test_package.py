@@ -36,13 +36,13 @@ CORE = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"
 #: its modules. docs/architecture.md says what each of them is.
 LAYERS = (
     ("_version", "errors", "_peft_compat", "tokens", "neuron_shift", "registers", "images", "report"),
-    ("anatomy", "adapter_file", "hub", "data"),
+    ("anatomy", "adapter_file", "hub", "data", "image_batches"),
     ("families", "stacks"),
     ("towers", "supported"),
     ("identity",),
     ("config",),
     ("adapter_folder",),
-    ("attention", "methods", "neuron_hooks", "attention_maps"),
+    ("attention", "methods", "neuron_hooks", "attention_maps", "positions"),
     ("sequence",),
     ("layer", "card", "adapter_names"),
     ("dry_run",),
@@ -50,13 +50,14 @@ LAYERS = (
     ("composed_tuner",),
     ("composition",),
     ("peft_model", "capture"),
-    ("artifacts", "viz", "reload", "export"),
-    ("measure",),
+    ("artifacts", "reload", "export"),
+    ("measure", "viz"),
     ("testbed", "objectives", "checkpoints", "train_arguments"),
     ("loop",),
     ("training",),
     ("train",),
-    ("demo", "cli"),
+    ("command_inputs",),
+    ("demo", "audit_command", "cli"),
 )
 
 
@@ -96,7 +97,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     weights = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "testbed" / "weights").glob("*")}
     assert weights <= names
     rest = {name for name in names - sources - weights if ".dist-info/" not in name}
-    assert rest == {"register_adapter/py.typed"}
+    assert rest == {f"register_adapter/{name}" for name in ("py.typed", "viz/page.css", "viz/page.js")}
 
 
 def test_the_wheel_is_small_and_has_no_pickle(wheel: zipfile.ZipFile) -> None:

@@ -17,7 +17,7 @@ from ..capture import capture
 from ..errors import UnsupportedModelError
 from ..towers import Tower
 
-__all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "summarise_norms"]
+__all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "similarity_of", "summarise_norms"]
 
 
 @torch.no_grad()
@@ -84,7 +84,12 @@ def neighbour_similarity(tower: Tower, pixel_values: torch.Tensor) -> torch.Tens
         raise UnsupportedModelError(
             f"{type(tower.module).__name__} embeds its patches without a 2-D convolution, so they have no known places"
         )
-    features = F.normalize(convolution(pixel_values.to(convolution.weight.dtype)).float(), dim=1)
+    return similarity_of(convolution(pixel_values.to(convolution.weight.dtype)))
+
+
+def similarity_of(features: torch.Tensor) -> torch.Tensor:
+    """Mean cosine ``(B, h, w)``, float32, of every cell of ``(B, D, h, w)`` to its up to 4 neighbours."""
+    features = F.normalize(features.float(), dim=1)
     total = features.new_zeros(features.shape[0], *features.shape[2:])
     count = torch.zeros_like(total)
     for dim in (1, 2):

@@ -1,0 +1,206 @@
+"""What an audit found, layer by layer; numbers only, ready for JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .cut import Cut
+
+__all__ = [
+    "ArtifactReport",
+    "AttentionShares",
+    "LayerReport",
+    "MassiveChannel",
+    "NormDistribution",
+    "TokenKind",
+    "Verdict",
+]
+
+#: ``"none"``, ``"present"`` (at the last block's output), ``"present inside only"`` (gone there).
+Verdict = Literal["none", "present", "present inside only"]
+#: Kinds of tokens: patches, CLS and the like (distillation token), registers (native ones and adapters').
+TokenKind = Literal["patch", "cls", "register"]
+
+
+@dataclass(frozen=True)
+class NormDistribution:
+    """L2 norms of one kind of token at one layer, before the final LayerNorm.
+
+    Attributes:
+        count: Number of tokens.
+        mean: Their mean.
+        std: Their standard deviation.
+        quantiles: From the quantile's name (``"0.5"``) to its value; the sketch's relative error is in the report.
+        edges: ``(bins + 1,)`` edges of the histogram, evenly spaced in log2; only the part that is not empty.
+        counts: ``(bins,)`` tokens in each bin.
+    """
+
+    count: int
+    mean: float
+    std: float
+    quantiles: dict[str, float]
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class MassiveChannel:
+    """A channel with an activation far beyond the usual ("Massive Activations in LLMs", arXiv 2402.17762).
+
+    Attributes:
+        channel: Index into D.
+        largest: Largest |activation| over the patch tokens.
+        over_median: The same over the median over channels of their largest |activation|.
+    """
+
+    channel: int
+    largest: float
+    over_median: float
+
+
+@dataclass(frozen=True)
+class AttentionShares:
+    """Share of the attention that each kind of token receives in one block, a value a head ``(H,)``.
+
+    Shares of outliers and other patches, CLS and registers sum to one (but for key/value pairs).
+
+    Attributes:
+        from_all: Mean over all queries; keys ``"outlier"``, ``"other"``, ``"cls"``, ``"register"``.
+        from_cls: Of the CLS query alone; ``None`` where there is no CLS.
+    """
+
+    from_all: dict[str, list[float]]
+    from_cls: dict[str, list[float]] | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: index 0 is the input of the first block, ``i + 1`` the output of block ``i``; L2 norms, no LayerNorm.
+
+    Attributes:
+        layer: The index, as into ``hidden_states``.
+        norms: One entry a kind of token that the model has.
+        cut: What the audit's rule says about the patch norms here.
+        outlier_share: Share of all patch tokens that are outliers by ``cut``.
+        low_share: Share of them below ``cut.low``; the rest is above ``cut.high``.
+        images_with_outliers: Share of the images with at least one.
+        per_image_mean: Mean over images of the number of outliers.
+        per_image_std: Standard deviation over images of that number.
+        massive_channels: Largest first, at most eight.
+        similarity: Mean cosine of a patch to its up to 4 neighbours right after the patch embedding, by key
+            ``"outlier"`` and ``"other"``; ``None`` where places are not known.
+        border_distance: Mean distance to the nearest border, in patches, 0 at the border; same keys.
+        position_map: ``(h, w)``, share of the images in which the patch at that place is an outlier.
+        recurrence: Chance that an outlier's place is an outlier in another image, over the mean share (1: no memory of
+            the place).
+        attention: Attention that these tokens receive in the block that reads them (block ``layer``); ``None`` behind
+            the last block, and without attention statistics.
+    """
+
+    layer: int
+    norms: dict[str, NormDistribution]
+    cut: Cut
+    outlier_share: float
+    low_share: float
+    images_with_outliers: float
+    per_image_mean: float
+    per_image_std: float
+    massive_channels: list[MassiveChannel]
+    similarity: dict[str, float] | None
+    border_distance: dict[str, float] | None
+    position_map: list[list[float]] | None
+    recurrence: float | None
+    attention: AttentionShares | None
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """What :func:`register_adapter.artifacts.audit` found.
+
+    Attributes:
+        name: What to call the model.
+        verdict: See :data:`Verdict`.
+        reason: Why, in a sentence or two.
+        first_layer: First layer where outliers separate and stay, ``None`` without any.
+        layers: One entry a layer, input of the first block first.
+        rule: The rule that the cuts are from.
+        family: Family of the vision tower.
+        num_images: Number of pictures.
+        num_registers: Registers of active adapters.
+        native_registers: Registers that the model was made with.
+        grid: ``(h, w)`` patches, ``None`` where places are not known.
+        relative_error: Of the norm sketch: half the width of a bin.
+        definitions: How every figure is defined: which norm, which layer, which rule.
+        environment: Versions, hardware, commit, seconds.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str
+    first_layer: int | None
+    layers: list[LayerReport]
+    rule: str
+    family: str
+    num_images: int
+    num_registers: int
+    native_registers: int
+    grid: tuple[int, int] | None
+    relative_error: float
+    definitions: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain lists and dictionaries, ready for strict JSON: a cut at infinity becomes ``None``."""
+        values = asdict(self)
+        for layer in values["layers"]:
+            if math.isinf(layer["cut"]["high"]):
+                layer["cut"]["high"] = None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ArtifactReport:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: A field is missing, or there is one that a report does not have.
+        """
+        grid = values.get("grid")
+        layers = [_layer(layer) for layer in values.get("layers", [])]
+        return cls(**{**values, "grid": None if grid is None else tuple(grid), "layers": layers})
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON, and return the path; folders are made."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", "utf-8")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> ArtifactReport:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: There is no such file.
+            ValueError: It is no JSON.
+            TypeError: It is no report.
+        """
+        return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+
+
+def _layer(values: dict[str, Any]) -> LayerReport:
+    cut, attention = dict(values["cut"]), values["attention"]
+    if cut["high"] is None:
+        cut["high"] = math.inf
+    return LayerReport(
+        **{
+            **values,
+            "norms": {kind: NormDistribution(**norms) for kind, norms in values["norms"].items()},
+            "cut": Cut(**cut),
+            "massive_channels": [MassiveChannel(**channel) for channel in values["massive_channels"]],
+            "attention": None if attention is None else AttentionShares(**attention),
+        }
+    )

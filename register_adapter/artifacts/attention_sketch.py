@@ -1,0 +1,98 @@
+"""Attention that tokens receive, by the bin of their norm, summed block by block while no map is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .artifact_report import AttentionShares
+from .histogram import BINS, accumulator_dtype
+from .patch_sketch import Edges
+
+__all__ = ["AttentionSketch", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where which tokens stand in a sequence: CLS and the like, registers, patches, and what may follow them.
+
+    Attributes:
+        cls: Number of tokens of the kind of CLS, the first ones.
+        start: Position of the first patch; from ``cls`` to there are registers.
+        patches: Number of patches.
+    """
+
+    cls: int
+    start: int
+    patches: int
+
+    @property
+    def end(self) -> int:
+        """Position behind the last patch."""
+        return self.start + self.patches
+
+
+class AttentionSketch:
+    """Sums over the attention maps of one block.
+
+    Attributes:
+        patches: ``(2, H, BINS)``: attention that the patches of a bin receive, of all queries (their mean) and of CLS.
+        others: ``(2, H, 2)``: the same for CLS and for registers.
+        num_images: Number of pictures.
+        has_cls: Whether there is a CLS token to ask.
+    """
+
+    def __init__(self, device: torch.device, heads: int, has_cls: bool) -> None:
+        exact = accumulator_dtype(device)
+        self.patches = torch.zeros(2, heads, BINS, dtype=exact, device=device)
+        self.others = torch.zeros(2, heads, 2, dtype=exact, device=device)
+        self.num_images = 0
+        self.has_cls = has_cls
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return [self.patches, self.others]
+
+    def add(self, attention: torch.Tensor, bins: torch.Tensor, layout: Layout, valid: torch.Tensor | None) -> None:
+        """Take in one map.
+
+        Args:
+            attention: ``(B, H, N, N)``, rows are queries; more columns (key/value pairs) do not count.
+            bins: ``(B, P)`` int64, bins of the patches' norms where the block reads them.
+            layout: Of the sequence in this block.
+            valid: ``(B, P)`` float32, 0 for padding, which does not count as a query; ``None``: all count.
+        """
+        batch, heads = attention.shape[:2]
+        if valid is None:
+            from_all = attention.mean(2, dtype=torch.float32)
+        else:
+            asked = torch.ones(batch, attention.shape[2], device=attention.device)
+            asked[:, layout.start : layout.end] = valid
+            asked = asked / asked.sum(1, keepdim=True)
+            from_all = torch.einsum("bhqk,bq->bhk", attention.float(), asked)
+        from_cls = attention[:, :, 0].float() if self.has_cls else torch.zeros_like(from_all)
+        received = torch.stack([from_all, from_cls]).to(self.patches.dtype)
+        patches = received[..., layout.start : layout.end]
+        index = bins.flatten().expand(2, heads, -1)
+        self.patches.scatter_add_(2, index, patches.transpose(1, 2).flatten(2))
+        parts = (received[..., : layout.cls], received[..., layout.cls : layout.start])
+        self.others += torch.stack([part.sum((1, 3)) for part in parts], dim=-1)
+        self.num_images += batch
+
+    def shares(self, edges: Edges) -> AttentionShares:
+        """Share of the attention by kind of token, for one cut."""
+        number = max(self.num_images, 1)
+        patches = self.patches.cpu().double().numpy() / number
+        others = self.others.cpu().double().numpy() / number
+        outlying = edges.outlying
+        both = [
+            {
+                "outlier": patches[row][:, outlying].sum(-1).tolist(),
+                "other": patches[row][:, ~outlying].sum(-1).tolist(),
+                "cls": others[row, :, 0].tolist(),
+                "register": others[row, :, 1].tolist(),
+            }
+            for row in range(2)
+        ]
+        return AttentionShares(both[0], both[1] if self.has_cls else None)

@@ -1,0 +1,192 @@
+"""The audit: does a model have artifacts, from which layer on, how many, where, and what do they do?"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..anatomy import Anatomy
+from ..image_batches import ImageBatches
+from ..model import find_register_layer
+from ..report import git_commit, machine, versions
+from ..towers import Tower, find_tower
+from .artifact_report import ArtifactReport, LayerReport, Verdict
+from .histogram import RELATIVE_ERROR
+from .layer_report import DEFINITIONS, layer_report, ratio_of_medians
+from .patch_sketch import Edges
+from .rules import Rule, resolve_rule, rule_name
+from .running import evaluating, place_of, source_of
+from .statistics import Statistics, collect_statistics
+from .token_layout import native_registers
+
+__all__ = ["audit", "build_report", "verdict_of"]
+
+
+def audit(
+    model: nn.Module,
+    images: Any,
+    *,
+    image_processor: Any = None,
+    rule: str | Rule = "auto",
+    attentions: bool = True,
+    batch_size: int = 32,
+    max_images: int | None = None,
+    name: str | None = None,
+    progress: bool = True,
+    strict: bool = False,
+    num_workers: int = 2,
+    target_modules: str | None = None,
+    anatomy: Anatomy | None = None,
+) -> ArtifactReport:
+    """Find out whether a model has artifacts, in one pass over pictures.
+
+    The pass streams: hidden states and attention maps are reduced on the model's device, block by block, and no token
+    is kept, so that memory does not grow with the number of pictures. Rules are applied afterwards, to histograms.
+    Only the vision tower runs, in evaluation mode; the model is as before afterwards, also after an exception.
+
+    Args:
+        model: A base model, a model with head, or one with registers, whose active adapter takes part.
+        images: A folder of pictures (with those below it), paths, PIL images, a data set of ``{"image": ...}`` items, a
+            tensor ``(M, 3, H, W)``, or ready batches: tensors ``(B, 3, H, W)``, or dictionaries of the tower's
+            keywords.
+        image_processor: Of transformers, or any function from a PIL image to ``(3, H, W)``; default: the one of the
+            model's own name or folder. Ready batches need none.
+        rule: Name of a rule in :data:`~register_adapter.artifacts.RULES`, with a number where it takes one
+            (``"fixed:75"``), or a function like those.
+        attentions: Sum attention maps too: slower, because fused attention returns none.
+        batch_size: Pictures a batch.
+        max_images: Use the first so many.
+        name: What the report calls the model.
+        progress: Show a bar.
+        strict: Refuse bad pictures instead of skipping them with a warning.
+        num_workers: Threads that read pictures.
+        target_modules: Name of the vision tower, where there are several.
+        anatomy: Description of a model that the table does not have.
+
+    Returns:
+        The report.
+
+    Raises:
+        UnsupportedModelError: No single vision tower, or an attention that returns no maps.
+        ImageFileError: ``strict`` and a picture is bad, or none is good.
+        RegisterAdapterError: Hidden states that are not finite.
+        ValueError: No pictures, an unknown rule, or no image processor.
+
+    Example:
+        >>> report = audit(AutoModel.from_pretrained("facebook/dinov2-base"), "photos/")
+        >>> report.verdict, report.reason
+    """
+    chosen = resolve_rule(rule)
+    layer = find_register_layer(model)
+    tower = layer.tower if layer is not None else find_tower(model, target_modules, anatomy)
+    batches = ImageBatches(
+        images,
+        image_processor,
+        model_name=source_of(model, tower),
+        batch_size=batch_size,
+        max_images=max_images,
+        strict=strict,
+        num_workers=num_workers,
+    )
+    start = time.perf_counter()
+    device, dtype = place_of(tower)
+    bar = tqdm(total=batches.total, desc="audit", unit="image", disable=not progress)
+    with bar, evaluating(tower.module, device), collect_statistics(tower, attentions) as statistics:
+        for batch in batches.on(device, dtype, tower.module):
+            before = statistics.num_images
+            tower.run(batch)
+            bar.update(statistics.num_images - before)
+    if not statistics.num_images:
+        raise ValueError("an audit needs at least one picture, and none came")
+    report = build_report(statistics, chosen, rule_name(rule), name or _called(model, tower))
+    report.environment.update(
+        versions=versions(),
+        hardware=machine(device),
+        commit=git_commit(),
+        seconds=round(time.perf_counter() - start, 3),
+        dtype=str(dtype).removeprefix("torch."),
+        batch_size=batch_size,
+        attentions=attentions,
+        skipped=batches.skipped,
+    )
+    return report
+
+
+def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str) -> ArtifactReport:
+    """Apply a rule to what was summed; see :func:`audit`. Several rules can be applied to one pass.
+
+    Args:
+        statistics: After the passes.
+        rule: The rule.
+        rule_called: Its name.
+        name: What to call the model.
+    """
+    layers = [layer_report(statistics, index, rule) for index in sorted(statistics.patches)]
+    verdict, first, reason = verdict_of(layers, statistics)
+    definitions = dict(DEFINITIONS)
+    if statistics.no_grid:
+        missing = f" Not known here: {statistics.no_grid}."
+        for key in ("similarity", "border_distance", "position_map", "recurrence"):
+            definitions[key] += missing
+    tower = statistics.tower
+    return ArtifactReport(
+        name=name,
+        verdict=verdict,
+        reason=reason,
+        first_layer=first,
+        layers=layers,
+        rule=rule_called,
+        family=tower.anatomy.family,
+        num_images=statistics.num_images,
+        num_registers=statistics.num_registers,
+        native_registers=native_registers(tower),
+        grid=statistics.grid,
+        relative_error=RELATIVE_ERROR,
+        definitions=definitions,
+        environment={"statistics_bytes": statistics.nbytes},
+    )
+
+
+def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdict, int | None, str]:
+    """The verdict, the first layer of the outliers, and why, from all layers but the first."""
+    runs: list[list[int]] = []
+    for one in layers[1:]:  # at the input of the first block norms follow the contrast of the patch
+        if one.cut.separated:
+            if runs and runs[-1][-1] == one.layer - 1:
+                runs[-1].append(one.layer)
+            else:
+                runs.append([one.layer])
+    last = layers[-1].layer
+    if runs and runs[-1][-1] == last:
+        said = _said(layers[last], statistics)
+        return "present", runs[-1][0], f"From layer {runs[-1][0]} on to the last: {said}."
+    longest = max(runs, key=len, default=[])
+    if len(longest) >= 2:
+        worst = max(longest, key=lambda index: layers[index].outlier_share)
+        said = _said(layers[worst], statistics)
+        where = f"From layer {longest[0]} to {longest[-1]}, and not at the last ({last})"
+        return "present inside only", longest[0], f"{where}: {said}."
+    alone = f" (but at layer {', '.join(str(run[0]) for run in runs)} alone, which does not count)" if runs else ""
+    return "none", None, f"At layers 1 to {last}{alone}: at the last, {layers[last].cut.reason}."
+
+
+def _said(layer: LayerReport, statistics: Statistics) -> str:
+    edges = Edges(layer.cut)
+    ratio = ratio_of_medians(statistics.patches[layer.layer], edges.outlying)
+    return (
+        f"at layer {layer.layer}, {layer.outlier_share:.2%} of the patches lie beyond the line, their median L2 norm "
+        f"{ratio:.2g} times the others' (rule {layer.cut.rule}: {layer.cut.reason})"
+    )
+
+
+def _called(model: nn.Module, tower: Tower) -> str:
+    source = (source_of(model, tower) or type(tower.module).__name__).rstrip("/\\").replace("\\", "/")
+    name = source if source.count("/") == 1 and not source.startswith(("/", ".")) else source.rpartition("/")[2]
+    layer = find_register_layer(model)
+    if layer is None or layer.disable_adapters:
+        return name
+    active = cast("list[str]", layer.active_adapters)
+    return f"{name} + {', '.join(active)}" if active else name

@@ -1,0 +1,133 @@
+"""From what a pass has summed to the figures of a report, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import RegisterAdapterError
+from .artifact_report import LayerReport, MassiveChannel, NormDistribution
+from .cut import Cut
+from .histogram import RELATIVE_ERROR, bin_centres, bin_edges, nearest_edge, weighted_quantile
+from .patch_sketch import Array, Edges, PatchSketch
+from .rules import Rule
+from .statistics import Statistics
+
+__all__ = ["DEFINITIONS", "cut_at", "layer_report", "ratio_of_medians"]
+
+_CHANNELS = 8
+
+#: What every figure of a report is.
+DEFINITIONS = {
+    "layer": "Index into the hidden states: 0 is the input of the first block, i + 1 the output of block i. "
+    "All before the final LayerNorm.",
+    "norms": "L2 norm of a token's hidden state, taken in float32, by kind: patches, CLS (and distillation token), "
+    "registers (native ones and adapters'). Mean, standard deviation, smallest and largest are exact; quantiles are "
+    f"those of a histogram with 32 bins an octave, so they are within {RELATIVE_ERROR:.2%}.",
+    "cut": "The report's rule, applied to the norms of all patches of all pictures at this layer. Norms above high or "
+    f"below low are outliers. A line is moved to the nearest edge of the histogram, by at most {RELATIVE_ERROR:.2%}; "
+    "every share below is exact for the line as it is given here.",
+    "outlier_share": "Outliers over all patch tokens of the layer; low_share: those below the lower line.",
+    "images_with_outliers": "Share of the images with at least one outlier at this layer; where there are outliers on "
+    "both sides, the number of images with both is interpolated between lines an eighth of an octave apart.",
+    "per_image": "Mean over images of the number of outliers, and its (population) standard deviation.",
+    "massive_channels": "The channels with the largest |activation| over all patch tokens, and that over the median "
+    "over channels of the same.",
+    "similarity": "Cosine of a patch to its up to 4 neighbours, mean over them, right behind the patch embedding, "
+    "without position; the mean over outliers and over the other patches.",
+    "border_distance": "Distance to the nearest border of the patch grid, in patches, 0 at the border; the mean.",
+    "position_map": "Share of the images in which the patch at a place of the grid (h, w) is an outlier.",
+    "recurrence": "Chance that the place of an outlier has an outlier in another image, over the mean share of "
+    "outliers: 1 means that places are not remembered.",
+    "attention": "Attention after softmax in the block that reads this layer, by head: the sum over the keys of a "
+    "kind, mean over the images; from_all: mean over all queries, from_cls: of the first token. Outliers by the norm "
+    "and line of this layer.",
+    "first_layer": "Start of the run of layers at which the rule finds two kinds of tokens that reaches the last "
+    "layer, or else of the longest run. Layer 0 is left out: there norms follow the contrast of the patch.",
+    "verdict": "present: separated at the last layer. present inside only: at two or more layers in a row, not at "
+    "the last. none: otherwise.",
+}
+
+
+def cut_at(statistics: Statistics, layer: int, rule: Rule) -> Cut:
+    """What a rule says about one layer, its lines moved to the nearest edges of the histogram."""
+    cut = rule(*statistics.norms(layer))
+    edges = bin_edges()
+    return replace(cut, high=float(edges[nearest_edge(cut.high)]), low=float(edges[nearest_edge(cut.low)]))
+
+
+def ratio_of_medians(patches: PatchSketch, outlying: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> float:
+    """Median norm of the outliers over that of the other patches."""
+    values, counts = bin_centres(), patches.counts()
+    if not counts[outlying].sum() or not counts[~outlying].sum():
+        return 1.0
+    medians = [weighted_quantile(values[part], counts[part], 0.5) for part in (outlying, ~outlying)]
+    return medians[0] / medians[1]
+
+
+def layer_report(statistics: Statistics, layer: int, rule: Rule) -> LayerReport:
+    """All figures of one layer.
+
+    Raises:
+        RegisterAdapterError: The hidden states hold infinities or what is not a number.
+    """
+    patches = statistics.patches[layer]
+    if not bool(patches.histogram.moments.isfinite().all()):
+        raise RegisterAdapterError(
+            f"the hidden states at layer {layer} are not finite: the model overflows, as in float16, or its weights "
+            "are "
+            "damaged. Audit it in bfloat16 or float32."
+        )
+    cut = cut_at(statistics, layer, rule)
+    edges = Edges(cut)
+    counts = patches.counts()
+    histograms = {"patch": patches.histogram, **statistics.others[layer]}
+    outliers, total = float(counts[edges.outlying].sum()), float(counts.sum())
+    mean, std = patches.per_image(edges)
+    places = patches.places(edges)
+    return LayerReport(
+        layer=layer,
+        norms={kind: NormDistribution(**histogram.summary()) for kind, histogram in histograms.items()},
+        cut=cut,
+        outlier_share=outliers / total,
+        low_share=float(counts[: edges.low].sum()) / total,
+        images_with_outliers=patches.images_with_outliers(edges),
+        per_image_mean=mean,
+        per_image_std=std,
+        massive_channels=_massive_channels(patches),
+        similarity=patches.mean_similarity(edges),
+        border_distance=_border_distance(places, statistics),
+        position_map=_position_map(places, statistics),
+        recurrence=patches.recurrence(edges),
+        attention=statistics.attentions[layer].shares(edges) if layer in statistics.attentions else None,
+    )
+
+
+def _massive_channels(patches: PatchSketch) -> list[MassiveChannel]:
+    if patches.channels is None:
+        return []
+    largest = patches.channels.cpu().double()
+    usual = max(float(largest.median()), 1e-30)
+    return [
+        MassiveChannel(int(channel), float(largest[channel]), float(largest[channel]) / usual)
+        for channel in largest.argsort(descending=True, stable=True)[:_CHANNELS]
+    ]
+
+
+def _border_distance(places: Array | None, statistics: Statistics) -> dict[str, float] | None:
+    if places is None or statistics.grid is None:
+        return None
+    height, width = statistics.grid
+    rows, columns = np.indices((height, width)).reshape(2, -1)
+    distance = np.minimum.reduce([rows, columns, height - 1 - rows, width - 1 - columns])
+    others = statistics.num_images - places
+    pairs = (("outlier", places), ("other", others))
+    return {key: float((distance * number).sum() / number.sum()) for key, number in pairs if number.sum()}
+
+
+def _position_map(places: Array | None, statistics: Statistics) -> list[list[float]] | None:
+    if places is None or statistics.grid is None:
+        return None
+    shares = (places / statistics.num_images).reshape(statistics.grid)
+    return [[float(share) for share in row] for row in shares]

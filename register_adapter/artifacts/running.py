@@ -1,0 +1,46 @@
+"""Running a vision tower for its statistics: the mode it is in, where pictures go, where the model came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..towers import Tower
+
+__all__ = ["evaluating", "place_of", "source_of"]
+
+
+@contextmanager
+def evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode and torch's random state are as before afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # models that hide patches at random hide the same ones every time
+            module.eval()
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def place_of(tower: Tower) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the pictures: those of the tower's first floating point weight."""
+    weights = [*tower.module.parameters(), *tower.module.buffers()]
+    for weight in weights:
+        if weight.is_floating_point() and weight.element_size() > 1:
+            return weight.device, weight.dtype
+    return (weights[0].device if weights else torch.device("cpu")), torch.float32
+
+
+def source_of(model: nn.Module, tower: Tower) -> str | None:
+    """Name or folder that the model was loaded from."""
+    for config in (getattr(model, "config", None), tower.config):
+        name = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+        if name:
+            return str(name)
+    return None

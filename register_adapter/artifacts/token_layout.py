@@ -1,0 +1,70 @@
+"""Which tokens of the sequence are CLS, registers and patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..anatomy import resolve
+from ..layer import RegisterLayer
+from ..model import find_register_layer
+from ..towers import Tower, find_tower
+
+__all__ = ["TokenLayout", "find_layout", "native_registers", "tower_of"]
+
+# Where towers say how many of their prefix tokens are registers; the last is a parameter (1, R, D).
+_NATIVE = ("config.num_register_tokens", "config.num_registers", "num_register_tokens", "num_reg_tokens", "reg_token")
+
+
+def tower_of(model: nn.Module) -> tuple[Tower, RegisterLayer | None]:
+    """The tower that has registers, or the only one, and its register layer if there is one.
+
+    Raises:
+        UnsupportedModelError: The model has no vision tower, or several and none has registers.
+    """
+    layer = find_register_layer(model)
+    return (layer.tower, layer) if layer is not None else (find_tower(model), None)
+
+
+def native_registers(tower: Tower) -> int:
+    """Number of registers that the model was made with; they stand behind CLS and before the adapters' registers."""
+    if tower.anatomy.native_registers is None:
+        return 0
+    found = resolve(tower.module, _NATIVE)
+    count = found.shape[1] if isinstance(found, torch.Tensor) else found
+    return min(int(count or 0), tower.prefix)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Order of the tokens at one layer: CLS and the like, native registers, adapters' registers, patches.
+
+    Attributes:
+        num_cls: Number of CLS and distillation tokens.
+        num_native: Number of native registers.
+        num_adapter: Number of the adapters' registers.
+    """
+
+    num_cls: int
+    num_native: int
+    num_adapter: int
+
+    @property
+    def first_patch(self) -> int:
+        """Place of the first patch token."""
+        return self.num_cls + self.num_native + self.num_adapter
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What to call each token before the patches."""
+        cls = ("CLS", *(f"CLS {number}" for number in range(2, self.num_cls + 1)))[: self.num_cls]
+        native = tuple(f"native register {number}" for number in range(self.num_native))
+        return (*cls, *native, *(f"register {number}" for number in range(self.num_adapter)))
+
+
+def find_layout(tower: Tower, layer: RegisterLayer | None, index: int) -> TokenLayout:
+    """The layout of ``hidden_states[index]``: 0 is the first block's input, ``i + 1`` the output of block ``i``."""
+    native = native_registers(tower)
+    return TokenLayout(tower.prefix - native, native, layer.count_at(max(index - 1, 0)) if layer is not None else 0)

@@ -1,0 +1,45 @@
+"""What the commands take: a model, pictures, an image processor, each by its name, or by a word for what is shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from .data import load_image_processor
+from .image_batches import list_pictures
+from .testbed import SceneDataset, load_planted_vit, load_vit
+from .testbed import load_image_processor as load_scene_processor
+
+__all__ = ["load_base", "load_pictures", "load_processor"]
+
+#: Words that stand for what the package ships.
+_MODELS = {"planted": lambda: load_planted_vit().model, "clean": load_vit}
+_SCENES, _SCENE_SEED, _NUM_SCENES = "scenes", 30_001, 256
+
+
+def load_base(name: str) -> nn.Module:
+    """A model of transformers by its name or folder, of the class that was saved, or the shipped ViT by its word."""
+    if name in _MODELS and not Path(name).exists():
+        shipped: nn.Module = _MODELS[name]()
+        return shipped
+    config = transformers.AutoConfig.from_pretrained(name)
+    # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    kind: Any = getattr(transformers, saved, transformers.AutoModel)
+    model: nn.Module = kind.from_pretrained(name).eval()
+    return model
+
+
+def load_processor(name: str) -> Any:
+    """The image processor that goes with :func:`load_base`."""
+    return load_scene_processor() if name in _MODELS and not Path(name).exists() else load_image_processor(name)
+
+
+def load_pictures(name: str, limit: int | None = None) -> Any:
+    """The files of a folder, or made scenes (256 of them by default) for the word ``"scenes"``."""
+    if name == _SCENES and not Path(name).exists():
+        return SceneDataset(limit or _NUM_SCENES, seed=_SCENE_SEED, split="test")
+    return list_pictures(name)

@@ -1,0 +1,267 @@
+"""From pictures, wherever they are, to the batches that a vision tower takes; bad files are named and left out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .data import load_image_processor
+from .images import ImageFileError, image_name, load_image
+
+__all__ = ["Batch", "ImageBatches", "list_pictures"]
+
+logger = logging.getLogger(__name__)
+#: What a tower is called with: pixel values ``(B, 3, H, W)``, or its keywords.
+Batch = torch.Tensor | dict[str, Any]
+_SHOWN = 20
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """All files of a folder and of those below it, sorted, but for hidden ones; whether they are pictures is not asked.
+
+    Raises:
+        ValueError: There is no such folder, or it holds no files.
+    """
+    root = Path(folder)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise ValueError(f"{root} is neither a folder nor a file")
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    if not found:
+        raise ValueError(f"{root} holds no files")
+    return sorted(found)
+
+
+class ImageBatches:
+    """Pictures in batches; see :func:`register_adapter.artifacts.audit` for what ``images`` can be.
+
+    Args:
+        images: Pictures or ready batches.
+        image_processor: Of transformers, or a function from a PIL image to ``(3, H, W)``; ``None``: looked up by
+            ``model_name``, if pictures need one.
+        model_name: Name or folder of the model.
+        batch_size: Pictures a batch; ready batches stay as they are.
+        max_images: Use the first so many.
+        strict: Refuse bad pictures.
+        num_workers: Threads that read and process pictures.
+
+    Attributes:
+        total: Number of pictures, bad ones included; ``None`` where it is not known before.
+        skipped: A line for each picture that was left out so far: its name and what is wrong.
+
+    Raises:
+        ValueError: No pictures, no image processor, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        image_processor: Any = None,
+        *,
+        model_name: str | None = None,
+        batch_size: int = 32,
+        max_images: int | None = None,
+        strict: bool = False,
+        num_workers: int = 2,
+    ) -> None:
+        for key, value in (("batch_size", batch_size), ("max_images", max_images), ("num_workers", num_workers)):
+            if value is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if isinstance(images, str | Path):
+            images = list_pictures(images)
+        elif isinstance(images, torch.Tensor):
+            if images.ndim != 4:
+                raise ValueError(f"a tensor of pictures must be (M, 3, H, W), got {tuple(images.shape)}")
+            images = torch.split(images[:max_images], batch_size)
+        elif isinstance(images, Image.Image):
+            images = [images]
+        items = _iterate(images)
+        first = next(items, None)
+        if first is None:
+            raise ValueError("there are no pictures")
+        self.batch_size, self.max_images, self.strict, self.num_workers = batch_size, max_images, strict, num_workers
+        self.ready = _is_batch(first)
+        self.total = self._count(images)
+        self.skipped: list[str] = []
+        self._items = chain([first], items)
+        self._process: Callable[[list[Image.Image]], Batch] | None = None
+        if not self.ready:
+            self._process = _processing(image_processor or _own_processor(model_name))
+
+    def _count(self, images: Any) -> int | None:
+        if self.ready and not isinstance(images, tuple):
+            return self.max_images
+        try:
+            number = sum(len(batch) for batch in images) if self.ready else len(images)
+        except TypeError:
+            return self.max_images
+        return number if self.max_images is None else min(number, self.max_images)
+
+    def on(self, device: torch.device, dtype: torch.dtype, module: nn.Module) -> Iterator[Batch]:
+        """The batches on a device, floating point values in ``dtype``, with the keywords that ``module`` takes.
+
+        Raises:
+            ImageFileError: ``strict`` and a picture is bad, or none is good.
+            ValueError: The pictures of a batch come out of the processor with different sizes.
+        """
+        names = list(inspect.signature(module.forward).parameters)
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+
+        for batch in self._whole_batches() if self.ready else self._read():
+            if isinstance(batch, torch.Tensor):
+                yield move(batch)
+                continue
+            kept = {key: move(value) for key, value in batch.items() if key in names}
+            if not kept and isinstance(batch.get("pixel_values"), torch.Tensor):
+                yield move(batch["pixel_values"])  # towers outside transformers take it by position
+            elif not kept:
+                raise ValueError(f"a batch has the keys {list(batch)}; {type(module).__name__} takes {names}")
+            else:
+                yield kept
+
+    def _whole_batches(self) -> Iterator[Batch]:
+        left = self.max_images
+        for item in self._items:
+            if left == 0:
+                return
+            batch = item[0] if isinstance(item, list | tuple) else item
+            if not isinstance(batch, torch.Tensor | Mapping):
+                raise ValueError(f"a batch must be a tensor or a dictionary of tensors, found {type(batch).__name__}")
+            batch = batch if isinstance(batch, torch.Tensor) else dict(batch)
+            number = _length(batch)
+            if left is not None and number > left:
+                batch, number = _first(batch, left, number), left
+            left = None if left is None else left - number
+            yield batch
+
+    def _read(self) -> Iterator[Batch]:
+        numbered = enumerate(islice(self._items, self.max_images))
+        good = bad = 0
+        waiting: deque[Future[tuple[Batch | None, int, list[str]]]] = deque()
+        with ThreadPoolExecutor(max_workers=self.num_workers) as pool:
+            while True:
+                while len(waiting) <= self.num_workers and (part := list(islice(numbered, self.batch_size))):
+                    waiting.append(pool.submit(self._make, part))
+                if not waiting:
+                    break
+                batch, number, faults = waiting.popleft().result()
+                good, bad = good + number, bad + len(faults)
+                self.skipped += faults
+                if faults and self.strict:
+                    raise ImageFileError(f"{len(faults)} bad pictures, and none may be (strict): {_some(faults)}")
+                if batch is not None:
+                    yield batch
+        if not good:
+            raise ImageFileError(f"none of {bad} files is a picture that can be read: {_some(self.skipped)}")
+        if self.skipped:
+            logger.warning("%d of %d pictures are bad and skipped: %s", bad, good + bad, _some(self.skipped))
+
+    def _make(self, items: list[tuple[int, Any]]) -> tuple[Batch | None, int, list[str]]:
+        """One batch, in a thread: the processed pictures, their number, and what is wrong with the others."""
+        pictures, faults = [], []
+        for index, item in items:
+            source = item["image"] if isinstance(item, dict) and "image" in item else item
+            name = image_name(source)
+            try:
+                known = isinstance(source, str | Path) or (isinstance(source, dict) and source.get("path"))
+                pictures.append(load_image(source, name if known else f"item {index} ({name})"))
+            except ImageFileError as error:
+                faults.append(str(error))
+        assert self._process is not None
+        return (self._process(pictures) if pictures else None), len(pictures), faults
+
+
+def _iterate(images: Any) -> Iterator[Any]:
+    if isinstance(images, Mapping) or not (isinstance(images, Iterable) or hasattr(images, "__getitem__")):
+        raise ValueError(f"images must be a folder, pictures or batches, found {type(images).__name__}")
+    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        # A map-style data set need not end by itself.
+        return (images[index] for index in range(len(images)))
+    return iter(images)
+
+
+def _is_batch(item: Any) -> bool:
+    first = item[0] if isinstance(item, list | tuple) and item else item
+    return isinstance(first, torch.Tensor) or (isinstance(first, Mapping) and "image" not in first and _tensors(first))
+
+
+def _tensors(batch: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in batch.values())
+
+
+def _length(batch: Batch) -> int:
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+def _first(batch: Batch, left: int, number: int) -> Batch:
+    if isinstance(batch, torch.Tensor):
+        return batch[:left]
+    return {
+        key: value[:left] if isinstance(value, torch.Tensor) and len(value) == number else value
+        for key, value in batch.items()
+    }
+
+
+def _own_processor(name: str | None) -> Any:
+    if not name:
+        raise ValueError(
+            "the model does not say where it was loaded from, so its image processor cannot be looked up: give "
+            "image_processor=, one of transformers or a function from a PIL image to a tensor (3, H, W)"
+        )
+    return load_image_processor(name)
+
+
+def _processing(processor: Any) -> Callable[[list[Image.Image]], Batch]:
+    """How a list of pictures becomes a batch."""
+    if hasattr(processor, "preprocess") or hasattr(processor, "image_processor"):
+
+        def process(pictures: list[Image.Image]) -> Batch:
+            try:
+                return dict(processor(images=pictures, return_tensors="pt"))
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(processor).__name__} made no batch of {len(pictures)} pictures ({error}); do they come out "
+                    "with different sizes? Give a processor with a fixed size, or batch_size=1"
+                ) from error
+
+        return process
+
+    def stack(pictures: list[Image.Image]) -> Batch:
+        made = [processor(picture) for picture in pictures]
+        if len(shapes := {tuple(one.shape) for one in made}) > 1:
+            raise ValueError(f"the pictures of a batch have different sizes: {sorted(shapes)}; give batch_size=1")
+        return torch.stack(made)
+
+    return stack
+
+
+def _some(lines: Sequence[str]) -> str:
+    rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + rest

@@ -1,0 +1,260 @@
+"""The maps as figures of matplotlib, without its global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..artifacts.artifact_report import ArtifactReport
+from ..errors import MissingExtraError
+from .examples import Example
+from .maps import Maps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "plot_attention",
+    "plot_before_after",
+    "plot_norm_histograms",
+    "plot_norm_maps",
+    "plot_pca",
+    "plot_registers",
+]
+
+_DPI = 110
+_NORM = "L2 norm of patch tokens, before the final LayerNorm"
+
+
+def _grid(rows: int, columns: int, side: float = 1.6, ticks: bool = False, **options: Any) -> tuple[Figure, Any]:
+    """A figure with ``(rows, columns)`` axes."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("figures", "matplotlib", "viz") from error
+    figure = Figure(figsize=(side * columns + 0.7, side * rows + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    if not ticks:
+        for axis in axes.flat:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+    return figure, axes
+
+
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=_DPI)
+    return figure
+
+
+def _show(axis: Any, values: Any, example: Example, overlay: bool, colour_map: str, **options: Any) -> Any:
+    """A map over the axis, of the picture's own extent so that both lie on each other."""
+    height, width = example.picture.shape[:2]
+    extent = (0, width, height, 0)
+    if overlay:
+        axis.imshow(example.picture, extent=extent)
+        options["alpha"] = 0.6
+    return axis.imshow(values, extent=extent, cmap=colour_map, interpolation="nearest", **options)
+
+
+def plot_attention(example: Example, *, overlay: bool = False, path: str | Path | None = None) -> Figure:
+    """Attention to the patches: one row a model; the picture, the mean over heads, then every head.
+
+    Every map is scaled to its own largest value, as is usual.
+
+    Args:
+        example: One of :func:`read_examples`.
+        overlay: Lay the maps over the picture.
+        path: Where to save the figure; ``None`` does not save it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    heads = max(len(maps.attention) for maps in example.maps.values())
+    figure, axes = _grid(len(example.maps), 2 + heads)
+    for row, (name, maps) in zip(axes, example.maps.items(), strict=True):
+        row[0].imshow(example.picture)
+        row[0].set_ylabel(name, fontsize=9)
+        for axis, values in zip(row[1:], [maps.attention.mean(0), *maps.attention], strict=False):
+            _show(axis, values, example, overlay, "inferno", vmin=0)
+        row[1].set_title("mean", fontsize=9)
+        for head in range(len(maps.attention)):
+            row[2 + head].set_title(f"head {head}", fontsize=9)
+    one = next(iter(example.maps.values()))
+    whose = "Attention of CLS" if one.query == "CLS" else "Attention that patches receive, mean over all queries"
+    figure.suptitle(f"{whose}, block {one.block}: {example.name}", fontsize=10)
+    return _saved(figure, path)
+
+
+def plot_norm_maps(example: Example, *, layers: Sequence[int] | None = None, path: str | Path | None = None) -> Figure:
+    """Norms of the patch tokens, layer by layer: one row a model, one column a layer.
+
+    A column has one colour scale for all models, from 0 to the largest norm there.
+
+    Args:
+        example: One of :func:`read_examples`.
+        layers: Indices into ``hidden_states`` (0: the input of the first block); ``None`` shows all.
+        path: Where to save the figure; ``None`` does not save it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    depth = max(len(maps.norms) for maps in example.maps.values())
+    chosen = list(range(depth)) if layers is None else [layer % depth for layer in layers]
+    figure, axes = _grid(len(example.maps), 1 + len(chosen), side=1.4)
+    for row, (name, maps) in zip(axes, example.maps.items(), strict=True):
+        row[0].imshow(example.picture)
+        row[0].set_ylabel(name, fontsize=9)
+        for axis, layer in zip(row[1:], chosen, strict=True):
+            if layer < len(maps.norms):
+                high = _highest(example, layer)
+                _show(axis, maps.norms[layer], example, False, "viridis", vmin=0, vmax=high)
+                axis.set_title(f"layer {layer}\n0 to {high:.3g}", fontsize=8)
+    figure.suptitle(f"{_NORM}: {example.name}", fontsize=10)
+    return _saved(figure, path)
+
+
+def _highest(example: Example, layer: int) -> float:
+    return max(float(maps.norms[layer].max()) for maps in example.maps.values() if layer < len(maps.norms))
+
+
+def plot_norm_histograms(
+    reports: ArtifactReport | Sequence[ArtifactReport],
+    *,
+    layers: Sequence[int] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Histograms of the patch norms, layer by layer, with the cuts of the audit's rule; both axes are logarithmic.
+
+    Args:
+        reports: What an audit found; one colour a report.
+        layers: Indices into ``hidden_states`` (0: the input of the first block); ``None`` shows all.
+        path: Where to save the figure; ``None`` does not save it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    several = [reports] if isinstance(reports, ArtifactReport) else list(reports)
+    depth = max(len(report.layers) for report in several)
+    chosen = list(range(depth)) if layers is None else [layer % depth for layer in layers]
+    columns = min(3, len(chosen))
+    figure, axes = _grid(-(-len(chosen) // columns), columns, side=2.4, ticks=True, sharex=True)
+    for axis in axes.flat[len(chosen) :]:
+        axis.set_visible(False)
+    for axis, layer in zip(axes.flat, chosen, strict=False):
+        for number, report in enumerate(several):
+            found = report.layers[layer] if layer < len(report.layers) else None
+            norms = found.norms.get("patch") if found is not None else None
+            if found is None or norms is None or not norms.counts:
+                continue
+            colour = f"C{number}"
+            axis.stairs(norms.counts, norms.edges, fill=True, alpha=0.5, color=colour, label=report.name)
+            for cut in (found.cut.low, found.cut.high):
+                if found.cut.separated and 0 < cut < float("inf"):
+                    axis.axvline(cut, color=colour, linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(f"layer {layer}", fontsize=9)
+        axis.tick_params(labelsize=7)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), fontsize=8)
+    figure.supxlabel(_NORM, fontsize=8)
+    figure.supylabel("patch tokens", fontsize=8)
+    return _saved(figure, path)
+
+
+def plot_pca(examples: Sequence[Example], *, path: str | Path | None = None) -> Figure:
+    """First three principal components of the patch tokens as red, green and blue.
+
+    One row a picture, one column a model.
+
+    Args:
+        examples: From one call of :func:`read_examples`: the components are fitted on all its pictures together.
+        path: Where to save the figure; ``None`` does not save it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    names = list(examples[0].maps)
+    figure, axes = _grid(len(examples), 1 + len(names))
+    for row, example in zip(axes, examples, strict=True):
+        row[0].imshow(example.picture)
+        for axis, name in zip(row[1:], names, strict=True):
+            colours = example.maps[name].colours
+            if colours is not None:
+                _show(axis, colours, example, False, "viridis")
+    for axis, name in zip(axes[0, 1:], names, strict=True):
+        axis.set_title(name, fontsize=9)
+    one = examples[0].maps[names[0]]
+    norm = "behind" if one.normed else "before"
+    figure.suptitle(f"First three principal components, block {one.block}, {norm} the final LayerNorm", fontsize=10)
+    return _saved(figure, path)
+
+
+def plot_registers(example: Example, *, path: str | Path | None = None) -> Figure:
+    """Attention of CLS and of each register to the patches, mean over heads: one row a model.
+
+    Every map is scaled to its own largest value.
+
+    Args:
+        example: One of :func:`read_examples`.
+        path: Where to save the figure; ``None`` does not save it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    columns = max(len(maps.registers) for maps in example.maps.values())
+    figure, axes = _grid(len(example.maps), 2 + columns)
+    for row, (name, maps) in zip(axes, example.maps.items(), strict=True):
+        row[0].imshow(example.picture)
+        row[0].set_ylabel(name, fontsize=9)
+        for axis, title, values in zip(
+            row[1:],
+            (maps.query, *maps.register_names),
+            (maps.attention.mean(0), *maps.registers),
+            strict=False,
+        ):
+            _show(axis, values, example, False, "inferno", vmin=0)
+            axis.set_title(title, fontsize=8)
+    block = next(iter(example.maps.values())).block
+    figure.suptitle(f"Attention of CLS and registers to the patches, block {block}: {example.name}", fontsize=10)
+    return _saved(figure, path)
+
+
+def plot_before_after(pictures: Sequence[Any], maps: Sequence[Maps], path: str | Path | None = None) -> Figure:
+    """One row a picture: the picture, then its norm map and its attention map under every model.
+
+    Norm maps share one colour scale over the whole figure, so that columns can be compared; attention maps are scaled
+    each to its own largest value, as is usual.
+
+    Args:
+        pictures: Arrays ``(H, W, 3)`` or PIL images.
+        maps: One entry a model, of the same pictures.
+        path: Where to save the figure; ``None`` does not save it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure, axes = _grid(len(pictures), 1 + 2 * len(maps), side=1.7)
+    limit = max(float(one.norms.max()) for one in maps)
+    shown = None
+    for row, picture in enumerate(pictures):
+        axes[row, 0].imshow(np.asarray(picture))
+        for number, one in enumerate(maps):
+            shown = axes[row, 1 + number].imshow(one.norms[row], vmin=0, vmax=limit, cmap="viridis")
+            axes[row, 1 + len(maps) + number].imshow(one.attention[row], vmin=0, cmap="inferno")
+    axes[0, 0].set_title("picture", fontsize=9)
+    for number, one in enumerate(maps):
+        axes[0, 1 + number].set_title(f"norm\n{one.name}", fontsize=9)
+        axes[0, 1 + len(maps) + number].set_title(f"attention\n{one.name}", fontsize=9)
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=axes[:, 1 : 1 + len(maps)], location="bottom", shrink=0.6, aspect=40)
+        bar.set_label("L2 norm of patch tokens, last block, before the final LayerNorm", fontsize=8)
+    return _saved(figure, path)

@@ -1,0 +1,259 @@
+"""An audit as one HTML page: everything is inside, nothing is fetched, and it opens from disk."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..artifacts.artifact_report import ArtifactReport
+from .charts import attention_profile, histogram, norm_profile, norm_range
+from .examples import Example
+from .gallery import highest_norms, picture_article, pictures_note, place_maps
+from .markup import Markup, element, join
+from .tables import (
+    Table,
+    channel_table,
+    head_table,
+    layer_table,
+    model_table,
+    norm_table,
+    over_median,
+    percent,
+    show_table,
+)
+
+__all__ = ["write_page"]
+
+#: Verdict -> class of its badge, the sign on it, and what it says.
+_BADGES = {
+    "none": ("good", "✓", "No artifacts"),
+    "present": ("bad", "▲", "Artifacts at the output"),
+    "present inside only": ("warn", "◆", "Artifacts inside only"),
+}
+
+
+def write_page(
+    path: str | Path,
+    reports: ArtifactReport | Sequence[ArtifactReport],
+    examples: Sequence[Example] = (),
+    *,
+    title: str = "Artifact audit",
+    tables: Sequence[Table] = (),
+) -> Path:
+    """Write what an audit found as one self-contained HTML page.
+
+    The page has its pictures, style and script inside and forbids itself to fetch anything. It opens from disk, works
+    without JavaScript but for sorting tables, and follows the reader's light or dark scheme. Names of models and files
+    are text, whatever is in them.
+
+    Args:
+        path: File to write; folders above it are made.
+        reports: What :func:`register_adapter.artifacts.audit` found, for one model or several side by side.
+        examples: Pictures with their maps, from :func:`read_examples`; a handful, for their size is the page's.
+        title: Heading of the page.
+        tables: Further tables, such as those of probes, shown before the definitions.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: There is no report.
+    """
+    several = [reports] if isinstance(reports, ArtifactReport) else list(reports)
+    if not several:
+        raise ValueError("no report to show: reports is empty")
+    sections = [_verdicts(several), *(_model(number, report) for number, report in enumerate(several, 1))]
+    if examples:
+        sections.append(_pictures(examples))
+    if tables:
+        sections.append(_section("tables", "Further tables", [show_table(table) for table in tables]))
+    sections.append(_definitions(several))
+    links = [("verdict", "Verdict"), *((f"model-{n}", one.name) for n, one in enumerate(several, 1))]
+    links += [("pictures", "Pictures")] if examples else []
+    links += [("tables", "Tables")] if tables else []
+    links += [("definitions", "Definitions")]
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(_document(title, several, links, sections), encoding="utf-8")
+    return place
+
+
+def _document(
+    title: str, reports: Sequence[ArtifactReport], links: Sequence[tuple[str, str]], sections: Sequence[Markup]
+) -> str:
+    style, script = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="generator", content="register-adapter"),
+        element("link", rel="icon", href="data:,"),
+        element("title", title),
+        element("style", Markup(style)),
+    )
+    first = reports[0]
+    told = [
+        _count(len(reports), "model"),
+        f"{_count(first.num_images, 'picture')}",
+        f"rule: {first.rule}",
+    ]
+    navigation = element("nav", [element("a", words, href=f"#{name}") for name, words in links], aria_label="Sections")
+    header = element("header", element("h1", title), element("p", " · ".join(told), class_="lead"), navigation)
+    footer = element("footer", _environment(reports))
+    body = element("body", header, element("main", sections), footer, element("script", Markup(script)))
+    return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _section(name: str, heading: str, *children: Any) -> Markup:
+    return element("section", element("h2", heading), *children, id=name)
+
+
+def _verdicts(reports: Sequence[ArtifactReport]) -> Markup:
+    cards = element("div", [_card(report) for report in reports], class_="cards")
+    side_by_side = show_table(model_table(reports)) if len(reports) > 1 else None
+    return _section("verdict", "Verdict", cards, side_by_side)
+
+
+def _card(report: ArtifactReport) -> Markup:
+    kind, sign, words = _BADGES[report.verdict]
+    badge = element("p", element("span", sign, aria_hidden="true"), f" {words}", class_="badge")
+    last, largest = report.layers[-1], over_median(report.layers[-1])
+    grid = " × ".join(map(str, report.grid)) if report.grid else "unknown"
+    figures = [
+        ("outlier patches, last layer", percent(last.outlier_share)[1]),
+        ("pictures with outliers", percent(last.images_with_outliers)[1]),
+        ("largest norm / median", f"{largest:.1f} ×" if largest is not None else "–"),
+        ("separate from layer", "–" if report.first_layer is None else str(report.first_layer)),
+        ("registers", _registers(report)),
+        ("family, patches", f"{report.family}, {grid}"),
+    ]
+    listed = [element("div", element("dt", name), element("dd", value)) for name, value in figures]
+    return element(
+        "article",
+        element("h3", report.name),
+        badge,
+        element("p", report.reason, class_="reason"),
+        element("dl", listed, class_="figures"),
+        class_=f"card {kind}",
+    )
+
+
+def _registers(report: ArtifactReport) -> str:
+    own = f"{report.native_registers} native" if report.native_registers else ""
+    added = f"{report.num_registers} added" if report.num_registers else ""
+    return ", ".join(filter(None, [own, added])) or "none"
+
+
+def _model(number: int, report: ArtifactReport) -> Markup:
+    limits = norm_range(report)
+    charts = [
+        element("figure", histogram(layer, limits), element("figcaption", _layer_name(layer.layer)), class_="histogram")
+        for layer in report.layers
+    ]
+    heads = head_table(report)
+    tables = [norm_table(report), channel_table(report), *([heads] if heads is not None else [])]
+    more = element(
+        "details", element("summary", "Quantiles, massive channels, attention by head"), map(show_table, tables)
+    )
+    return _section(
+        f"model-{number}",
+        report.name,
+        element("div", _profiles(report), class_="profiles"),
+        show_table(layer_table(report)),
+        element("h3", "Norms in every layer"),
+        element("p", _key(_HISTOGRAM), class_="note"),
+        element("div", charts, class_="histograms"),
+        element("p", _AXES, class_="note"),
+        place_maps(report),
+        more,
+    )
+
+
+_PROFILE = (("median", "median"), ("band", "1st to 99th percentile"), ("dot", "largest"), ("cut", "cut"))
+_SHARES = (("outlier", "outliers"), ("cls", "CLS"), ("register", "registers"), ("other", "other patches"))
+_HISTOGRAM = (
+    *(("usual", "patches"), ("outlier", "outliers"), ("cut", "cut")),
+    *(("mark cls", "median of CLS"), ("mark register", "median of registers")),
+)
+_AXES = (
+    "Both axes are logarithmic; all layers share the axis of norms. A pale cut is one that the rule does not hold to "
+    "separate two kinds of tokens."
+)
+
+
+def _profiles(report: ArtifactReport) -> Iterator[Markup]:
+    charts = [("Patch norms by layer", norm_profile(report), _PROFILE)]
+    charts += [("Attention received by layer", shares, _SHARES) for shares in [attention_profile(report)] if shares]
+    for heading, chart, entries in charts:
+        yield element("figure", element("h3", heading), chart, element("figcaption", _key(entries)))
+
+
+def _layer_name(layer: int) -> str:
+    return "layer 0 · input of the first block" if layer == 0 else f"layer {layer} · output of block {layer - 1}"
+
+
+def _key(entries: Sequence[tuple[str, str]]) -> Markup:
+    """A legend."""
+    return element(
+        "span", [element("span", element("i", class_=f"key {k}"), words) for k, words in entries], class_="legend"
+    )
+
+
+def _pictures(examples: Sequence[Example]) -> Markup:
+    highest = highest_norms(examples)
+    articles = [picture_article(example, highest) for example in examples]
+    return _section("pictures", "Pictures", pictures_note(examples), articles)
+
+
+def _definitions(reports: Sequence[ArtifactReport]) -> Markup:
+    words = {name: text for report in reports for name, text in report.definitions.items()}
+    error = max(report.relative_error for report in reports)
+    sketch = f"Norms in quantiles and histograms are within {error:.2%} of the true ones." if error else None
+    listed = [
+        element("div", element("dt", name.replace("_", " ")), element("dd", text)) for name, text in words.items()
+    ]
+    return _section(
+        "definitions",
+        "Definitions",
+        element("p", sketch) if sketch else None,
+        element("dl", listed, class_="definitions"),
+    )
+
+
+def _environment(reports: Sequence[ArtifactReport]) -> Markup:
+    def flat(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+        if isinstance(values, dict):
+            for key, value in values.items():
+                yield from flat(value, f"{name} {key}".strip())
+        elif isinstance(values, list | tuple):
+            yield name, f"{len(values)}: {', '.join(map(str, values[:20]))}{' …' if len(values) > 20 else ''}"
+        elif values is not None:
+            yield name, f"{values:.4g}" if isinstance(values, float) else str(values)
+
+    blocks = [
+        element(
+            "details",
+            element("summary", f"Environment: {report.name}"),
+            element("p", join(_pairs(flat(report.environment)))),
+        )
+        for report in reports
+        if report.environment
+    ]
+    return join([element("p", "Made by register-adapter."), blocks])
+
+
+def _pairs(pairs: Iterator[tuple[str, str]]) -> Iterator[Markup]:
+    for name, value in pairs:
+        yield element("span", element("b", name), " ", value, class_="pair")

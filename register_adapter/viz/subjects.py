@@ -1,0 +1,88 @@
+"""What is looked at: a model, or one adapter of a PEFT model; and every state that looking changes, put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..model import find_register_layer
+
+__all__ = ["Subject", "Subjects", "looking_at", "named_subjects"]
+
+#: A model as it is, or a PEFT model with one of its adapters (``None``: with its adapters disabled).
+Subject = nn.Module | tuple[nn.Module, str | None]
+#: One model, or several by the name to show above their pictures.
+Subjects = nn.Module | Mapping[str, Subject]
+
+
+def named_subjects(models: Subjects) -> dict[str, Subject]:
+    """Names and subjects; a single PEFT model with several register adapters is its base and each of them.
+
+    Raises:
+        ValueError: ``models`` is empty.
+    """
+    if isinstance(models, Mapping):
+        if not models:
+            raise ValueError("no model to look at: models is empty")
+        return dict(models)
+    layer = find_register_layer(models)
+    if not isinstance(models, PeftModel) or layer is None:
+        return {type(models).__name__: models}
+    return {"base": (models, None), **{f"+ {name}": (models, name) for name in layer.names}}
+
+
+@contextmanager
+def looking_at(subject: Subject) -> Iterator[nn.Module]:
+    """The model of a subject, in evaluation mode and with its adapter active; all is put back afterwards.
+
+    Raises:
+        ValueError: The subject names an adapter that the model does not have, or the model is no PEFT model.
+    """
+    model, adapter = subject if isinstance(subject, tuple) else (subject, "")
+    training = [(module, module.training) for module in model.modules()]
+    with ExitStack() as stack:
+        if isinstance(subject, tuple):
+            stack.enter_context(_adapter(model, adapter))
+        stack.callback(_set_training, training)
+        model.eval()
+        yield model
+
+
+def _set_training(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
+
+
+@contextmanager
+def _adapter(model: Any, name: str | None) -> Iterator[None]:
+    """``model`` with one adapter active, or with none."""
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{type(model).__name__} is no PeftModel, so it has no adapter {name!r} to look at")
+    if name is not None and name not in model.peft_config:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}")
+    # PEFT makes the parameters of an active adapter trainable.
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = list(model.active_adapters)
+    try:
+        if name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(name)
+            yield
+    finally:
+        if list(model.active_adapters) != before:
+            _activate(model, before)
+        for parameter, wanted in gradients:
+            parameter.requires_grad_(wanted)
+
+
+def _activate(model: PeftModel, names: list[str]) -> None:
+    if len(names) == 1:
+        model.set_adapter(names[0])
+    else:  # a PeftModel keeps the name of one, its tuner those of all
+        model.base_model.set_adapter(names)

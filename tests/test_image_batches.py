@@ -1,0 +1,144 @@
+"""Pictures from anywhere become batches; bad ones are named and left out."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from register_adapter.image_batches import ImageBatches, list_pictures
+from register_adapter.images import ImageFileError
+from register_adapter.testbed import SceneDataset, load_image_processor
+
+
+class Tower(nn.Module):
+    def forward(self, pixel_values, bool_masked_pos=None):
+        return pixel_values
+
+
+class Positional(nn.Module):
+    def forward(self, x):
+        return x
+
+
+CPU = torch.device("cpu")
+
+
+def read(images, processor=None, module=None, dtype=torch.float32, **options):
+    batches = ImageBatches(images, processor, **options)
+    return batches, list(batches.on(CPU, dtype, module or Tower()))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures, one of them below the others, and what is none."""
+    scenes = SceneDataset(7, seed=3, split=None)
+    (tmp_path / "below" / "deeper").mkdir(parents=True)
+    for index in range(7):
+        place = tmp_path / ("below/deeper" if index == 6 else ".")
+        scenes[index]["image"].save(place / f"{index}.png")
+    (tmp_path / "zero.jpg").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no picture")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / ".hidden.png").write_bytes(whole)
+    return tmp_path
+
+
+def test_a_folder_is_read_in_order_and_bad_files_are_named(folder, caplog):
+    processor = load_image_processor()
+    with caplog.at_level(logging.WARNING):
+        batches, found = read(folder, processor, batch_size=3, num_workers=3)
+    assert batches.total == 10
+    made = torch.cat([batch["pixel_values"] for batch in found])
+    expected = [processor(images=SceneDataset(7, seed=3, split=None)[i]["image"])["pixel_values"][0] for i in range(7)]
+    assert torch.equal(made, torch.stack([torch.as_tensor(np.asarray(one)) for one in expected]))
+    for name in ("zero.jpg", "notes.txt", "cut.png"):
+        assert any(name in line for line in batches.skipped)
+        assert name in caplog.text
+    assert len(batches.skipped) == 3
+
+
+def test_strict_refuses_and_nothing_good_is_an_error(folder):
+    with pytest.raises(ImageFileError, match=r"cut\.png"):
+        read(folder, load_image_processor(), strict=True)
+    with pytest.raises(ImageFileError, match="none of 1 files"):
+        read(folder / "zero.jpg", load_image_processor())
+
+
+@pytest.mark.parametrize("form", ["paths", "pil", "items", "dataset", "generator", "datasets"])
+def test_every_form_of_pictures_gives_the_same(folder, form):
+    scenes = SceneDataset(4, seed=3, split=None)
+    forms = {
+        "paths": lambda: [str(folder / f"{index}.png") for index in range(4)],
+        "pil": lambda: [scenes[index]["image"] for index in range(4)],
+        "items": lambda: [{"image": scenes[index]["image"], "label": 0} for index in range(4)],
+        "dataset": lambda: scenes,
+        "generator": lambda: (scenes[index] for index in range(4)),
+        "datasets": lambda: _dataset([str(folder / f"{index}.png") for index in range(4)]),
+    }
+    batches, found = read(forms[form](), load_image_processor(), batch_size=3)
+    assert [len(batch["pixel_values"]) for batch in found] == [3, 1]
+    assert batches.total == (None if form == "generator" else 4)
+    expected = load_image_processor()(images=[scenes[i]["image"] for i in range(4)], return_tensors="pt")
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in found]), expected["pixel_values"])
+
+
+def _dataset(paths):
+    import datasets
+
+    return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
+
+
+def test_a_function_from_a_picture_to_a_tensor_is_a_processor():
+    scenes = SceneDataset(3, seed=3, split=None)
+    _, found = read(scenes, lambda picture: torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255, batch_size=2)
+    assert [tuple(batch.shape) for batch in found] == [(2, 3, 80, 80), (1, 3, 80, 80)]
+
+
+def test_ready_batches_keep_their_size_and_lose_what_the_tower_does_not_take():
+    pictures = torch.rand(5, 3, 8, 8)
+    _, found = read([pictures[:2], pictures[2:]])
+    assert [len(batch) for batch in found] == [2, 3]
+    batches, found = read(pictures, batch_size=2)
+    assert (batches.total, [len(batch) for batch in found]) == (5, [2, 2, 1])
+    _, found = read([{"pixel_values": pictures, "labels": torch.zeros(5)}], dtype=torch.bfloat16)
+    assert list(found[0]) == ["pixel_values"]
+    assert found[0]["pixel_values"].dtype == torch.bfloat16
+    _, found = read([{"pixel_values": pictures}], module=Positional())
+    assert torch.equal(found[0], pictures)
+    _, found = read([(pictures, torch.zeros(5))], max_images=3)
+    assert torch.equal(found[0], pictures[:3])
+
+
+def test_max_images_stops_early():
+    batches, found = read(SceneDataset(9, split=None), load_image_processor(), batch_size=4, max_images=6)
+    assert (batches.total, [len(batch["pixel_values"]) for batch in found]) == (6, [4, 2])
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        ([], {}, "no pictures"),
+        (7, {}, "found int"),
+        ("nowhere", {}, "neither a folder nor a file"),
+        ([Image.new("RGB", (8, 8))], {}, "image_processor="),
+        (torch.rand(3, 8, 8), {}, r"\(M, 3, H, W\)"),
+        (torch.rand(1, 3, 8, 8), {"batch_size": 0}, "batch_size must be at least 1"),
+        ([{"input_ids": torch.zeros(1, 3)}], {}, "takes"),
+    ],
+)
+def test_what_is_wrong_is_said(images, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read(images, **options)
+
+
+def test_an_empty_folder_and_pictures_of_several_sizes(tmp_path):
+    with pytest.raises(ValueError, match="holds no files"):
+        list_pictures(tmp_path)
+    sizes = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]
+    with pytest.raises(ValueError, match="batch_size=1"):
+        read(sizes, lambda picture: torch.tensor(np.asarray(picture)).permute(2, 0, 1))
