@@ -19,6 +19,7 @@ from .errors import (
     AdapterFileError,
     BaseModelMismatchError,
     MissingExtraError,
+    NoArtifactsError,
     RegisterAdapterError,
     UnsupportedModelError,
 )
@@ -27,6 +28,7 @@ from .families import FAMILIES
 from .hub import HubAccessError
 from .layer import RegisterLayer
 from .model import RegisterModel
+from .neurons import fit_test_time_registers
 from .peft_model import RegisterPeftModel, add_registers
 from .viz import attention_map
 
@@ -39,6 +41,7 @@ __all__ = [
     "ComposedPeftModel",
     "HubAccessError",
     "MissingExtraError",
+    "NoArtifactsError",
     "RegisterAdapterError",
     "RegisterConfig",
     "RegisterLayer",
@@ -55,6 +58,7 @@ __all__ = [
     "export_native",
     "export_onnx",
     "export_program",
+    "fit_test_time_registers",
     "load_adapters",
     "rename_adapter",
     "save_adapters",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,8 @@ class AttentionHooks:
     prefix: int
     #: Return the columns of key/value pairs in attention maps.
     whole_attentions: bool = False
+    #: Called with a block's index, keys and values ``(B, H, N, d)``, while somebody asks for them.
+    _record: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
     _configs: list[tuple[nn.Module, Any]]
 
     @property
@@ -156,7 +159,18 @@ class AttentionHooks:
     @property
     def in_attention(self) -> bool:
         """Whether the attention needs anything beyond the sequence."""
-        return any(segment.placement.key_value or segment.biased for segment in self.segments)
+        asked = self._record is not None
+        return asked or any(segment.placement.key_value or segment.biased for segment in self.segments)
+
+    @contextmanager
+    def recording_pairs(self, record: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+        """Have every block's index, keys and values ``(B, H, N, d)`` handed to ``record`` while the context lasts."""
+        self._enter_attention()
+        self._record = record
+        try:
+            yield
+        finally:
+            self._record = None
 
     def _enter_attention(self) -> None:
         """Put the stand-in configs in place; once."""
@@ -192,6 +206,8 @@ class AttentionHooks:
             value: The same shape.
             mask: ``(B or 1, H or 1, N or 1, N)``, boolean or additive, or flex attention's.
         """
+        if self._record is not None:
+            self._record(block, key, value)
         here = [segment for segment in self.segments if segment.placement.insert_layer <= block]
         pairs = [segment for segment in here if segment.placement.key_value]
         length = key.shape[2]

@@ -58,15 +58,10 @@ def _app() -> Any:
 
         Without --model and --images it runs on the small ViT with planted artifacts that the package ships.
         """
-        import warnings
-
-        from transformers.utils import logging
-
-        # PEFT reads an attribute that transformers has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        _quieten()
         from .demo import DemoArguments, run_demo
+        from .demo_report import print_demo
 
-        logging.disable_progress_bar()
         report = run_demo(
             DemoArguments(
                 output_dir,
@@ -80,7 +75,7 @@ def _app() -> Any:
                 seed,
             )
         )
-        _print(report, output_dir)
+        print_demo(report, output_dir)
 
     @app.command()
     def audit(
@@ -103,19 +98,68 @@ def _app() -> Any:
 
         Try it on what the package ships: register-adapter audit planted scenes
         """
-        import warnings
-
-        from transformers.utils import logging
-
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        _quieten()
         from .audit_command import AuditArguments, print_reports, run_audit
 
-        logging.disable_progress_bar()
         arguments = AuditArguments(
             model, images, output_dir, adapter or (), rule, attentions, batch_size, max_images, device, strict
         )
         reports, no_pictures = run_audit(arguments)
         print_reports(reports, output_dir, no_pictures)
+
+    @app.command()
+    def fit(
+        model: str = typer.Argument(help="Model: folder, name on the Hub; planted or clean for the shipped ViT."),
+        images: str = typer.Argument(help="Folder of pictures, with those below it; scenes for made ones."),
+        output_dir: str = typer.Option(..., "--output_dir", "--out", help="Folder for the adapter."),
+        num_registers: int = typer.Option(1, "--num_registers", min=1, help="Number of registers."),
+        remove: str = typer.Option("zero", help="What other tokens keep: zero, mean, or outliers (only those go)."),
+        attention_bias: bool = typer.Option(
+            False, "--attention_bias", help="Constant keys and values in place of a token."
+        ),
+        rule: str = typer.Option("auto", help="Rule for outliers, as in the audit."),
+        threshold: float | None = typer.Option(None, help="Norm of an outlier behind --top_layer, instead of a rule."),
+        top_layer: int | None = typer.Option(None, "--top_layer", min=0, help="Last block with register neurons."),
+        num_neurons: int | None = typer.Option(None, "--num_neurons", min=1, help="How many; default: chosen."),
+        image_sizes: list[int] | None = typer.Option(  # noqa: B008 - typer's way
+            None, "--image_sizes", min=1, help="Side to resize to; several are pooled."
+        ),
+        max_images: int = typer.Option(256, "--max_images", min=3, help="Use the first so many pictures."),
+        batch_size: int = typer.Option(32, "--batch_size", min=1, help="Pictures a batch."),
+        device: str | None = typer.Option(None, help="Where to run; default a GPU if there is one."),
+        strict: bool = typer.Option(False, "--strict", help="Refuse bad pictures instead of skipping them."),
+    ) -> None:
+        """Repair a model without training: find its register neurons, and move what they do to a register.
+
+        Try it on what the package ships: register-adapter fit planted scenes --out fitted
+        """
+        _quieten()
+        from .errors import NoArtifactsError
+        from .fit_command import FitArguments, print_fit, run_fit
+
+        arguments = FitArguments(
+            model=model,
+            images=images,
+            output_dir=output_dir,
+            num_registers=num_registers,
+            remove=remove,
+            attention_bias=attention_bias,
+            rule=rule,
+            threshold=threshold,
+            top_layer=top_layer,
+            num_neurons=num_neurons,
+            image_sizes=image_sizes or (),
+            max_images=max_images,
+            batch_size=batch_size,
+            device=device,
+            strict=strict,
+        )
+        try:
+            neurons, found = run_fit(arguments)
+        except NoArtifactsError as nothing:  # good news, and no failure
+            typer.echo(str(nothing))
+            return
+        print_fit(neurons, found, output_dir)
 
     @app.command()
     def export(
@@ -131,14 +175,9 @@ def _app() -> Any:
 
         native: a plain transformers or timm model with registers. onnx, program: a graph for one picture size.
         """
-        import warnings
-
-        from transformers.utils import logging
-
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        _quieten()
         from .export import export_saved
 
-        logging.disable_progress_bar()
         typer.echo(export_saved(adapter, out, form, base, image_size))
 
     @app.command()
@@ -158,53 +197,15 @@ def _app() -> Any:
     return app
 
 
-def _print(report: dict[str, Any], output_dir: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _quieten() -> None:
+    """No messages of other libraries that tell a user nothing: the command has a bar of its own."""
+    import warnings
 
-    table = Table(title=f"{report['arguments']['num_eval_images']} held-out pictures")
-    table.add_column("model")
-    headings = ("outlier patches", "largest norm / median", "accuracy", "patch drift", "CLS drift")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in report["rows"]:
-        table.add_row(
-            row["name"],
-            f"{row['outlier_share']:.2%}",
-            f"{row['largest_norm']:.1f}",
-            *(_number(row[key], form) for key, form in _FORMATS.items()),
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        "Outliers: patch tokens over 3 times the median L2 norm, last block, before the final LayerNorm. "
-        "Drift: mean of 1 - cosine to the first line, at the same place.",
-        style="dim",
-    )
-    console.print(_verdict(report["rows"]))
-    console.print(
-        f"Adapter: {report['adapter_bytes'] / 1000:.1f} kB, loaded again in a fresh process with identical outputs.\n"
-        f"Written to {output_dir}: adapter/, before_after.png, demo.json"
-    )
+    from transformers.utils import logging
 
-
-_FORMATS = {"accuracy": ".1%", "patch_drift": ".4f", "cls_drift": ".4f"}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _verdict(rows: list[dict[str, Any]]) -> str:
-    """One sentence on what trained registers did to the outliers, measured against the untrained control."""
-    before, control, after = (row["outlier_share"] for row in rows[-3:])
-    if before == 0:
-        return "No outlier patches were found before; there was nothing to repair."
-    left = after / before
-    said = f"Trained registers leave {left:.0%} of the outlier patches, random ones {control / before:.0%}."
-    if left > 0.05:
-        said += " Registers alone do not repair this model fully."
-    return said
+    # PEFT reads an attribute that transformers has renamed.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class RegisterConfig(PeftConfig):
         remove: What the other tokens keep of those activations: ``"zero"`` nothing, ``"mean"`` the usual activation of
             a patch, ``"outliers"`` everything but what lies beyond the usual, which becomes the usual.
         train_removal: Train how far each neuron's activations are moved, a gate in 0…1 that starts at 1.
+        test_time_fit: How the register neurons were found: see :func:`fit_test_time_registers`, which writes it.
         attentions: ``"slice"`` returns attention maps of the base's shape (their rows then sum to less than one),
             ``"full"`` returns them with the registers' rows and columns.
         anatomy: Description of a model that the table of families does not have.
@@ -97,6 +98,9 @@ class RegisterConfig(PeftConfig):
     train_removal: bool = field(
         default=False, metadata={"help": "Train how far each register neuron's activations are moved."}
     )
+    test_time_fit: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the register neurons were found; written by the fit."}
+    )
     attentions: str = field(
         default="slice", metadata={"help": "Return attention maps of the base's shape ('slice') or whole ('full')."}
     )
@@ -129,6 +133,7 @@ class RegisterConfig(PeftConfig):
             "register_neurons": (dict, type(None)),
             "remove": str,
             "train_removal": bool,
+            "test_time_fit": (dict, type(None)),
             "attentions": str,
             "anatomy": (Anatomy, dict, type(None)),
             "base_tower": (dict, type(None)),

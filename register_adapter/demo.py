@@ -12,22 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from .artifacts.norms import patch_norms
 from .data import DataArguments, ProcessedDataset, load_data, load_image_processor
+from .errors import NoArtifactsError
 from .images import load_image
 from .measure import Measured, Reference, measure
+from .model import find_register_layer
+from .neurons import fit_test_time_registers, start_from
 from .objectives import ClassificationObjective
+from .peft_model import RegisterPeftModel
 from .reload import logits_in_fresh_process
 from .testbed import LABELS, SceneDataset, load_planted_vit, load_vit, register_probe
 from .testbed import load_image_processor as load_scene_processor
 from .training import TrainArguments, train
-from .viz import plot_before_after, read_maps
+from .viz import Maps, plot_before_after, read_maps
 
 __all__ = ["DemoArguments", "run_demo"]
 
 #: Held-out scenes have other seeds and other photographs than those that registers are trained on.
 _TRAIN_SEED, _TEST_SEED = 1, 10_001
 _SHOWN = 4
+_FIT_PICTURES = 192
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class DemoArguments:
 class _Setting:
     """A base model on disk, pictures to train and to measure on, and what is known about them."""
 
-    base: Any
+    source: str
     before: str
     twin: Any
     objective: ClassificationObjective
@@ -78,18 +85,21 @@ class _Setting:
     test: Any
     data_name: str
 
+    def load(self) -> Any:
+        """A fresh copy of the base."""
+        return self.objective.load_base(self.source).eval()
+
 
 def _shipped(args: DemoArguments) -> _Setting:
     # Saved as any base is, so that the adapter can be loaded by name afterwards.
     folder = Path(args.output_dir, "planted_model")
     load_planted_vit().model.save_pretrained(folder)
     load_scene_processor().save_pretrained(folder)
-    objective = ClassificationObjective(LABELS, freeze_head=True)
     return _Setting(
-        objective.load_base(str(folder)).eval(),
+        str(folder),
         "planted artifacts",
         load_vit(),
-        objective,
+        ClassificationObjective(LABELS, freeze_head=True),
         load_scene_processor(),
         SceneDataset(args.max_train_steps * args.batch_size, seed=_TRAIN_SEED + args.seed),
         SceneDataset(args.num_eval_images, seed=_TEST_SEED, split="test"),
@@ -100,21 +110,57 @@ def _shipped(args: DemoArguments) -> _Setting:
 def _own(args: DemoArguments) -> _Setting:
     assert args.model is not None
     data = load_data(DataArguments(train_dir=args.images, max_eval_samples=args.num_eval_images), args.seed)
-    objective = ClassificationObjective(data.labels)
-    base = objective.load_base(args.model).eval()
-    processor = load_image_processor(args.model)
-    return _Setting(base, "your model", None, objective, processor, data.train, data.validation, data.name)
+    return _Setting(
+        args.model,
+        "your model",
+        None,
+        ClassificationObjective(data.labels),
+        load_image_processor(args.model),
+        data.train,
+        data.validation,
+        data.name,
+    )
+
+
+class _Table:
+    """Measures one arm after the other on the same held-out pictures."""
+
+    def __init__(self, setting: _Setting, base: nn.Module, limit: int) -> None:
+        test = ProcessedDataset(setting.test, setting.processor)
+        items = [test[index] for index in range(min(len(test), limit))]
+        pixels = torch.stack([item["pixel_values"] for item in items])
+        self.batches = [pixels[start : start + 32] for start in range(0, len(pixels), 32)]
+        self.labels = torch.tensor([item["labels"] for item in items])
+        # In the figure stand the first pictures with an outlier in the base, and the first ones if there are too few.
+        norms = patch_norms(base, self.batches[:1])
+        order = (norms <= 3 * norms.median()).all(1).long().argsort(stable=True)[:_SHOWN].sort().values
+        self.shown = self.batches[0][order]
+        self.pictures = [load_image(setting.test[index]["image"]) for index in order.tolist()]
+        #: Arm to its line.
+        self.rows: dict[str, Measured] = {}
+        self.maps: list[Maps] = []
+        self._reference: Reference | None = None
+
+    def add(self, arm: str, name: str, model: nn.Module, labels: bool = True, shown: str | None = None) -> None:
+        """Measure an arm; the first one is what others are compared with. ``shown`` names it in the figure."""
+        row, found = measure(name, model, self.batches, self.labels if labels else None, self._reference)
+        self._reference = self._reference or found
+        self.rows[arm] = row
+        if shown:
+            self.maps.append(read_maps(shown, model, self.shown))
 
 
 def run_demo(args: DemoArguments) -> dict[str, Any]:
     """Run the demo.
 
     Arms: the clean twin (where it is known), the model as it is, the model with random untrained registers (the
-    control: tokens alone may silence a fragile artifact), and the model with trained registers, loaded again.
+    control: tokens alone may silence a fragile artifact), with trained registers (loaded again in a fresh process),
+    with test-time registers (no training), and with both: test-time registers and the strengths of their neurons,
+    trained as the others were.
 
     Returns:
         What ``demo.json`` holds: ``rows`` (one a line of the table), ``adapter_bytes``, ``reload_identical``, the
-        training's results, the arguments.
+        training's results, how register neurons were found (``None`` if there was nothing to repair), the arguments.
 
     Raises:
         RuntimeError: The reloaded adapter does not give the outputs of the trained model.
@@ -123,35 +169,73 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     setting = _own(args) if args.model else _shipped(args)
-    test = ProcessedDataset(setting.test, setting.processor)
-    items = [test[index] for index in range(min(len(test), args.num_eval_images))]
-    pixels = torch.stack([item["pixel_values"] for item in items])
-    batches = [pixels[start : start + 32] for start in range(0, len(pixels), 32)]
-    labels = torch.tensor([item["labels"] for item in items])
+    base = setting.load()
+    table = _Table(setting, base, args.num_eval_images)
     own_head = setting.twin is not None  # a user's new head knows nothing before it is trained
-    rows: list[Measured] = []
-    reference: Reference | None = None
     if setting.twin is not None:
-        row, reference = measure("clean twin", setting.twin, batches, labels)
-        rows.append(row)
-    row, found = measure(setting.before, setting.base, batches, labels if own_head else None, reference)
-    rows.append(row)
-    reference = reference or found
-    shown = batches[0][:_SHOWN]
-    maps = [read_maps("clean twin", setting.twin, shown)] if setting.twin is not None else []
-    maps.append(read_maps("before", setting.base, shown))
-    with register_probe(setting.base, args.num_registers, seed=args.seed) as probed:
-        name = f"+ {args.num_registers} random registers (control)"
-        rows.append(measure(name, probed, batches, labels if own_head else None, reference)[0])
+        table.add("twin", "clean twin", setting.twin, shown="clean twin")
+    table.add("before", setting.before, base, own_head, shown="before")
+    count = args.num_registers
+    with register_probe(base, count, seed=args.seed) as probed:
+        table.add("control", f"+ {count} random registers (control)", probed, own_head)
 
-    model = setting.objective.wrap(setting.base, num_registers=args.num_registers)
-    adapter = out / "adapter"
-    results = train(
+    torch.manual_seed(args.seed)
+    model = setting.objective.wrap(base, num_registers=count)
+    results = _train(args, setting, model, out / "adapter")
+    model = model.cpu().eval()
+    logits = logits_in_fresh_process(out / "adapter", table.batches[0])
+    with torch.no_grad():
+        identical = torch.equal(logits, model(pixel_values=table.batches[0]).logits)
+    if not identical:
+        raise RuntimeError("the saved adapter, loaded in a fresh process, does not give the trained outputs")
+    table.add("trained", f"+ {count} trained registers", model, shown="trained")
+    fit = _test_time(args, setting, table, own_head, out)
+    plot_before_after(table.pictures, table.maps, out / "before_after.png")
+    report = {
+        "rows": [{"arm": arm, **asdict(row)} for arm, row in table.rows.items()],
+        "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "reload_identical": identical,
+        "test_time_fit": fit,
+        "arguments": asdict(args),
+        "written": ["adapter/", *(["test_time/", "both/"] if fit else []), "before_after.png", "demo.json"],
+        "training": {key: results[key] for key in ("metrics", "seconds", "images_per_second", "versions", "hardware")},
+    }
+    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _test_time(
+    args: DemoArguments, setting: _Setting, table: _Table, own_head: bool, out: Path
+) -> dict[str, Any] | None:
+    """The arms with register neurons, if there are outliers to repair."""
+    base = setting.load()
+    pictures = ProcessedDataset(setting.train, setting.processor)
+    few = torch.stack([pictures[index]["pixel_values"] for index in range(min(len(pictures), _FIT_PICTURES))])
+    try:
+        fitted = fit_test_time_registers(base, few)
+    except NoArtifactsError:
+        return None
+    fitted.save_pretrained(str(out / "test_time"))
+    table.add("test_time", "+ 1 test-time register", fitted.eval(), own_head, shown="test-time")
+    fit: dict[str, Any] = fitted.peft_config["default"].test_time_fit
+    start = start_from(fitted)
+    fitted.unload()
+    both = setting.objective.wrap(base, **start.options)
+    layer = find_register_layer(both)
+    assert layer is not None
+    start.fill(layer.tokens("default"))
+    _train(args, setting, both, out / "both")
+    table.add("both", "+ both: test-time, then trained", both.cpu().eval(), shown="both")
+    return fit
+
+
+def _train(args: DemoArguments, setting: _Setting, model: RegisterPeftModel, folder: Path) -> dict[str, Any]:
+    return train(
         model,
         setting.objective,
         setting.train,
         TrainArguments(
-            output_dir=str(adapter),
+            output_dir=str(folder),
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
@@ -164,23 +248,3 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
         image_processor=setting.processor,
         training_data=setting.data_name,
     )
-    model = model.cpu().eval()
-    logits = logits_in_fresh_process(adapter, batches[0])
-    with torch.no_grad():
-        identical = torch.equal(logits, model(pixel_values=batches[0]).logits)
-    if not identical:
-        raise RuntimeError(f"the adapter in {adapter}, loaded in a fresh process, does not give the trained outputs")
-    name = f"+ {args.num_registers} trained registers"
-    rows.append(measure(name, model, batches, labels, reference)[0])
-    maps.append(read_maps("after", model, shown))
-    pictures = [load_image(setting.test[index]["image"]) for index in range(len(shown))]
-    plot_before_after(pictures, maps, out / "before_after.png")
-    report = {
-        "rows": [asdict(row) for row in rows],
-        "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
-        "reload_identical": identical,
-        "arguments": asdict(args),
-        "training": {key: results[key] for key in ("metrics", "seconds", "images_per_second", "versions", "hardware")},
-    }
-    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report

@@ -6,6 +6,7 @@ __all__ = [
     "AdapterFileError",
     "BaseModelMismatchError",
     "MissingExtraError",
+    "NoArtifactsError",
     "RegisterAdapterError",
     "UnsupportedModelError",
 ]
@@ -25,6 +26,10 @@ class BaseModelMismatchError(RegisterAdapterError, ValueError):
 
 class AdapterFileError(RegisterAdapterError, ValueError):
     """An adapter's file is damaged, hostile, or does not hold what its config says."""
+
+
+class NoArtifactsError(RegisterAdapterError):
+    """There is nothing to repair."""
 
 
 class MissingExtraError(RegisterAdapterError, ImportError):

@@ -117,6 +117,7 @@ class Loop:
         if self.random_state is not None:
             checkpoints.set_random_state(self.random_state)
             self.random_state = None
+        self.objective.begin_step(self.model, self.state.global_step / self.total_steps)
         with self.accelerator.accumulate(self.model):
             loss, metrics = self.objective.loss(self.model, batch)
             self.accelerator.backward(loss)

@@ -12,13 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from torch import nn
 from transformers import HfArgumentParser
 
 from .data import DataArguments, ProcessedDataset, load_data, load_image_processor
 from .errors import RegisterAdapterError
-from .objectives import OBJECTIVES
+from .model import find_register_layer
+from .neurons import fit_test_time_registers, start_from
+from .objectives import OBJECTIVES, AnnealedNeurons, Objective
+from .peft_model import RegisterPeftModel
 from .train_arguments import TrainArguments
 from .training import check_output_dir, train, use_cpu
 
@@ -42,10 +47,24 @@ class ModelArguments:
         default="classification", metadata={"help": "What to train on.", "choices": sorted(OBJECTIVES)}
     )
     num_registers: int = field(default=4, metadata={"help": "Number of registers."})
-    init: Literal["normal", "zeros", "cls"] = field(default="normal", metadata={"help": "Their initial values."})
+    init: Literal["normal", "zeros", "cls", "test_time"] = field(
+        default="normal",
+        metadata={"help": "Their initial values; test_time finds register neurons on the training pictures first."},
+    )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of those."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Adapter to go on from, such as a fitted one: folder, or name on the Hub."}
+    )
+    neurons: Literal["keep", "drop", "anneal"] = field(
+        default="keep",
+        metadata={"help": "Register neurons of that adapter: train their strengths, drop them, or let them fade away."},
+    )
 
     def __post_init__(self) -> None:
+        if self.adapter_name_or_path and self.init != "normal":
+            raise ValueError(f"--adapter_name_or_path brings initial values along; leave out --init {self.init}")
+        if self.neurons != "keep" and not (self.adapter_name_or_path or self.init == "test_time"):
+            raise ValueError(f"--neurons {self.neurons} needs --adapter_name_or_path or --init test_time")
         if self.num_registers < 1:
             raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
 
@@ -116,20 +135,58 @@ def _train(model_args: ModelArguments, data_args: DataArguments, args: TrainArgu
     data = load_data(data_args, args.seed, max(1, args.dataloader_num_workers))
     objective = OBJECTIVES[model_args.objective].from_arguments(flags, data.labels)
     base = objective.load_base(model_args.model_name_or_path, revision=revision)
-    model = objective.wrap(
-        base, num_registers=model_args.num_registers, init=model_args.init, init_std=model_args.init_std
-    )
+    pictures = ProcessedDataset(data.train, image_processor)
+    model = _wrap(model_args, objective, base, pictures)
+    if model_args.neurons == "anneal":
+        objective = AnnealedNeurons(objective)
     return train(
         model,
         objective,
-        ProcessedDataset(data.train, image_processor),
+        pictures,
         args,
         ProcessedDataset(data.validation, image_processor),
         image_processor=image_processor,
         training_data=data.name,
-        details={"model": model_args.model_name_or_path, "num_registers": model_args.num_registers}
+        details={"model": model_args.model_name_or_path, "num_registers": _registers_of(model)}
         | {"data": data.name, "skipped": data.skipped},
     )
+
+
+def _wrap(args: ModelArguments, objective: Objective, base: nn.Module, pictures: ProcessedDataset) -> RegisterPeftModel:
+    """New registers, or those of an adapter, or fitted ones."""
+    if args.adapter_name_or_path is None and args.init != "test_time":
+        return objective.wrap(base, num_registers=args.num_registers, init=args.init, init_std=args.init_std)
+    device = PartialState().device
+    base.to(device)
+    if args.adapter_name_or_path is not None:
+        source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
+    else:
+        source = fit_test_time_registers(base, _Pictures(pictures), num_registers=args.num_registers)
+    few, dropped = range(min(len(pictures), 64)), args.neurons == "drop"
+    batches = [torch.stack([pictures[index]["pixel_values"] for index in few]).to(device)] if dropped else []
+    start = start_from(source, args.neurons, batches)
+    source.unload()
+    model = objective.wrap(base, **start.options)
+    layer = find_register_layer(model)
+    assert layer is not None
+    start.fill(layer.tokens(str(model.active_adapter)))
+    return model
+
+
+class _Pictures:
+    """Pixel values alone, in batches, as a fit takes them."""
+
+    def __init__(self, pictures: ProcessedDataset, batch_size: int = 32) -> None:
+        self.pictures, self.batch_size = pictures, batch_size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for start in range(0, len(self.pictures), self.batch_size):
+            items = range(start, min(start + self.batch_size, len(self.pictures)))
+            yield torch.stack([self.pictures[index]["pixel_values"] for index in items])
+
+
+def _registers_of(model: RegisterPeftModel) -> int:
+    return int(model.peft_config[str(model.active_adapter)].num_registers)
 
 
 if __name__ == "__main__":

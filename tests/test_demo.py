@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from peft import AutoPeftModel
 from PIL import Image
 from safetensors import safe_open
 
@@ -26,22 +27,35 @@ def run(*arguments, ok=True):
 def test_on_the_shipped_model(tmp_path):
     said = run("demo", "--out", str(tmp_path), "--max_train_steps", "3", "--num_eval_images", "48", "--batch_size", "8")
     report = json.loads((tmp_path / "demo.json").read_text())
-    twin, before, control, after = report["rows"]
+    twin, before, control, after, test_time, both = report["rows"]
     assert twin["outlier_share"] == 0
     assert before["outlier_share"] > 0.005
     assert before["largest_norm"] > 5
     assert control["outlier_share"] >= 0.8 * before["outlier_share"]
     assert before["patch_drift"] > 0.01
     assert 0 < after["accuracy"] <= 1
+    assert test_time["outlier_share"] == both["outlier_share"] == 0
+    assert test_time["patch_drift"] < before["patch_drift"]
+    assert report["test_time_fit"]["share_after"] == 0 < report["test_time_fit"]["share_before"]
     assert report["reload_identical"] is True
     assert report["adapter_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 14_000
-    for words in ("clean twin", "planted artifacts", "random registers", "trained registers", "Adapter:"):
+    for words in (
+        "clean twin",
+        "planted artifacts",
+        "random registers",
+        "trained registers",
+        "test-time register",
+        "both",
+        "Adapter:",
+    ):
         assert words in said
     with Image.open(tmp_path / "before_after.png") as figure:
         assert min(figure.size) > 400
         assert len(set(figure.convert("L").tobytes())) > 50
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         assert [file.get_slice(key).get_shape() for key in file.keys()] == [[4, 128]]  # noqa: SIM118
+    fitted = AutoPeftModel.from_pretrained(tmp_path / "test_time")
+    assert sum(map(len, fitted.base_model.model.vit.registers.tokens("default").neurons().values())) == 4
 
 
 def test_on_a_model_and_pictures_of_one_s_own(tmp_path):
@@ -57,7 +71,8 @@ def test_on_a_model_and_pictures_of_one_s_own(tmp_path):
     )
     report = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert report["rows"][0]["name"] == "your model"
-    assert report["rows"][-1]["accuracy"] is not None
+    assert report["rows"][2]["accuracy"] is not None
+    assert report["test_time_fit"] is None, "random weights have nothing to repair"
     assert report["reload_identical"] is True
 
 

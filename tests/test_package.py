@@ -51,13 +51,13 @@ LAYERS = (
     ("composition",),
     ("peft_model", "capture"),
     ("artifacts", "reload", "export"),
-    ("measure", "viz"),
+    ("measure", "viz", "neurons"),
     ("testbed", "objectives", "checkpoints", "train_arguments"),
     ("loop",),
     ("training",),
     ("train",),
     ("command_inputs",),
-    ("demo", "audit_command", "cli"),
+    ("demo", "demo_report", "audit_command", "fit_command", "cli"),
 )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from .annealing import AnnealedNeurons
 from .base import Batch, Objective
 from .classification import ClassificationObjective
 
-__all__ = ["OBJECTIVES", "Batch", "ClassificationObjective", "Objective"]
+__all__ = ["OBJECTIVES", "AnnealedNeurons", "Batch", "ClassificationObjective", "Objective"]
 
 #: Name to objective, as in ``--objective``.
 OBJECTIVES: dict[str, type[Objective]] = {ClassificationObjective.name: ClassificationObjective}

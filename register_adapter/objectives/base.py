@@ -49,6 +49,9 @@ class Objective(ABC):
     def collate(self, items: list[dict[str, Any]]) -> Batch:
         """A batch of the data set's items, ``{"pixel_values": (3, H, W) float, "labels": int}``."""
 
+    def begin_step(self, model: nn.Module, progress: float) -> None:  # noqa: B027 - most objectives change nothing
+        """Called before every batch with the part of the run that is done, 0 to 1, for what changes on the way."""
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The scalar to minimise, and scalars to log."""

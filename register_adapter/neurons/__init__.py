@@ -1,0 +1,6 @@
+"""Registers without training: the search for register neurons, and the fit."""
+
+from .fit import fit_test_time_registers
+from .start import Start, set_strength, start_from
+
+__all__ = ["Start", "fit_test_time_registers", "set_strength", "start_from"]

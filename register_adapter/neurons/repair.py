@@ -1,0 +1,110 @@
+"""How many outliers are left when so many neurons are shifted: the number is chosen by that, on held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..artifacts.cut import Cut
+from ..image_batches import Batch
+from ..layer import RegisterLayer
+from ..towers import Tower
+from .scores import run_up_to
+
+__all__ = ["Repair", "order_by_block"]
+
+
+def order_by_block(neurons: Sequence[Any]) -> tuple[dict[int, list[int]], torch.Tensor]:
+    """Neurons in the order of rank, as a config has them, and the place of each rank in that order, ``(K,)`` int64."""
+    blocks: dict[int, list[int]] = {}
+    for neuron in neurons:
+        blocks.setdefault(neuron.block, []).append(neuron.unit)
+    blocks = {block: blocks[block] for block in sorted(blocks)}
+    places = {
+        (block, unit): place for place, (block, unit) in enumerate((b, u) for b, us in blocks.items() for u in us)
+    }
+    return blocks, torch.tensor([places[neuron.block, neuron.unit] for neuron in neurons])
+
+
+class Repair:
+    """Tries numbers of neurons on held-out pictures.
+
+    All candidates are on the model; the strength of those that are not tried is 0, which leaves activations untouched.
+
+    Args:
+        layer: The registers, with all candidates.
+        adapter_name: Name of the adapter.
+        ranks: ``(K,)``: place of each candidate, the best first.
+        pictures: For every view: its cuts by layer, and batches.
+    """
+
+    def __init__(
+        self,
+        layer: RegisterLayer,
+        adapter_name: str,
+        ranks: torch.Tensor,
+        pictures: list[tuple[dict[int, Cut], list[Batch]]],
+    ) -> None:
+        self.layer, self.ranks, self.pictures = layer, ranks, pictures
+        self.tokens = layer.tokens(adapter_name)
+        #: Number of neurons to the share of patches that are still outliers, at the layer where it is largest.
+        self.curve: dict[int, float] = {}
+
+    @property
+    def most(self) -> int:
+        """Number of candidates."""
+        return len(self.ranks)
+
+    def left(self, number: int) -> float:
+        """Share of outliers left when the best ``number`` candidates are shifted."""
+        if number not in self.curve:
+            strength = torch.zeros(self.most)
+            strength[self.ranks[:number]] = 1.0
+            self.tokens.strength.data.copy_(strength)
+            self.curve[number] = max(_share(self.layer, cuts, batches) for cuts, batches in self.pictures)
+        return self.curve[number]
+
+    def choose(self, enough: float) -> int:
+        """The fewest candidates that leave at most ``enough`` of the outliers; else those that leave fewest.
+
+        Doubles the number until it is enough, then halves the step back.
+        """
+        goal = enough * self.left(0)
+        low, high = 0, 1
+        while self.left(high) > goal and high < self.most:
+            low, high = high, min(2 * high, self.most)
+        if self.left(high) > goal:
+            return min((n for n in self.curve if n), key=lambda n: (self.curve[n], n))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.left(middle) <= goal else (middle, high)
+        return high
+
+
+@torch.no_grad()
+def _share(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) -> float:
+    """Share of outlier patches at the layer of ``cuts`` that has most."""
+    tower: Tower = layer.tower
+    found: dict[int, Any] = dict.fromkeys(cuts, 0)
+    patches = 0
+
+    def count(index: int, cut: Cut, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        tokens = hidden[:, tower.prefix + layer.count_at(index - 1) :]
+        nonlocal patches
+        patches += tokens.shape[0] * tokens.shape[1] if index == max(cuts) else 0
+        found[index] = found[index] + cut.mask(tokens).sum()
+
+    with ExitStack() as stack:
+        blocks = tower.part("blocks")
+        for index, cut in cuts.items():
+            hook = partial(count, index, cut)
+            stack.callback(blocks[index - 1].register_forward_hook(hook, prepend=True).remove)
+        for batch in batches:
+            run_up_to(tower, max(cuts) - 1, batch)
+    return max(float(number) for number in found.values()) / max(patches, 1)

@@ -1,0 +1,199 @@
+"""Which hidden units write the outliers: sums over pictures, on the model's device, and a score for every unit.
+
+"Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010) ranks post-activation MLP units by their mean
+|activation| on outlier patches, in the blocks up to the one where outliers appear. That mean is high for units that are
+always on, too. Here a unit is ranked by what it adds to the outliers: its mean activation there less that on the other
+patches, times what it writes along the direction in which outliers differ from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..artifacts.cut import Cut
+from ..layer import RegisterLayer
+from ..towers import Tower
+
+__all__ = ["Neuron", "NeuronScores", "pool", "run_up_to"]
+
+
+class Neuron(NamedTuple):
+    """A candidate.
+
+    Attributes:
+        score: What it adds to an outlier along the outliers' direction, over the length of that direction.
+        block: Index of the block.
+        unit: Index of the hidden unit of the block's MLP.
+        usual: Its mean activation on patches that are no outliers.
+        limit: |activation| that is six standard deviations beyond the mean there.
+    """
+
+    score: float
+    block: int
+    unit: int
+    usual: float
+    limit: float
+
+
+class _StopForward(Exception):  # noqa: N818 - no error
+    """Ends a forward pass behind the last block that matters."""
+
+
+@contextmanager
+def _stop_behind(block: nn.Module) -> Iterator[None]:
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _StopForward
+
+    handle = block.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_up_to(tower: Tower, block: int, inputs: torch.Tensor | Mapping[str, Any]) -> None:
+    """Run a tower up to and with block ``block``; what comes later is not computed."""
+    with _stop_behind(tower.part("blocks")[block]):
+        try:
+            tower.run(inputs)
+        except _StopForward:
+            return
+
+
+class _Sums:
+    """Sums over tokens of one kind, ``(M,)`` float64 where the device has it."""
+
+    def __init__(self) -> None:
+        self.count: Any = 0
+        self.first: Any = 0
+        self.second: Any = 0
+
+    def add(self, values: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add ``(B, P, M)`` values with ``(B, P)`` weights of 0 and 1."""
+        flat, chosen = values.flatten(0, 1), weights.flatten().to(values)
+        kind = torch.float32 if values.device.type == "mps" else torch.float64
+        self.count = self.count + chosen.sum(dtype=kind)
+        self.first = self.first + (chosen @ flat).to(kind)
+        self.second = self.second + (chosen @ flat.square()).to(kind)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """``(M,)``."""
+        return torch.as_tensor(self.first / self.count)
+
+    @property
+    def std(self) -> torch.Tensor:
+        """``(M,)``."""
+        return torch.as_tensor((self.second / self.count - self.mean.square()).clamp_min(0).sqrt())
+
+
+class NeuronScores:
+    """What the units of blocks 0 to ``top`` do on outliers and on other patches.
+
+    Args:
+        tower: The vision tower, with or without registers.
+        cut: Which patches are outliers, by their norm behind block ``top``.
+        top: Index of the block behind which outliers appear.
+        first: Index of the first block to look at.
+    """
+
+    def __init__(self, tower: Tower, cut: Cut, top: int, first: int = 0) -> None:
+        self.tower, self.cut, self.top = tower, cut, top
+        self.blocks = [block for block in range(first, top + 1) if tower.block_part(block, "mlp_out") is not None]
+        self._outliers = {block: _Sums() for block in [*self.blocks, -1]}
+        self._others = {block: _Sums() for block in [*self.blocks, -1]}
+        self._seen: dict[int, torch.Tensor] = {}
+        found = getattr(tower.module, "registers", None)
+        self._layer = found if isinstance(found, RegisterLayer) else None
+        self.num_images = 0
+
+    def _patches(self, block: int, tokens: torch.Tensor) -> torch.Tensor:
+        count = self._layer.count_at(block) if self._layer is not None else 0
+        return tokens[:, self.tower.prefix + count :]
+
+    @torch.no_grad()
+    def add(self, inputs: torch.Tensor | Mapping[str, Any]) -> None:
+        """Run the tower up to the last block that matters, and add what its units do."""
+        with ExitStack() as stack:
+            for block in self.blocks:
+                last = self.tower.block_part(block, "mlp_out")
+                stack.callback(last.register_forward_pre_hook(partial(self._keep, block)).remove)
+            behind: nn.Module = self.tower.part("blocks")[self.top]
+            stack.callback(behind.register_forward_hook(self._finish, prepend=True).remove)
+            run_up_to(self.tower, self.top, inputs)
+        self._seen.clear()
+
+    def _keep(self, block: int, module: nn.Module, args: Any) -> None:
+        self._seen[block] = args[0]
+
+    def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = self._patches(self.top, output[0] if isinstance(output, tuple) else output).float()
+        chosen = self.cut.mask(hidden).float()
+        self.num_images += len(hidden)
+        for block, values in [*self._seen.items(), (-1, hidden)]:
+            tokens = self._patches(block, values).float() if block >= 0 else values
+            self._outliers[block].add(tokens, chosen)
+            self._others[block].add(tokens, 1 - chosen)
+
+    @property
+    def num_outliers(self) -> int:
+        """Number of outlier patches seen."""
+        return int(self._outliers[-1].count)
+
+    def ranked(self, most: int) -> list[Neuron]:
+        """The ``most`` units that add most to the outliers, the first first."""
+        direction = (self._outliers[-1].mean - self._others[-1].mean).double().cpu()
+        length = direction.norm().clamp_min(1e-12)
+        found: list[Neuron] = []
+        for block in self.blocks:
+            outliers, others = self._outliers[block], self._others[block]
+            usual, spread = others.mean.double().cpu(), others.std.double().cpu()
+            more = outliers.mean.double().cpu() - usual
+            score = (more * self._written(block, direction / length)).abs() / length
+            best = score.topk(min(most, len(score)))
+            limit = usual.abs() + 6 * spread
+            found += [
+                Neuron(value, block, unit, float(usual[unit]), float(limit[unit]))
+                for value, unit in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        return sorted(found, key=lambda neuron: -neuron.score)[:most]
+
+    def _written(self, block: int, direction: torch.Tensor) -> torch.Tensor:
+        """``(M,)``: what each unit writes along a direction ``(D,)`` when its activation is one."""
+        last = self.tower.block_part(block, "mlp_out")
+        last = getattr(last, "base_layer", last)  # an adapter's layer (LoRA) around it
+        scale = self.tower.block_part(block, "mlp_scale")
+        if isinstance(scale, torch.Tensor):
+            direction = direction * scale.detach().double().cpu()
+        weight = last.weight.detach()
+        if not weight.is_floating_point():
+            # Quantised weights cannot be read; the layer itself says what it writes.
+            units = torch.eye(last.in_features, dtype=torch.float32, device=weight.device)
+            written = last(units) - last(torch.zeros_like(units[:1]))
+            weight = written.detach().T
+        along: torch.Tensor = weight.double().cpu().T @ direction
+        return along
+
+
+def pool(ranked: list[list[Neuron]], most: int) -> list[Neuron]:
+    """One ranking of several: scores and usual activations are averaged, limits are the widest."""
+    found: dict[tuple[int, int], list[Neuron]] = {}
+    for neuron in (neuron for one in ranked for neuron in one):
+        found.setdefault((neuron.block, neuron.unit), []).append(neuron)
+    pooled = [
+        Neuron(
+            sum(neuron.score for neuron in same) / len(ranked),
+            block,
+            unit,
+            sum(neuron.usual for neuron in same) / len(same),
+            max(neuron.limit for neuron in same),
+        )
+        for (block, unit), same in found.items()
+    ]
+    return sorted(pooled, key=lambda neuron: -neuron.score)[:most]

@@ -1,0 +1,90 @@
+"""The pictures of a fit at one size, and where outliers appear there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from ..artifacts.audit import build_report
+from ..artifacts.cut import Cut
+from ..artifacts.rules import Rule, rule_name
+from ..artifacts.statistics import collect_statistics
+from ..image_batches import Batch
+from ..towers import Tower
+
+__all__ = ["View", "number_of"]
+
+
+def number_of(batch: Batch) -> int:
+    """Number of pictures in a batch."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+@dataclass
+class View:
+    """Pictures of one size.
+
+    Attributes:
+        size: Side in pixels, ``None`` for the pictures as they come.
+        cuts: Layer to its cut, for the layers where outliers separate, from the first one where they do and stay.
+        verdict: The audit's.
+        reason: Why.
+    """
+
+    size: int | None
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    verdict: str = "none"
+    reason: str = ""
+
+    def cut_behind(self, block: int) -> Cut:
+        """The cut behind a block.
+
+        Raises:
+            ValueError: Outliers do not separate there.
+        """
+        if block + 1 not in self.cuts:
+            raise ValueError(
+                f"outliers do not separate behind block {block}; they do behind {[layer - 1 for layer in self.cuts]}. "
+                "Choose top_layer among those, or give threshold= too"
+            )
+        return self.cuts[block + 1]
+
+    def resized(self, batch: Batch) -> Batch:
+        """The batch with its pictures ``(B, 3, H, W)`` at this view's size."""
+        if self.size is None:
+            return batch
+        if isinstance(batch, torch.Tensor):
+            size = (self.size, self.size)
+            return F.interpolate(batch.float(), size, mode="bilinear", antialias=True).to(batch.dtype)
+        pixels = batch.get("pixel_values")
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
+            raise ValueError(
+                "image_sizes needs pictures as pixel_values (B, 3, H, W); give batches of the sizes instead"
+            )
+        return {**batch, "pixel_values": self.resized(pixels)}
+
+    def detect(self, tower: Tower, batches: Iterable[Batch], rule: Rule, by_hand: dict[int, Cut]) -> None:
+        """Find the layers where outliers separate.
+
+        Args:
+            tower: The tower, without registers.
+            batches: Pictures, of any size.
+            rule: The audit's rule.
+            by_hand: Layer to a cut that is given and not found.
+        """
+        with collect_statistics(tower, attentions=False) as statistics:
+            for batch in batches:
+                tower.run(self.resized(batch))
+        report = build_report(statistics, rule, rule_name(rule), "")
+        self.verdict, self.reason, self.cuts = report.verdict, report.reason, dict(by_hand)
+        if not by_hand and report.first_layer is not None:
+            self.cuts = {
+                layer.layer: layer.cut
+                for layer in report.layers
+                if layer.layer >= report.first_layer and layer.cut.separated
+            }

@@ -1,0 +1,166 @@
+"""Training that goes on from fitted registers: their neurons kept, dropped or annealed away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_inputs
+from helpers import assert_identical, run
+from peft import PeftModel
+from safetensors.torch import load_file
+from training_helpers import adapter_bytes
+
+from register_adapter import add_registers, capture
+from register_adapter.model import find_register_layer
+from register_adapter.neurons import set_strength, start_from
+from register_adapter.objectives import AnnealedNeurons, ClassificationObjective
+from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
+from register_adapter.train import main
+
+NEURONS = {0: [1, 4, 6]}
+
+
+def fitted(name: str = "vit", **options: Any) -> Any:
+    """A model with register neurons, as a fit leaves it; the values are made up."""
+    model = add_registers(build(name), 2, init="test_time", register_neurons=NEURONS, **options).eval()
+    tokens = find_register_layer(model).tokens("default")
+    tokens.set_usual(torch.linspace(-0.1, 0.1, 3), torch.full((3,), 0.05))
+    with torch.no_grad():
+        tokens.weight.copy_(torch.randn(tokens.weight.shape, generator=torch.Generator().manual_seed(0)))
+    return model
+
+
+@pytest.mark.parametrize("remove", ["zero", "mean", "outliers"])
+@pytest.mark.parametrize("neurons", ["keep", "anneal"])
+def test_a_new_adapter_starts_where_the_fitted_one_is(neurons: str, remove: str) -> None:
+    model, inputs = fitted(remove=remove), make_inputs("vit")
+    expected = run(model, inputs)
+    start = start_from(model, neurons)
+    new = add_registers(model.unload(), **start.options).eval()
+    tokens = find_register_layer(new).tokens("default")
+    start.fill(tokens)
+    assert_identical(run(new, inputs), expected)
+    trained = {name.rpartition(".")[2] for name, value in new.named_parameters() if value.requires_grad}
+    assert trained == ({"weight", "strength"} if neurons == "keep" else {"weight"})
+
+
+def test_dropped_neurons_leave_what_the_registers_held() -> None:
+    model, inputs = fitted(), make_inputs("vit")
+    with torch.no_grad(), capture(model, attentions=False) as trace:
+        model(**inputs)
+    held = trace.hidden_states[1][:, 1:3].mean(0)
+    start = start_from(model, "drop", [inputs])
+    new = add_registers(model.unload(), **start.options).eval()
+    layer = find_register_layer(new)
+    start.fill(layer.tokens("default"))
+    assert new.peft_config["default"].register_neurons is None
+    assert new.peft_config["default"].insert_layer == 1
+    torch.testing.assert_close(layer.tokens("default").weight.detach(), held)
+
+
+def test_a_plain_adapter_goes_on_too() -> None:
+    inputs = make_inputs("vit")
+    model = add_registers(build("vit"), 3, init_std=1.0, insert_layer=1).eval()
+    expected, start = run(model, inputs), start_from(model)
+    new = add_registers(model.unload(), **start.options).eval()
+    start.fill(find_register_layer(new).tokens("default"))
+    assert_identical(run(new, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "neurons", "message"),
+    [
+        ({"key_value": True}, "drop", "attention-bias"),
+        ({}, "drop", "pictures"),
+        (None, "anneal", "no register neurons"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(options: dict[str, Any] | None, neurons: str, message: str) -> None:
+    if options is None:
+        model = add_registers(build("vit"), 2)
+    else:
+        model = add_registers(build("vit"), 2, init="test_time", register_neurons=NEURONS, **options)
+    with pytest.raises(ValueError, match=message):
+        start_from(model, neurons)
+
+
+def test_the_shift_fades_in_a_straight_line_that_ends_early() -> None:
+    model = fitted()
+    objective = AnnealedNeurons(ClassificationObjective(), until=0.5)
+    strengths = []
+    for progress in (0.0, 0.25, 0.5, 0.75):
+        objective.begin_step(model, progress)
+        strengths.append(find_register_layer(model).tokens("default").strength.unique().item())
+    assert strengths == [1.0, 0.5, 0.0, 0.0]
+    set_strength(model, 1.0)
+    assert objective.details()["annealed_until"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted ViT on disk, with pictures, and registers that were fitted to it."""
+    folder = tmp_path_factory.mktemp("planted")
+    load_planted_vit().model.save_pretrained(folder / "model")
+    load_image_processor().save_pretrained(folder / "model")
+    SceneDataset(120, seed=3, split=None).write(folder / "pictures")
+    return folder
+
+
+def flags(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(folder / "model"), "--train_dir", str(folder / "pictures")),
+        *("--output_dir", str(out), "--per_device_train_batch_size", "8", "--max_train_steps", "6"),
+        *("--learning_rate", "0.01", "--use_cpu", "--max_eval_samples", "8", *more),
+    ]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key.rpartition(".")[2]: value for key, value in tensors.items() if "register_adapter_tokens" in key}
+
+
+def test_init_test_time_fits_on_the_training_pictures_first(planted: Path, tmp_path: Path) -> None:
+    main(flags(planted, tmp_path / "a", "--init", "test_time", "--num_registers", "2"))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    layer, neurons = str(load_planted_vit().layer), sorted(load_planted_vit().neurons)
+    assert config["register_neurons"] == {layer: len(neurons)}
+    assert config["test_time_fit"]["share_after"] == 0
+    values = trained(tmp_path / "a")
+    assert sorted(values["units"].tolist()) == neurons
+    assert values["weight"].shape[0] == 2
+    assert (values["weight"] != 0).any(1).all()
+    assert (values["strength"] != 1).any(), "the strengths are trained"
+
+    main(flags(planted, tmp_path / "b", "--adapter_name_or_path", str(tmp_path / "a"), "--neurons", "drop"))
+    assert set(trained(tmp_path / "b")) == {"weight"}
+    base = load_planted_vit().model
+    PeftModel.from_pretrained(base, tmp_path / "b")
+    assert find_register_layer(base).tokens("default").count == 2
+
+
+def test_an_annealed_run_can_be_resumed(planted: Path, tmp_path: Path) -> None:
+    options = ("--init", "test_time", "--neurons", "anneal", "--checkpointing_steps", "3")
+    main(flags(planted, tmp_path / "whole", *options))
+    assert not trained(tmp_path / "whole")["strength"].any()
+    main(flags(planted, tmp_path / "parts", *options))
+    for left in sorted((tmp_path / "parts").glob("checkpoint*"))[1:]:
+        left.rename(tmp_path / left.name)
+    main(flags(planted, tmp_path / "parts", *options, "--resume_from_checkpoint", "latest"))
+    assert adapter_bytes(tmp_path / "parts") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--neurons", "drop"), "needs --adapter_name_or_path"),
+        (("--adapter_name_or_path", "x", "--init", "zeros"), "leave out --init"),
+    ],
+)
+def test_flags_that_contradict_each_other(more: tuple[str, ...], message: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(flags(tmp_path, tmp_path / "out", *more))
+    assert message in capsys.readouterr().err
