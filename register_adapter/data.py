@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
-from .images import ImageFileError, check_image, image_name, load_image
+from .images import ImageFileError, check_image, image_name, load_image, walk_files
 
 __all__ = [
     "Data",
@@ -153,24 +152,11 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
     loose = [path.name for path in visible if not path.is_dir()]
     if loose and PartialState().is_main_process:
         logger.warning("%s: files outside the class folders are not used: %s", root, _some(loose))
-    files = [(str(path), names.index(one.name)) for one in classes for path in _walk(one)]
+    files = [(str(path), names.index(one.name)) for one in classes for path in walk_files(one)]
     if not files:
         raise ValueError(f"{root} has no files in its class folders {names}")
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": [path for path, _ in files], "label": [n for _, n in files]}, features=features)
-
-
-def _walk(folder: Path) -> list[Path]:
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(found)
 
 
 def skip_bad(

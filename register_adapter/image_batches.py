@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from .data import load_image_processor
-from .images import ImageFileError, image_name, load_image
+from .images import ImageFileError, image_name, load_image, walk_files
 
 __all__ = ["Batch", "ImageBatches", "list_pictures"]
 
@@ -38,19 +37,10 @@ def list_pictures(folder: str | Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise ValueError(f"{root} is neither a folder nor a file")
-    found: list[Path] = []
-    seen: set[str] = set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above would be walked for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if not name.startswith(".")]
+    found = walk_files(root)
     if not found:
         raise ValueError(f"{root} holds no files")
-    return sorted(found)
+    return found
 
 
 class ImageBatches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import RegisterAdapterError
 
-__all__ = ["ImageFileError", "check_image", "load_image", "to_rgb"]
+__all__ = ["ImageFileError", "check_image", "load_image", "to_rgb", "walk_files"]
 
 # Raster formats only: Pillow's EPS reader, for one, runs Ghostscript on whatever carries its signature.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO", "JPEG2000", "AVIF", "ICO")
@@ -67,6 +68,21 @@ def image_name(source: Any) -> str:
     if isinstance(source, str | Path):
         return str(source)
     return str(getattr(source, "filename", None) or "picture without a name")
+
+
+def walk_files(folder: str | Path) -> list[Path]:
+    """All files of a folder and of those below it, sorted, but for hidden ones, whether they are pictures or not."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above would be walked for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
