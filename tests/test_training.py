@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from hub_server import HubServer
 from peft import AutoPeftModel
 from safetensors.torch import load_file
-from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, write_photographs, write_vit
+from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, train_alone, write_photographs, write_vit
 from transformers import AutoImageProcessor, ViTForImageClassification
 
 from register_adapter import add_registers, checkpoints
@@ -195,11 +195,14 @@ def test_killed_again_and_again_and_resumed_bit_for_bit(
     more = [*RUN, "--checkpointing_steps", "1", "--dataloader_num_workers", str(workers)]
     more += ["--resume_from_checkpoint", "latest"]
     more += ["--checkpoints_total_limit", str(limit)] if limit else []
-    fork = multiprocessing.get_context("fork")
+    # From a process that has imported the package and nothing else: a fork of this one, with threads of other tests in
+    # it, can hang.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["register_adapter.train"])
     step = 0
     for _ in range(3):
         step = rng.randint(max(step, newest(tmp_path)) + 1, max(step, newest(tmp_path)) + 5)
-        run = fork.Process(target=main, args=(flags(vit, photos, tmp_path, *more),))
+        run = server.Process(target=train_alone, args=(flags(vit, photos, tmp_path, *more),))
         run.start()
         assert run.pid is not None
         kill_at(tmp_path, step, rng.uniform(0, 0.05), run.pid, run.is_alive)

@@ -57,5 +57,13 @@ def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False, **options)
 
 
+def train_alone(argv: list[str]) -> None:
+    """The command line's main, as the target of a process of its own."""
+    from register_adapter.train import main
+
+    torch.set_num_threads(1)
+    main(argv)
+
+
 def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
