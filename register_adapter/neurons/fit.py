@@ -151,6 +151,7 @@ def fit_test_time_registers(
             before, after = repair.left(0), repair.left(number)
             pairs = None
             if attention_bias:
+                repair.shift(number)
                 pairs = constant_pairs(layer, adapter_name, [b for _, batches in pictures for b in batches])
     finally:
         tried.unload()

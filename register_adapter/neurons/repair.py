@@ -60,12 +60,16 @@ class Repair:
         """Number of candidates."""
         return len(self.ranks)
 
+    def shift(self, number: int) -> None:
+        """Have the best ``number`` candidates shifted, and no others."""
+        strength = torch.zeros(self.most)
+        strength[self.ranks[:number]] = 1.0
+        self.tokens.strength.data.copy_(strength)
+
     def left(self, number: int) -> float:
         """Share of outliers left when the best ``number`` candidates are shifted."""
         if number not in self.curve:
-            strength = torch.zeros(self.most)
-            strength[self.ranks[:number]] = 1.0
-            self.tokens.strength.data.copy_(strength)
+            self.shift(number)
             self.curve[number] = max(_share(self.layer, cuts, batches) for cuts, batches in self.pictures)
         return self.curve[number]
 
