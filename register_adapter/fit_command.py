@@ -94,8 +94,7 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
         f"Outliers appear behind block {fit['top_layer']} (rule {fit['rule']}). {fit['reason']}", markup=False
     )
     console.print(
-        "Share of the patch tokens beyond the line, at the layer where it is largest; L2 norms before the final "
-        "LayerNorm.",
+        "Share of the patch tokens beyond the line, behind that block; L2 norms, before the final LayerNorm.",
         style="dim",
     )
     console.print(

@@ -254,10 +254,10 @@ def test_the_curve_is_on_held_out_pictures_and_falls_to_nothing() -> None:
     model = fit(load_planted_vit().model, scenes(128, 555, "train")[0])
     found = model.peft_config["default"].test_time_fit
     curve = {int(number): share for number, share in found["curve"].items()}
-    assert curve[0] == found["share_before"] > 0.005
+    assert found["share_before"] >= curve[0] > 0.005
     assert curve[found["num_neurons"]] == found["share_after"] == 0
     assert all(share > 0 for number, share in curve.items() if number < found["num_neurons"])
-    assert found["num_images"] == {"detect": 64, "rank": 32, "held_out": 32}
+    assert found["num_images"] == {"detect": 64, "rank": 40, "held_out": 24}
 
 
 @pytest.mark.parametrize("count", [3, 10, 40])

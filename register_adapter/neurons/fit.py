@@ -88,8 +88,8 @@ def fit_test_time_registers(
 
     Returns:
         The model with the adapter; ``model.peft_config[adapter_name].test_time_fit`` says what was found: the block,
-        the cuts, and the share of outliers left by number of neurons on the held-out pictures (at the layer where it is
-        largest; L2 norms before the final LayerNorm).
+        the cuts, the share of outliers left by number of neurons on the held-out pictures (``curve``, behind the block
+        where they appear), and before and after at the layer where it is largest (L2 norms before the final LayerNorm).
 
     Raises:
         NoArtifactsError: The rule finds no outliers; nothing is to be done, and nothing was changed.

@@ -13,7 +13,7 @@ from .views import number_of
 __all__ = ["NUM_DETECT", "NUM_HELD_OUT", "Parts"]
 
 #: Pictures that outliers are found on, and that the number of neurons is chosen on, at most; the others rank units.
-NUM_DETECT, NUM_HELD_OUT = 64, 32
+NUM_DETECT, NUM_HELD_OUT = 64, 24
 
 
 class Parts:
@@ -31,18 +31,25 @@ class Parts:
         self.held_out: list[Batch] = []
         self.num_detect = self.num_held_out = self.num_ranked = 0
         self._batches, self._bar = batches, bar
+        #: What is over of the batch in which the first two parts end.
+        self._rest: list[Batch] = []
         for batch in batches:
             bar.update(number_of(batch))
-            if self.num_detect < NUM_DETECT:
-                self.detect.append(batch)
-                self.num_detect += number_of(batch)
-            else:
-                self.held_out.append(batch)
-                self.num_held_out += number_of(batch)
+            self._take(batch)
             if self.num_held_out >= NUM_HELD_OUT:
                 break
         if self.num_held_out < NUM_HELD_OUT:
             self._share()
+
+    def _take(self, batch: Batch) -> None:
+        """Fill the first part, then the second."""
+        first, batch = _cut(batch, NUM_DETECT - self.num_detect)
+        second, batch = _cut(batch, NUM_HELD_OUT - self.num_held_out)
+        self.detect += [first] if number_of(first) else []
+        self.held_out += [second] if number_of(second) else []
+        self._rest += [batch] if number_of(batch) else []
+        self.num_detect += number_of(first)
+        self.num_held_out += number_of(second)
 
     def _share(self) -> None:
         singles = [one for batch in [*self.detect, *self.held_out] for one in _split(batch)]
@@ -54,6 +61,9 @@ class Parts:
 
     def ranking(self) -> Iterator[Batch]:
         """The batches that rank units: the rest, or those of the first part if nothing is left."""
+        for batch in self._rest:
+            self.num_ranked += number_of(batch)
+            yield batch
         for batch in self._batches:
             self._bar.update(number_of(batch))
             self.num_ranked += number_of(batch)
@@ -63,15 +73,21 @@ class Parts:
             yield from self.detect
 
 
+def _cut(batch: Batch, number: int) -> tuple[Batch, Batch]:
+    """The first ``number`` pictures of a batch, and the others; either may be empty."""
+    total = number_of(batch)
+    if isinstance(batch, torch.Tensor):
+        return batch[:number], batch[number:]
+
+    def part(chosen: slice) -> Batch:
+        return {k: v[chosen] if isinstance(v, torch.Tensor) and len(v) == total else v for k, v in batch.items()}
+
+    return part(slice(number)), part(slice(number, None))
+
+
 def _split(batch: Batch) -> list[Batch]:
     """One batch a picture."""
-    number = number_of(batch)
-    if isinstance(batch, torch.Tensor):
-        return list(torch.split(batch, 1))
-    return [
-        {k: v[i : i + 1] if isinstance(v, torch.Tensor) and len(v) == number else v for k, v in batch.items()}
-        for i in range(number)
-    ]
+    return [_cut(_cut(batch, index + 1)[0], index)[1] for index in range(number_of(batch))]
 
 
 def _joined(singles: list[Batch]) -> list[Batch]:

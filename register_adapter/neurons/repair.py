@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -52,8 +52,9 @@ class Repair:
     ) -> None:
         self.layer, self.ranks, self.pictures = layer, ranks, pictures
         self.tokens = layer.tokens(adapter_name)
-        #: Number of neurons to the share of patches that are still outliers, at the layer where it is largest.
+        #: Number of neurons to the share of patches that are still outliers, behind the block where they appear.
         self.curve: dict[int, float] = {}
+        self._whole: dict[int, float] = {}
 
     @property
     def most(self) -> int:
@@ -66,27 +67,43 @@ class Repair:
         strength[self.ranks[:number]] = 1.0
         self.tokens.strength.data.copy_(strength)
 
-    def left(self, number: int) -> float:
-        """Share of outliers left when the best ``number`` candidates are shifted."""
+    def behind(self, number: int) -> float:
+        """Share of outliers left behind the block where they appear, with the best ``number`` candidates shifted."""
         if number not in self.curve:
             self.shift(number)
-            self.curve[number] = max(_share(self.layer, cuts, batches) for cuts, batches in self.pictures)
+            first = [({min(cuts): cuts[min(cuts)]}, batches) for cuts, batches in self.pictures]
+            self.curve[number] = max(_share(self.layer, cuts, batches) for cuts, batches in first)
         return self.curve[number]
+
+    def left(self, number: int) -> float:
+        """The same at the layer where it is largest, of all where outliers separate; takes a longer forward pass."""
+        if number not in self._whole:
+            self.shift(number)
+            self._whole[number] = max(_share(self.layer, cuts, batches) for cuts, batches in self.pictures)
+        return self._whole[number]
 
     def choose(self, enough: float) -> int:
         """The fewest candidates that leave at most ``enough`` of the outliers; else those that leave fewest.
 
-        Doubles the number until it is enough, then halves the step back.
+        What is left behind the block where they appear decides, if it holds at the other layers too; else those do.
         """
-        goal = enough * self.left(0)
-        low, high = 0, 1
-        while self.left(high) > goal and high < self.most:
+        number = self._fewest(self.behind, enough)
+        if self.left(number) <= enough * self.left(0):
+            return number
+        return self._fewest(self.left, enough)
+
+    def _fewest(self, left: Callable[[int], float], enough: float) -> int:
+        """Doubles the number until it is enough, then halves the step back."""
+        goal = enough * left(0)
+        tried, low, high = [1], 0, 1
+        while left(high) > goal and high < self.most:
             low, high = high, min(2 * high, self.most)
-        if self.left(high) > goal:
-            return min((n for n in self.curve if n), key=lambda n: (self.curve[n], n))
+            tried.append(high)
+        if left(high) > goal:
+            return min(tried, key=lambda number: (left(number), number))
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.left(middle) <= goal else (middle, high)
+            low, high = (low, middle) if left(middle) <= goal else (middle, high)
         return high
 
 
