@@ -210,7 +210,9 @@ class SequenceHooks:
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         # A plain dictionary, as DINOv2's own code returns it, has no entry 0.
         values = output.values() if isinstance(output, dict) else output
-        last = None if isinstance(output, torch.Tensor) else next(iter(values), None)
+        # No ``next(..., None)``: the graph compiler of older torch does not know it.
+        entries = [] if isinstance(output, torch.Tensor) else list(values)
+        last = entries[0] if entries else None
         if isinstance(last, (tuple, list)) and last:  # a backbone's feature maps, (B, D, h, w) or (B, N, D)
             last = last[-1]
             length = last.shape[1] if last.ndim == 3 else last.shape[-2:].numel() + self.prefix
