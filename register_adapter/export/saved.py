@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers.utils import cached_file
 
@@ -97,7 +98,10 @@ def export_saved(
 
 def _transformers(base: str, mapping: dict[str, str]) -> nn.Module:
     kind: Any = getattr(transformers, mapping.get("base_model_class", ""), transformers.AutoModel)
-    model: nn.Module = kind.from_pretrained(base)
+    try:
+        model: nn.Module = kind.from_pretrained(base)
+    except HFValidationError as error:  # newer transformers say something like this themselves
+        raise OSError(f"the base {base!r} is neither a folder nor the name of a repository on the Hub") from error
     return model
 
 
