@@ -6,7 +6,8 @@ import copy
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from execution_cases import SHARDED, WAYS, gradients, registered, trained_values
 from families import HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from register_adapter import RegisterConfig
@@ -44,6 +46,19 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
+@contextmanager
+def as_far_as_the_base(alone: Callable[[], Any]) -> Iterator[None]:
+    """Skips a test that fails inside where ``alone``, the same on the base without any adapter, fails as well."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            alone()
+        except Exception as own:
+            pytest.skip(f"the base alone cannot do it with these versions: {type(own).__name__} {str(own)[:80]}")
+        raise error
+
+
 # Compiled
 
 
@@ -63,7 +78,10 @@ def compiled(model: torch.nn.Module, backend: str = "eager") -> Any:
 @pytest.mark.usefixtures("_no_graphs")
 def test_the_whole_model_is_one_graph(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
-    close(run(compiled(model), inputs), run(model, inputs))
+    expected = run(model, inputs)
+    with as_far_as_the_base(lambda: run(compiled(build(name)), inputs)):
+        found = run(compiled(model), inputs)
+    close(found, expected)
 
 
 @pytest.mark.usefixtures("_no_graphs")
@@ -104,7 +122,9 @@ def test_inductor_trains(name: str, way: str) -> None:
     model, inputs = registered(name, way).train(), make_inputs(name)
     expected = gradients(model, inputs)
     graph = compiled(model, "inductor")
-    close(gradients(graph, inputs), expected)
+    with as_far_as_the_base(lambda: run(compiled(build(name)), inputs)):
+        found = gradients(graph, inputs)
+    close(found, expected)
     close(run(graph.eval(), inputs), run(model, inputs))
 
 
@@ -121,7 +141,12 @@ def test_an_exported_program_takes_any_batch(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     free = name != "siglip2-vision"  # its position embeddings are resized picture by picture, with or without registers
     shapes = {key: {0: torch.export.Dim("batch", min=1, max=64)} for key in inputs} if free else None
-    program = torch.export.export(model.get_base_model(), (), inputs, dynamic_shapes=shapes, strict=False).module()
+
+    def exported(base: torch.nn.Module) -> Any:
+        return torch.export.export(base, (), inputs, dynamic_shapes=shapes, strict=False).module()
+
+    with as_far_as_the_base(lambda: exported(build(name))):
+        program = exported(model.get_base_model())
     for size in (1, 2, 5) if free else (2,):
         close(run(program, batch_of(inputs, size)), run(model, batch_of(inputs, size)))
 
@@ -199,7 +224,11 @@ def test_two_processes_give_the_gradients_of_one(
     sharded = request.getfixturevalue("by_deepspeed" if kind == "zero3" else "by_torch")
     model = registered(name, way).train()
     before, grads = trained_values(model), gradients(model, make_inputs(name))
-    for key, grad in grads.items():
+    # Older FSDP2 sums over gloo instead of taking the mean, a plain layer's gradients too.
+    times = float(sharded["plain layer"]) if kind == "fsdp2" else 1.0
+    assert times in (1.0, 2.0)
+    for key, value in grads.items():
+        grad = times * value
         assert grad.abs().max() > 0
         torch.testing.assert_close(sharded[f"{kind} {name} {way} grad {key}"], grad, rtol=1e-4, atol=1e-7)
         stepped = before[key] - 0.1 * grad
@@ -251,9 +280,12 @@ def test_a_model_can_be_dispatched_with_its_registers_anywhere(way: str, place: 
 @every_name
 def test_an_adapter_loads_into_a_base_with_a_device_map(name: str, way: str, device_map: str, tmp_path: Path) -> None:
     model, inputs = registered(name, way), make_inputs(name)
-    build(name).save_pretrained(tmp_path / "base")
+    plain = build(name)
+    plain.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
-    base = tf.AutoModel.from_pretrained(tmp_path / "base", device_map=device_map, attn_implementation="sdpa")
+    loader = tf.AutoModel if type(plain.config) in tf.AutoModel._model_mapping else type(plain)
+    attention = plain.config._attn_implementation  # BEIT's in transformers 4 is chosen once and for all
+    base = loader.from_pretrained(tmp_path / "base", device_map=device_map, attn_implementation=attention)
     assert_identical(run(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), inputs), run(model, inputs))
 
 
@@ -261,9 +293,13 @@ def test_an_adapter_loads_into_a_base_with_a_device_map(name: str, way: str, dev
 def test_registers_join_a_base_on_disk(way: str, tmp_path: Path) -> None:
     """PEFT cannot load any adapter into such a base, LoRA no more than registers; new ones can be added."""
     build("vit").save_pretrained(tmp_path / "base")
-    base = tf.AutoModel.from_pretrained(
-        tmp_path / "base", device_map={"": "disk"}, offload_folder=tmp_path / "disk", attn_implementation="sdpa"
-    )
+    try:
+        base = tf.AutoModel.from_pretrained(
+            tmp_path / "base", device_map={"": "disk"}, offload_folder=tmp_path / "disk", attn_implementation="sdpa"
+        )
+    except SafetensorError:  # transformers 4 knows no such place for a whole model
+        base = build("vit")
+        accelerate.disk_offload(base, tmp_path / "disk", torch.device("cpu"))
     assert {value.device.type for value in base.parameters()} == {"meta"}
     inputs = make_inputs("vit")
     assert_identical(run(registered("vit", way, base), inputs), run(registered("vit", way), inputs))

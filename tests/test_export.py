@@ -220,7 +220,11 @@ def _dual_encoder():
     [
         (_upernet, "dinov2"),
         (_dual_encoder, "dual-encoder"),
-        (lambda: build("sapiens2-segmentation"), "sapiens2-segmentation"),
+        pytest.param(
+            lambda: build("sapiens2-segmentation"),
+            "sapiens2-segmentation",
+            marks=pytest.mark.skipif("sapiens2-segmentation" not in CASES, reason="transformers without Sapiens 2"),
+        ),
     ],
     ids=["upernet", "dual-encoder", "sapiens2"],
 )

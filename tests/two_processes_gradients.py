@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from execution_cases import SHARDED, gradients, registered, trained, trained_values
+from execution_cases import SHARDED, gradients, registered, trained, trained_values, whole
 from families import make_inputs
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -31,6 +31,16 @@ def shard(model: nn.Module) -> nn.Module:
     for block in find_tower(model).part("blocks"):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def times_of_a_plain_layer() -> torch.Tensor:
+    """What FSDP2 multiplies the gradient of a plain layer by: 1 where it takes the mean over the processes."""
+    from torch.distributed.fsdp import fully_shard
+
+    layer = nn.Linear(1, 1, bias=False)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
+    layer(torch.ones(1, 1)).sum().backward()  # the gradient is 1
+    return whole(layer.weight.grad).reshape(())
 
 
 def step_of_torch(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: Tensors) -> tuple[Tensors, Tensors]:
@@ -76,7 +86,7 @@ def main() -> None:
     else:
         distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    found = {}
+    found = {"plain layer": times_of_a_plain_layer()} if "fsdp2" in kinds else {}
     for kind in kinds:
         for name, way in SHARDED:
             inputs = {key: value[rank : rank + 1] for key, value in make_inputs(name).items()}
