@@ -108,6 +108,48 @@ def _app() -> Any:
         print_reports(reports, output_dir, no_pictures)
 
     @app.command()
+    def probe(
+        model: str = typer.Argument(help="Model: folder, name on the Hub; planted or clean for the shipped ViT."),
+        images: str = typer.Argument(help="Folder of pictures, one sub-folder a class; scenes for made ones."),
+        output_dir: str = typer.Option(
+            ..., "--output_dir", "--out", help="Folder for probes.json, and registers.json if there are registers."
+        ),
+        adapter: str | None = typer.Option(None, help="Folder or name of an adapter, to be probed too."),
+        rule: str = typer.Option("auto", help="Rule for outliers, as in the audit."),
+        layer: int = typer.Option(-1, help="Layer: 0 is the input of the first block, -1 the last one's output."),
+        min_images: int = typer.Option(100, "--min_images", min=10, help="Fewest pictures with outliers."),
+        max_images: int | None = typer.Option(None, "--max_images", min=1, help="Use so many pictures, at random."),
+        batch_size: int = typer.Option(32, "--batch_size", min=1, help="Pictures a batch."),
+        seed: int = typer.Option(0, help="Seed of everything random."),
+        device: str | None = typer.Option(None, help="Where to run; default a GPU if there is one."),
+        strict: bool = typer.Option(False, "--strict", help="Refuse bad pictures instead of skipping them."),
+    ) -> None:
+        """Find out what tokens know (place, pixels, class of the picture), and what registers do.
+
+        Try it on what the package ships: register-adapter probe planted scenes --out probes
+        """
+        _quieten()
+        from .probe_command import ProbeArguments, print_probes, run_probes
+
+        found = run_probes(
+            ProbeArguments(
+                model,
+                images,
+                output_dir,
+                adapter,
+                rule,
+                layer,
+                min_images,
+                max_images,
+                batch_size,
+                seed,
+                device,
+                strict,
+            )
+        )
+        print_probes(found, output_dir)
+
+    @app.command()
     def fit(
         model: str = typer.Argument(help="Model: folder, name on the Hub; planted or clean for the shipped ViT."),
         images: str = typer.Argument(help="Folder of pictures, with those below it; scenes for made ones."),
@@ -125,7 +167,7 @@ def _app() -> Any:
             None, "--image_sizes", min=1, help="Side to resize to; several are pooled."
         ),
         max_images: int = typer.Option(256, "--max_images", min=3, help="Use the first so many pictures."),
-        batch_size: int = typer.Option(32, "--batch_size", min=1, help="Pictures a batch."),
+        batch_size: int | None = typer.Option(None, "--batch_size", min=1, help="Pictures a batch."),
         device: str | None = typer.Option(None, help="Where to run; default a GPU if there is one."),
         strict: bool = typer.Option(False, "--strict", help="Refuse bad pictures instead of skipping them."),
     ) -> None:

@@ -37,7 +37,7 @@ class FitArguments:
     num_neurons: int | None = None
     image_sizes: Sequence[int] = ()
     max_images: int = 256
-    batch_size: int = 32
+    batch_size: int | None = None
     device: str | None = None
     strict: bool = False
 

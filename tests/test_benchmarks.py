@@ -165,3 +165,30 @@ def test_ratios_are_taken_within_a_turn(measuring: ModuleType, monkeypatch: pyte
     )
     assert found["ratios"]["one/other"]["median"] == pytest.approx(2, rel=0.02)
     assert found["milliseconds"]["one"]["p90"] > 1.2 * found["milliseconds"]["one"]["p10"]
+
+
+OTHERS = {
+    "audit": (["--images", "6", "--batch", "3"], {"audit/forward", "audit, no attentions/forward"}),
+    "neurons": (
+        ["--images", "120", "--batch", "16", "--shift_repeats", "2"],
+        {"fit/forward", "fit/published", "shift/register"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_benchmarks_write_what_they_compared(name: str, tmp_path: Path) -> None:
+    options, ratios = OTHERS[name]
+    out = tmp_path / "new folder" / f"{name}.json"
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", "tiny", "--size", "112", "--repeats", "2"]
+    done = subprocess.run(
+        [*command, *options, "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert {"benchmark", "config", "versions", "hardware", "commit", "results", "targets"} <= set(report)
+    found = {key: value for result in report["results"] for key, value in result["ratios"].items()}
+    assert set(found) == ratios
+    assert all(0 < ratio["p10"] <= ratio["median"] <= ratio["p90"] for ratio in found.values())
+    assert len(report["targets"]) == len(ratios)
+    assert done.stdout.count("reached") + done.stdout.count("missed") == len(ratios)

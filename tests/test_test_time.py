@@ -466,8 +466,8 @@ def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
     scores = NeuronScores(find_tower(planted.model), Cut("fixed", 150.0, 0.0, True), planted.layer)
 
     def size() -> int:
-        sums = [*scores._outliers.values(), *scores._others.values()]
-        return sum(part.nbytes for one in sums for part in (one.count, one.first, one.second))
+        sums = [*scores._outliers.values(), *scores._all.values()]
+        return sum(part.nbytes for one in sums for part in (one.first, one.second))
 
     scores.add(pixels[:8])
     first = size()

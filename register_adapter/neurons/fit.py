@@ -54,7 +54,7 @@ def fit_test_time_registers(
     max_neurons: int = 64,
     max_images: int = 256,
     image_sizes: Sequence[int] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     adapter_name: str = "default",
     target_modules: str | None = None,
     strict: bool = False,
@@ -80,7 +80,7 @@ def fit_test_time_registers(
         max_images: Use no more pictures.
         image_sizes: Sides in pixels, to which every batch is resized, pooling over all of them: neurons found at one
             resolution need not serve another. Default: as the pictures come.
-        batch_size: Pictures a forward pass.
+        batch_size: Pictures a forward pass; default 32, and 8 on a CPU, whose caches hold no more.
         adapter_name: Name of the adapter.
         target_modules: Name of the vision tower, needed only where a model has several.
         strict: Refuse bad pictures instead of skipping them with a warning.
@@ -117,7 +117,7 @@ def fit_test_time_registers(
         images,
         image_processor,
         model_name=source_of(model, tower),
-        batch_size=batch_size,
+        batch_size=batch_size or (8 if device.type == "cpu" else 32),
         max_images=max_images,
         strict=strict,
     )

@@ -67,30 +67,31 @@ def run_up_to(tower: Tower, block: int, inputs: torch.Tensor | Mapping[str, Any]
 
 
 class _Sums:
-    """Sums over tokens of one kind, ``(M,)`` float64 where the device has it."""
+    """Count, sums and sums of squares over tokens, ``(M,)``, float64 where the device has it."""
 
-    def __init__(self) -> None:
-        self.count: Any = 0
-        self.first: Any = 0
-        self.second: Any = 0
+    def __init__(self, count: Any = 0, first: Any = 0, second: Any = 0) -> None:
+        self.count, self.first, self.second = count, first, second
 
-    def add(self, values: torch.Tensor, weights: torch.Tensor) -> None:
-        """Add ``(B, P, M)`` values with ``(B, P)`` weights of 0 and 1."""
-        flat, chosen = values.flatten(0, 1), weights.flatten().to(values)
+    def add(self, values: torch.Tensor) -> None:
+        """Add tokens ``(T, M)``."""
         kind = torch.float32 if values.device.type == "mps" else torch.float64
-        self.count = self.count + chosen.sum(dtype=kind)
-        self.first = self.first + (chosen @ flat).to(kind)
-        self.second = self.second + (chosen @ flat.square()).to(kind)
+        self.count = self.count + len(values)
+        self.first = self.first + values.sum(0).to(kind)
+        self.second = self.second + torch.linalg.vector_norm(values, dim=0).to(kind).square()
+
+    def without(self, others: _Sums) -> _Sums:
+        """The sums over the tokens that are not among ``others``."""
+        return _Sums(self.count - others.count, self.first - others.first, self.second - others.second)
 
     @property
     def mean(self) -> torch.Tensor:
         """``(M,)``."""
-        return torch.as_tensor(self.first / self.count)
+        return torch.as_tensor(self.first / max(self.count, 1))
 
     @property
     def std(self) -> torch.Tensor:
         """``(M,)``."""
-        return torch.as_tensor((self.second / self.count - self.mean.square()).clamp_min(0).sqrt())
+        return torch.as_tensor((self.second / max(self.count, 1) - self.mean.square()).clamp_min(0).sqrt())
 
 
 class NeuronScores:
@@ -107,7 +108,7 @@ class NeuronScores:
         self.tower, self.cut, self.top = tower, cut, top
         self.blocks = [block for block in range(first, top + 1) if tower.block_part(block, "mlp_out") is not None]
         self._outliers = {block: _Sums() for block in [*self.blocks, -1]}
-        self._others = {block: _Sums() for block in [*self.blocks, -1]}
+        self._all = {block: _Sums() for block in [*self.blocks, -1]}
         self._seen: dict[int, torch.Tensor] = {}
         found = getattr(tower.module, "registers", None)
         self._layer = found if isinstance(found, RegisterLayer) else None
@@ -134,12 +135,12 @@ class NeuronScores:
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = self._patches(self.top, output[0] if isinstance(output, tuple) else output).float()
-        chosen = self.cut.mask(hidden).float()
+        chosen = self.cut.mask(hidden).flatten()
         self.num_images += len(hidden)
         for block, values in [*self._seen.items(), (-1, hidden)]:
-            tokens = self._patches(block, values).float() if block >= 0 else values
-            self._outliers[block].add(tokens, chosen)
-            self._others[block].add(tokens, 1 - chosen)
+            tokens = (self._patches(block, values).float() if block >= 0 else values).flatten(0, 1)
+            self._all[block].add(tokens)
+            self._outliers[block].add(tokens[chosen])
 
     @property
     def num_outliers(self) -> int:
@@ -148,11 +149,12 @@ class NeuronScores:
 
     def ranked(self, most: int) -> list[Neuron]:
         """The ``most`` units that add most to the outliers, the first first."""
-        direction = (self._outliers[-1].mean - self._others[-1].mean).double().cpu()
+        others = self._all[-1].without(self._outliers[-1])
+        direction = (self._outliers[-1].mean - others.mean).double().cpu()
         length = direction.norm().clamp_min(1e-12)
         found: list[Neuron] = []
         for block in self.blocks:
-            outliers, others = self._outliers[block], self._others[block]
+            outliers, others = self._outliers[block], self._all[block].without(self._outliers[block])
             usual, spread = others.mean.double().cpu(), others.std.double().cpu()
             more = outliers.mean.double().cpu() - usual
             score = (more * self._written(block, direction / length)).abs() / length

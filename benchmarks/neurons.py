@@ -1,0 +1,229 @@
+"""What registers without training cost: the fit, and inference with the shift.
+
+The fit is compared with a plain forward pass and with the published procedure over the same pictures, the shift with
+the adapter without it.
+
+    python benchmarks/neurons.py --out benchmarks/results/neurons-cpu.json
+
+A DINOv2 of one of the shapes with random weights, in which two hidden units of the middle block are written by hand so
+that they make outliers of some patches: what is measured is time, and time does not depend on what weights mean.
+
+The published procedure is written from its description ("Vision Transformers Don't Need Trained Registers", arXiv
+2506.08010, and what was seen of its public code): one image at a time, hooks on every block, activations, outputs and
+attention maps copied to the host; outliers by mean + 3 standard deviations; units ranked by mean |activation| there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import describe_machine, take_turns
+from overhead import PATCH, SHAPES
+from transformers import Dinov2Config, Dinov2Model
+
+from register_adapter import add_registers, fit_test_time_registers
+from register_adapter.towers import find_tower
+
+#: (a, b): time of a over time of b, and the most it may be.
+LIMITS = {("fit", "forward"): 1.2, ("fit", "published"): 1 / 1.5, ("shift", "register"): 1.03}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    model: str
+    size: int
+    batch: int
+    images: int
+    dtype: str
+    device: str
+
+
+def build(case: Case, pictures: torch.Tensor) -> Any:
+    """The model, with two hidden units of the middle block that write a large vector into about 2 % of the patches."""
+    width, blocks, heads = SHAPES[case.model]
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        image_size=case.size,
+        patch_size=PATCH,
+    )
+    model = Dinov2Model(config).eval().to(case.device, getattr(torch, case.dtype))
+    mlp = find_tower(model).part("blocks")[(blocks - 1) // 2].mlp
+    seen: list[torch.Tensor] = []
+    handle = mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(pictures[:8].to(case.device, getattr(torch, case.dtype)))
+        handle.remove()
+        direction = torch.randn(width, generator=torch.Generator().manual_seed(1)).to(seen[0])
+        threshold = (seen[0][:, 1:] @ direction).float().quantile(0.98)
+        column = torch.randn(width, generator=torch.Generator().manual_seed(2)).to(seen[0])
+        for unit, sign, offset in ((0, 1.0, 0.0), (1, -1.0, 10.0)):  # a ramp that saturates
+            mlp.fc1.weight[unit] = 50 * direction
+            mlp.fc1.bias[unit] = -50 * threshold - offset
+            mlp.fc2.weight[:, unit] = sign * 20 * column
+    return model
+
+
+def publish(model: Any, pictures: torch.Tensor, neurons: int = 10) -> list[tuple[int, int]]:
+    """The published procedure; the best units as (block, unit)."""
+    tower = find_tower(model)
+    layers = tower.part("blocks")
+    activations: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
+    maps: dict[int, torch.Tensor] = {}
+    handles = []
+    for index, block in enumerate(layers):
+
+        def activated(module: Any, args: Any, index: int = index) -> None:
+            activations[index] = args[0].detach().cpu()
+
+        def written(module: Any, args: Any, output: Any, index: int = index) -> None:
+            outputs[index] = (output[0] if isinstance(output, tuple) else output).detach().cpu()
+
+        def attended(module: Any, args: Any, output: Any, index: int = index) -> None:
+            maps[index] = output[1].detach().cpu()
+
+        handles.append(block.mlp.fc2.register_forward_pre_hook(activated))
+        handles.append(block.register_forward_hook(written))
+        handles.append(tower.block_part(index, "attention").register_forward_hook(attended))
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    totals = [torch.zeros(block.mlp.fc2.in_features) for block in layers]
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    try:
+        with torch.no_grad():
+            for picture in pictures:
+                model(picture[None].to(device, dtype))
+                norms = outputs[len(layers) - 1][0, 1:].float().norm(dim=-1)
+                chosen = norms > norms.mean() + 3 * norms.std()
+                if chosen.any():
+                    for index in range(len(layers)):
+                        totals[index] += activations[index][0, 1:][chosen].float().abs().mean(0)
+    finally:
+        model.set_attn_implementation(before)
+        for handle in handles:
+            handle.remove()
+    ranked = torch.cat(totals).topk(neurons).indices.tolist()
+    width = len(totals[0])
+    return [divmod(place, width) for place in ranked]
+
+
+def make_calls(case: Case) -> dict[str, Callable[[], None]]:
+    """The variants, by name, over the same pictures."""
+    pictures = torch.randn(case.images, 3, case.size, case.size, generator=torch.Generator().manual_seed(0))
+    model = build(case, pictures)
+    dtype = getattr(torch, case.dtype)
+    planted = (SHAPES[case.model][1] - 1) // 2
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in torch.split(pictures, case.batch):
+                model(batch.to(case.device, dtype))
+
+    def fit() -> None:
+        fitted = fit_test_time_registers(model, pictures, batch_size=case.batch, max_images=case.images, progress=False)
+        found = fitted.peft_config["default"].register_neurons
+        fitted.unload()
+        if found != {planted: [0, 1]} and found != {planted: [1, 0]}:
+            raise RuntimeError(f"the fit found {found}, planted were the units 0 and 1 of block {planted}")
+
+    def infer(neurons: bool) -> Callable[[], None]:
+        options: dict[str, Any] = {"register_neurons": {planted: list(range(10))}} if neurons else {}
+        adapted = add_registers(copy.deepcopy(model), 1, **options).eval()
+        batch = pictures[: case.batch].to(case.device, dtype)
+
+        def call() -> None:
+            with torch.no_grad():
+                adapted(batch)
+
+        return call
+
+    return {
+        "forward": forward,
+        "fit": fit,
+        "published": lambda: void(publish(model, pictures)),
+        "register": infer(False),
+        "shift": infer(True),
+    }
+
+
+def void(value: Any) -> None:
+    """Nothing, whatever was computed."""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="s")
+    parser.add_argument("--size", type=int, default=224, help="image side, a multiple of 14")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--images", type=int, default=256, help="pictures of one call")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shift_repeats", type=int, default=21, help="turns of the comparison at inference")
+    parser.add_argument("--budget", type=float, default=900, help="most seconds of all turns")
+    parser.add_argument("--out", type=Path, default=Path("neurons.json"))
+    args = parser.parse_args(argv)
+    if args.size < PATCH or args.size % PATCH:
+        parser.error(f"--size must be a multiple of {PATCH}, got {args.size}")
+    if min(args.batch, args.images, args.repeats, args.shift_repeats) < 1:
+        parser.error("--batch, --images and the repeats must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure, write the report, and return it."""
+    args = parse(argv)
+    started = time.time()
+    case = Case(args.model, args.size, args.batch, args.images, args.dtype, args.device)
+    calls, kind = make_calls(case), torch.device(args.device).type
+    results = []
+    for names, repeats in (
+        (("forward", "fit", "published"), args.repeats),
+        (("register", "shift"), args.shift_repeats),
+    ):
+        ratios = [pair for pair in LIMITS if set(pair) <= set(names)]
+        chosen = {name: calls[name] for name in names}
+        results.append(asdict(case) | take_turns(chosen, ratios, kind, repeats, 0.0, args.budget))
+    measured = {key: value for result in results for key, value in result["ratios"].items()}
+    targets = []
+    for (first, second), limit in LIMITS.items():
+        value = measured[f"{first}/{second}"]["median"]
+        targets.append(
+            {
+                "target": f"time of {first} / {second}",
+                "value": value,
+                "limit": round(limit, 4),
+                "passed": bool(value <= limit),
+            }
+        )
+    report = {
+        "benchmark": "neurons",
+        "config": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        **describe_machine(),
+        "results": results,
+        "targets": targets,
+        "seconds": round(time.time() - started, 1),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    for target in main()["targets"]:
+        said = "reached" if target["passed"] else "missed"
+        sys.stdout.write(f"{target['target']}: {target['value']:.3f}, at most {target['limit']:.3f}: {said}\n")
