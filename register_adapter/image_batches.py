@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,12 +18,27 @@ from torch import nn
 from .data import load_image_processor
 from .images import ImageFileError, image_name, load_image, walk_files
 
-__all__ = ["Batch", "ImageBatches", "list_pictures"]
+__all__ = ["Batch", "ImageBatches", "Labelled", "list_pictures"]
 
 logger = logging.getLogger(__name__)
 #: What a tower is called with: pixel values ``(B, 3, H, W)``, or its keywords.
 Batch = torch.Tensor | dict[str, Any]
 _SHOWN = 20
+_LABELS = ("labels", "label")
+
+
+class Labelled(NamedTuple):
+    """A batch and what belongs to its pictures.
+
+    Attributes:
+        inputs: What the tower is called with.
+        numbers: Of each picture, its place among all that were given, bad ones counted.
+        labels: As they came with the pictures or the batch, one a picture; ``None`` if any is missing.
+    """
+
+    inputs: Batch
+    numbers: range | list[int]
+    labels: Any
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
@@ -115,6 +130,10 @@ class ImageBatches:
             ImageFileError: ``strict`` and a picture is bad, or none is good.
             ValueError: The pictures of a batch come out of the processor with different sizes.
         """
+        return (one.inputs for one in self.labelled(device, dtype, module))
+
+    def labelled(self, device: torch.device, dtype: torch.dtype, module: nn.Module) -> Iterator[Labelled]:
+        """As :meth:`on`, with the labels that pictures or batches came with (an entry ``"label"`` or ``"labels"``)."""
         names = list(inspect.signature(module.forward).parameters)
 
         def move(value: Any) -> Any:
@@ -122,45 +141,51 @@ class ImageBatches:
                 return value
             return value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
 
-        for batch in self._whole_batches() if self.ready else self._read():
+        def place(batch: Batch) -> Batch:
             if isinstance(batch, torch.Tensor):
-                yield move(batch)
-                continue
+                moved: Batch = move(batch)
+                return moved
             kept = {key: move(value) for key, value in batch.items() if key in names}
-            if not kept and isinstance(batch.get("pixel_values"), torch.Tensor):
-                yield move(batch["pixel_values"])  # towers outside transformers take it by position
-            elif not kept:
-                raise ValueError(f"a batch has the keys {list(batch)}; {type(module).__name__} takes {names}")
-            else:
-                yield kept
+            if kept:
+                return kept
+            if isinstance(batch.get("pixel_values"), torch.Tensor):
+                return place(batch["pixel_values"])  # towers outside transformers take it by position
+            raise ValueError(f"a batch has the keys {list(batch)}; {type(module).__name__} takes {names}")
 
-    def _whole_batches(self) -> Iterator[Batch]:
-        left = self.max_images
+        for one in self._whole_batches() if self.ready else self._read():
+            yield one._replace(inputs=place(one.inputs))
+
+    def _whole_batches(self) -> Iterator[Labelled]:
+        start = 0
         for item in self._items:
-            if left == 0:
+            if start == self.max_images:
                 return
-            batch = item[0] if isinstance(item, list | tuple) else item
+            batch, labels = item, None
+            if isinstance(item, list | tuple):
+                batch, labels = item[0], item[1] if len(item) == 2 else None
             if not isinstance(batch, torch.Tensor | Mapping):
                 raise ValueError(f"a batch must be a tensor or a dictionary of tensors, found {type(batch).__name__}")
             batch = batch if isinstance(batch, torch.Tensor) else dict(batch)
+            labels = _label_of(batch) if labels is None else labels
             number = _length(batch)
-            if left is not None and number > left:
-                batch, number = _first(batch, left, number), left
-            left = None if left is None else left - number
-            yield batch
+            if self.max_images is not None and start + number > self.max_images:
+                left = self.max_images - start
+                batch, labels, number = _first(batch, left, number), None if labels is None else labels[:left], left
+            yield Labelled(batch, range(start, start + number), labels)
+            start += number
 
-    def _read(self) -> Iterator[Batch]:
+    def _read(self) -> Iterator[Labelled]:
         numbered = enumerate(islice(self._items, self.max_images))
         good = bad = 0
-        waiting: deque[Future[tuple[Batch | None, int, list[str]]]] = deque()
+        waiting: deque[Future[tuple[Labelled | None, list[str]]]] = deque()
         with ThreadPoolExecutor(max_workers=self.num_workers) as pool:
             while True:
                 while len(waiting) <= self.num_workers and (part := list(islice(numbered, self.batch_size))):
                     waiting.append(pool.submit(self._make, part))
                 if not waiting:
                     break
-                batch, number, faults = waiting.popleft().result()
-                good, bad = good + number, bad + len(faults)
+                batch, faults = waiting.popleft().result()
+                good, bad = good + (len(batch.numbers) if batch else 0), bad + len(faults)
                 self.skipped += faults
                 if faults and self.strict:
                     raise ImageFileError(f"{len(faults)} bad pictures, and none may be (strict): {_some(faults)}")
@@ -171,9 +196,9 @@ class ImageBatches:
         if self.skipped:
             logger.warning("%d of %d pictures are bad and skipped: %s", bad, good + bad, _some(self.skipped))
 
-    def _make(self, items: list[tuple[int, Any]]) -> tuple[Batch | None, int, list[str]]:
-        """One batch, in a thread: the processed pictures, their number, and what is wrong with the others."""
-        pictures, faults = [], []
+    def _make(self, items: list[tuple[int, Any]]) -> tuple[Labelled | None, list[str]]:
+        """One batch, in a thread: the processed pictures, and what is wrong with the others."""
+        pictures, numbers, labels, faults = [], [], [], []
         for index, item in items:
             source = item["image"] if isinstance(item, dict) and "image" in item else item
             name = image_name(source)
@@ -182,8 +207,14 @@ class ImageBatches:
                 pictures.append(load_image(source, name if known else f"item {index} ({name})"))
             except ImageFileError as error:
                 faults.append(str(error))
+                continue
+            numbers.append(index)
+            labels.append(_label_of(item))
+        if not pictures:
+            return None, faults
         assert self._process is not None
-        return (self._process(pictures) if pictures else None), len(pictures), faults
+        known = None if any(label is None for label in labels) else labels
+        return Labelled(self._process(pictures), numbers, known), faults
 
 
 def _iterate(images: Any) -> Iterator[Any]:
@@ -202,6 +233,13 @@ def _is_batch(item: Any) -> bool:
 
 def _tensors(batch: Mapping[str, Any]) -> bool:
     return any(isinstance(value, torch.Tensor) for value in batch.values())
+
+
+def _label_of(item: Any) -> Any:
+    """The label of a picture, the labels of a batch, or ``None``."""
+    if not isinstance(item, Mapping):
+        return None
+    return next((item[name] for name in _LABELS if item.get(name) is not None), None)
 
 
 def _length(batch: Batch) -> int:

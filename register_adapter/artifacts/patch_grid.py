@@ -67,10 +67,7 @@ class PatchGrid:
         return windows.transpose(1, 2)
 
     def _unknown(self, why: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"where the patches of {self._kind} lie is not known: {why}. Only classification can be probed: "
-            'probe_tokens(..., tasks=("classification",))'
-        )
+        return UnsupportedModelError(f"where the patches of {self._kind} lie is not known: {why}")
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         fits = isinstance(output, torch.Tensor) and output.ndim == 4 and isinstance(self._convolution, nn.Conv2d)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..anatomy import resolve
+from ..anatomy import Anatomy, resolve
 from ..layer import RegisterLayer
 from ..model import find_register_layer
 from ..towers import Tower, find_tower
@@ -18,14 +18,21 @@ __all__ = ["TokenLayout", "find_layout", "native_registers", "tower_of"]
 _NATIVE = ("config.num_register_tokens", "config.num_registers", "num_register_tokens", "num_reg_tokens", "reg_token")
 
 
-def tower_of(model: nn.Module) -> tuple[Tower, RegisterLayer | None]:
+def tower_of(
+    model: nn.Module, target_modules: str | None = None, anatomy: Anatomy | None = None
+) -> tuple[Tower, RegisterLayer | None]:
     """The tower that has registers, or the only one, and its register layer if there is one.
+
+    Args:
+        model: With or without registers.
+        target_modules: Name of the tower, where there are several and none has registers.
+        anatomy: Description of a model that the table does not have.
 
     Raises:
         UnsupportedModelError: The model has no vision tower, or several and none has registers.
     """
     layer = find_register_layer(model)
-    return (layer.tower, layer) if layer is not None else (find_tower(model), None)
+    return (layer.tower, layer) if layer is not None else (find_tower(model, target_modules, anatomy), None)
 
 
 def native_registers(tower: Tower) -> int:

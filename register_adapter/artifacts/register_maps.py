@@ -1,0 +1,102 @@
+"""Where registers look: their rows of the attention maps, block by block, reduced as they come."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from ..attention_maps import record_attention_maps
+from ..errors import UnsupportedModelError
+from .passes import Batch
+from .patch_grid import watch_patches
+from .register_states import Registers
+
+__all__ = ["RegisterMaps"]
+
+_Array = npt.NDArray[np.float32]
+
+
+class _Rows(dict[int, torch.Tensor]):
+    """Keeps the registers' rows ``(B, H, R, N)`` of every map that is written into it, and drops the rest."""
+
+    def __init__(self, registers: Registers) -> None:
+        super().__init__()
+        self.registers = registers
+
+    def __setitem__(self, block: int, attention: torch.Tensor) -> None:
+        where = self.registers.where(self.registers.inside(block))
+        super().__setitem__(block, attention[:, :, where].float().clone())
+
+
+class RegisterMaps:
+    """Sums over the registers' attention maps of many pictures, and the maps of the first ones.
+
+    Args:
+        registers: The registers.
+        block: The block whose maps are kept.
+        num_maps: Of how many pictures.
+    """
+
+    def __init__(self, registers: Registers, block: int, num_maps: int) -> None:
+        blocks, count = registers.num_blocks, registers.count
+        self.grid: tuple[int, int] | None = None
+        self._registers, self._block, self._num_maps = registers, block, num_maps
+        self._kept: list[_Array] = []
+        self._images = 0
+        self._similarity = np.zeros((blocks, count, count))
+        self._shares = np.zeros((blocks, count, 3))
+
+    def look(self, batch: Batch) -> None:
+        """Run the tower over a batch and take its maps in."""
+        tower, rows = self._registers.tower, _Rows(self._registers)
+        with watch_patches(tower) as grid, record_attention_maps(tower, rows):
+            tower.run(batch.inputs)
+        length = rows[self._block].shape[-1] - self._registers.inside(self._block).first_patch
+        try:
+            shape: tuple[int, int] | None = grid.shape(batch.size, length, batch.inputs)
+        except UnsupportedModelError:
+            shape = None
+        if self._images and shape != self.grid:
+            raise ValueError(f"pictures of several sizes: {self.grid} patches, then {shape}; give pictures of one size")
+        self.grid = shape
+        for block, row in rows.items():
+            self._add(block, row)
+        self._images += batch.size
+        if (missing := self._num_maps - sum(map(len, self._kept))) > 0:
+            first = self._registers.inside(self._block).first_patch
+            height, width = shape or (1, length)
+            maps = rows[self._block][:missing, :, :, first : first + height * width]
+            self._kept.append(maps.reshape(*maps.shape[:3], height, width).cpu().numpy())
+
+    def _add(self, block: int, rows: torch.Tensor) -> None:
+        layout = self._registers.inside(block)
+        count = rows.shape[2]
+        mean = rows.mean(1)  # over heads: (B, R, N)
+        maps = F.normalize(mean[..., layout.first_patch :].double(), dim=-1)
+        self._similarity[block, :count, :count] += (maps @ maps.transpose(1, 2)).sum(0).cpu().numpy()
+        bounds = (layout.first_patch, mean.shape[-1]), (0, layout.num_cls), (layout.num_cls, layout.first_patch)
+        for number, (start, stop) in enumerate(bounds):
+            self._shares[block, :count, number] += mean[..., start:stop].sum(-1).double().sum(0).cpu().numpy()
+
+    def attention(self) -> _Array:
+        """``(B, H, R, h, w)``, ``(B, H, R, 1, P)`` without a grid."""
+        return np.concatenate(self._kept)
+
+    def similarity(self) -> _Array:
+        """``(L, R, R)``; NaN for registers that are not there."""
+        found = (self._similarity / self._images).astype(np.float32)
+        for block, count in enumerate(self._counts()):
+            found[block, count:], found[block, :, count:] = np.nan, np.nan
+        return found
+
+    def shares(self) -> _Array:
+        """``(L, R, 3)``; NaN for registers that are not there."""
+        found = (self._shares / self._images).astype(np.float32)
+        for block, count in enumerate(self._counts()):
+            found[block, count:] = np.nan
+        return found
+
+    def _counts(self) -> list[int]:
+        return [self._registers.count_in(block) for block in range(self._registers.num_blocks)]

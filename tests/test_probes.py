@@ -1,0 +1,511 @@
+"""Probes: constructed models with known answers, scikit-learn used directly, and the refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from helpers import Snapshot, hooks
+from torch import nn
+from torch.nn import functional as F
+
+from register_adapter import add_registers, capture
+from register_adapter.artifacts.cut import Cut
+from register_adapter.artifacts.estimate import estimate
+from register_adapter.artifacts.linear_probes import PENALTIES, fit_classifier, fit_regression
+from register_adapter.artifacts.passes import read_batches
+from register_adapter.artifacts.probes import probe_tokens
+from register_adapter.artifacts.probing import _split
+from register_adapter.artifacts.token_layout import tower_of
+from register_adapter.artifacts.token_samples import draw_tokens
+from register_adapter.errors import MissingExtraError, UnsupportedModelError
+from register_adapter.image_batches import ImageBatches
+from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
+
+pytest.importorskip("sklearn")
+
+SIDE, PATCH, CLASSES = 4, 2, 4
+PLACES, PIXELS = SIDE**2, 3 * PATCH**2
+
+
+class _Embeddings(nn.Module):
+    """Writes into each token exactly what a test wants to find there.
+
+    The last column of a picture is seen by no patch. It says the class, and which two patches are outliers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embeddings = nn.Module()
+        self.patch_embeddings.projection = nn.Conv2d(3, PIXELS, PATCH, PATCH, bias=False)
+        self.patch_embeddings.projection.weight.data = torch.eye(PIXELS).reshape(PIXELS, 3, PATCH, PATCH)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        pixels = self.patch_embeddings.projection(pixel_values).flatten(2).transpose(1, 2)
+        hidden = pixel_values[:, 0, :3, -1].long()
+        place = torch.eye(PLACES)[: pixels.shape[1]].expand(len(pixels), -1, -1)
+        label = F.one_hot(hidden[:, 0], CLASSES).float()
+        tokens = torch.cat([place, pixels, torch.zeros(*pixels.shape[:2], CLASSES)], dim=2)
+        for row, (_, *spots) in enumerate(hidden.tolist()):
+            for spot in spots:
+                if 0 <= spot < tokens.shape[1]:
+                    tokens[row, spot] = 0
+                    tokens[row, spot, -CLASSES:] = 30 * label[row]
+        cls = torch.cat([torch.zeros(len(pixels), PLACES + PIXELS), label], dim=1)
+        return torch.cat([cls[:, None], tokens], dim=1)
+
+
+class ViTModel(nn.Module):
+    """A tower by its name: blocks that do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.layernorm = _Embeddings(), nn.Identity()
+        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.layernorm(hidden)
+
+
+CUT = Cut("fixed", high=15.0, separated=True)
+
+
+def _pictures(count: int, seed: int = 0, outliers: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.randn(count, 3, SIDE * PATCH, SIDE * PATCH + 1, generator=generator)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    spots = torch.rand(count, PLACES, generator=generator).argsort(1)[:, :2] if outliers else torch.full((count, 2), -1)
+    pictures[:, 0, 0, -1] = labels.float()
+    pictures[:, 0, 1:3, -1] = spots.float()
+    return pictures, labels
+
+
+def _batches(pictures: torch.Tensor, size: int = 32) -> Iterator[torch.Tensor]:
+    return iter(pictures.split(size))
+
+
+def _draw(model: nn.Module, images: Any, *rest: Any) -> Any:
+    tower, layer = tower_of(model)
+    return draw_tokens(tower, layer, read_batches(ImageBatches(images), None, tower), *rest)
+
+
+# Known answers
+
+
+@pytest.fixture(scope="module")
+def known() -> Any:
+    pictures, labels = _pictures(400)
+    return probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=CUT)
+
+
+def test_tokens_that_hold_their_place_exactly_are_found_there(known: Any) -> None:
+    normal, outlier = known.row("normal"), known.row("outlier")
+    assert normal.position_top1.value == 1.0
+    assert normal.position_distance.value == 0.0
+    assert normal.position_top1.constant < 0.15
+    # An outlier says nothing of its place: no better than a guess.
+    assert outlier.position_top1.value < 0.2
+    assert outlier.position_distance.value > 1.2
+    assert known.grid == (SIDE, SIDE)
+
+
+def test_tokens_that_hold_their_pixels_are_reconstructed(known: Any) -> None:
+    normal, outlier = known.row("normal").reconstruction_l2, known.row("outlier").reconstruction_l2
+    assert normal.value < 0.05
+    assert normal.constant == pytest.approx(PIXELS**0.5, rel=0.1)  # standard normal pixels
+    assert outlier.value == pytest.approx(outlier.constant, rel=0.1)
+
+
+def test_outliers_that_carry_the_class_tell_it_and_normal_tokens_do_not(known: Any) -> None:
+    assert known.row("outlier").classification.value == 1.0
+    assert known.row("CLS").classification.value == 1.0
+    normal = known.row("normal").classification
+    assert normal.value < 0.45
+    assert normal.estimate.num_images == 120
+    assert known.difference["classification"].value == pytest.approx(1 - normal.value)
+    assert known.difference["position_top1"].value < -0.8
+
+
+def test_counts_are_equal_and_in_the_table(known: Any) -> None:
+    assert (known.num_images, known.num_patches, known.num_outliers) == (400, 400 * PLACES, 800)
+    rows = [known.row(name) for name in ("normal", "outlier")]
+    assert [(row.num_images, row.num_tokens) for row in rows] == [(400, 800)] * 2
+    assert rows[0].position_top1.num_train == 2 * 280
+    assert known.row("CLS").position_top1 is None
+    text = known.to_markdown()
+    assert text.startswith("| token | images | tokens | position top-1")
+    assert "| outlier | 400 | 800 |" in text
+    assert "constant" in json.loads(json.dumps(known.to_dict()))["rows"][0]["position_top1"]
+    assert (known.layer, known.num_layers) == (2, 3)
+
+
+def test_a_shared_probe_is_learned_from_all_tokens_in_their_proportion() -> None:
+    pictures, labels = _pictures(200)
+    report = probe_tokens(
+        ViTModel(), _batches(pictures), labels.tolist(), cut=CUT, local_probe="shared", tasks=("position",)
+    )
+    normal, outlier = (report.row(name).position_top1 for name in ("normal", "outlier"))
+    # 2 of 16 patches are outliers: 280 normal training tokens go with 40 of them.
+    assert normal.num_train == outlier.num_train == 280 + 40
+    assert normal.value == 1.0
+    assert outlier.value < 0.2
+
+
+def test_the_size_of_batches_and_a_second_run_make_no_difference() -> None:
+    pictures, labels = _pictures(60)
+
+    def run(size: int) -> Any:
+        options: dict[str, Any] = {"cut": CUT, "min_images": 20, "max_samples": 40, "seed": 3}
+        return probe_tokens(ViTModel(), _batches(pictures, size), labels.tolist(), **options).to_dict()
+
+    first = run(7)
+    assert first == run(7) == run(60)
+    pictures, labels = _pictures(60, outliers=True)
+    other = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=CUT, min_images=20, seed=4).to_dict()
+    assert other["rows"] != first["rows"]
+
+
+# Outliers that are too few
+
+
+@pytest.mark.parametrize("cut", [CUT, None])
+def test_too_few_outliers_give_a_sentence_and_no_figure(cut: Cut | None) -> None:
+    pictures, labels = _pictures(60, outliers=False)
+    pictures[:5, 0, 1, -1] = 3.0
+    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=cut, min_images=20)
+    row = report.row("outlier")
+    assert row.classification is row.position_top1 is row.reconstruction_l2 is None
+    found = 5 if cut else 0
+    assert row.note == f"not enough outlier tokens ({found} found, in {found} images; 20 images with some needed)"
+    assert report.row("normal").num_images == 60
+    assert report.row("CLS").classification.value > 0.9
+    assert report.difference == {}
+    assert row.note in report.to_markdown()
+
+
+def test_images_without_outliers_are_left_out_of_every_row() -> None:
+    pictures, labels = _pictures(60)
+    pictures[20:, 0, 1:3, -1] = -1
+    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=CUT, min_images=20)
+    assert report.num_images_with_outliers == 20
+    assert {row.num_images for row in report.rows} == {20}
+
+
+# The draw
+
+
+def test_what_is_kept_of_an_image_is_what_the_model_computed() -> None:
+    planted = load_planted_vit().model
+    scenes, processor = SceneDataset(24, seed=11, split=None), load_image_processor()
+    pixels = processor([item["image"] for item in scenes], return_tensors="pt")["pixel_values"]
+    with torch.no_grad(), capture(planted, attentions=False) as trace:
+        planted(pixel_values=pixels)
+    norms = trace.patches(6).norm(dim=-1)
+    cut = Cut("fixed", high=3 * norms.median().item())
+    samples = _draw(planted, _batches(pixels, 24), cut, 6, True, 2, 100, 0)
+    mask = norms > cut.high
+    assert samples.num_outliers == int(mask.sum()) > 0
+    assert samples.num_images_with_both == int(mask.any(1).sum())
+    assert {one.image for one in samples.with_both} == set(mask.any(1).nonzero().flatten().tolist())
+    patches = F.unfold(pixels, 8, stride=8).transpose(1, 2)
+    for one in samples.with_both + samples.plain:
+        assert torch.equal(torch.from_numpy(one.prefix), trace.hidden_states[6][one.image, :1])
+        for kind, places in one.places.items():
+            assert len(set(places)) == len(places) <= 2
+            assert (mask[one.image, places] == (kind == "outlier")).all()
+            assert torch.equal(torch.from_numpy(one.patches[kind]), trace.patches(6)[one.image, places])
+            assert torch.equal(torch.from_numpy(one.pixels[kind]), patches[one.image, places])
+        sizes = {kind: len(places) for kind, places in one.places.items()}
+        assert set(sizes.values()) == {min(2, int(mask[one.image].sum()))} or set(sizes) == {"normal"}
+
+
+def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
+    pictures, _ = _pictures(300)
+    counts = np.zeros(300)
+    for seed in range(40):
+        samples = _draw(ViTModel(), _batches(pictures, 100), CUT, 2, False, 1, 30, seed)
+        assert len(samples.with_both) == 30
+        assert samples.num_images_with_both == 300
+        images = [one.image for one in samples.with_both]
+        assert len(set(images)) == 30
+        counts[images] += 1
+    # 400 draws for each third of the stream.
+    assert all(330 < third.sum() < 470 for third in np.split(counts, 3))
+    one = samples.with_both[0]
+    kept = [one.prefix, *one.patches.values()]
+    assert all(array.base is None or array.base.nbytes == array.nbytes for array in kept)
+
+
+# Against scikit-learn
+
+
+def test_probes_agree_with_scikit_learn_on_the_same_features() -> None:
+    """The whole way: tokens read with ``capture``, split, scaled and fitted by hand."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    model, processor = load_vit(), load_image_processor()
+    scenes = list(SceneDataset(120, seed=5, split=None))
+    labels = np.array([item["label"] % 3 for item in scenes])
+    pixels = processor([item["image"] for item in scenes], return_tensors="pt")["pixel_values"]
+    options: dict[str, Any] = {"layer": 5, "min_images": 20, "tokens_per_image": 3, "seed": 2}
+    report = probe_tokens(model, [pixels[:64], pixels[64:]], labels.tolist(), **options)
+    with torch.no_grad(), capture(model, attentions=False) as trace:
+        model(pixel_values=pixels[:64])
+        first = trace.hidden_states[5][:, 0]
+        model(pixel_values=pixels[64:])
+    cls = torch.cat([first, trace.hidden_states[5][:, 0]]).double().numpy()
+    test = _split(120, 0.3, 2).test
+
+    def scaled(features: Any, train: Any) -> Any:
+        return StandardScaler().fit(features[train]).transform(features)
+
+    score = report.row("CLS").classification
+    features = scaled(cls, ~test)
+    direct = LogisticRegression(C=score.penalty, max_iter=300).fit(features[~test], labels[~test])
+    assert score.value == direct.score(features[test], labels[test])
+    assert score.constant == np.mean(labels[test] == np.bincount(labels[~test]).argmax())
+
+    samples = _draw(model, [pixels], None, 5, True, 3, 1000, 2)
+    drawn = sorted(samples.plain, key=lambda one: one.image)
+    x, y = (np.concatenate([getattr(one, name)["normal"] for one in drawn]) for name in ("patches", "pixels"))
+    places = np.concatenate([one.places["normal"] for one in drawn])
+    part = np.repeat(test, 3)
+    features = scaled(x.astype(np.float64), ~part)
+    score = report.row("normal").reconstruction_l2
+    errors = Ridge(score.penalty).fit(features[~part], y[~part].astype(np.float64)).predict(features[part]) - y[part]
+    assert score.value == pytest.approx(np.linalg.norm(errors, axis=1).mean(), rel=1e-5)
+    top1, distance = report.row("normal").position_top1, report.row("normal").position_distance
+    direct = LogisticRegression(C=top1.penalty, max_iter=300).fit(features[~part], places[~part])
+    found = direct.predict(features[part])
+    assert top1.value == pytest.approx(np.mean(found == places[part]), abs=0.01)
+    apart = np.hypot(found // 10 - places[part] // 10, found % 10 - places[part] % 10)
+    assert distance.value == pytest.approx(apart.mean(), abs=0.1)
+
+
+def test_penalties_are_chosen_on_training_data_as_by_a_plain_search() -> None:
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 20))
+    truth = x @ rng.normal(size=(20, 3))
+    classes = (truth + 6 * rng.gumbel(size=truth.shape)).argmax(1)
+    held_out = rng.random(300) < 0.3
+    fitted = fit_classifier(x, classes, held_out)
+
+    def accuracy(inverse: float) -> float:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=inverse, max_iter=300))
+        return float(model.fit(x[~held_out], classes[~held_out]).score(x[held_out], classes[held_out]))
+
+    assert accuracy(fitted.penalty) == max(accuracy(inverse) for inverse in (1e-3, 1e-2, 1e-1, 1.0))
+    assert fitted.converged
+    assert not fit_classifier(x, classes, held_out, max_iter=2).converged
+
+    targets, images = truth + 8 * rng.normal(size=truth.shape), np.arange(300) // 3
+    regression = fit_regression(x, targets, images)
+    folds = GroupKFold(5).split(x, groups=images)
+    scaled = StandardScaler().fit_transform(x)
+    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, cv=list(folds), scoring="neg_mean_squared_error")
+    assert regression.penalty == search.fit(scaled, targets).best_params_["alpha"]
+    np.testing.assert_allclose(regression.predict(x), search.predict(scaled), rtol=1e-6)
+
+
+def test_the_standard_error_is_over_images() -> None:
+    values = np.random.default_rng(0).normal(size=40)
+    one = estimate(values)
+    assert one.standard_error == pytest.approx(values.std(ddof=1) / 40**0.5)
+    assert one.interval == pytest.approx((one.value - 1.96 * one.standard_error, one.value + 1.96 * one.standard_error))
+    # Copies of a token in the same image tell nothing new.
+    copied = estimate(np.repeat(values, 5), np.repeat(np.arange(40), 5))
+    assert copied.standard_error == pytest.approx(one.standard_error)
+    assert (copied.num_images, copied.num_tokens) == (40, 200)
+    # Images of unequal size: as drawing images again and again says.
+    rng = np.random.default_rng(1)
+    images = np.repeat(np.arange(60), rng.integers(1, 6, 60))
+    values = rng.normal(size=60)[images] + rng.normal(size=len(images)) + 3
+    sums, sizes = np.bincount(images, values), np.bincount(images)
+    drawn = rng.integers(60, size=(4000, 60))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    assert estimate(values, images).standard_error == pytest.approx(means.std(), rel=0.06)
+    with pytest.raises(ValueError, match="at least one value"):
+        estimate([])
+
+
+# Real models
+
+
+CASES = {
+    "vit": ["CLS"],
+    "deit": ["CLS", "CLS 2"],
+    "clip-vision": ["CLS"],
+    "siglip-vision": [],
+    "dinov2-registers": ["CLS", *(f"native register {number}" for number in range(3))],
+    "dinov3": ["CLS", *(f"native register {number}" for number in range(3))],
+}
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("name", [name for name in CASES if name in families.CASES])
+def test_every_kind_of_token_of_a_real_model_has_a_row(name: str, registers: int) -> None:
+    model = families.build(name)
+    if registers:
+        model = add_registers(model, registers).eval()
+    pixels = families.make_inputs(name, batch=24)["pixel_values"]
+    before = hooks(model)
+    cut = Cut("fixed", high=float(_norms(model, pixels).median()))
+    batches = [{"pixel_values": part, "labels": torch.arange(12) % 2} for part in pixels.split(12)]
+    report = probe_tokens(model, batches, cut=cut, min_images=10)
+    native = families.CASES[name].family in ("dinov2_with_registers", "dinov3_vit")
+    expected = CASES[name] if native or "native" not in str(CASES[name]) else CASES[name][:1]
+    names = ["normal", "outlier", *expected, *(f"register {number}" for number in range(registers))]
+    assert [row.tokens for row in report.rows] == names
+    assert all(row.classification is not None for row in report.rows)
+    assert report.grid == (4, 4)
+    assert report.num_patches == 24 * 16
+    assert hooks(model) == before
+
+
+def _norms(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), capture(model, attentions=False) as trace:
+        model(pixel_values=pixels)
+    return trace.patches().norm(dim=-1)
+
+
+STACKS = {
+    "timm-registers": ["CLS", *(f"native register {number}" for number in range(3))],
+    "timm-registers-only": [f"native register {number}" for number in range(3)],
+    "dinov3-timm": ["CLS", "native register 0", "native register 1"],
+    "deit-distilled": ["CLS", "CLS 2"],
+    "open_clip": ["CLS"],
+    "torchvision": ["CLS"],
+    "hub-registers": ["CLS", *(f"native register {number}" for number in range(3))],
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_models_of_other_libraries_too(name: str) -> None:
+    stacks = pytest.importorskip("stacks_cases")
+    model = add_registers(stacks.build_stack(name), 2).eval()
+    pixels = stacks.images(batch=24)
+    report = probe_tokens(model, [(pixels[:12], [0, 1] * 6), (pixels[12:], [1, 0] * 6)], min_images=10)
+    names = ["normal", "outlier", *STACKS[name], "register 0", "register 1"]
+    assert [row.tokens for row in report.rows] == names
+    assert report.grid == (4, 4)
+
+
+def test_the_planted_vit() -> None:
+    """Figures of the shipped model are in docs/probes.md; here, that they are figures."""
+    model, processor = load_planted_vit().model, load_image_processor()
+    scenes = list(SceneDataset(260, seed=21, split=None))
+    parts = [scenes[:60], scenes[60:160], scenes[160:]]
+    pixels = [processor([item["image"] for item in part], return_tensors="pt")["pixel_values"] for part in parts]
+    labels = [torch.tensor([item["label"] for item in part]) for part in parts]
+    cut = Cut("fixed", high=3 * float(_norms(model, pixels[0]).median()))  # on pictures that are not probed
+    snapshot = Snapshot(model, {"pixel_values": pixels[0][:2]})
+    report = probe_tokens(model.train(), list(zip(pixels[1:], labels[1:], strict=True)), cut=cut, min_images=50)
+    assert model.training
+    model.eval()
+    snapshot.check()
+    assert [row.tokens for row in report.rows] == ["normal", "outlier", "CLS"]
+    assert 0.005 < report.num_outliers / report.num_patches < 0.06
+    assert report.row("CLS").classification.value > 3 * report.row("CLS").classification.constant
+    normal = report.row("normal").reconstruction_l2
+    assert normal.value < 0.8 * normal.constant
+    for row in report.rows:
+        low, high = row.classification.estimate.interval
+        assert low <= row.classification.value <= high
+
+
+# Refusals
+
+
+def test_places_that_are_not_known_are_refused_and_classification_still_works() -> None:
+    for name in ("siglip2-vision", "mae", "videomae"):
+        if name not in families.CASES:
+            continue
+        model, inputs = families.build(name), families.make_inputs(name, batch=24)
+        with pytest.raises(UnsupportedModelError, match=r"patches of .* lie is not known.*classification"):
+            probe_tokens(model, [inputs], min_images=10)
+        assert not hooks(model)
+        report = probe_tokens(model, [inputs], [0, 1] * 12, tasks=("classification",), min_images=10)
+        assert report.grid is None
+        assert report.row("normal").classification is not None
+
+
+def test_mae_with_its_patches_in_order_is_probed() -> None:
+    model, inputs = families.build("mae"), families.make_inputs("mae", batch=24)
+    inputs["noise"] = torch.arange(16.0).expand(24, -1)
+    assert probe_tokens(model, [inputs], min_images=10).row("normal").position_top1 is not None
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    pictures, labels = _pictures(40)
+    model, given = ViTModel(), labels.tolist()
+
+    def probe(*arguments: Any, **options: Any) -> Any:
+        return probe_tokens(model, *(arguments or ([pictures],)), **{"min_images": 10, **options})
+
+    with pytest.raises(ValueError, match="unknown tasks \\['depth'\\]"):
+        probe(tasks=("depth",))
+    with pytest.raises(ValueError, match="classification needs labels"):
+        probe(tasks=("classification",))
+    with pytest.raises(ValueError, match="labels has 3 entries"):
+        probe([pictures], [0, 1, 2])
+    with pytest.raises(ValueError, match="given twice"):
+        probe([(pictures, labels)], given)
+    with pytest.raises(ValueError, match="two classes"):
+        probe([pictures], [1] * 40)
+    with pytest.raises(ValueError, match="layer=7 of 3"):
+        probe(layer=7)
+    with pytest.raises(ValueError, match="no pictures"):
+        probe([])
+    with pytest.raises(ValueError, match="at least 10 images"):
+        probe([pictures[:5]])
+    with pytest.raises(ValueError, match="local_probe must be"):
+        probe(local_probe="both")
+    with pytest.raises(ValueError, match=r"test_share=1\.5"):
+        probe(test_share=1.5)
+    with pytest.raises(ValueError, match="several sizes"):
+        probe([pictures, pictures[:, :, :4]])
+    with pytest.raises(ValueError, match="image_processor="):
+        probe(["a.png"])
+    with pytest.raises(ValueError, match="numbers of classes"):
+        probe([pictures], ["cat"] * 40)
+    with pytest.raises(ValueError, match="one a picture"):
+        probe([(pictures, labels[:3])])
+    assert not hooks(model)
+
+
+def test_the_model_is_as_before_after_an_exception() -> None:
+    model = families.build("vit").train()
+    before = hooks(model)
+
+    def stream() -> Iterator[torch.Tensor]:
+        yield torch.zeros(2, 3, 32, 32)
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        probe_tokens(model, stream())
+    assert hooks(model) == before
+    assert model.training
+
+
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, labels = _pictures(40)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingExtraError, match="scikit-learn"):
+        probe_tokens(ViTModel(), [pictures], labels.tolist(), min_images=10)
