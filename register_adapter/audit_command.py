@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from .adapter_folder import MANIFEST
 from .artifacts import ArtifactReport, LayerReport, audit, resolve_rule
-from .command_inputs import load_base, load_pictures, load_processor
-from .composition import load_adapters
+from .command_inputs import load_base, load_pictures, load_processor, with_adapter
 from .errors import UnsupportedModelError
 from .images import check_image
 
@@ -71,7 +67,7 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     models: dict[str, nn.Module] = {args.model: base}
     for adapter in args.adapters:
         name = Path(adapter).name or adapter
-        models[name if name not in models else adapter] = _with_adapter(base, adapter)
+        models[name if name not in models else adapter] = with_adapter(base, adapter)
     reports = []
     for name, model in models.items():
         report = audit(
@@ -91,16 +87,6 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     written = json.dumps({"reports": [report.to_dict() for report in reports]}, indent=1, allow_nan=False)
     (out / "audit.json").write_text(written + "\n", "utf-8")
     return reports, _write_page(out / "index.html", reports, models, images, processor)
-
-
-def _with_adapter(base: nn.Module, adapter: str) -> nn.Module:
-    """A copy of the base with one adapter, or with all of a folder that holds several."""
-    copied = copy.deepcopy(base)
-    if (Path(adapter) / MANIFEST).is_file():
-        composed: nn.Module = load_adapters(copied, adapter)
-        return composed
-    wrapped: nn.Module = PeftModel.from_pretrained(copied, adapter)
-    return wrapped
 
 
 def _write_page(

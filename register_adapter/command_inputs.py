@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import transformers
+from peft import PeftModel
 from torch import nn
 
+from .adapter_folder import MANIFEST
+from .composition import load_adapters
 from .data import load_image_processor
 from .image_batches import list_pictures
 from .testbed import SceneDataset, load_planted_vit, load_vit
 from .testbed import load_image_processor as load_scene_processor
 
-__all__ = ["load_base", "load_pictures", "load_processor"]
+__all__ = ["load_base", "load_pictures", "load_processor", "with_adapter"]
 
 #: Words that stand for what the package ships.
 _MODELS = {"planted": lambda: load_planted_vit().model, "clean": load_vit}
@@ -43,3 +47,13 @@ def load_pictures(name: str, limit: int | None = None) -> Any:
     if name == _SCENES and not Path(name).exists():
         return SceneDataset(limit or _NUM_SCENES, seed=_SCENE_SEED, split="test")
     return list_pictures(name)
+
+
+def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
+    """A copy of the base with one adapter, or with all of a folder that holds several."""
+    copied = copy.deepcopy(base)
+    if (Path(adapter) / MANIFEST).is_file():
+        composed: nn.Module = load_adapters(copied, adapter)
+        return composed
+    wrapped: nn.Module = PeftModel.from_pretrained(copied, adapter)
+    return wrapped

@@ -57,7 +57,7 @@ LAYERS = (
     ("training",),
     ("train",),
     ("command_inputs",),
-    ("demo", "demo_report", "audit_command", "fit_command", "cli"),
+    ("demo", "demo_report", "audit_command", "fit_command", "probe_command", "cli"),
 )
 
 
