@@ -6,10 +6,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +64,8 @@ def train_alone(argv: list[str]) -> None:
     from register_adapter.train import main
 
     torch.set_num_threads(1)
+    # tqdm shares one lock over forks, and a killed process keeps it.
+    tqdm.set_lock(threading.RLock())
     main(argv)
 
 
