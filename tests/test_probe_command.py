@@ -48,7 +48,7 @@ def test_on_a_model_an_adapter_and_pictures_of_one_s_own(folder: Path, tmp_path:
     found = registers[names[1]]
     assert [one["kind"] for one in found["ablations"]] == ["mean", "shuffle"]
     assert found["drift"]["patches"]["value"] > 0
-    assert found["accuracy"]["value"] > 0.5, "the folder's classes are found among the head's"
+    assert found["accuracy"] is None, "the folder's classes have other names than the head's"
 
 
 def test_without_classes_only_places_and_pixels_are_probed(folder: Path, tmp_path: Path) -> None:
