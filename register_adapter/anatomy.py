@@ -15,7 +15,7 @@ class Anatomy:
     """Where registers enter and leave one kind of vision tower; every path is relative to the tower.
 
     A path may be a tuple of alternatives (module names differ between versions of transformers); the first that exists
-    is taken.
+    is taken. A number is a place in a list of modules; ``blocks.-1`` is the last block.
 
     Attributes:
         family: Name of the family, part of an adapter's identity.
@@ -31,6 +31,8 @@ class Anatomy:
         positions_between: Module that returns position embeddings ``(..., N, D)`` added between blocks.
         prefix_counter: Attribute with the number of tokens before the patches that a block reads, below the block
             (timm's rotary embeddings leave so many tokens alone).
+        rotary: Argument of a block with rotary tables ``(cos, sin)``, each ``(..., N, d)``, a row for every token of
+            the sequence; registers are not turned.
         methods: Methods that users call past the tower's ``forward`` and that return whole sequences.
         counted_methods: Methods that take a sequence apart by the number of tokens before the patches.
         method_counter: Attribute of the tower with that number, which they read.
@@ -63,6 +65,7 @@ class Anatomy:
     position_bias: Paths | None = None
     positions_between: Paths | None = None
     prefix_counter: Paths | None = None
+    rotary: str | None = None
     methods: tuple[str, ...] = ()
     counted_methods: tuple[str, ...] = ()
     method_counter: str | None = None
@@ -129,7 +132,12 @@ def resolve(root: Any, paths: Paths | None) -> Any:
     for path in (paths,) if isinstance(paths, str) else paths or ():
         found = root
         for name in path.split("."):
-            found = getattr(found, name, None)
+            # A list of modules has attributes for its places, but none that count from the end.
+            found = (
+                found[int(name)]
+                if name.startswith("-") and hasattr(found, "__getitem__")
+                else getattr(found, name, None)
+            )
             if found is None:
                 break
         else:

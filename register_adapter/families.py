@@ -37,6 +37,22 @@ _GIT = replace(
     final_norm="vision_model.post_layernorm",
     norm_patches=True,
 )
+# Rotary tables cover CLS and the patches.
+_MLCD = replace(_CLIP, family="mlcd", rotary="position_embeddings", position_embedding=None)
+# Positions are added between two modules, and the last block is followed by nothing.
+_MOLMO2 = replace(
+    _CLIP,
+    family="molmo2",
+    embeddings="layers.0",
+    insert_at="input",
+    remove="layers.-1",
+    blocks="layers",
+    prefix=0,
+    patch_embedding=None,
+    position_embedding="positional_embedding",
+    cls_token=None,
+    final_norm=None,
+)
 _BLIP = replace(_CLIP, family="blip", norm_patches=True)
 _SIGLIP = replace(_CLIP, family="siglip", prefix=0, cls_token=None, norm_patches=True)
 # The mask is made behind the embeddings, for the length it finds there: registers join at the encoder.
@@ -191,6 +207,9 @@ FAMILIES: dict[str, Anatomy] = {
     "OwlViTVisionTransformer": replace(_CLIP, family="owlvit"),
     "Owlv2VisionTransformer": replace(_CLIP, family="owlv2"),
     "GitVisionModel": _GIT,
+    "MLCDVisionModel": _MLCD,
+    "MLCDVisionTransformer": _MLCD,
+    "Molmo2VisionModel": _MOLMO2,
     "IdeficsVisionTransformer": replace(_CLIP, family="idefics"),
     "Kosmos2VisionTransformer": replace(_CLIP, family="kosmos-2"),
     "BlipVisionModel": _BLIP,
@@ -258,11 +277,10 @@ _WHY: dict[str, tuple[str, ...]] = {
         *("Ernie4_5_VLMoeVisionTransformerPretrainedModel", "Ernie4_5_VL_MoeVisionTransformerPretrainedModel"),
     ),
     "positions are given to every token of a fixed grid inside the blocks, and a register has none": (
-        *("MLCDVisionModel", "Llama4VisionModel", "Step3p7VisionModel", "Gemma4VisionModel", "VJEPA2Model"),
-        "SegGptModel",
+        *("Gemma4VisionModel", "VJEPA2Model", "SegGptModel"),
     ),
-    "no module stands where registers would enter or leave: positions are added in the model's own forward": (
-        "Molmo2VisionModel",
+    "tokens are merged behind the last block: what the tower returns is shorter than its sequence": (
+        *("Llama4VisionModel", "Step3p7VisionModel"),
     ),
     "tiles are padded and run through two encoders under a mask of fixed length": ("MllamaVisionModel",),
     "space and time are attended to in turn, by reshaping the sequence": (

@@ -5,6 +5,7 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,7 @@ from .tokens import (
     cut_tokens,
     grow_bias,
     grow_mask,
+    grow_rotary,
     hidden_states_of,
     insert_tokens,
     pad_tokens,
@@ -91,6 +93,11 @@ class SequenceHooks:
             module.register_forward_hook(self._positions_between_hook)
             for _, module in self.tower.parts("positions_between")
         ]
+        if anatomy.rotary:
+            for index, block in enumerate(self.tower.part("blocks")):
+                place = list(inspect.signature(type(block).forward).parameters).index(anatomy.rotary) - 1
+                hook = partial(self._rotary_hook, index, place)
+                handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         if by_block or anatomy.prefix_counter:
             for index, block in enumerate(self.tower.part("blocks")):
                 hook = partial(self._block_hook, index)
@@ -162,6 +169,15 @@ class SequenceHooks:
         if count > before:
             args, kwargs = _grow_masks(args, kwargs, self.prefix + before, count - before, hidden.shape[1])
         return with_hidden_states(args, kwargs, hidden)
+
+    def _rotary_hook(self, index: int, place: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Rotary tables with a row for every token: registers have no position, and stay as they are."""
+        count, name = self.count_at(index), cast(str, self.tower.anatomy.rotary)
+        if not count:
+            return None
+        if name in kwargs:
+            return args, {**kwargs, name: grow_rotary(kwargs[name], self.prefix, count)}
+        return (*args[:place], grow_rotary(args[place], self.prefix, count), *args[place + 1 :]), kwargs
 
     def _fill_up_hook(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         """Inside a method every block returns the same number of tokens: zeros for registers that start later."""

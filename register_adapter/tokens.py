@@ -133,6 +133,17 @@ def visible_to(query: int, hidden_states: torch.Tensor, arguments: list[Any]) ->
     return None
 
 
+def grow_rotary(tables: Any, start: int, count: int) -> Any:
+    """Rotary tables ``(cos, sin)``, each ``(..., N, d)``, with ``count`` rows at ``start`` that turn by no angle."""
+
+    def grow(table: torch.Tensor, value: float) -> torch.Tensor:
+        rows = table.new_full((*table.shape[:-2], count, table.shape[-1]), value)
+        return torch.cat([table[..., :start, :], rows, table[..., start:, :]], dim=-2)
+
+    cos, sin = tables
+    return type(tables)([grow(cos, 1.0), grow(sin, 0.0)])
+
+
 def grow_bias(bias: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """A relative position bias ``(..., N, N)`` with ``count`` rows and columns of zeros at ``start``.
 

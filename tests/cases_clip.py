@@ -26,6 +26,19 @@ def _naflex() -> Any:
     return configure("Siglip2VisionConfig", **values, **MLP, num_patches=PATCHES)
 
 
+def _molmo2() -> Any:
+    values = {name: value for name, value in SHAPE.items() if name != "image_size"}
+    return configure(
+        "Molmo2VisionConfig",
+        **values,
+        **MLP,
+        num_key_value_heads=4,
+        head_dim=WIDTH // 4,
+        num_position_embeddings=PATCHES,
+        num_channels=3,
+    )
+
+
 def _siglip2(**options: Any) -> Any:
     text = {**TEXT, "projection_size": WIDTH}
     return configure("Siglip2Config", text_config=text, vision_config=_naflex().to_dict(), **options)
@@ -90,6 +103,8 @@ CASES: dict[str, Case] = {
     **_owl("owlvit", "OwlViT"),
     **_owl("owlv2", "Owlv2"),
     "flava": _pair("flava", "FlavaModel", _flava, output="image_embeddings"),
+    "mlcd-vision": case("mlcd", "MLCDVisionModel", lambda: _vision("MLCD")),
+    "molmo2-vision": case("molmo2", "Molmo2VisionModel", _molmo2, pixels="patches"),
     "siglip2-vision": case("siglip2", "Siglip2VisionModel", _naflex, pixels="naflex"),
     "siglip2-classifier": case(
         "siglip2",

@@ -173,7 +173,15 @@ TOWERS = tuple(
     for name in (
         *("vit", "deit", "clip-vision", "dinov2", "dinov2-swiglu", "dinov2-registers", "siglip-vision"),
         *("mae", "msn", "ijepa", "beit", "beit-shared", "dinov3", "dinov3-swiglu", "sapiens2", "tipsv2", "pixio"),
-        *("dpt", "internvl-vision", "qianfan-ocr-vision", "siglip2-vision", "idefics3-vision"),
+        *(
+            "dpt",
+            "internvl-vision",
+            "qianfan-ocr-vision",
+            "siglip2-vision",
+            "idefics3-vision",
+            "mlcd-vision",
+            "molmo2-vision",
+        ),
     )
     if name in CASES
 )
@@ -220,6 +228,10 @@ def _naflex(batch: int, size: int, generator: torch.Generator) -> dict[str, torc
     }
 
 
+def _patches(batch: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(batch, (size // PATCH) ** 2, 3 * PATCH**2, generator=generator)}
+
+
 def _flattened(batch: int, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     side = size // PATCH
     place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1) + 1.0
@@ -246,6 +258,7 @@ PIXELS: dict[str, _Pixels] = {
     "spectrogram": lambda batch, size, generator: {"input_values": torch.randn(batch, size, size, generator=generator)},
     "naflex": _naflex,
     "flattened": _flattened,
+    "patches": _patches,
 }
 
 

@@ -32,6 +32,8 @@ def gradient(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("size", [24, 40, 64])
 @pytest.mark.parametrize("name", TOWERS)
 def test_another_resolution_has_the_shapes_of_the_base(name: str, size: int) -> None:
+    if name == "molmo2-vision":
+        pytest.skip("its position embeddings have one size")
     base, inputs = build(name, "eager"), make_inputs(name, size=size)
     ask: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
     parameters = inspect.signature(base.forward).parameters
@@ -53,9 +55,19 @@ def test_resolutions_can_alternate() -> None:
     assert_identical(run(model, small), first)
 
 
+def passes_gradients(name: str) -> bool:
+    """Whether reentrant checkpointing keeps gradients of the base's own input: MLCD's in transformers 4 does not."""
+    base = build(name).train()
+    base.gradient_checkpointing_enable({"use_reentrant": True})
+    find_tower(base).part("embeddings").register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return base(**make_inputs(name)).last_hidden_state.requires_grad
+
+
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
+    if name == "mlcd-vision" and reentrant and not passes_gradients(name):
+        pytest.skip("this transformers loses the gradients of this base, with any adapter")
     model, inputs = registered(name).train(), make_inputs(name)
     expected = gradient(model, inputs)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -66,6 +78,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_registers_added_to_a_checkpointing_base_get_gradients(name: str) -> None:
+    if name == "mlcd-vision" and not passes_gradients(name):
+        pytest.skip("this transformers loses the gradients of this base, with any adapter")
     base, inputs = build(name).train(), make_inputs(name)
     base.gradient_checkpointing_enable({"use_reentrant": True})
     base.enable_input_require_grads()

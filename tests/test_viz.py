@@ -21,8 +21,8 @@ from register_adapter.towers import find_tower
 from register_adapter.viz import attention_map, read_examples
 from register_adapter.viz.colours import COLOUR_MAPS, coloured, principal_colours
 
-#: MAE shuffles its patches, SigLIP 2 takes patches.
-PLAIN = [name for name in TOWERS if name not in ("mae", "siglip2-vision")]
+#: MAE shuffles its patches, SigLIP 2 and Molmo 2 take patches.
+PLAIN = [name for name in TOWERS if name not in ("mae", "siglip2-vision", "molmo2-vision")]
 
 
 def _pixels(height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
