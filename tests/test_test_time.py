@@ -6,6 +6,7 @@ import copy
 import inspect
 import subprocess
 import sys
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from register_adapter import (
 from register_adapter.artifacts import RULES, collect_statistics
 from register_adapter.artifacts.cut import Cut
 from register_adapter.model import find_register_layer
+from register_adapter.neurons.repair import Repair
 from register_adapter.neurons.scores import NeuronScores
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit, plant_artifacts
+from register_adapter.testbed import plant as testbed_plant
 from register_adapter.towers import find_tower
 
 
@@ -86,7 +89,7 @@ PLANTED = [
 
 @cache
 def planting(block: int, strength: float, count: int, share: float, seed: int) -> Any:
-    pixels = torch.cat([scenes(48, 100, "train")[0], scenes(32, 101, None)[0]])
+    pixels = torch.cat([scenes(24, 100, "train")[0], scenes(24, 101, None)[0]])
     return plant_artifacts(
         load_vit(),
         block,
@@ -102,25 +105,30 @@ def planting(block: int, strength: float, count: int, share: float, seed: int) -
 @pytest.mark.parametrize("case", PLANTED, ids=str)
 def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     planted, clean = planting(*case), load_vit()
-    held_out, labels = scenes(160, 20_001, "test")
+    held_out = scenes(100, 20_001, "test")[0]
     hits = planted.hits(held_out)
-    before, _ = look(planted.model, held_out)
     model = fit(copy.deepcopy(planted.model), scenes(128, 555, "train")[0])
     assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
-    twin, twin_logits = look(clean, held_out)
-    after, logits = look(model, held_out)
-    assert planted_share(planted.model, held_out, cuts_of(model)) > 0.002
-    assert planted_share(model, held_out, cuts_of(model)) == planted_share(clean, held_out, cuts_of(model)) == 0
-    assert F.cosine_similarity(after[hits], twin[hits], dim=-1).mean() >= 0.99
-    assert F.cosine_similarity(before[hits], twin[hits], dim=-1).mean() < 0.9
-    right, wanted = ((one.argmax(-1) == labels).float().mean().item() for one in (logits, twin_logits))
-    assert abs(right - wanted) <= 0.002 + 1 / len(labels)  # a picture is 0.6 points here
+    traces, logits = [], []
+    for one in (clean, planted.model, model):
+        with torch.no_grad(), capture(one, attentions=False) as trace:
+            logits.append(one(pixel_values=held_out).logits)
+        traces.append(trace)
+    for layer, cut in cuts_of(model).items():
+        shares = [float(cut.mask(trace.patches(layer)).float().mean()) for trace in traces]
+        assert shares[0] == shares[2] == 0
+        assert shares[1] > 0.002
+    twin, before, after = (trace.patches()[hits] for trace in traces)
+    assert F.cosine_similarity(before, twin, dim=-1).mean() < 0.9
+    assert F.cosine_similarity(after, twin, dim=-1).mean() >= 0.99
+    # The twin's class for every picture, which is more than its accuracy within 0.2 points.
+    assert torch.equal(logits[0].argmax(-1), logits[2].argmax(-1))
 
 
 def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attention_stays() -> None:
     """The shipped planting: its vector was fitted so that CLS attends to it, and does so from the register too."""
     planted, clean = load_planted_vit(), load_vit()
-    held_out, labels = scenes(160, 20_001, "test")
+    held_out, labels = scenes(100, 20_001, "test")
     hits = planted.hits(held_out)
     twin, _ = look(clean, held_out)
     before, planted_logits = look(planted.model, held_out)
@@ -140,12 +148,16 @@ def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attent
 def test_the_whole_batch_is_repaired() -> None:
     planted = planting(*PLANTED[1])
     model = fit(copy.deepcopy(planted.model), scenes(128, 555, "train")[0])
-    held_out, _ = scenes(160, 20_001, "test")
+    held_out, _ = scenes(100, 20_001, "test")
     together, _ = look(model, held_out[:32])
     alone = torch.cat([look(model, one)[0] for one in held_out[:32].split(1)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * together.abs().max().item())
     normed = F.normalize(together, dim=-1), F.normalize(alone, dim=-1)
     torch.testing.assert_close(*normed, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        together = model(pixel_values=held_out[:32]).logits
+        alone = torch.cat([model(pixel_values=one).logits for one in held_out[:32].split(1)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
 # --- tiny models of other families ------------------------------------------------------------------------------------
@@ -155,30 +167,85 @@ FAMILIES = [
     for name in ("vit", "deit", "clip-vision", "dinov2", "dinov2-swiglu", "siglip-vision", "dinov3", "ijepa", "beit")
     if name in TOWERS
 ]
+#: One model of each library, gated MLPs among them.
+LIBRARIES = ("timm-dynamic", "timm-swiglu", "eva-token", "open_clip", "torchvision", "hub", "hub-swiglu")
+
+
+def plant(clean: Any, block: int, strength: float, size: int, seed: int = 0) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A planted model whose vector is random, pictures to fit on, and others."""
+    pixels, held_out = scenes(64, 3, "train", size)[0], scenes(48, 9, "train", size)[0]
+    share = 0.06 if size == 32 else 0.02
+    planted = plant_artifacts(clean, block, pixels, share=share, strength=strength, attraction_steps=0, seed=seed)
+    assert planted.hits(held_out).any()
+    return planted, pixels, held_out
+
+
+@torch.no_grad()
+def patches_of(model: Any, pixels: torch.Tensor, layer: int = -1) -> torch.Tensor:
+    """Patch tokens of any library's model."""
+    with capture(model, attentions=False) as trace:
+        find_tower(model).run(pixels)
+    return trace.patches(layer)
+
+
+def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -> None:
+    """All neurons and no others, no outlier left, and patch tokens as the twin has them."""
+    assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+    hits = planted.hits(held_out)
+    for layer, cut in cuts_of(model).items():
+        found = [cut.mask(patches_of(one, held_out, layer)).float().mean() for one in (planted.model, model, clean)]
+        assert found[0] > 0.005
+        assert found[1] == found[2] == 0
+    twin = patches_of(clean, held_out)
+    before, after = (
+        F.cosine_similarity(patches_of(one, held_out)[hits], twin[hits], dim=-1).mean()
+        for one in (planted.model, model)
+    )
+    assert before < 0.6
+    assert after >= 0.99
+
+
+@pytest.mark.parametrize(("block", "strength"), [(0, 8.0), (1, 5.0)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families(name: str, block: int, strength: float) -> None:
+    clean = build(name)
+    # BEiT takes one size only.
+    planted, pixels, held_out = plant(clean, block, strength, 32 if name == "beit" else 64, seed=block)
+    check_repair(clean, planted, fit(copy.deepcopy(planted.model), pixels, max_neurons=16), held_out)
 
 
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_other_families(name: str, block: int) -> None:
-    pixels, _ = scenes(64, 3, "train", 32)
-    clean = build(name)
-    planted = plant_artifacts(clean, block, pixels, share=0.06, strength=8, attraction_steps=0, seed=block)
-    held_out, _ = scenes(48, 9, "train", 32)
-    hits = planted.hits(held_out)
-    if not hits.any():
-        pytest.skip("no patch of the held-out pictures is hit")
-    # Norms of random weights are widely spread: the line is between the planted ones and the rest, by hand.
-    with torch.no_grad(), capture(planted.model, attentions=False) as trace:
-        planted.model(pixel_values=pixels)
-    norms, own = trace.patches(block + 1).norm(dim=-1), planted.hits(pixels)
+def test_weak_artifacts_in_other_families(name: str, block: int) -> None:
+    """Norms of random weights are as widely spread as these artifacts are high: the line is drawn by hand."""
+    planted, pixels, held_out = plant(build(name), block, 2.0, 32, seed=block)
+    norms, own = patches_of(planted.model, pixels, block + 1).norm(dim=-1), planted.hits(pixels)
     threshold = float((norms[own].min() * norms[~own].max()).sqrt())
     model = fit(copy.deepcopy(planted.model), pixels, threshold=threshold, top_layer=block, max_neurons=16)
-    assert neurons_of(model) == {block: sorted(planted.neurons)}
-    assert planted_share(model, held_out, cuts_of(model)) == 0
-    twin, _ = look(clean, held_out)
-    before, after = look(planted.model, held_out)[0], look(model, held_out)[0]
-    found = [F.cosine_similarity(one[hits], twin[hits], dim=-1).mean() for one in (before, after)]
-    assert found[1] >= 0.99 or found[1] > found[0] + 0.5 * (1 - found[0])  # a token among 16 patches moves all of them
+    found = {(at, unit) for at, units in neurons_of(model).items() for unit in units}
+    true = {(planted.layer, unit) for unit in planted.neurons}
+    assert len(found & true) >= 0.9 * max(len(found), len(true))
+    hits, twin = planted.hits(held_out), patches_of(build(name), held_out)
+    assert F.cosine_similarity(patches_of(model, held_out)[hits], twin[hits], dim=-1).mean() >= 0.97
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_other_libraries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Most of these models take one size only, so the neurons are not made to stand another.
+    monkeypatch.setattr(testbed_plant, "_VIEWS", [view for view in testbed_plant._VIEWS if view.scale == 1])
+    clean = build_stack(name)
+    planted, pixels, held_out = plant(clean, 0, 8.0, 32)
+    check_repair(clean, planted, fit(copy.deepcopy(planted.model), pixels, max_neurons=16), held_out)
+
+
+def test_the_tower_of_a_vision_language_model() -> None:
+    clean = build("llava")
+    planted, pixels, held_out = plant(clean, 0, 8.0, 32)
+    model = fit(copy.deepcopy(planted.model), pixels, max_neurons=16)
+    check_repair(clean, planted, model, held_out)
+    given = {**make_inputs("llava"), "pixel_values": held_out[planted.hits(held_out).any(1)][:2]}
+    wanted, broken, repaired = (run(one, given)["logits"] for one in (clean, planted.model, model))
+    assert (repaired - wanted).norm() < 0.3 * (broken - wanted).norm()
 
 
 # --- nothing to do, and nothing left behind ---------------------------------------------------------------------------
@@ -258,6 +325,40 @@ def test_the_curve_is_on_held_out_pictures_and_falls_to_nothing() -> None:
     assert curve[found["num_neurons"]] == found["share_after"] == 0
     assert all(share > 0 for number, share in curve.items() if number < found["num_neurons"])
     assert found["num_images"] == {"detect": 64, "rank": 40, "held_out": 24}
+
+
+class Searched(Repair):
+    """Looks nothing up in a model: a share for every number of neurons."""
+
+    most = 0
+
+    def __init__(self, shares: list[float]) -> None:
+        self.shares, self.most = shares, len(shares) - 1
+        self.curve, self._whole, self.looks = {}, {}, []
+
+    def _look(self, number: int, whole: bool) -> None:
+        self.looks.append((number, whole))
+        self.curve[number] = self.shares[number]
+        if whole:
+            self._whole[number] = self.shares[number]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 16, 64])
+def test_the_search_finds_the_fewest_neurons_wherever_it_begins(most: int) -> None:
+    for fewest in range(1, most + 1):
+        shares = [1.0] * fewest + [0.0] * (most + 1 - fewest)
+        for guess in range(1, most + 1):
+            search = Searched(shares)
+            assert search.choose(0.05, [9.0] * guess + [1.0] * (most - guess)) == fewest
+            assert len(search.looks) == len(set(search.looks)) <= 16
+            if guess == fewest < most:
+                assert len(search.looks) <= 3
+
+
+def test_where_no_number_is_enough_the_fewest_of_those_that_leave_least() -> None:
+    assert Searched([1.0, 0.2, 0.3, 0.2]).choose(0.05, [9.0, 1.0, 1.0]) == 1
+    assert Searched([1.0] * 9).choose(0.05, [9.0] * 4 + [0.0] * 4) == 1
+    assert Searched([1.0, 0.9, 0.8, 0.8, 0.7]).choose(0.05, [9.0, 0.0, 0.0, 0.0]) == 4
 
 
 @pytest.mark.parametrize("count", [3, 10, 40])
@@ -351,15 +452,19 @@ def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_pat
     model = fit(type(load_vit()).from_pretrained(base).eval(), pixels, remove="outliers")
     model.save_pretrained(tmp_path / "fitted")
     torch.save({"pixels": pixels[:4], "logits": model(pixel_values=pixels[:4]).logits}, tmp_path / "expected.pt")
+    torch.save(model.peft_config["default"].test_time_fit, tmp_path / "fit.pt")
     code = f"""
 import torch, register_adapter
-from peft import AutoPeftModel
-model = AutoPeftModel.from_pretrained({str(tmp_path / "fitted")!r}).eval()
+from peft import AutoPeftModel, PeftModel
+from transformers import ViTForImageClassification
 torch.set_num_threads(1)
-expected = torch.load({str(tmp_path / "expected.pt")!r})
-found = model.peft_config["default"].test_time_fit
-assert found["curve"][str(found["num_neurons"])] == 0 and found["cuts"]
-assert torch.equal(model(pixel_values=expected["pixels"]).logits, expected["logits"])
+expected, fit = torch.load({str(tmp_path / "expected.pt")!r}), torch.load({str(tmp_path / "fit.pt")!r})
+base = ViTForImageClassification.from_pretrained({str(base)!r})
+folder = {str(tmp_path / "fitted")!r}
+for model in (AutoPeftModel.from_pretrained(folder), PeftModel.from_pretrained(base, folder)):
+    found = model.eval().peft_config["default"].test_time_fit
+    assert found == fit and found["curve"][str(found["num_neurons"])] == 0 and found["cuts"]
+    assert torch.equal(model(pixel_values=expected["pixels"]).logits, expected["logits"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -475,3 +580,29 @@ def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
         scores.add(part)
     assert size() == first
     assert not scores._seen
+
+
+def test_batches_that_rank_are_let_go() -> None:
+    """Those that outliers are found on (64 pictures) and those held out (24) are kept, the others are not."""
+    pixels, given, most = scenes(96, 5)[0].numpy(), [], []
+
+    class Stream:
+        def __iter__(self) -> Any:
+            for index in range(30):
+                batch = pixels[8 * (index % 12) : 8 * (index % 12) + 8].copy()
+                given.append(weakref.ref(batch))
+                most.append(sum(one() is not None for one in given))
+                yield torch.from_numpy(batch)
+                del batch
+
+    fit(load_planted_vit().model, Stream())
+    assert len(given) == 30
+    assert 11 <= max(most) <= 13
+
+
+def test_more_neurons_than_there_are_can_be_asked_for() -> None:
+    planted, pixels = load_planted_vit(), scenes(96, 5)[0]
+    model = fit(load_planted_vit().model, pixels, num_neurons=10**6, remove="mean")
+    found = neurons_of(model)
+    width = planted.model.config.intermediate_size
+    assert {block: len(units) for block, units in found.items()} == dict.fromkeys(range(planted.layer + 1), width)

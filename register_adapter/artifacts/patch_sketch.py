@@ -115,7 +115,8 @@ class PatchSketch:
             values = (similarity * weights).flatten().to(self.similarity)
             self.similarity.scatter_add_(0, bins.flatten(), values)
         flat = patches if valid is None else patches * valid.to(patches.dtype)[..., None]
-        largest = torch.maximum(flat.amax((0, 1)), -flat.amin((0, 1))).float()
+        # One dimension after the other: both at once are slow on a CPU where the prefix is cut off.
+        largest = torch.maximum(flat.amax(1).amax(0), -flat.amin(1).amin(0)).float()
         self.channels = largest if self.channels is None else torch.maximum(self.channels, largest)
 
     def _add_places(self, bins: torch.Tensor, number: int, placed: bool) -> None:

@@ -147,7 +147,9 @@ def fit_test_time_registers(
         pictures = [(view.cuts, [view.resized(batch) for batch in parts.held_out]) for view in found]
         with evaluating(tower.module, device):
             repair = Repair(layer, adapter_name, ranks, pictures)
-            number = repair.choose(ENOUGH) if num_neurons is None else len(candidates)
+            number = len(candidates)
+            if num_neurons is None:
+                number = repair.choose(ENOUGH, [neuron.score for neuron in candidates])
             before, after = repair.left(0), repair.left(number)
             pairs = None
             if attention_bias:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,46 +71,74 @@ class Repair:
     def behind(self, number: int) -> float:
         """Share of outliers left behind the block where they appear, with the best ``number`` candidates shifted."""
         if number not in self.curve:
-            self.shift(number)
-            first = [({min(cuts): cuts[min(cuts)]}, batches) for cuts, batches in self.pictures]
-            self.curve[number] = max(_share(self.layer, cuts, batches) for cuts, batches in first)
+            self._look(number, whole=False)
         return self.curve[number]
 
     def left(self, number: int) -> float:
         """The same at the layer where it is largest, of all where outliers separate; takes a longer forward pass."""
         if number not in self._whole:
-            self.shift(number)
-            self._whole[number] = max(_share(self.layer, cuts, batches) for cuts, batches in self.pictures)
+            self._look(number, whole=True)
         return self._whole[number]
 
-    def choose(self, enough: float) -> int:
+    def _look(self, number: int, whole: bool) -> None:
+        self.shift(number)
+        first, largest = 0.0, 0.0
+        for cuts, batches in self.pictures:
+            start = min(cuts)
+            shares = _shares(self.layer, cuts if whole else {start: cuts[start]}, batches)
+            first, largest = max(first, shares[start]), max(largest, *shares.values())
+        self.curve[number] = first
+        if whole:
+            self._whole[number] = largest
+
+    def choose(self, enough: float, scores: Sequence[float]) -> int:
         """The fewest candidates that leave at most ``enough`` of the outliers; else those that leave fewest.
 
         What is left behind the block where they appear decides, if it holds at the other layers too; else those do.
-        """
-        number = self._fewest(self.behind, enough)
-        if self.left(number) <= enough * self.left(0):
-            return number
-        return self._fewest(self.left, enough)
 
-    def _fewest(self, left: Callable[[int], float], enough: float) -> int:
-        """Doubles the number until it is enough, then halves the step back."""
+        Args:
+            enough: Part of the outliers.
+            scores: Of the candidates, the best first; the search begins where they fall off most steeply.
+        """
+        guess = _steepest(scores)
+        # Whole passes, which say both: in the end they are needed for no candidate and for the number chosen.
+        goal = enough * self.left(0)
+        self.left(guess)
+        number = self._fewest(self.behind, enough, guess)
+        if self.left(number) <= goal:
+            return number
+        return self._fewest(self.left, enough, guess)
+
+    def _fewest(self, left: Callable[[int], float], enough: float, guess: int) -> int:
+        """Doubles a guess until it is enough, then halves the step back; a guess that is right takes two looks."""
         goal = enough * left(0)
-        tried, low, high = [1], 0, 1
+        low, high = 0, guess
         while left(high) > goal and high < self.most:
             low, high = high, min(2 * high, self.most)
-            tried.append(high)
         if left(high) > goal:
-            return min(tried, key=lambda number: (left(number), number))
+            tried = [1 << power for power in range(high.bit_length()) if 1 << power < high]
+            return min([*tried, high], key=lambda number: (left(number), number))
+        if high == guess:
+            step = 1
+            while high > step and left(high - step) <= goal:
+                high, step = high - step, 2 * step
+            low = max(high - step, 0)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if left(middle) <= goal else (middle, high)
         return high
 
 
+def _steepest(scores: Sequence[float]) -> int:
+    """How many come before the largest ratio of a score to the next one; scores near 0 are all the same."""
+    least = 1e-3 * scores[0] + 1e-12
+    ratios = [max(score, least) / max(after, least) for score, after in pairwise(scores)]
+    return ratios.index(max(ratios)) + 1 if ratios else 1
+
+
 @torch.no_grad()
-def _share(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) -> float:
-    """Share of outlier patches at the layer of ``cuts`` that has most."""
+def _shares(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) -> dict[int, float]:
+    """Share of outlier patches at every layer of ``cuts``."""
     tower: Tower = layer.tower
     found: dict[int, Any] = dict.fromkeys(cuts, 0)
     patches = 0
@@ -128,4 +157,4 @@ def _share(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) -> 
             stack.callback(blocks[index - 1].register_forward_hook(hook, prepend=True).remove)
         for batch in batches:
             run_up_to(tower, max(cuts) - 1, batch)
-    return max(float(number) for number in found.values()) / max(patches, 1)
+    return {index: float(number) / max(patches, 1) for index, number in found.items()}
