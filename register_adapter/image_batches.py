@@ -17,6 +17,7 @@ from torch import nn
 
 from .data import load_image_processor
 from .images import ImageFileError, image_name, load_image, walk_files
+from .tokens import as_named
 
 __all__ = ["Batch", "ImageBatches", "Labelled", "list_pictures"]
 
@@ -145,7 +146,7 @@ class ImageBatches:
             if isinstance(batch, torch.Tensor):
                 moved: Batch = move(batch)
                 return moved
-            kept = {key: move(value) for key, value in batch.items() if key in names}
+            kept = {key: move(value) for key, value in as_named(batch, names).items() if key in names}
             if kept:
                 return kept
             if isinstance(batch.get("pixel_values"), torch.Tensor):

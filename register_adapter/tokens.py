@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
 __all__ = [
+    "as_named",
     "cut_tokens",
     "grow_bias",
     "grow_mask",
+    "grow_rotary",
     "hidden_states_of",
     "insert_tokens",
     "pad_tokens",
@@ -101,6 +104,16 @@ def grow_mask(mask: torch.Tensor, start: int, count: int) -> torch.Tensor:
         return mask
     row = mask[:, :, max(start - 1, 0)].unsqueeze(2).expand(-1, -1, count, -1)
     return torch.cat([mask[:, :, :start], row, mask[:, :, start:]], dim=2)
+
+
+def as_named(inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """What an image processor returns, by the ``names`` of a forward's arguments.
+
+    Before transformers 5 SigLIP 2's tower had another name for the mask of its processor.
+    """
+    mask, older = "pixel_attention_mask", "attention_mask"
+    renamed = {mask: older} if mask not in names and older in names and older not in inputs else {}
+    return {renamed.get(name, name): value for name, value in inputs.items()}
 
 
 def visible_to(query: int, hidden_states: torch.Tensor, arguments: list[Any]) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from .anatomy import Anatomy, resolve
 from .errors import UnsupportedModelError
 from .families import FAMILIES, REFUSED
 from .stacks import CONDITIONS, STACKS, VARIANTS
+from .tokens import as_named
 
 __all__ = ["ROWS", "Tower", "find_tower", "find_towers"]
 
@@ -68,7 +69,7 @@ class Tower:
         extra = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in keywords else {}
         if isinstance(inputs, torch.Tensor):
             return self.module(inputs, **extra)
-        return self.module(**{**extra, **inputs})
+        return self.module(**{**extra, **as_named(inputs, keywords)})
 
     @property
     def config(self) -> Any:

@@ -472,7 +472,7 @@ def test_where_places_are_unknown_the_report_says_why():
 def test_hidden_states_that_overflow_are_an_error():
     model = build("vit")
     with torch.no_grad():
-        find_tower(model).part("blocks")[1].mlp.fc2.bias.fill_(float("inf"))
+        find_tower(model).block_part(1, "mlp_out").bias.fill_(float("inf"))
     with pytest.raises(RegisterAdapterError, match="layer 2 are not finite"):
         look(model, pixels(2, 1, None, size=32)[0], attentions=False)
 
