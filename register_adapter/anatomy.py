@@ -71,9 +71,9 @@ class Anatomy:
     method_counter: str | None = None
     attention: Paths = ("attention.attention", "attention")
     attention_maps: Literal["output", "weights", "dropout"] = "output"
-    mlp_in: Paths | None = ("mlp.fc1", "mlp.gate_proj", "intermediate.dense")
+    mlp_in: Paths | None = ("mlp.fc1", "mlp.gate_proj", "intermediate.dense", "mlp.weights_in")
     mlp_up: Paths | None = "mlp.up_proj"
-    mlp_out: Paths | None = ("mlp.fc2", "mlp.down_proj", "output.dense")
+    mlp_out: Paths | None = ("mlp.fc2", "mlp.down_proj", "output.dense", "mlp.weights_out")
     mlp_scale: Paths | None = "layer_scale2.lambda1"
     patch_embedding: Paths | None = "embeddings.patch_embeddings.projection"
     position_embedding: Paths | None = "embeddings.position_embeddings"

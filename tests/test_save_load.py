@@ -103,7 +103,8 @@ def test_a_fresh_process_gets_the_same_bits_by_every_route(name: str, reports: d
 def test_auto_model_loads_an_adapter_folder(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "base")
     base = class_of(name).from_pretrained(tmp_path / "base")
-    if type(base.config) not in tf.AutoModel._model_mapping:
+    known = base.config.model_type in tf.CONFIG_MAPPING and type(base.config) in tf.AutoModel._model_mapping
+    if not known:
         pytest.skip("AutoModel does not know this tower in this version of transformers")
     model, inputs = add_registers(base, 4).eval(), make_inputs(name)
     adapter = saved(model, tmp_path / "adapter")

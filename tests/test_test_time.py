@@ -194,7 +194,7 @@ def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -
     hits = planted.hits(held_out)
     for layer, cut in cuts_of(model).items():
         found = [cut.mask(patches_of(one, held_out, layer)).float().mean() for one in (planted.model, model, clean)]
-        assert found[0] > 0.005
+        assert found[0] >= 0.9 * hits.float().mean()
         assert found[1] == found[2] == 0
     twin = patches_of(clean, held_out)
     before, after = (
@@ -276,7 +276,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(after: int) -> No
         if len(calls) > after:
             raise BrokenError
 
-    handle = snapshot.model.vit.layers[2].register_forward_pre_hook(fail)
+    handle = find_tower(snapshot.model).part("blocks")[2].register_forward_pre_hook(fail)
     with pytest.raises(BrokenError):
         fit_test_time_registers(snapshot.model, pixels, progress=False)
     handle.remove()
@@ -285,8 +285,9 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(after: int) -> No
 
 def test_two_fits_are_the_same_and_draw_no_random_numbers() -> None:
     pixels, _ = scenes(128, 555, "train")
+    models = [load_planted_vit().model for _ in range(2)]
     state = torch.random.get_rng_state()
-    first, second = (fit(load_planted_vit().model, pixels) for _ in range(2))
+    first, second = (fit(model, pixels) for model in models)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert first.peft_config["default"].to_dict() == second.peft_config["default"].to_dict()
     tokens = [find_register_layer(model).tokens("default").state_dict() for model in (first, second)]
@@ -334,7 +335,7 @@ class Searched(Repair):
 
     def __init__(self, shares: list[float]) -> None:
         self.shares, self.most = shares, len(shares) - 1
-        self.curve, self._whole, self.looks = {}, {}, []
+        self.curve, self._whole, self.looks, self.patches = {}, {}, [], 10_000
 
     def _look(self, number: int, whole: bool) -> None:
         self.looks.append((number, whole))
@@ -353,6 +354,16 @@ def test_the_search_finds_the_fewest_neurons_wherever_it_begins(most: int) -> No
             assert len(search.looks) == len(set(search.looks)) <= 16
             if guess == fewest < most:
                 assert len(search.looks) <= 3
+
+
+def test_fewer_neurons_are_taken_if_what_they_leave_more_may_be_chance() -> None:
+    """10,000 patches, of which 100 are outliers; 5 is the goal."""
+    share = [number / 10_000 for number in (100, 90, 12, 4, 4)]
+    assert Searched(share).choose(0.05, [9.0] * 3 + [1.0]) == 2, "12 and 4: no more than two standard deviations"
+    share[2] = 14 / 10_000
+    assert Searched(share).choose(0.05, [9.0] * 3 + [1.0]) == 3
+    assert Searched([4 / 10_000, 1 / 10_000, 0.0]).choose(0.05, [9.0, 1.0]) == 1, "a quarter"
+    assert Searched([4 / 10_000, 2 / 10_000, 0.0]).choose(0.05, [9.0, 1.0]) == 2
 
 
 def test_where_no_number_is_enough_the_fewest_of_those_that_leave_least() -> None:
@@ -557,10 +568,11 @@ def test_weights_that_cannot_be_read_are_asked_through_their_layer() -> None:
 
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = load_planted_vit().model
-    for block in range(planted.layer + 1):
-        mlp = model.vit.layers[block].mlp
-        mlp.fc2 = Quantised(mlp.fc2)
     tower = find_tower(model)
+    for block in range(planted.layer + 1):
+        last = tower.block_part(block, "mlp_out")
+        parent, _, name = next(path for path, module in model.named_modules() if module is last).rpartition(".")
+        setattr(model.get_submodule(parent), name, Quantised(last))
     scores = NeuronScores(tower, Cut("fixed", 150.0, 0.0, True), planted.layer)
     scores.add(pixels)
     assert {(neuron.block, neuron.unit) for neuron in scores.ranked(4)} == {(planted.layer, u) for u in planted.neurons}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -56,6 +57,8 @@ class Repair:
         #: Number of neurons to the share of patches that are still outliers, behind the block where they appear.
         self.curve: dict[int, float] = {}
         self._whole: dict[int, float] = {}
+        #: Number of held-out patches, of the view that has fewest.
+        self.patches = 0
 
     @property
     def most(self) -> int:
@@ -85,8 +88,9 @@ class Repair:
         first, largest = 0.0, 0.0
         for cuts, batches in self.pictures:
             start = min(cuts)
-            shares = _shares(self.layer, cuts if whole else {start: cuts[start]}, batches)
+            shares, patches = _shares(self.layer, cuts if whole else {start: cuts[start]}, batches)
             first, largest = max(first, shares[start]), max(largest, *shares.values())
+            self.patches = min(self.patches or patches, patches)
         self.curve[number] = first
         if whole:
             self._whole[number] = largest
@@ -94,7 +98,8 @@ class Repair:
     def choose(self, enough: float, scores: Sequence[float]) -> int:
         """The fewest candidates that leave at most ``enough`` of the outliers; else those that leave fewest.
 
-        What is left behind the block where they appear decides, if it holds at the other layers too; else those do.
+        Fewer are taken if what they leave more may be chance. What is left behind the block where they appear decides,
+        if it holds at the other layers too; else those do.
 
         Args:
             enough: Part of the outliers.
@@ -102,16 +107,33 @@ class Repair:
         """
         guess = _steepest(scores)
         # Whole passes, which say both: in the end they are needed for no candidate and for the number chosen.
-        goal = enough * self.left(0)
+        self.left(0)
         self.left(guess)
         number = self._fewest(self.behind, enough, guess)
-        if self.left(number) <= goal:
+        if self.left(number) <= self._goal(self.left, enough, number):
             return number
         return self._fewest(self.left, enough, guess)
 
-    def _fewest(self, left: Callable[[int], float], enough: float, guess: int) -> int:
-        """Doubles a guess until it is enough, then halves the step back; a guess that is right takes two looks."""
+    def _goal(self, left: Callable[[int], float], enough: float, number: int | None = None) -> float:
+        """The share that may be left: a part of all, or what is not surely more than ``number`` candidates leave.
+
+        With counts a and b it is if (a - b)² > 4 (a + b), two standard deviations of a difference of Poisson counts.
+        At most a quarter of all: of a handful of outliers no number is surely more than another.
+        """
         goal = enough * left(0)
+        if number is None:
+            return goal
+        count = left(number) * self.patches
+        more = (count + 2 + 2 * math.sqrt(1 + 2 * count)) / self.patches
+        return max(goal, min(more, left(0) / 4))
+
+    def _fewest(self, left: Callable[[int], float], enough: float, guess: int) -> int:
+        """The fewest that reach the goal; where none do, the fewest that are not surely worse than the best."""
+        number = self._search(left, self._goal(left, enough), guess)
+        return self._search(left, self._goal(left, enough, number), guess)
+
+    def _search(self, left: Callable[[int], float], goal: float, guess: int) -> int:
+        """Doubles a guess until it is enough, then halves the step back; a guess that is right takes two looks."""
         low, high = 0, guess
         while left(high) > goal and high < self.most:
             low, high = high, min(2 * high, self.most)
@@ -137,8 +159,8 @@ def _steepest(scores: Sequence[float]) -> int:
 
 
 @torch.no_grad()
-def _shares(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) -> dict[int, float]:
-    """Share of outlier patches at every layer of ``cuts``."""
+def _shares(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) -> tuple[dict[int, float], int]:
+    """Share of outlier patches at every layer of ``cuts``, and the number of patches."""
     tower: Tower = layer.tower
     found: dict[int, Any] = dict.fromkeys(cuts, 0)
     patches = 0
@@ -157,4 +179,4 @@ def _shares(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) ->
             stack.callback(blocks[index - 1].register_forward_hook(hook, prepend=True).remove)
         for batch in batches:
             run_up_to(tower, max(cuts) - 1, batch)
-    return {index: float(number) / max(patches, 1) for index, number in found.items()}
+    return {index: float(number) / max(patches, 1) for index, number in found.items()}, patches

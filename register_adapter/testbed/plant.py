@@ -179,12 +179,16 @@ def _write_pair(
 ) -> None:
     """Let two hidden units together send ``_HEIGHT`` where the score is over the threshold, and nothing below it."""
     gate, up = tower.block_part(layer, "mlp_in"), tower.block_part(layer, "mlp_up")
+    units = tower.block_part(layer, "mlp_out").weight.shape[1]
+    before = 0
+    if up is None and len(gate.weight) == 2 * units:  # both factors come out of one layer
+        up, before = gate, units
     for unit, offset in zip(pair, (0.0, _HEIGHT), strict=True):
         gate.weight[unit] = (gain * direction).to(gate.weight)
         gate.bias[unit] = -gain * threshold - offset
         if up is not None:  # gated MLP: the other factor is one
-            up.weight[unit] = 0
-            up.bias[unit] = 1
+            up.weight[before + unit] = 0
+            up.bias[before + unit] = 1
 
 
 @torch.no_grad()
