@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from register_adapter import add_registers
+from register_adapter import add_registers, capture
 from register_adapter.artifacts.attention_features import KINDS, attention_features, reduce_map
 from register_adapter.artifacts.detector import AttentionDetector
 from register_adapter.artifacts.detector_config import MAX_PARAMETERS, DetectorConfig
 from register_adapter.artifacts.detector_template import fit_template
 from register_adapter.artifacts.detector_training import calibrate, train_detector
-from register_adapter.errors import AdapterFileError, UnsupportedModelError
+from register_adapter.errors import AdapterFileError, MissingExtraError, UnsupportedModelError
 from register_adapter.testbed import SceneDataset, load_planted_vit, load_vit
 from register_adapter.testbed.plant_low import plant_low_norm_artifacts
 from register_adapter.towers import find_tower
@@ -199,7 +199,7 @@ def test_it_finds_planted_artifacts_on_unseen_pictures(trained):
 
 def test_it_finds_nothing_in_the_clean_twin():
     clean = load_vit()
-    detector = train_detector(clean, pixels(64, 1), num_steps=80, progress=False)
+    detector = train_detector(clean, pixels(96, 1), num_steps=80, progress=False)
     assert not detector.has_template
     assert not detector.outliers(detector.score(clean, pixels(64, 30_001, "test"))).any()
 
@@ -239,7 +239,7 @@ def test_common_surprises_make_a_template_and_noise_makes_none():
     features = torch.randn(64, 8, 8, 2, 2, 5)
     assert not fit_template(detector, features[:48], features[48:])
     assert not detector.has_template
-    assert not fit_template(detector, features[:3], features[3:]), "too few to tell"
+    assert not fit_template(detector, features[:12], features[12:]), "too few to tell"
     truth = torch.rand(64, 8, 8) < 0.02
     features[truth] += 2.5 * torch.rand(2, 2, 5)
     features[truth] += 1.5
@@ -249,6 +249,26 @@ def test_common_surprises_make_a_template_and_noise_makes_none():
     found = detector.outliers(scores)
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.95
     assert detector.config.rule.startswith("auto: ")
+
+
+def test_a_kind_of_patch_that_is_well_predicted_makes_no_template():
+    """A texture: patches alike, in another place of the space of surprises, and each surprise is small."""
+    torch.manual_seed(0)
+    detector = AttentionDetector(DetectorConfig(2, 2, KINDS, width=8)).eval()
+    features = torch.randn(64, 8, 8, 2, 2, 5)
+    texture = torch.rand(64, 8, 8) < 0.02
+    features[texture] = 0.9 + 0.1 * features[texture]
+    assert not fit_template(detector, features[:48], features[48:])
+    features[texture] += 1.5
+    assert fit_template(detector, features[:48], features[48:])
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
+    detector = AttentionDetector(DetectorConfig(2, 2, KINDS, width=8)).eval()
+    features = torch.randn(64, 8, 8, 2, 2, 5)
+    with pytest.raises(MissingExtraError, match=r"scikit-learn.*testbed"):
+        fit_template(detector, features[:48], features[48:])
 
 
 def test_wrong_models_and_arguments_are_refused(trained):
@@ -373,6 +393,22 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
 
 
 # Artifacts of low norm, and the benchmark
+
+
+def test_it_finds_low_norm_artifacts_better_than_any_norm():
+    """Whatever the layer, with high norms or norms far from the median either way as the score."""
+    planting = plant_low_norm_artifacts(load_vit(), 3, pixels(128, 7), norm=0.5, seed=11)
+    detector = train_detector(planting.model, pixels(160, 1), num_steps=200, progress=False)
+    pictures = pixels(96, 30_001, "test")
+    truth = planting.hits(pictures).flatten()
+    with torch.no_grad(), capture(planting.model, attentions=False) as trace:
+        planting.model(pixel_values=pictures)
+    logs = [trace.patches(layer).norm(dim=-1).flatten().log() for layer in range(1, 9)]
+    norms = max(roc_auc_score(truth, score) for log in logs for score in (log, -log, (log - log.median()).abs()))
+    scores = detector.score(planting.model, pictures)
+    assert roc_auc_score(truth, scores.flatten()) > max(norms, 0.98)
+    found = detector.outliers(scores).flatten()
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
 
 
 def test_low_norm_artifacts_have_the_norm_asked_for():

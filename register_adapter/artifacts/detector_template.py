@@ -1,20 +1,26 @@
 """What the most surprising patches have in common: the second step of a detector, still without a label.
 
 Corners of objects surprise too, each in its own way. Artifacts all do the same, so their surprises point in one
-direction. That direction is found as in self-training: take the most surprising patches, average them, rank all patches
-by how far they go that way, and repeat. Which patches surprise most can be asked in many ways, over all attention or
-that of one block or one kind; every answer is a start. A direction is kept only if patches then fall into two kinds by
-a rule, and do so on pictures held out as well; on a model without artifacts they do not, wherever the start is.
+direction. It is searched for in coordinates in which all surprises are uncorrelated and vary alike, where the way from
+the mean of one kind of patch to that of another is the direction of a linear discriminant. The starts are the most
+skewed independent components (FastICA, Hyvarinen 1999, with skewness as its contrast: a few patches far from the others
+make a direction skewed). From there it goes on as in self-training: take the patches that go farthest that way, average
+them, rank all patches by how far they go the new way, and repeat. A direction is kept only if patches then fall into
+two kinds by a rule, and do so on pictures held out as well; on a model without artifacts they do not, wherever the
+start is. Patches of one texture are a kind of their own, too, and well predicted from their neighbours: most patches of
+an artifact's kind must surprise more than nine in ten of the others. Of several directions that one is kept whose kinds
+are farther apart on the pictures held out.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import MissingExtraError
 from .detector import AttentionDetector, along
 from .rules import Rule, apply_rule
 
@@ -25,8 +31,16 @@ __all__ = ["fit_template"]
 SHARES, LEAST = (0.003, 0.006, 0.01, 0.02, 0.04), 20
 #: The shares that are begun with, and how often patches are chosen anew at each.
 STARTS, ROUNDS = (0.003, 0.01, 0.02), 2
+#: Independent components, of the most varied directions; how many of them are starts; and patches they are found on.
+COMPONENTS, USED, ICA_PATCHES = 80, 10, 30_000
+#: The share of the patches beyond the line may differ so much between training pictures and held out ones.
+MAX_RATIO = 2.0
+#: Beyond the line are at least so many held out patches, and half of them surprise more than this share of the others.
+MIN_FOUND, SURPRISING = 10, 0.9
 # Patches a value, at least: in fewer a direction that separates some of them is always found. And patches, at most.
-_PATCHES_A_VALUE, _MAX_PATCHES = 10, 60_000
+_PATCHES_A_VALUE, _MAX_PATCHES = 40, 100_000
+# Of the covariance, towards its diagonal.
+_SHRINKAGE = 0.02
 # Pictures at a time.
 _CHUNK = 32
 # Median absolute deviation of a normal distribution, in units of its standard deviation.
@@ -41,7 +55,7 @@ def fit_template(
 
     Args:
         detector: A trained one; its ``template`` and ``typical`` are changed in place.
-        features: ``(M, h, w, L, H, K)`` attention values of the pictures that it was trained on; ten patches for each
+        features: ``(M, h, w, L, H, K)`` attention values of the pictures that it was trained on; 40 patches for each
             of the L · H · K values, or there will be no template.
         held_out: The same of other pictures, ``(M', h, w, L, H, K)``.
         rule: Says whether there are two kinds of patches; a name out of
@@ -49,67 +63,96 @@ def fit_template(
 
     Returns:
         Whether there is a template.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
     """
     detector.template.zero_()
     detector.typical.zero_()
     if features.shape[:3].numel() < _PATCHES_A_VALUE * detector.config.channels:
         return False
-    surprises, others = _surprises(detector, features), _surprises(detector, held_out)
-    values, checked = _values(detector, surprises), _values(detector, others)
+    values, _ = _values(detector, features)
+    checked, surprises = _values(detector, held_out)
+    center, whitening = _whitening(values)
+    white, white_checked = (values - center) @ whitening, (checked - center) @ whitening
     best: _Direction | None = None
-    for ranking, start in product(_rankings(surprises), STARTS):
-        current = ranking
-        for share in [share for share in SHARES if share >= start]:
-            count = min(max(round(share * len(values)), LEAST), len(values) - 1)
-            for _ in range(ROUNDS):
-                chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-                chosen[current.topk(count).indices] = True
-                found = _direction(values, chosen)
-                current = found.ranking
-            # Once more with as many patches as there are beyond the line.
-            beyond = found.beyond(rule)
-            if not beyond.any():
-                continue
-            found = _direction(values, beyond)
-            better = best is None or found.distance > best.distance
-            if better and found.beyond(rule).any() and found.on(checked).beyond(rule).any():
-                best = found
+    farthest = 0.0
+    starts = list(_components(white))
+    for found in (
+        found for start in STARTS for ranking in starts for found in _self_trained(white, ranking, start, rule)
+    ):
+        inside, other = found.beyond(rule), found.on(white_checked)
+        confirmed = other.beyond(rule)
+        if not inside.any() or confirmed.sum() < MIN_FOUND:
+            continue
+        if surprises[confirmed].median() <= surprises[~confirmed].quantile(SURPRISING):
+            continue
+        shares = inside.float().mean().item(), confirmed.float().mean().item()
+        apart = shares[1] * other.ranking[confirmed].mean().item() ** 2
+        if max(shares) <= MAX_RATIO * min(shares) and apart > farthest:
+            best, farthest = found, apart
     if best is None:
         return False
-    detector.template.copy_(best.template)
-    detector.typical.copy_(best.typical)
+    detector.template.copy_(whitening @ best.template)
+    detector.typical.copy_(values[~best.chosen].mean(0))
     return True
 
 
-def _surprises(detector: AttentionDetector, features: torch.Tensor) -> torch.Tensor:
-    """``(n, L, H, K)``, of every so many-th patch where there are very many."""
+def _values(detector: AttentionDetector, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Surprises as templates compare them ``(n, C)``, and how large they are ``(n,)``, root mean square.
+
+    Of every so many-th patch where there are very many.
+    """
     step = -(-features.shape[:3].numel() // _MAX_PATCHES)
-    return torch.cat([detector.surprise(part).flatten(0, 2)[::step] for part in torch.split(features, _CHUNK)])
+    values, sizes = [], []
+    for part in torch.split(features, _CHUNK):
+        surprise = detector.surprise(part)
+        values.append(detector.bounded(surprise).flatten(0, 2)[::step])
+        sizes.append(surprise.flatten(3).flatten(0, 2)[::step].square().mean(-1).sqrt())
+    return torch.cat(values), torch.cat(sizes)
 
 
-def _values(detector: AttentionDetector, surprises: torch.Tensor) -> torch.Tensor:
-    """``(n, C)``: surprises as templates compare them."""
-    return detector.bounded(surprises[:, None, None])[:, 0, 0]
+def _whitening(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean ``(C,)``, and ``(C, C)`` that makes what is left uncorrelated and of variance 1, the most varied first."""
+    covariance = torch.cov(values.T.double())
+    covariance = (1 - _SHRINKAGE) * covariance + _SHRINKAGE * covariance.diagonal().diag()
+    variances, directions = torch.linalg.eigh(covariance.cpu())
+    scales = variances.clamp_min(1e-6 * float(variances[-1]) + 1e-12).rsqrt()
+    return values.mean(0), (directions * scales).flip(1).to(values)
 
 
-def _rankings(surprises: torch.Tensor) -> Iterator[torch.Tensor]:
-    """How surprising ``(n, L, H, K)`` are, ``(n,)`` each: over all, either way and upwards; by block; by kind."""
-    yield surprises.square().mean((1, 2, 3))
-    excess = surprises.clamp_min(0).square()
-    yield excess.mean((1, 2, 3))
-    blocks = excess.mean((2, 3))
-    yield blocks.amax(1)
-    yield from blocks.unbind(1)
-    yield from excess.mean((1, 2)).unbind(1)
+def _components(white: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``(n,)`` each: how far patches go along the most skewed independent components, to the longer tail's side."""
+    try:
+        from sklearn.decomposition import FastICA
+        from sklearn.exceptions import ConvergenceWarning
+    except ImportError as error:
+        raise MissingExtraError("templates of detectors", "scikit-learn", "testbed") from error
+    number = min(COMPONENTS, white.shape[1])
+    most_varied = white[:, :number].double().cpu().numpy()
+    step = -(-len(white) // ICA_PATCHES)
+    search = FastICA(whiten=False, fun=_skewness, max_iter=100, tol=1e-3, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # any direction is a start
+        search.fit(most_varied[::step])
+    sources = torch.from_numpy(most_varied @ search.components_.T).to(white)
+    skewness = sources.pow(3).mean(0)
+    for place in skewness.abs().argsort(descending=True)[:USED].tolist():
+        yield sources[:, place] * skewness[place].sign()
+
+
+def _skewness(values: Any) -> tuple[Any, Any]:
+    """The contrast's derivative, and the mean of its own."""
+    return values**2, (2 * values).mean(-1)
 
 
 class _Direction(NamedTuple):
-    """A template ``(C,)``, where it starts ``(C,)``, all patches along it ``(n,)``, and how far those chosen go."""
+    """A template ``(C,)``, where it starts ``(C,)``, all patches along it and those it was made of, ``(n,)`` each."""
 
     template: torch.Tensor
     typical: torch.Tensor
     ranking: torch.Tensor
-    distance: float
+    chosen: torch.Tensor
 
     def beyond(self, rule: str | Rule) -> torch.Tensor:
         """``(n,)`` bool: patches beyond the rule's line, none where there is one kind of patch."""
@@ -119,6 +162,21 @@ class _Direction(NamedTuple):
     def on(self, values: torch.Tensor) -> _Direction:
         """The same direction with the patches of other pictures ``(n', C)``."""
         return self._replace(ranking=along(values, self.typical, self.template))
+
+
+def _self_trained(values: torch.Tensor, ranking: torch.Tensor, start: float, rule: str | Rule) -> Iterator[_Direction]:
+    """The directions that the patches which go farthest agree on, those with patches beyond the line."""
+    for share in [share for share in SHARES if share >= start]:
+        count = min(max(round(share * len(values)), LEAST), len(values) - 1)
+        for _ in range(ROUNDS):
+            chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+            chosen[ranking.topk(count).indices] = True
+            found = _direction(values, chosen)
+            ranking = found.ranking
+        # Once more with as many patches as there are beyond the line.
+        beyond = found.beyond(rule)
+        if beyond.any():
+            yield _direction(values, beyond)
 
 
 def _direction(values: torch.Tensor, chosen: torch.Tensor) -> _Direction:
@@ -131,4 +189,4 @@ def _direction(values: torch.Tensor, chosen: torch.Tensor) -> _Direction:
     others = way[~chosen]
     spread = (_NORMAL * (others - others.median()).abs().median()).clamp_min(1e-12)
     template = template / spread
-    return _Direction(template, typical, along(values, typical, template), float(way[chosen].mean() / spread))
+    return _Direction(template, typical, along(values, typical, template), chosen)
