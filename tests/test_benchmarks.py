@@ -192,3 +192,18 @@ def test_the_other_benchmarks_write_what_they_compared(name: str, tmp_path: Path
     assert all(0 < ratio["p10"] <= ratio["median"] <= ratio["p90"] for ratio in found.values())
     assert len(report["targets"]) == len(ratios)
     assert done.stdout.count("reached") + done.stdout.count("missed") == len(ratios)
+
+
+def test_kernels_at_other_lengths(tmp_path: Path) -> None:
+    out = tmp_path / "lengths.json"
+    options = ["--models", "s", "--registers", "4", "--repeats", "2", "--min-time", "0", "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "lengths.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert {(one["kernel"], one["dtype"]) for one in results} == {
+        (kernel, dtype) for kernel in ("attention", "linear") for dtype in ("float32", "bfloat16")
+    }
+    for one in results:
+        assert set(one["milliseconds"]) == {"257", "261"}
+        assert one["ratios"]["261/257"]["median"] > 0
