@@ -21,19 +21,23 @@ from .attention_features import attention_features
 from .detector_config import DetectorConfig
 from .detector_file import check_weights, read_detector, write_detector
 
-__all__ = ["AttentionDetector", "along"]
+__all__ = ["AttentionDetector", "along", "lifted"]
 
 # Beyond this many of its usual deviations a value says nothing more; beyond this many of the predicted ones neither.
 _CLIP, _MAX_SURPRISE = 20.0, 6.0
 
 
 def along(surprise: torch.Tensor, typical: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
-    """How far bounded surprises ``(..., C)`` go the way of a template ``(C,)`` from what is typical, 1 at the least.
+    """How far bounded surprises ``(..., C)`` go the way of a template ``(C,)`` from what is typical, 1 at the least."""
+    return lifted((surprise - typical) @ template)
+
+
+def lifted(way: torch.Tensor) -> torch.Tensor:
+    """``(1 + way²)½``, 1 for what goes the other way.
 
     Rules look at logarithms, where values around 0 would be outliers of their own; so the least is 1, reached smoothly.
     """
-    way = ((surprise - typical) @ template).clamp_min(0)
-    return (1 + way.square()).sqrt()
+    return (1 + way.clamp_min(0).square()).sqrt()
 
 
 class AttentionDetector(nn.Module):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import MissingExtraError
-from .detector import AttentionDetector, along
+from .detector import AttentionDetector, along, lifted
 from .rules import Rule, apply_rule
 
 __all__ = ["fit_template"]
@@ -180,13 +180,14 @@ def _self_trained(values: torch.Tensor, ranking: torch.Tensor, start: float, rul
 
 
 def _direction(values: torch.Tensor, chosen: torch.Tensor) -> _Direction:
-    """The way from the mean of the others to that of the chosen, in units of the others' usual deviation along it."""
-    weights = chosen.float()
-    inside, number = weights @ values, weights.sum()
-    typical = (values.sum(0) - inside) / (len(values) - number)
+    """The way from the mean of the others to that of the chosen, in units of the others' usual deviation along it.
+
+    ``values`` ``(n, C)`` are centred, so that those chosen say where the others are.
+    """
+    inside, number = values[chosen].sum(0), chosen.sum()
+    typical = inside / (number - len(values))
     template = inside / number - typical
-    way = (values - typical) @ template
+    way = values @ template - typical @ template
     others = way[~chosen]
     spread = (_NORMAL * (others - others.median()).abs().median()).clamp_min(1e-12)
-    template = template / spread
-    return _Direction(template, typical, along(values, typical, template), chosen)
+    return _Direction(template / spread, typical, lifted(way / spread), chosen)
