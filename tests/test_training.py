@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,8 @@ def test_killed_again_and_again_and_resumed_bit_for_bit(
         kill_at(tmp_path, step, rng.uniform(0, 0.05), run.pid, run.is_alive)
         run.join()
         assert run.exitcode == -signal.SIGKILL
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)  # a worker that started just then does not notice
         assert newest(tmp_path) >= step
     assert not (tmp_path / "results.json").exists()
     results = main(flags(vit, photos, tmp_path, *more))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def train_alone(argv: list[str]) -> None:
     torch.set_num_threads(1)
     # tqdm shares one lock over forks, and a killed process keeps it.
     tqdm.set_lock(threading.RLock())
+    # The loader's workers are children of this process, as in a run of its own, and in its group.
+    multiprocessing.set_start_method("fork", force=True)
+    os.setsid()
     main(argv)
 
 
