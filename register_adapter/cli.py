@@ -133,18 +133,18 @@ def _app() -> Any:
 
         found = run_probes(
             ProbeArguments(
-                model,
-                images,
-                output_dir,
-                adapter,
-                rule,
-                layer,
-                min_images,
-                max_images,
-                batch_size,
-                seed,
-                device,
-                strict,
+                model=model,
+                images=images,
+                output_dir=output_dir,
+                adapter=adapter,
+                rule=rule,
+                layer=layer,
+                min_images=min_images,
+                max_images=max_images,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                strict=strict,
             )
         )
         print_probes(found, output_dir)

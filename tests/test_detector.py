@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from register_adapter import add_registers, capture
+from register_adapter.artifacts import detector_template
 from register_adapter.artifacts.attention_features import KINDS, attention_features, reduce_map
 from register_adapter.artifacts.detector import AttentionDetector
 from register_adapter.artifacts.detector_config import MAX_PARAMETERS, DetectorConfig
@@ -239,10 +240,10 @@ def test_common_surprises_make_a_template_and_noise_makes_none():
     features = torch.randn(64, 8, 8, 2, 2, 5)
     assert not fit_template(detector, features[:48], features[48:])
     assert not detector.has_template
-    assert not fit_template(detector, features[:12], features[12:]), "too few to tell"
     truth = torch.rand(64, 8, 8) < 0.02
     features[truth] += 2.5 * torch.rand(2, 2, 5)
     features[truth] += 1.5
+    assert not fit_template(detector, features[:12], features[12:]), "too few to tell"
     assert fit_template(detector, features[:48], features[48:])
     scores = detector.score_features(features)
     calibrate(detector, scores)
@@ -261,6 +262,15 @@ def test_a_kind_of_patch_that_is_well_predicted_makes_no_template():
     assert not fit_template(detector, features[:48], features[48:])
     features[texture] += 1.5
     assert fit_template(detector, features[:48], features[48:])
+
+
+def test_of_very_many_patches_pictures_from_first_to_last_are_used(monkeypatch):
+    monkeypatch.setattr(detector_template, "_MAX_PATCHES", 1000)
+    pictures = torch.arange(64.0)[:, None, None, None, None, None].expand(64, 8, 8, 2, 2, 5)
+    used = detector_template._evenly(pictures)[:, 0, 0, 0, 0, 0].tolist()
+    assert (len(used), used[0], used[-1]) == (15, 0, 63)
+    assert used == sorted(set(used))
+    assert detector_template._evenly(pictures[:4]).shape == pictures[:4].shape
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):

@@ -69,6 +69,7 @@ def fit_template(
     """
     detector.template.zero_()
     detector.typical.zero_()
+    features, held_out = _evenly(features), _evenly(held_out)
     if features.shape[:3].numel() < _PATCHES_A_VALUE * detector.config.channels:
         return False
     values, _ = _values(detector, features)
@@ -98,25 +99,27 @@ def fit_template(
     return True
 
 
-def _values(detector: AttentionDetector, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Surprises as templates compare them ``(n, C)``, and how large they are ``(n,)``, root mean square.
+def _evenly(features: torch.Tensor) -> torch.Tensor:
+    """Pictures from first to last, no more than have ``_MAX_PATCHES`` patches."""
+    number = max(min(len(features), _MAX_PATCHES // features.shape[1:3].numel()), 1)
+    return features[torch.linspace(0, len(features) - 1, number).long()]
 
-    Of every so many-th patch where there are very many.
-    """
-    step = -(-features.shape[:3].numel() // _MAX_PATCHES)
+
+def _values(detector: AttentionDetector, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Surprises as templates compare them ``(n, C)``, and how large they are ``(n,)``, root mean square."""
     values, sizes = [], []
     for part in torch.split(features, _CHUNK):
         surprise = detector.surprise(part)
-        values.append(detector.bounded(surprise).flatten(0, 2)[::step])
-        sizes.append(surprise.flatten(3).flatten(0, 2)[::step].square().mean(-1).sqrt())
+        values.append(detector.bounded(surprise).flatten(0, 2))
+        sizes.append(surprise.flatten(3).flatten(0, 2).square().mean(-1).sqrt())
     return torch.cat(values), torch.cat(sizes)
 
 
 def _whitening(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean ``(C,)``, and ``(C, C)`` that makes what is left uncorrelated and of variance 1, the most varied first."""
-    covariance = torch.cov(values.T.double())
+    covariance = torch.cov(values.cpu().double().T)  # not every device has float64
     covariance = (1 - _SHRINKAGE) * covariance + _SHRINKAGE * covariance.diagonal().diag()
-    variances, directions = torch.linalg.eigh(covariance.cpu())
+    variances, directions = torch.linalg.eigh(covariance)
     scales = variances.clamp_min(1e-6 * float(variances[-1]) + 1e-12).rsqrt()
     return values.mean(0), (directions * scales).flip(1).to(values)
 
@@ -129,7 +132,7 @@ def _components(white: torch.Tensor) -> Iterator[torch.Tensor]:
     except ImportError as error:
         raise MissingExtraError("templates of detectors", "scikit-learn", "testbed") from error
     number = min(COMPONENTS, white.shape[1])
-    most_varied = white[:, :number].double().cpu().numpy()
+    most_varied = white[:, :number].cpu().double().numpy()
     step = -(-len(white) // ICA_PATCHES)
     search = FastICA(whiten=False, fun=_skewness, max_iter=100, tol=1e-3, random_state=0)
     with warnings.catch_warnings():
