@@ -15,18 +15,16 @@ attention maps copied to the host; outliers by mean + 3 standard deviations; uni
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from measuring import describe_machine, take_turns
+from measuring import take_turns
+from one_case import Case, compare, options, parse, write
 from overhead import PATCH, SHAPES
 from transformers import Dinov2Config, Dinov2Model
 
@@ -35,18 +33,6 @@ from register_adapter.towers import find_tower
 
 #: (a, b): time of a over time of b, and the most it may be.
 LIMITS = {("fit", "forward"): 1.2, ("fit", "published"): 1 / 1.5, ("shift", "register"): 1.03}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured."""
-
-    model: str
-    size: int
-    batch: int
-    images: int
-    dtype: str
-    device: str
 
 
 def build(case: Case, pictures: torch.Tensor) -> Any:
@@ -164,31 +150,13 @@ def void(value: Any) -> None:
     """Nothing, whatever was computed."""
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="s")
-    parser.add_argument("--size", type=int, default=224, help="image side, a multiple of 14")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--images", type=int, default=256, help="pictures of one call")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shift_repeats", type=int, default=21, help="turns of the comparison at inference")
-    parser.add_argument("--budget", type=float, default=900, help="most seconds of all turns")
-    parser.add_argument("--out", type=Path, default=Path("neurons.json"))
-    args = parser.parse_args(argv)
-    if args.size < PATCH or args.size % PATCH:
-        parser.error(f"--size must be a multiple of {PATCH}, got {args.size}")
-    if min(args.batch, args.images, args.repeats, args.shift_repeats) < 1:
-        parser.error("--batch, --images and the repeats must be at least 1")
-    return args
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, write the report, and return it."""
-    args = parse(argv)
+    parser = options(__doc__, "neurons", images=256, repeats=5)
+    parser.add_argument("--shift_repeats", type=int, default=21, help="turns of the comparison at inference")
+    args = parse(parser, argv, "shift_repeats")
     started = time.time()
-    case = Case(args.model, args.size, args.batch, args.images, args.dtype, args.device)
+    case = Case.of(args)
     calls, kind = make_calls(case), torch.device(args.device).type
     results = []
     for names, repeats in (
@@ -199,28 +167,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         chosen = {name: calls[name] for name in names}
         results.append(asdict(case) | take_turns(chosen, ratios, kind, repeats, 0.0, args.budget))
     measured = {key: value for result in results for key, value in result["ratios"].items()}
-    targets = []
-    for (first, second), limit in LIMITS.items():
-        value = measured[f"{first}/{second}"]["median"]
-        targets.append(
-            {
-                "target": f"time of {first} / {second}",
-                "value": value,
-                "limit": round(limit, 4),
-                "passed": bool(value <= limit),
-            }
-        )
-    report = {
-        "benchmark": "neurons",
-        "config": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        **describe_machine(),
-        "results": results,
-        "targets": targets,
-        "seconds": round(time.time() - started, 1),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    targets = [
+        compare(first, second, measured[f"{first}/{second}"]["median"], limit)
+        for (first, second), limit in LIMITS.items()
+    ]
+    return write("neurons", args, results, targets, started)
 
 
 if __name__ == "__main__":
