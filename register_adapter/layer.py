@@ -176,11 +176,16 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             return []
         if self._images is not None:
             return self._segments_by_image(self._images)
-        active = {name: self.tokens(name) for name in self._active_names if name in self.register_adapter_tokens}
-        waiting = [name for name, tokens in active.items() if tokens.pending]
-        if waiting and self.training:
-            self._refuse(waiting[0])
-        segments = [Segment(self.placements[name], [active[name]]) for name in active if name not in waiting]
+        segments = []
+        registers = self.register_adapter_tokens
+        for name in dict.fromkeys(self._active_names):
+            if name not in registers:
+                continue
+            tokens = cast(RegisterTokens, registers[name])
+            if not tokens.pending:
+                segments.append(Segment(self.placements[name], [tokens]))
+            elif self.training:
+                self._refuse(name)
         # Those that start later come later in the sequence too: nobody's place changes when they join.
         return sorted(segments, key=lambda segment: segment.placement.insert_layer)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .anatomy import parent
+from .registers import Segment
 from .tokens import cut_tokens, hidden_states_of
 
 if TYPE_CHECKING:
@@ -32,8 +33,13 @@ class MethodHooks:
     prefix: int
     _inside_method: bool = False
     _length: int
-    _cut: Callable[[Any, int], Any]
+    _cut: Callable[[Any, int, list[Segment]], Any]
     count_at: Callable[[int], int]
+
+    @property
+    def sequence(self) -> list[Segment]:
+        """The segments that are tokens in the sequence, in their order there."""
+        raise NotImplementedError
 
     @property
     def num_active(self) -> int:
@@ -66,9 +72,10 @@ class MethodHooks:
         result = original()
         if isinstance(result, dict):
             whole = [key for key in _SEQUENCE_KEYS if key in result]
-            return {**result, **{key: self._cut(result[key], result[key].shape[1] - self.num_active) for key in whole}}
+            lengths = {key: result[key].shape[1] - self.num_active for key in whole}
+            return {**result, **{key: self._cut(result[key], lengths[key], self.sequence) for key in whole}}
         # A sequence came in.
-        return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0))
+        return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0), self.sequence)
 
     def _counted(self, method: Callable[[], Any]) -> Any:
         """Call a method that counts the registers among the tower's prefix tokens; see ``_count_registers``."""

@@ -74,6 +74,13 @@ class RegisterPeftModel(PeftModel):
             raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward pass; ``adapter_names`` as in PEFT."""
+        # A short pass notices PEFT's nested contexts, which do nothing without such an argument.
+        if self.special_peft_forward_args.isdisjoint(kwargs):
+            return self.base_model.model(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, is_main_process: bool = True, **kwargs: Any
     ) -> None:

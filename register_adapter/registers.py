@@ -91,12 +91,11 @@ class Segment:
         self.tokens = tokens
         self.images = images
         self.count = placement.num_registers
-        self.counts = [one.count for one in tokens]
 
     @property
     def ragged(self) -> bool:
         """Whether some images have fewer registers than others, so that keys must be masked."""
-        return self.images is not None and (-1 in self.images or min(self.counts) < self.count)
+        return self.images is not None and (-1 in self.images or min(one.count for one in self.tokens) < self.count)
 
     @property
     def biased(self) -> bool:

@@ -6,6 +6,7 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -60,11 +61,11 @@ class SequenceHooks:
     @property
     def num_active(self) -> int:
         """Number of registers in the sequence when it leaves the last block."""
-        return sum(segment.count for segment in self.sequence)
+        return _count_at(self.sequence)
 
     def count_at(self, block: int) -> int:
         """Number of registers in the sequence inside block ``block``; 0 stands for the embeddings' output too."""
-        return sum(segment.count for segment in self.sequence if segment.placement.insert_layer <= block)
+        return _count_at(self.sequence, block)
 
     def _sequence_hooks(self, by_block: bool) -> list[Any]:
         """Register the hooks; those on blocks only where an adapter or the family needs them."""
@@ -204,30 +205,32 @@ class SequenceHooks:
             if getattr(owner, name) != self.prefix + count:
                 setattr(owner, name, self.prefix + count)
 
-    def _cut(self, value: Any, length: int) -> Any:
-        """Take the registers out of everything; ``length`` is that of a sequence without them.
+    def _cut(self, value: Any, length: int, sequence: list[Segment]) -> Any:
+        """Take the registers of ``sequence`` out of everything; ``length`` is that of a sequence without them.
 
         What was recorded on the way has the registers of the block it comes from.
         """
-        blocks = {0, *(segment.placement.insert_layer for segment in self.sequence)}
-        for count in sorted({self.count_at(block) for block in blocks} - {0}):
+        for count in sorted({_count_at(sequence, segment.placement.insert_layer) for segment in sequence}):
             value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
         return value
 
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
-        count = 0 if self._inside_method else self.num_active
-        return self._cut(args, args[0].shape[1] - count) if count else None
+        sequence = [] if self._inside_method else self.sequence
+        return self._cut(args, args[0].shape[1] - _count_at(sequence), sequence) if sequence else None
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        count = 0 if self._inside_method else self.num_active
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        return self._cut(output, hidden.shape[1] - count) if count else None
+        sequence = [] if self._inside_method else self.sequence
+        if not sequence:
+            return None
+        hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
+        return self._cut(output, hidden.shape[1] - _count_at(sequence), sequence)
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        # A plain dictionary, as DINOv2's own code returns it, has no entry 0.
-        values = output.values() if isinstance(output, dict) else output
+        sequence = self.sequence
+        if not sequence:
+            return None
+        entries = [] if isinstance(output, torch.Tensor) else _entries(output)
         # No ``next(..., None)``: the graph compiler of older torch does not know it.
-        entries = [] if isinstance(output, torch.Tensor) else list(values)
         last = entries[0] if entries else None
         if isinstance(last, (tuple, list)) and last:  # a backbone's feature maps, (B, D, h, w) or (B, N, D)
             last = last[-1]
@@ -236,7 +239,7 @@ class SequenceHooks:
             length = last.shape[1]
         else:
             return None
-        return self._cut(output, length) if self.num_active else None
+        return self._cut(output, length, sequence)
 
     def _position_length_hook(self, index: int | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A bias that is interpolated to the length of the sequence must not count registers (BEiT's ``dim_size``)."""
@@ -284,6 +287,16 @@ class SequenceHooks:
         if position is None or "attention_mask" in kwargs:
             return args, {**kwargs, "attention_mask": grown}
         return (*args[:position], grown, *args[position + 1 :]), kwargs
+
+
+def _count_at(sequence: list[Segment], block: float = math.inf) -> int:
+    """Number of registers in the sequence inside block ``block``; by default where it leaves the last one."""
+    return sum(segment.count for segment in sequence if segment.placement.insert_layer <= block)
+
+
+def _entries(output: Any) -> list[Any]:
+    """What a tuple, a ``ModelOutput`` or a plain dictionary, as DINOv2's own code returns it, has in it."""
+    return list(output.values() if isinstance(output, dict) else output)
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:

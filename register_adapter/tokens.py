@@ -72,7 +72,10 @@ def cut_tokens(value: Any, start: int, count: int, length: int, attentions: bool
         return value
     if isinstance(value, dict):
         for key, item in list(value.items()):
-            value[key] = cut_tokens(item, start, count, length, attentions)
+            cut = cut_tokens(item, start, count, length, attentions)
+            # A ModelOutput is slow to assign to.
+            if not isinstance(item, torch.Tensor) or cut is not item:
+                value[key] = cut
         return value
     if isinstance(value, (tuple, list)):
         return type(value)(cut_tokens(item, start, count, length, attentions) for item in value)
