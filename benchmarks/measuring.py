@@ -10,6 +10,7 @@ import subprocess
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from torch.utils._pytree import tree_leaves
 
 from register_adapter.report import versions
 
-__all__ = ["PeakBytes", "clock", "describe_machine", "free_bytes", "memory", "saved_bytes", "spread", "take_turns"]
+__all__ = [
+    "PeakBytes",
+    "Turns",
+    "clock",
+    "describe_machine",
+    "free_bytes",
+    "memory",
+    "saved_bytes",
+    "spread",
+    "take_turns",
+]
 
 
 def clock(call: Callable[[], None], device: str, calls: int = 1) -> float:
@@ -62,11 +73,69 @@ def take_turns(
         budget: Most seconds that all turns together may take.
 
     Returns:
-        ``repeats``, ``calls_per_repeat``, ``milliseconds`` by variant, and ``ratios`` by ``"one/other"``.
+        What :meth:`Turns.report` gives.
 
     Raises:
         RuntimeError: The turns would take longer than ``budget``.
     """
+    turns = Turns()
+    turns.take(calls, device, repeats, min_time, budget)
+    return turns.report(ratios)
+
+
+class Turns:
+    """Times of variants that took turns, in one build of the models or in several.
+
+    A second copy of a model takes up to 1.5 % more or less time than the first, turn after turn, for as long as the two
+    live: presumably by where their weights lie in memory. Only other builds even that out.
+    """
+
+    def __init__(self) -> None:
+        self.calls_per_repeat = 1
+        #: Seconds by variant, a list for each build.
+        self.builds: list[dict[str, list[float]]] = []
+
+    def take(
+        self, calls: Mapping[str, Callable[[], None]], device: str, repeats: int, min_time: float, budget: float
+    ) -> None:
+        """Time one build; see :func:`take_turns`."""
+        in_a_row = _in_a_row(calls, device, repeats, min_time, budget)
+        order, rng = list(calls), random.Random(len(self.builds))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            rng.shuffle(order)
+            for name in order:
+                times[name].append(clock(calls[name], device, in_a_row))
+        self.calls_per_repeat = in_a_row
+        self.builds.append(times)
+
+    def report(self, ratios: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        """``repeats``, ``calls_per_repeat``, ``milliseconds`` by variant, and ``ratios`` by ``"one/other"``.
+
+        Ratios are taken within each turn. Of several builds there are their number, ``builds``, and the median ratio of
+        each, ``ratios_by_build``, too.
+        """
+        pairs = {
+            f"{one}/{other}": [[a / b for a, b in zip(t[one], t[other], strict=True)] for t in self.builds]
+            for one, other in ratios
+        }
+        times = {name: [value for t in self.builds for value in t[name]] for name in self.builds[0]}
+        found: dict[str, Any] = {
+            "repeats": len(next(iter(times.values()))),
+            "calls_per_repeat": self.calls_per_repeat,
+            "milliseconds": {name: spread(1000 * value for value in values) for name, values in times.items()},
+            "ratios": {name: spread(chain.from_iterable(values)) for name, values in pairs.items()},
+        }
+        if len(self.builds) > 1:
+            medians = {name: [spread(values)["median"] for values in builds] for name, builds in pairs.items()}
+            found |= {"builds": len(self.builds), "ratios_by_build": medians}
+        return found
+
+
+def _in_a_row(
+    calls: Mapping[str, Callable[[], None]], device: str, repeats: int, min_time: float, budget: float
+) -> int:
+    """Warm up, and count the calls that fill ``min_time``."""
     for call in calls.values():
         # Twice: the first calls may compile, allocate or choose kernels.
         clock(call, device, 2)
@@ -78,21 +147,7 @@ def take_turns(
             f"one call of each variant takes {sum(once.values()):.2f} s and {repeats} repeats would take "
             f"{needed:.0f} s, over --budget {budget:.0f}"
         )
-    order, rng = list(calls), random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        rng.shuffle(order)
-        for name in order:
-            times[name].append(clock(calls[name], device, in_a_row))
-    return {
-        "repeats": repeats,
-        "calls_per_repeat": in_a_row,
-        "milliseconds": {name: spread(1000 * value for value in values) for name, values in times.items()},
-        "ratios": {
-            f"{one}/{other}": spread(a / b for a, b in zip(times[one], times[other], strict=True))
-            for one, other in ratios
-        },
-    }
+    return in_a_row
 
 
 class PeakBytes(TorchDispatchMode):

@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import os
+import random
 import resource
 import sys
 import time
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from measuring import clock, describe_machine, free_bytes, memory, spread, take_turns
+from measuring import Turns, clock, describe_machine, free_bytes, memory, spread
 from torch import nn
 from tqdm import tqdm
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -37,6 +38,7 @@ SHAPES = {"tiny": (32, 2, 2), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024,
 PATCH = 14
 STEPS = ("forward", "train")
 RATIOS = (("adapter", "native"), ("adapter", "base"), ("native", "base"))
+CONTROL = ("again", "native")
 MAX_OF_NATIVE, MAX_OF_BASE, MAX_MEMORY_DRIFT, MAX_WRAP_MS = 1.01, 1.03, 0.01, 50.0
 LATE_RATIOS = (("half", "start"),)
 MAX_LATE_TIME, MAX_LATE_MEMORY = 0.8, 0.6
@@ -55,8 +57,16 @@ class Case:
     step: str
 
 
-def build(model: str, size: int, registers: int) -> dict[str, nn.Module]:
-    """The three models, in float32 on the CPU, each with its trained parameters alone requiring a gradient."""
+def build(model: str, size: int, registers: int, seed: int = 0, control: bool = False) -> dict[str, nn.Module]:
+    """The three models, in float32 on the CPU, each with its trained parameters alone requiring a gradient.
+
+    Args:
+        model: Shape, a key of ``SHAPES``.
+        size: Image side.
+        registers: Number of registers.
+        seed: Of the weights, and of the order in which the models are made.
+        control: Make a second native model too, ``"again"``.
+    """
     width, blocks, heads = SHAPES[model]
     # Position embeddings of the size in use: interpolation differs between the two classes and is no cost of registers.
     kwargs = {
@@ -66,15 +76,25 @@ def build(model: str, size: int, registers: int) -> dict[str, nn.Module]:
         "image_size": size,
         "patch_size": PATCH,
     }
-    torch.manual_seed(0)
-    models: dict[str, nn.Module] = {
-        "base": Dinov2Model(Dinov2Config(**kwargs)),
-        "adapter": add_registers(Dinov2Model(Dinov2Config(**kwargs)), num_registers=registers),
-        "native": Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**kwargs, num_register_tokens=registers)),
+    torch.manual_seed(seed)
+
+    def native() -> nn.Module:
+        config = Dinov2WithRegistersConfig(**kwargs, num_register_tokens=registers)
+        return cast(nn.Module, Dinov2WithRegistersModel(config))
+
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "base": lambda: Dinov2Model(Dinov2Config(**kwargs)),
+        "adapter": lambda: add_registers(Dinov2Model(Dinov2Config(**kwargs)), num_registers=registers),
+        "native": native,
+        **({"again": native} if control else {}),
     }
+    order = list(makers)
+    random.Random(seed).shuffle(order)
+    models = {name: makers[name]() for name in order}
     # The base has no registers; its CLS token enters at the same place, so its backward pass has the same extent.
-    for name, trained in (("base", "embeddings.cls_token"), ("native", "embeddings.register_tokens")):
-        for key, parameter in models[name].named_parameters():
+    for name, module in models.items():
+        trained = {"base": "embeddings.cls_token", "adapter": ""}.get(name, "embeddings.register_tokens")
+        for key, parameter in module.named_parameters() if trained else ():
             parameter.requires_grad_(key == trained)
     return models
 
@@ -139,7 +159,9 @@ def run_case(
     case: Case,
     models: dict[str, nn.Module],
     args: argparse.Namespace,
-    ratios: tuple[tuple[str, str], ...] = RATIOS,
+    ratios: Iterable[tuple[str, str]],
+    turns: Turns,
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure one case.
 
@@ -148,6 +170,8 @@ def run_case(
         models: The variants that take turns, by name.
         args: The command line's.
         ratios: Pairs of variants to compare.
+        turns: What earlier builds of the models took; this one's are added.
+        earlier: The result of the earlier builds, whose bytes are those of this one.
 
     Raises:
         RuntimeError: It does not fit into the memory or the time, or cannot be compiled.
@@ -158,9 +182,9 @@ def run_case(
     pixel_values = torch.randn(case.batch, 3, case.size, case.size).to(case.device, getattr(torch, case.dtype))
     with compiled(models, case.compiled) as ready:
         calls = {name: make_call(module, pixel_values, case.step) for name, module in ready.items()}
-        result = asdict(case) | take_turns(calls, ratios, case.device, args.repeats, args.min_time, args.budget)
-        result["bytes"] = {}
-        for name, call in calls.items():
+        turns.take(calls, case.device, args.repeats, args.min_time, args.budget)
+        result = asdict(case) | turns.report(ratios) | {"bytes": dict(earlier["bytes"]) if earlier else {}}
+        for name, call in calls.items() if earlier is None else ():
             weights = [*models[name].parameters(), *models[name].buffers()]
             result["bytes"][name] = memory(call, weights, [pixel_values], case.device, case.compiled)
     for module in models.values():
@@ -231,7 +255,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--registers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=20, help="turns; every variant is timed once a turn")
+    parser.add_argument("--repeats", type=int, default=20, help="turns a build; every variant is timed once a turn")
+    parser.add_argument("--builds", type=int, default=1, help="how often the models are made anew, see README.md")
+    parser.add_argument("--control", action="store_true", help="time a second native model too: again / native")
     parser.add_argument("--min-time", type=float, default=0.1, help="least seconds of one timing")
     parser.add_argument("--budget", type=float, default=300, help="most seconds for the timings of one case")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="start no further case after this time")
@@ -239,8 +265,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if wrong := [size for size in args.sizes if size < PATCH or size % PATCH]:
         parser.error(f"--sizes must be multiples of {PATCH}, got {wrong}")
-    if min(args.registers, args.repeats, *args.batches) < 1:
-        parser.error("--registers, --repeats and --batches must be at least 1")
+    if min(args.registers, args.repeats, args.builds, *args.batches) < 1:
+        parser.error("--registers, --repeats, --builds and --batches must be at least 1")
     return args
 
 
@@ -250,7 +276,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.time()
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config["max_minutes"] = None if math.isinf(args.max_minutes) else args.max_minutes
-    results: list[dict[str, Any]] = []
+    results: dict[Case, dict[str, Any]] = {}
     late: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     wrapping = [measure_wrapping(model, args.repeats) for model in args.models]
@@ -262,8 +288,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
 
     def write() -> None:
-        report.update(results=results, insert_layer=late, skipped=skipped)
-        report["targets"] = check_targets(results, wrapping, args.registers, late)
+        report.update(results=list(results.values()), insert_layer=late, skipped=skipped)
+        report["targets"] = check_targets(report["results"], wrapping, args.registers, late)
         report.update(seconds=round(time.time() - started, 1), load_average=os.getloadavg())
         report["process_peak_rss_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +302,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         skipped.append({"device": "cuda", "reason": "no CUDA device on this machine"})
         write()
     shapes = list(product(devices, args.models, args.sizes, args.dtypes))
-    bar = tqdm(total=len(shapes) * len(args.batches) * len(compile_modes) * len(args.steps), unit="case")
+    bar = tqdm(total=len(shapes) * args.builds * len(args.batches) * len(compile_modes) * len(args.steps), unit="case")
     for device, model, size, dtype in shapes if "train" in args.steps else ():
         case = Case(device, model, size, dtype, min(args.batches), False, "train")
         try:
@@ -284,31 +310,36 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 raise RuntimeError(f"not started: --max-minutes {args.max_minutes} are over")
             variants = build_late(model, size, args.registers).items()
             moved = {name: module.to(device, getattr(torch, dtype)) for name, module in variants}
-            late.append(run_case(case, moved, args, LATE_RATIOS))
+            late.append(run_case(case, moved, args, LATE_RATIOS, Turns()))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             skipped.append(asdict(case) | {"what": "insert_layer", "reason": reason.removeprefix("RuntimeError: ")})
         write()
-    for device, model, size, dtype in shapes:
+    ratios = (*RATIOS, *([CONTROL] if args.control else []))
+    turns: dict[Case, Turns] = {}
+    failed: set[Case] = set()
+    for (device, model, size, dtype), number in product(shapes, range(args.builds)):
         models: dict[str, nn.Module] = {}
         for batch, with_compile, step in product(sorted(args.batches), compile_modes, args.steps):
             case = Case(device, model, size, dtype, batch, with_compile, step)
             bar.set_postfix_str(" ".join(str(value) for value in asdict(case).values()))
+            bar.update()
+            if case in failed:
+                continue
             try:
                 if time.time() - started > 60 * args.max_minutes:
                     raise RuntimeError(f"not started: --max-minutes {args.max_minutes} are over")
                 if not models:
-                    models = {
-                        name: module.to(device, getattr(torch, dtype))
-                        for name, module in build(model, size, args.registers).items()
-                    }
-                results.append(run_case(case, models, args))
+                    built = build(model, size, args.registers, number, args.control).items()
+                    models = {name: module.to(device, getattr(torch, dtype)) for name, module in built}
+                taken = turns.setdefault(case, Turns())
+                results[case] = run_case(case, models, args, ratios, taken, results.get(case))
             # torch.compile fails in many ways; whatever stops a case is written down beside it.
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-                skipped.append(asdict(case) | {"reason": reason.removeprefix("RuntimeError: ")})
+                failed.add(case)
+                reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].removeprefix("RuntimeError: ")
+                skipped.append(asdict(case) | ({"from_build": number} if number else {}) | {"reason": reason})
             write()
-            bar.update()
         del models
         gc.collect()
     bar.close()
@@ -317,15 +348,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> str:
     """The report as a Markdown table, a line a case."""
-    lines = [
-        "| device | model | px | dtype | batch | compile | step | base ms | adapter / base | adapter / native |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    heads = [*Case.__dataclass_fields__, "base ms", "adapter / base", "adapter / native", "again / native"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for result in report["results"]:
-        ratios = [result["ratios"][key] for key in ("adapter/base", "adapter/native")]
+        ratios = [result["ratios"].get(key) for key in ("adapter/base", "adapter/native", "again/native")]
         cells = [str(result[key]) for key in Case.__dataclass_fields__]
         cells.append(f"{result['milliseconds']['base']['median']:.1f}")
-        cells += [f"{ratio['median']:.3f} ({ratio['p10']:.3f}–{ratio['p90']:.3f})" for ratio in ratios]
+        cells += [f"{r['median']:.3f} ({r['p10']:.3f}–{r['p90']:.3f})" if r else "" for r in ratios]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "insert_layer at half the depth / registers from block 0 on:", ""]
     for result in report["insert_layer"]:

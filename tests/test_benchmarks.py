@@ -63,6 +63,28 @@ def test_the_documented_command_writes_a_whole_report(tmp_path: Path) -> None:
     assert done.stdout.count("| cpu | tiny |") == 2
 
 
+def test_builds_are_pooled_and_told_apart(overhead: ModuleType, tmp_path: Path) -> None:
+    common = [*TINY, "--compile", "no", "--min-time", "0", "--out", str(tmp_path / "report.json")]
+    report = overhead.main([*common, "--repeats", "3", "--builds", "2", "--control"])
+    assert [result["step"] for result in report["results"]] == ["forward", "train"]
+    for result in report["results"]:
+        assert (result["builds"], result["repeats"]) == (2, 6)
+        assert set(result["milliseconds"]) == set(result["bytes"]) == {"base", "adapter", "native", "again"}
+        medians = result["ratios_by_build"]["again/native"]
+        assert len(medians) == 2
+        assert min(medians) <= result["ratios"]["again/native"]["median"] <= max(medians)
+
+
+def test_every_build_has_other_weights_in_another_order(overhead: ModuleType) -> None:
+    builds = [overhead.build("tiny", 28, 4, seed, control=True) for seed in range(4)]
+    assert len({tuple(models) for models in builds}) > 1
+    first, second = ({**models["native"].state_dict()} for models in builds[:2])
+    key = "encoder.layer.0.mlp.fc1.weight"
+    assert not torch.equal(first[key], second[key])
+    trained = {key for key, p in builds[0]["again"].named_parameters() if p.requires_grad}
+    assert trained == {"embeddings.register_tokens"}
+
+
 def test_each_of_the_three_models_trains_one_parameter(overhead: ModuleType) -> None:
     models = overhead.build("tiny", 28, 4)
     trained = {
@@ -101,7 +123,9 @@ def test_a_case_that_does_not_fit_is_not_started(
     assert all("GiB are free" in case["reason"] for case in report["skipped"])
 
 
-@pytest.mark.parametrize("wrong", [["--sizes", "30"], ["--batches", "0"], ["--repeats", "0"], ["--models", "xxl"]])
+@pytest.mark.parametrize(
+    "wrong", [["--sizes", "30"], ["--batches", "0"], ["--repeats", "0"], ["--builds", "0"], ["--models", "xxl"]]
+)
 def test_wrong_options_are_refused(overhead: ModuleType, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         overhead.main([*TINY, *wrong])
