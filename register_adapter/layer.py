@@ -172,22 +172,24 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         Raises:
             AdapterFileError: In training mode, an adapter still waits for its values.
         """
-        if self.disable_adapters:
+        # Every hook asks, between two operations on tensors: what is looked up here is all that a short pass notices.
+        if self._disable_adapters:
             return []
         if self._images is not None:
             return self._segments_by_image(self._images)
         segments = []
-        registers = self.register_adapter_tokens
-        for name in dict.fromkeys(self._active_names):
-            if name not in registers:
+        active = self._active_adapter
+        for name in (active,) if isinstance(active, str) else dict.fromkeys(active):
+            if name not in self.placements:
                 continue
-            tokens = cast(RegisterTokens, registers[name])
+            tokens = cast(RegisterTokens, self.register_adapter_tokens[name])
             if not tokens.pending:
                 segments.append(Segment(self.placements[name], [tokens]))
             elif self.training:
                 self._refuse(name)
-        # Those that start later come later in the sequence too: nobody's place changes when they join.
-        return sorted(segments, key=lambda segment: segment.placement.insert_layer)
+        if len(segments) > 1:  # those that start later come later in the sequence too: nobody's place changes then
+            segments.sort(key=lambda segment: segment.placement.insert_layer)
+        return segments
 
     @property
     def sequence(self) -> list[Segment]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .anatomy import parent
-from .registers import Segment
 from .tokens import cut_tokens, hidden_states_of
 
 if TYPE_CHECKING:
@@ -33,12 +32,11 @@ class MethodHooks:
     prefix: int
     _inside_method: bool = False
     _length: int
-    _cut: Callable[[Any, int, list[Segment]], Any]
+    _cut: Callable[[Any, int, list[int]], Any]
     count_at: Callable[[int], int]
 
     @property
-    def sequence(self) -> list[Segment]:
-        """The segments that are tokens in the sequence, in their order there."""
+    def _counts(self) -> list[int]:
         raise NotImplementedError
 
     @property
@@ -73,9 +71,9 @@ class MethodHooks:
         if isinstance(result, dict):
             whole = [key for key in _SEQUENCE_KEYS if key in result]
             lengths = {key: result[key].shape[1] - self.num_active for key in whole}
-            return {**result, **{key: self._cut(result[key], lengths[key], self.sequence) for key in whole}}
+            return {**result, **{key: self._cut(result[key], lengths[key], self._counts) for key in whole}}
         # A sequence came in.
-        return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0), self.sequence)
+        return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0), self._counts)
 
     def _counted(self, method: Callable[[], Any]) -> Any:
         """Call a method that counts the registers among the tower's prefix tokens; see ``_count_registers``."""

@@ -6,7 +6,6 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -61,7 +60,8 @@ class SequenceHooks:
     @property
     def num_active(self) -> int:
         """Number of registers in the sequence when it leaves the last block."""
-        return _count_at(self.sequence)
+        counts = self._counts
+        return counts[-1] if counts else 0
 
     def count_at(self, block: int) -> int:
         """Number of registers in the sequence inside block ``block``; 0 stands for the embeddings' output too."""
@@ -205,29 +205,37 @@ class SequenceHooks:
             if getattr(owner, name) != self.prefix + count:
                 setattr(owner, name, self.prefix + count)
 
-    def _cut(self, value: Any, length: int, sequence: list[Segment]) -> Any:
-        """Take the registers of ``sequence`` out of everything; ``length`` is that of a sequence without them.
+    @property
+    def _counts(self) -> list[int]:
+        """Numbers of registers in the sequence on its way, ascending, the last one behind the last block."""
+        sequence = self.sequence
+        if len(sequence) < 2:
+            return [segment.count for segment in sequence]
+        return sorted({_count_at(sequence, segment.placement.insert_layer) for segment in sequence})
 
-        What was recorded on the way has the registers of the block it comes from.
+    def _cut(self, value: Any, length: int, counts: list[int]) -> Any:
+        """Take the registers out of everything; ``length`` is that of a sequence without them.
+
+        What was recorded on the way has the registers of the block it comes from: one of ``counts``.
         """
-        for count in sorted({_count_at(sequence, segment.placement.insert_layer) for segment in sequence}):
+        for count in counts:
             value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
         return value
 
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
-        sequence = [] if self._inside_method else self.sequence
-        return self._cut(args, args[0].shape[1] - _count_at(sequence), sequence) if sequence else None
+        counts = [] if self._inside_method else self._counts
+        return self._cut(args, args[0].shape[1] - counts[-1], counts) if counts else None
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        sequence = [] if self._inside_method else self.sequence
-        if not sequence:
+        counts = [] if self._inside_method else self._counts
+        if not counts:
             return None
         hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
-        return self._cut(output, hidden.shape[1] - _count_at(sequence), sequence)
+        return self._cut(output, hidden.shape[1] - counts[-1], counts)
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        sequence = self.sequence
-        if not sequence:
+        counts = self._counts
+        if not counts:
             return None
         entries = [] if isinstance(output, torch.Tensor) else _entries(output)
         # No ``next(..., None)``: the graph compiler of older torch does not know it.
@@ -239,7 +247,7 @@ class SequenceHooks:
             length = last.shape[1]
         else:
             return None
-        return self._cut(output, length, sequence)
+        return self._cut(output, length, counts)
 
     def _position_length_hook(self, index: int | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """A bias that is interpolated to the length of the sequence must not count registers (BEiT's ``dim_size``)."""
@@ -289,8 +297,7 @@ class SequenceHooks:
         return (*args[:position], grown, *args[position + 1 :]), kwargs
 
 
-def _count_at(sequence: list[Segment], block: float = math.inf) -> int:
-    """Number of registers in the sequence inside block ``block``; by default where it leaves the last one."""
+def _count_at(sequence: list[Segment], block: int) -> int:
     return sum(segment.count for segment in sequence if segment.placement.insert_layer <= block)
 
 
