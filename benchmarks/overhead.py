@@ -259,7 +259,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--builds", type=int, default=1, help="how often the models are made anew, see README.md")
     parser.add_argument("--control", action="store_true", help="time a second native model too: again / native")
     parser.add_argument("--min-time", type=float, default=0.1, help="least seconds of one timing")
-    parser.add_argument("--budget", type=float, default=300, help="most seconds for the timings of one case")
+    parser.add_argument("--budget", type=float, default=300, help="most seconds for the timings of a case, each build")
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="start no further case after this time")
     parser.add_argument("--out", type=Path, default=Path("overhead.json"))
     args = parser.parse_args(argv)
@@ -323,8 +323,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for batch, with_compile, step in product(sorted(args.batches), compile_modes, args.steps):
             case = Case(device, model, size, dtype, batch, with_compile, step)
             bar.set_postfix_str(" ".join(str(value) for value in asdict(case).values()))
-            bar.update()
             if case in failed:
+                bar.update()
                 continue
             try:
                 if time.time() - started > 60 * args.max_minutes:
@@ -340,6 +340,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].removeprefix("RuntimeError: ")
                 skipped.append(asdict(case) | ({"from_build": number} if number else {}) | {"reason": reason})
             write()
+            bar.update()
         del models
         gc.collect()
     bar.close()

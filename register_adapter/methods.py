@@ -62,18 +62,18 @@ class MethodHooks:
     def _call_method(self, path: str, *args: Any, **kwargs: Any) -> Any:
         owner, name = parent(self.tower.module, path)
         original = partial(getattr(type(owner), name), owner, *args, **kwargs)
-        if not self.num_active or self._inside_method:
+        counts = self._counts
+        if not counts or self._inside_method:
             return original()
         self._check_call(name, args)
         if path in self.tower.anatomy.counted_methods:
             return self._counted(original)
         result = original()
         if isinstance(result, dict):
-            whole = [key for key in _SEQUENCE_KEYS if key in result]
-            lengths = {key: result[key].shape[1] - self.num_active for key in whole}
-            return {**result, **{key: self._cut(result[key], lengths[key], self._counts) for key in whole}}
+            whole = {key: result[key] for key in _SEQUENCE_KEYS if key in result}
+            return {**result, **{key: self._cut(x, x.shape[1] - counts[-1], counts) for key, x in whole.items()}}
         # A sequence came in.
-        return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0), self._counts)
+        return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0), counts)
 
     def _counted(self, method: Callable[[], Any]) -> Any:
         """Call a method that counts the registers among the tower's prefix tokens; see ``_count_registers``."""
