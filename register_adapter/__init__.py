@@ -25,11 +25,11 @@ from .errors import (
 )
 from .export import export_native, export_onnx, export_program, save_native
 from .families import FAMILIES
-from .hub import HubAccessError
 from .layer import RegisterLayer
 from .model import RegisterModel
 from .neurons import fit_test_time_registers
 from .peft_model import RegisterPeftModel, add_registers
+from .utils.hub import HubAccessError
 from .viz import attention_map
 
 __all__ = [

@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 
 from ._version import __version__
 from .config import RegisterConfig
-from .hub import WEIGHTS_NAME
+from .utils.hub import WEIGHTS_NAME
 
 __all__ = ["is_hub_name", "update_model_card"]
 

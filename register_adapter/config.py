@@ -12,13 +12,13 @@ from typing import Any
 from peft import PeftConfig
 
 from ._peft_compat import peft_type
-from .adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_adapter_file
 from .anatomy import Anatomy
 from .errors import AdapterFileError
-from .hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from .identity import TowerIdentity
 from .neuron_shift import REMOVALS, checked_neurons, count_neurons
 from .registers import Placement
+from .utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_adapter_file
+from .utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 
 __all__ = ["FORMAT_VERSION", "RegisterConfig"]
 

@@ -14,7 +14,6 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ._peft_compat import PREFIX, remap_on_load
-from .adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 from .anatomy import Anatomy
 from .attention import reads_implementation
 from .config import RegisterConfig
@@ -24,6 +23,7 @@ from .identity import TowerIdentity
 from .layer import BASE, RegisterLayer
 from .neuron_shift import count_neurons
 from .towers import Tower, find_tower
+from .utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 
 __all__ = ["RegisterModel", "find_register_layer"]
 

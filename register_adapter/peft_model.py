@@ -16,8 +16,8 @@ from torch import nn
 from ._version import __version__
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
-from .hub import checked_token, fetch, hub_errors
 from .model import find_register_layer
+from .utils.hub import checked_token, fetch, hub_errors
 
 __all__ = ["RegisterPeftModel", "add_registers"]
 

@@ -22,13 +22,13 @@ from .card import update_model_card
 from .checkpoints import TrainState
 from .data import ProcessedDataset, load_image_processor
 from .errors import MissingExtraError
-from .hub import hub_errors
 from .loop import Loop, evaluate
 from .model import find_register_layer
 from .objectives import Objective
 from .peft_model import RegisterPeftModel
-from .report import git_commit, hardware, versions
 from .train_arguments import TrainArguments
+from .utils.environment import git_commit, hardware, versions
+from .utils.hub import hub_errors
 
 __all__ = ["TrainArguments", "check_output_dir", "evaluate", "train"]
 

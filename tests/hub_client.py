@@ -23,7 +23,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from register_adapter import RegisterConfig, RegisterPeftModel, add_registers
-from register_adapter.hub import HubAccessError
+from register_adapter.utils.hub import HubAccessError
 
 torch.set_num_threads(1)
 OWN_TEXT = "# My registers\n\nTrained on a Sunday.  Two spaces, kept.\n"

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from register_adapter import Anatomy, RegisterConfig, adapter_folder, add_registers
-from register_adapter.adapter_file import read_tensors
 from register_adapter.composition import ComposedPeftModel, compose, load_adapters, save_adapters
+from register_adapter.utils.adapter_file import read_tensors
 
 #: Configs whose adapters are not at their neutral initial values, so that every one of them changes the output.
 METHODS: dict[str, Callable[[], Any]] = {

@@ -35,8 +35,9 @@ CORE = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"
 #: Lowest first: a module imports from its own layer or a lower one, never from a higher one. A package stands for all
 #: its modules. docs/architecture.md says what each of them is.
 LAYERS = (
-    ("_version", "errors", "_peft_compat", "tokens", "neuron_shift", "registers", "images", "report"),
-    ("anatomy", "adapter_file", "hub", "data", "image_batches"),
+    ("_version", "errors", "_peft_compat", "tokens", "neuron_shift", "registers", "images"),
+    ("utils",),
+    ("anatomy", "data", "image_batches"),
     ("families", "stacks"),
     ("towers", "supported"),
     ("identity",),

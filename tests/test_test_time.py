@@ -20,13 +20,7 @@ from stacks_cases import STACKS, build_stack, images
 from torch import nn
 from torch.nn import functional as F
 
-from register_adapter import (
-    NoArtifactsError,
-    UnsupportedModelError,
-    add_registers,
-    capture,
-    fit_test_time_registers,
-)
+from register_adapter import NoArtifactsError, UnsupportedModelError, add_registers, capture, fit_test_time_registers
 from register_adapter.artifacts import RULES, collect_statistics
 from register_adapter.artifacts.cut import Cut
 from register_adapter.model import find_register_layer

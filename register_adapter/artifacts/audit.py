@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from ..anatomy import Anatomy
 from ..image_batches import ImageBatches
 from ..model import find_register_layer
-from ..report import git_commit, machine, versions
 from ..towers import Tower, find_tower
+from ..utils.environment import git_commit, machine, versions
 from .artifact_report import ArtifactReport, LayerReport, Verdict
 from .histogram import RELATIVE_ERROR
 from .layer_report import DEFINITIONS, layer_report, ratio_of_medians

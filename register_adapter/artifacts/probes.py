@@ -20,7 +20,7 @@ from torch import nn
 
 from ..anatomy import Anatomy
 from ..image_batches import ImageBatches
-from ..report import versions
+from ..utils.environment import versions
 from .cut import Cut
 from .passes import read_batches, resolve_layer
 from .probe_report import ProbeReport

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..anatomy import Anatomy
 from ..image_batches import ImageBatches
-from ..report import versions
+from ..utils.environment import versions
 from .passes import Batch, read_batches
 from .register_maps import RegisterMaps
 from .register_report import RegisterReport

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .errors import AdapterFileError, RegisterAdapterError
+from ..errors import AdapterFileError, RegisterAdapterError
 
 __all__ = [
     "CONFIG_NAME",

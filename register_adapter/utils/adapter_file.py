@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import AdapterFileError
+from ..errors import AdapterFileError
 
 __all__ = [
     "GATE_KEY",
