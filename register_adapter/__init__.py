@@ -10,7 +10,6 @@ Importing the package registers the method with PEFT; that is its only effect.
 from ._peft_compat import register as _register
 from ._version import __version__
 from .adapter_names import rename_adapter
-from .anatomy import Anatomy
 from .artifacts import ArtifactReport, audit
 from .capture import Trace, capture
 from .composition import ComposedPeftModel, compose, load_adapters, save_adapters
@@ -24,11 +23,12 @@ from .errors import (
     UnsupportedModelError,
 )
 from .export import export_native, export_onnx, export_program, save_native
-from .families import FAMILIES
 from .layer import RegisterLayer
 from .model import RegisterModel
 from .neurons import fit_test_time_registers
 from .peft_model import RegisterPeftModel, add_registers
+from .towers.anatomy import Anatomy
+from .towers.families import FAMILIES
 from .utils.hub import HubAccessError
 from .viz import attention_map
 

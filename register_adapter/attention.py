@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .registers import Segment
 
 if TYPE_CHECKING:
-    from .towers import Tower
+    from .towers.tower import Tower
 
 __all__ = ["AttentionConfig", "AttentionHooks", "grow_block_mask", "is_block_mask", "reads_implementation"]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import UnsupportedModelError
-from .towers import Tower
+from .towers.tower import Tower
 
 __all__ = ["record_attention_maps"]
 

@@ -14,7 +14,7 @@ from .attention_maps import record_attention_maps
 from .layer import RegisterLayer
 from .model import find_register_layer
 from .tokens import hidden_states_of
-from .towers import Tower, find_tower
+from .towers.tower import Tower, find_tower
 
 __all__ = ["Trace", "capture"]
 

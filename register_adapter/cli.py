@@ -228,7 +228,7 @@ def _app() -> Any:
         into: str | None = typer.Option(None, "--into", help="A document to put the table into, such as README.md."),
     ) -> None:
         """Print the supported models as a Markdown table."""
-        from .supported import full_table, short_table, write_table
+        from .towers.supported import full_table, short_table, write_table
 
         table = full_table() if full else short_table()
         if into is None:

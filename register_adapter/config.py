@@ -12,11 +12,11 @@ from typing import Any
 from peft import PeftConfig
 
 from ._peft_compat import peft_type
-from .anatomy import Anatomy
 from .errors import AdapterFileError
-from .identity import TowerIdentity
 from .neuron_shift import REMOVALS, checked_neurons, count_neurons
 from .registers import Placement
+from .towers.anatomy import Anatomy
+from .towers.identity import TowerIdentity
 from .utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_adapter_file
 from .utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 

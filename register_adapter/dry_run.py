@@ -15,7 +15,7 @@ from torch import nn
 from .config import RegisterConfig
 from .errors import UnsupportedModelError
 from .layer import RegisterLayer
-from .towers import Tower
+from .towers.tower import Tower
 
 __all__ = ["dry_run"]
 

@@ -24,7 +24,7 @@ from .methods import MethodHooks
 from .neuron_hooks import NeuronHooks
 from .registers import Placement, RegisterTokens, Segment
 from .sequence import SequenceHooks
-from .towers import Tower
+from .towers.tower import Tower
 
 __all__ = ["BASE", "RegisterLayer"]
 

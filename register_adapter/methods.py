@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .anatomy import parent
 from .tokens import cut_tokens, hidden_states_of
+from .towers.anatomy import parent
 
 if TYPE_CHECKING:
-    from .towers import Tower
+    from .towers.tower import Tower
 
 __all__ = ["MethodHooks"]
 

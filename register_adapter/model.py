@@ -14,15 +14,15 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ._peft_compat import PREFIX, remap_on_load
-from .anatomy import Anatomy
 from .attention import reads_implementation
 from .config import RegisterConfig
 from .dry_run import dry_run
 from .errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
-from .identity import TowerIdentity
 from .layer import BASE, RegisterLayer
 from .neuron_shift import count_neurons
-from .towers import Tower, find_tower
+from .towers.anatomy import Anatomy
+from .towers.identity import TowerIdentity
+from .towers.tower import Tower, find_tower
 from .utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 
 __all__ = ["RegisterModel", "find_register_layer"]

@@ -12,7 +12,7 @@ from .tokens import hidden_states_of, visible_to
 
 if TYPE_CHECKING:
     from .registers import Segment
-    from .towers import Tower
+    from .towers.tower import Tower
 
 __all__ = ["NeuronHooks"]
 

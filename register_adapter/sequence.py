@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .anatomy import parent
 from .attention import grow_block_mask, is_block_mask
 from .registers import Segment
 from .tokens import (
@@ -26,9 +25,10 @@ from .tokens import (
     pad_tokens,
     with_hidden_states,
 )
+from .towers.anatomy import parent
 
 if TYPE_CHECKING:
-    from .towers import Tower
+    from .towers.tower import Tower
 
 __all__ = ["SequenceHooks"]
 

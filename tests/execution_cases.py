@@ -11,7 +11,7 @@ from torch import nn
 
 from register_adapter import add_registers
 from register_adapter.attention import reads_implementation
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 #: Ways for registers to enter.
 WAYS: dict[str, dict[str, Any]] = {

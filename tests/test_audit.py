@@ -32,7 +32,7 @@ from register_adapter.testbed import (
     photographs,
     plant_artifacts,
 )
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch import nn
 
 from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
 from register_adapter.model import find_register_layer
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -28,7 +28,7 @@ from register_adapter.artifacts.detector_training import calibrate, train_detect
 from register_adapter.errors import AdapterFileError, MissingExtraError, UnsupportedModelError
 from register_adapter.testbed import SceneDataset, load_planted_vit, load_vit
 from register_adapter.testbed.plant_low import plant_low_norm_artifacts
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIDE = IMAGE // PATCH

@@ -26,7 +26,7 @@ from register_adapter import RegisterConfig
 from register_adapter.attention import grow_block_mask
 from register_adapter.export import export_onnx
 from register_adapter.tokens import grow_mask
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 NAMES = [name for name in ("vit", "clip-vision", "dinov2", "dinov3", "siglip2-vision", "beit") if name in TOWERS]
 OUTPUT = "last_hidden_state"

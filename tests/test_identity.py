@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from register_adapter import BaseModelMismatchError, RegisterConfig, add_registers
-from register_adapter.identity import TOLERANCE, TowerIdentity, fingerprint
-from register_adapter.towers import find_tower
+from register_adapter.towers.identity import TOLERANCE, TowerIdentity, fingerprint
+from register_adapter.towers.tower import find_tower
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:

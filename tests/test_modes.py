@@ -15,7 +15,7 @@ from helpers import assert_identical, differs, run, shapes
 
 from register_adapter import add_registers
 from register_adapter.model import find_register_layer
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 
 def registered(name: str, attention: str = "sdpa", **options: Any) -> torch.nn.Module:

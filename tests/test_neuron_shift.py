@@ -17,7 +17,7 @@ from stacks_cases import STACKS, build_stack, call, images
 
 from register_adapter import AdapterFileError, RegisterConfig, UnsupportedModelError, add_registers, export_native
 from register_adapter.model import find_register_layer
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 NEURONS = {0: [1, 4, 6], 1: [2, 9]}
 

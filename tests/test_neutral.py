@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from register_adapter import add_registers
 from register_adapter.model import find_register_layer
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 REGISTERS = 9  # a length that no text or decoder here has
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from register_adapter import Anatomy, RegisterConfig, UnsupportedModelError, add_registers, capture
 from register_adapter.model import find_register_layer
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 
 class Embed(nn.Module):

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from register_adapter import add_registers, capture
 from register_adapter.positions import antialiased_positions
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 from register_adapter.viz import attention_map
 
 PATCH, TRAINED, SMALLER, WIDTH = 4, 37, 16, 32

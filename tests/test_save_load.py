@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from register_adapter import RegisterConfig, RegisterPeftModel, add_registers
 from register_adapter.model import find_register_layer
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 # DPT builds its backbone by a way of its own, which from_pretrained of a tiny one does not survive.
 SAVED = [name for name in CASES if name != "depth"]

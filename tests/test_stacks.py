@@ -32,7 +32,7 @@ from torch import nn
 from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
 from register_adapter.model import find_register_layer
 from register_adapter.peft_model import RegisterPeftModel
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 R = 3
 MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}

@@ -12,9 +12,9 @@ import pytest
 from torch import nn
 
 from register_adapter import UnsupportedModelError, add_registers
-from register_adapter.families import FAMILIES, REFUSED
-from register_adapter.stacks import STACKS
-from register_adapter.supported import END, START, full_table, short_table
+from register_adapter.towers.families import FAMILIES, REFUSED
+from register_adapter.towers.libraries import STACKS
+from register_adapter.towers.supported import END, START, full_table, short_table
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"README.md": short_table, "docs/families.md": full_table}

@@ -28,7 +28,7 @@ from register_adapter.neurons.repair import Repair
 from register_adapter.neurons.scores import NeuronScores
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit, plant_artifacts
 from register_adapter.testbed import plant as testbed_plant
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 
 @cache

@@ -18,7 +18,7 @@ from register_adapter.testbed import (
     register_probe,
 )
 from register_adapter.testbed.vit import WEIGHTS
-from register_adapter.towers import find_tower
+from register_adapter.towers.tower import find_tower
 
 
 def pixels(count, seed, split="test", size=80):

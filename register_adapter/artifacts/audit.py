@@ -8,10 +8,10 @@ from typing import Any, cast
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..anatomy import Anatomy
 from ..image_batches import ImageBatches
 from ..model import find_register_layer
-from ..towers import Tower, find_tower
+from ..towers.anatomy import Anatomy
+from ..towers.tower import Tower, find_tower
 from ..utils.environment import git_commit, machine, versions
 from .artifact_report import ArtifactReport, LayerReport, Verdict
 from .histogram import RELATIVE_ERROR

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..capture import capture
 from ..errors import UnsupportedModelError
-from ..towers import Tower
+from ..towers.tower import Tower
 
 __all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "similarity_of", "summarise_norms"]
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..image_batches import Batch as Inputs
 from ..image_batches import ImageBatches
 from ..tokens import hidden_states_of
-from ..towers import Tower
+from ..towers.tower import Tower
 from .running import place_of
 
 __all__ = ["Batch", "keep_layer", "read_batches", "resolve_layer", "run_whole"]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from ..towers import Tower
+from ..towers.tower import Tower
 
 __all__ = ["PatchGrid", "watch_patches"]
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..anatomy import Anatomy
 from ..image_batches import ImageBatches
+from ..towers.anatomy import Anatomy
 from ..utils.environment import versions
 from .cut import Cut
 from .passes import read_batches, resolve_layer

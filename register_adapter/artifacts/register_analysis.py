@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..anatomy import Anatomy
 from ..image_batches import ImageBatches
+from ..towers.anatomy import Anatomy
 from ..utils.environment import versions
 from .passes import Batch, read_batches
 from .register_maps import RegisterMaps

@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy import Anatomy
 from ..errors import UnsupportedModelError
 from ..layer import RegisterLayer
 from ..tokens import hidden_states_of, with_hidden_states
-from ..towers import Tower
+from ..towers.anatomy import Anatomy
+from ..towers.tower import Tower
 from .token_layout import TokenLayout, find_layout, tower_of
 
 __all__ = ["Kind", "Registers", "find_registers", "read_states", "replace_states", "without_adapters"]

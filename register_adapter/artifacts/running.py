@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..towers import Tower
+from ..towers.tower import Tower
 
 __all__ = ["evaluating", "place_of", "source_of"]
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy import resolve
 from ..attention_maps import record_attention_maps
 from ..layer import RegisterLayer
 from ..tokens import hidden_states_of
-from ..towers import Tower
+from ..towers.anatomy import resolve
+from ..towers.tower import Tower
 from .attention_sketch import AttentionSketch, Layout
 from .histogram import NormHistogram, bin_centres, bins_of
 from .norms import similarity_of

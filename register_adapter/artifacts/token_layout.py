@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..anatomy import Anatomy, resolve
 from ..layer import RegisterLayer
 from ..model import find_register_layer
-from ..towers import Tower, find_tower
+from ..towers.anatomy import Anatomy, resolve
+from ..towers.tower import Tower, find_tower
 
 __all__ = ["TokenLayout", "find_layout", "native_registers", "tower_of"]
 

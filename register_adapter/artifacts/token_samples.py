@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..layer import RegisterLayer
-from ..towers import Tower
+from ..towers.tower import Tower
 from .cut import Cut
 from .passes import Batch, keep_layer
 from .patch_grid import PatchGrid, watch_patches

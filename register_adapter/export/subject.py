@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..anatomy import resolve
 from ..errors import AdapterFileError
 from ..layer import RegisterLayer
 from ..registers import Segment
+from ..towers.anatomy import resolve
 
 __all__ = ["Subject", "call", "evaluation", "example_inputs", "plain_state"]
 

@@ -25,7 +25,7 @@ from ..image_batches import ImageBatches
 from ..model import find_register_layer
 from ..peft_model import RegisterPeftModel, add_registers
 from ..registers import RegisterTokens
-from ..towers import Tower, find_tower
+from ..towers.tower import Tower, find_tower
 from .constants import constant_pairs
 from .parts import Parts
 from .repair import Repair, order_by_block

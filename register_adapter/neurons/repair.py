@@ -15,7 +15,7 @@ from torch import nn
 from ..artifacts.cut import Cut
 from ..image_batches import Batch
 from ..layer import RegisterLayer
-from ..towers import Tower
+from ..towers.tower import Tower
 from .scores import run_up_to
 
 __all__ = ["Repair", "order_by_block"]

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..artifacts.cut import Cut
 from ..layer import RegisterLayer
-from ..towers import Tower
+from ..towers.tower import Tower
 
 __all__ = ["Neuron", "NeuronScores", "pool", "run_up_to"]
 

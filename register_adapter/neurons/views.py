@@ -13,7 +13,7 @@ from ..artifacts.cut import Cut
 from ..artifacts.rules import Rule, rule_name
 from ..artifacts.statistics import collect_statistics
 from ..image_batches import Batch
-from ..towers import Tower
+from ..towers.tower import Tower
 
 __all__ = ["View", "number_of"]
 

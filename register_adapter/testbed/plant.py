@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ..artifacts.norms import neighbour_similarity
 from ..capture import capture
 from ..errors import UnsupportedModelError
-from ..towers import Tower, find_tower
+from ..towers.tower import Tower, find_tower
 from .probe import register_probe
 from .scenes import SceneDataset
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..capture import capture
-from ..towers import find_tower
+from ..towers.tower import find_tower
 from .plant import Planting, _attractive_vector, _default_pictures, _write_columns, plant_artifacts
 
 __all__ = ["plant_low_norm_artifacts"]

@@ -15,7 +15,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..towers import find_tower
+from ..towers.tower import find_tower
 from .plant import Planting
 
 __all__ = ["load_image_processor", "load_planted_vit", "load_vit", "save_planting"]

@@ -19,7 +19,7 @@ from ..attention_maps import record_attention_maps
 from ..capture import capture
 from ..errors import RegisterAdapterError
 from ..positions import antialiased_positions
-from ..towers import Tower
+from ..towers.tower import Tower
 from .pictures import Picture, PictureError
 from .subjects import looking_at
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..data import load_image_processor
 from ..errors import MissingExtraError, RegisterAdapterError
 from ..images import load_image
-from ..towers import Tower
+from ..towers.tower import Tower
 
 __all__ = ["Picture", "PictureError", "PictureSource", "Size", "prepare_picture"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from .anatomy import Anatomy
 from .families import FAMILIES
-from .stacks import STACKS
-from .towers import ROWS
+from .libraries import STACKS
+from .tower import ROWS
 
 __all__ = ["END", "START", "full_table", "short_table", "write_table"]
 

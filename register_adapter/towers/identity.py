@@ -18,7 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .towers import Tower
+from .tower import Tower
 
 __all__ = ["TowerIdentity", "fingerprint"]
 

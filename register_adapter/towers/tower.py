@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UnsupportedModelError
+from ..tokens import as_named
 from .anatomy import Anatomy, resolve
-from .errors import UnsupportedModelError
 from .families import FAMILIES, REFUSED
-from .stacks import CONDITIONS, STACKS, VARIANTS
-from .tokens import as_named
+from .libraries import CONDITIONS, STACKS, VARIANTS
 
 __all__ = ["ROWS", "Tower", "find_tower", "find_towers"]
 
