@@ -13,7 +13,7 @@ from torch import nn
 from .attention_maps import record_attention_maps
 from .layer import RegisterLayer
 from .model import find_register_layer
-from .tokens import hidden_states_of
+from .towers.calls import hidden_states_of
 from .towers.tower import Tower, find_tower
 
 __all__ = ["Trace", "capture"]

@@ -17,7 +17,7 @@ from torch import nn
 
 from .data import load_image_processor
 from .images import ImageFileError, image_name, load_image, walk_files
-from .tokens import as_named
+from .towers.calls import as_named
 
 __all__ = ["Batch", "ImageBatches", "Labelled", "list_pictures"]
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .tokens import cut_tokens, hidden_states_of
+from .tokens import cut_tokens
 from .towers.anatomy import parent
+from .towers.calls import hidden_states_of
 
 if TYPE_CHECKING:
     from .towers.tower import Tower

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .tokens import hidden_states_of, visible_to
+from .tokens import visible_to
+from .towers.calls import hidden_states_of
 
 if TYPE_CHECKING:
     from .registers import Segment

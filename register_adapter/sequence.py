@@ -15,17 +15,9 @@ from torch import nn
 
 from .attention import grow_block_mask, is_block_mask
 from .registers import Segment
-from .tokens import (
-    cut_tokens,
-    grow_bias,
-    grow_mask,
-    grow_rotary,
-    hidden_states_of,
-    insert_tokens,
-    pad_tokens,
-    with_hidden_states,
-)
+from .tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .towers.anatomy import parent
+from .towers.calls import hidden_states_of, with_hidden_states
 
 if TYPE_CHECKING:
     from .towers.tower import Tower

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
 from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
 __all__ = [
-    "as_named",
     "cut_tokens",
     "grow_bias",
     "grow_mask",
     "grow_rotary",
-    "hidden_states_of",
     "insert_tokens",
     "pad_tokens",
     "visible_to",
-    "with_hidden_states",
 ]
-
-# What modules call the sequence that comes in, where it is no positional argument.
-_NAMES = ("hidden_states", "inputs_embeds", "x")
-
-
-def hidden_states_of(args: Any, kwargs: Any) -> torch.Tensor:
-    """The sequence among a module's arguments: the first positional one, or the keyword of a usual name."""
-    value: torch.Tensor = args[0] if args else next(kwargs[name] for name in _NAMES if name in kwargs)
-    return value
-
-
-def with_hidden_states(args: Any, kwargs: Any, hidden_states: torch.Tensor) -> tuple[Any, Any]:
-    """The arguments with another sequence."""
-    if args:
-        return (hidden_states, *args[1:]), kwargs
-    return args, {**kwargs, next(name for name in _NAMES if name in kwargs): hidden_states}
 
 
 def insert_tokens(hidden_states: torch.Tensor, tokens: list[torch.Tensor], start: int) -> torch.Tensor:
@@ -107,16 +87,6 @@ def grow_mask(mask: torch.Tensor, start: int, count: int) -> torch.Tensor:
         return mask
     row = mask[:, :, max(start - 1, 0)].unsqueeze(2).expand(-1, -1, count, -1)
     return torch.cat([mask[:, :, :start], row, mask[:, :, start:]], dim=2)
-
-
-def as_named(inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    """What an image processor returns, by the ``names`` of a forward's arguments.
-
-    Before transformers 5 SigLIP 2's tower had another name for the mask of its processor.
-    """
-    mask, older = "pixel_attention_mask", "attention_mask"
-    renamed = {mask: older} if mask not in names and older in names and older not in inputs else {}
-    return {renamed.get(name, name): value for name, value in inputs.items()}
 
 
 def visible_to(query: int, hidden_states: torch.Tensor, arguments: list[Any]) -> torch.Tensor | None:

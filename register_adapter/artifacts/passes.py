@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..image_batches import Batch as Inputs
 from ..image_batches import ImageBatches
-from ..tokens import hidden_states_of
+from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
 from .running import place_of
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..layer import RegisterLayer
-from ..tokens import hidden_states_of, with_hidden_states
 from ..towers.anatomy import Anatomy
+from ..towers.calls import hidden_states_of, with_hidden_states
 from ..towers.tower import Tower
 from .token_layout import TokenLayout, find_layout, tower_of
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..attention_maps import record_attention_maps
 from ..layer import RegisterLayer
-from ..tokens import hidden_states_of
 from ..towers.anatomy import resolve
+from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
 from .attention_sketch import AttentionSketch, Layout
 from .histogram import NormHistogram, bin_centres, bins_of

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..tokens import as_named
 from .anatomy import Anatomy, resolve
+from .calls import as_named
 from .families import FAMILIES, REFUSED
 from .libraries import CONDITIONS, STACKS, VARIANTS
 
