@@ -10,7 +10,7 @@ import argparse
 
 from peft import AutoPeftModel
 
-from register_adapter.data import DataArguments, load_data, load_image_processor
+from register_adapter.data.datasets import DataArguments, load_data, load_image_processor
 from register_adapter.objectives import ClassificationObjective
 from register_adapter.training import TrainArguments, train
 

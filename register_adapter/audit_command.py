@@ -13,8 +13,8 @@ from torch import nn
 
 from .artifacts import ArtifactReport, LayerReport, audit, resolve_rule
 from .command_inputs import load_base, load_pictures, load_processor, with_adapter
+from .data.images import check_image
 from .errors import UnsupportedModelError
-from .images import check_image
 
 __all__ = ["AuditArguments", "print_reports", "run_audit"]
 

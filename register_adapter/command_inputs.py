@@ -12,8 +12,8 @@ from torch import nn
 
 from .adapter_folder import MANIFEST
 from .composition import load_adapters
-from .data import load_image_processor
-from .image_batches import list_pictures
+from .data.batches import list_pictures
+from .data.datasets import load_image_processor
 from .testbed import SceneDataset, load_planted_vit, load_vit
 from .testbed import load_image_processor as load_scene_processor
 

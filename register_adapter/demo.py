@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from .artifacts.norms import patch_norms
-from .data import DataArguments, ProcessedDataset, load_data, load_image_processor
+from .data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
+from .data.images import load_image
 from .errors import NoArtifactsError
-from .images import load_image
 from .measure import Measured, Reference, measure
 from .model import find_register_layer
 from .neurons import fit_test_time_registers, start_from

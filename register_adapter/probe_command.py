@@ -14,7 +14,7 @@ from torch import nn
 
 from .artifacts import ProbeReport, RegisterReport, analyse_registers, audit, probe_tokens, resolve_rule
 from .command_inputs import load_base, load_pictures, load_processor, with_adapter
-from .data import read_image_folder
+from .data.datasets import read_image_folder
 from .errors import UnsupportedModelError
 from .testbed import LABELS
 

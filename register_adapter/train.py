@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import HfArgumentParser
 
-from .data import DataArguments, ProcessedDataset, load_data, load_image_processor
+from .data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
 from .errors import RegisterAdapterError
 from .model import find_register_layer
 from .neurons import fit_test_time_registers, start_from

@@ -20,7 +20,7 @@ from . import checkpoints
 from ._peft_compat import PREFIX
 from .card import update_model_card
 from .checkpoints import TrainState
-from .data import ProcessedDataset, load_image_processor
+from .data.datasets import ProcessedDataset, load_image_processor
 from .errors import MissingExtraError
 from .loop import Loop, evaluate
 from .model import find_register_layer

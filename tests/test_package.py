@@ -35,10 +35,10 @@ CORE = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors"
 #: Lowest first: a module imports from its own layer or a lower one, never from a higher one. A package stands for all
 #: its modules. docs/architecture.md says what each of them is.
 LAYERS = (
-    ("_version", "errors", "_peft_compat", "tokens", "neuron_shift", "registers", "images"),
+    ("_version", "errors", "_peft_compat", "tokens", "neuron_shift", "registers"),
     ("utils",),
     ("towers",),
-    ("data", "image_batches"),
+    ("data",),
     ("config",),
     ("adapter_folder",),
     ("attention", "methods", "neuron_hooks", "attention_maps", "positions"),

@@ -24,8 +24,8 @@ from register_adapter.artifacts.probes import probe_tokens
 from register_adapter.artifacts.probing import _split
 from register_adapter.artifacts.token_layout import tower_of
 from register_adapter.artifacts.token_samples import draw_tokens
+from register_adapter.data.batches import ImageBatches
 from register_adapter.errors import MissingExtraError, UnsupportedModelError
-from register_adapter.image_batches import ImageBatches
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 
 pytest.importorskip("sklearn")

@@ -14,8 +14,8 @@ from peft import AutoPeftModel
 from PIL import Image as PILImage
 from training_helpers import TRAIN, call, load_example, write_photographs, write_vit
 
-from register_adapter.data import DataArguments, load_data, read_image_folder, skip_bad
-from register_adapter.images import ImageFileError, check_image, load_image
+from register_adapter.data.datasets import DataArguments, load_data, read_image_folder, skip_bad
+from register_adapter.data.images import ImageFileError, check_image, load_image
 from register_adapter.train import main
 
 CLASSES = ["cat", "coffee", "flower"]

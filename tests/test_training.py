@@ -95,7 +95,7 @@ def test_registers_and_a_new_head_are_trained_and_saved(vit: Path, photos: Path,
 
 
 def test_evaluation_is_that_of_the_saved_adapter(vit: Path, photos: Path, tmp_path: Path) -> None:
-    from register_adapter.data import ProcessedDataset, read_image_folder
+    from register_adapter.data.datasets import ProcessedDataset, read_image_folder
 
     results = main(flags(vit, photos, tmp_path, "--max_train_steps", "4", "--per_device_eval_batch_size", "4"))
     model = AutoPeftModel.from_pretrained(tmp_path).eval()

@@ -15,7 +15,7 @@ from torch import nn
 
 import register_adapter.viz as viz
 from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.images import ImageFileError
+from register_adapter.data.images import ImageFileError
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 from register_adapter.towers.tower import find_tower
 from register_adapter.viz import attention_map, read_examples

@@ -14,8 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..attention_maps import record_attention_maps
+from ..data.batches import ImageBatches
 from ..errors import UnsupportedModelError
-from ..image_batches import ImageBatches
 from .patch_grid import PatchGrid, watch_patches
 from .running import evaluating, place_of, source_of
 from .token_layout import native_registers, tower_of

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..image_batches import ImageBatches
+from ..data.batches import ImageBatches
 from ..model import find_register_layer
 from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower, find_tower

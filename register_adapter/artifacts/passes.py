@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..image_batches import Batch as Inputs
-from ..image_batches import ImageBatches
+from ..data.batches import Batch as Inputs
+from ..data.batches import ImageBatches
 from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
 from .running import place_of

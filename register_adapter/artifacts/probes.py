@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..image_batches import ImageBatches
+from ..data.batches import ImageBatches
 from ..towers.anatomy import Anatomy
 from ..utils.environment import versions
 from .cut import Cut

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..image_batches import ImageBatches
+from ..data.batches import ImageBatches
 from ..towers.anatomy import Anatomy
 from ..utils.environment import versions
 from .passes import Batch, read_batches

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..image_batches import Batch
+from ..data.batches import Batch
 from ..layer import RegisterLayer
 
 __all__ = ["constant_pairs"]

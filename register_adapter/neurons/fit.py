@@ -20,8 +20,8 @@ from ..artifacts.cut import Cut
 from ..artifacts.rules import Rule, resolve_rule, rule_name
 from ..artifacts.running import evaluating, place_of, source_of
 from ..attention import reads_implementation
+from ..data.batches import ImageBatches
 from ..errors import NoArtifactsError, UnsupportedModelError
-from ..image_batches import ImageBatches
 from ..model import find_register_layer
 from ..peft_model import RegisterPeftModel, add_registers
 from ..registers import RegisterTokens

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..image_batches import Batch
+from ..data.batches import Batch
 from .views import number_of
 
 __all__ = ["NUM_DETECT", "NUM_HELD_OUT", "Parts"]

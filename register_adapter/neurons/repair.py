@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..artifacts.cut import Cut
-from ..image_batches import Batch
+from ..data.batches import Batch
 from ..layer import RegisterLayer
 from ..towers.tower import Tower
 from .scores import run_up_to

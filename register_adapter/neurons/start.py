@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..artifacts.running import evaluating, place_of
-from ..image_batches import Batch
+from ..data.batches import Batch
 from ..model import find_register_layer
 from ..peft_model import RegisterPeftModel
 from ..registers import RegisterTokens

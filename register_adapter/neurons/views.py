@@ -12,7 +12,7 @@ from ..artifacts.audit import build_report
 from ..artifacts.cut import Cut
 from ..artifacts.rules import Rule, rule_name
 from ..artifacts.statistics import collect_statistics
-from ..image_batches import Batch
+from ..data.batches import Batch
 from ..towers.tower import Tower
 
 __all__ = ["View", "number_of"]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..artifacts.token_layout import tower_of
-from ..images import image_name
+from ..data.images import image_name
 from .colours import principal_colours
 from .maps import PictureMaps, read_picture
 from .pictures import PictureSource, Size, prepare_picture

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ..data import load_image_processor
+from ..data.datasets import load_image_processor
+from ..data.images import load_image
 from ..errors import MissingExtraError, RegisterAdapterError
-from ..images import load_image
 from ..towers.tower import Tower
 
 __all__ = ["Picture", "PictureError", "PictureSource", "Size", "prepare_picture"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import RegisterAdapterError
+from ..errors import RegisterAdapterError
 
 __all__ = ["ImageFileError", "check_image", "load_image", "to_rgb", "walk_files"]
 

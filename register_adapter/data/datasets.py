@@ -82,7 +82,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Args:
         dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": picture, "label": int}``; a
-            picture is whatever :func:`register_adapter.images.load_image` reads.
+            picture is whatever :func:`register_adapter.data.load_image` reads.
         image_processor: A transformers image processor.
 
     Raises:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .data import load_image_processor
+from ..towers.calls import as_named
+from .datasets import load_image_processor
 from .images import ImageFileError, image_name, load_image, walk_files
-from .towers.calls import as_named
 
 __all__ = ["Batch", "ImageBatches", "Labelled", "list_pictures"]
 

@@ -1,0 +1,19 @@
+"""Images from wherever they are: single files, batches for a tower, labelled data sets."""
+
+from .batches import ImageBatches, list_pictures
+from .datasets import Data, DataArguments, ProcessedDataset, load_data, load_image_processor, read_image_folder
+from .images import ImageFileError, check_image, load_image
+
+__all__ = [
+    "Data",
+    "DataArguments",
+    "ImageBatches",
+    "ImageFileError",
+    "ProcessedDataset",
+    "check_image",
+    "list_pictures",
+    "load_data",
+    "load_image",
+    "load_image_processor",
+    "read_image_folder",
+]
