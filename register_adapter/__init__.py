@@ -7,13 +7,9 @@ Importing the package registers the method with PEFT; that is its only effect.
     >>> model = add_registers(AutoModel.from_pretrained("facebook/dinov2-base"), num_registers=4)
 """
 
-from ._peft_compat import register as _register
 from ._version import __version__
-from .adapter_names import rename_adapter
 from .artifacts import ArtifactReport, audit
 from .capture import Trace, capture
-from .composition import ComposedPeftModel, compose, load_adapters, save_adapters
-from .config import RegisterConfig
 from .errors import (
     AdapterFileError,
     BaseModelMismatchError,
@@ -23,13 +19,22 @@ from .errors import (
     UnsupportedModelError,
 )
 from .export import export_native, export_onnx, export_program, save_native
-from .layer import RegisterLayer
-from .model import RegisterModel
 from .neurons import fit_test_time_registers
-from .peft_model import RegisterPeftModel, add_registers
-from .towers.anatomy import Anatomy
-from .towers.families import FAMILIES
-from .utils.hub import HubAccessError
+from .towers import FAMILIES, Anatomy, find_tower
+from .tuner import (
+    ComposedPeftModel,
+    RegisterConfig,
+    RegisterLayer,
+    RegisterModel,
+    RegisterPeftModel,
+    add_registers,
+    compose,
+    find_register_layer,
+    load_adapters,
+    rename_adapter,
+    save_adapters,
+)
+from .utils import HubAccessError
 from .viz import attention_map
 
 __all__ = [
@@ -58,11 +63,11 @@ __all__ = [
     "export_native",
     "export_onnx",
     "export_program",
+    "find_register_layer",
+    "find_tower",
     "fit_test_time_registers",
     "load_adapters",
     "rename_adapter",
     "save_adapters",
     "save_native",
 ]
-
-_register(RegisterConfig, RegisterModel)

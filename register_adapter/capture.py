@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from .attention_maps import record_attention_maps
-from .layer import RegisterLayer
-from .model import find_register_layer
 from .towers.calls import hidden_states_of
 from .towers.tower import Tower, find_tower
+from .tuner.layer import RegisterLayer, find_register_layer
 
 __all__ = ["Trace", "capture"]
 

@@ -20,12 +20,12 @@ from transformers import HfArgumentParser
 
 from .data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
 from .errors import RegisterAdapterError
-from .model import find_register_layer
 from .neurons import fit_test_time_registers, start_from
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
-from .peft_model import RegisterPeftModel
 from .train_arguments import TrainArguments
 from .training import check_output_dir, train, use_cpu
+from .tuner.layer import find_register_layer
+from .tuner.peft_model import RegisterPeftModel
 
 __all__ = ["ModelArguments", "main"]
 

@@ -17,16 +17,16 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from . import checkpoints
-from ._peft_compat import PREFIX
-from .card import update_model_card
 from .checkpoints import TrainState
 from .data.datasets import ProcessedDataset, load_image_processor
 from .errors import MissingExtraError
 from .loop import Loop, evaluate
-from .model import find_register_layer
 from .objectives import Objective
-from .peft_model import RegisterPeftModel
 from .train_arguments import TrainArguments
+from .tuner._peft_compat import PREFIX
+from .tuner.card import update_model_card
+from .tuner.layer import find_register_layer
+from .tuner.peft_model import RegisterPeftModel
 from .utils.environment import git_commit, hardware, versions
 from .utils.hub import hub_errors
 

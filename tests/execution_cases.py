@@ -10,8 +10,8 @@ from families import build
 from torch import nn
 
 from register_adapter import add_registers
-from register_adapter.attention import reads_implementation
 from register_adapter.towers.tower import find_tower
+from register_adapter.tuner.hooks.attention import reads_implementation
 
 #: Ways for registers to enter.
 WAYS: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ from register_adapter import (
     UnsupportedModelError,
     add_registers,
 )
-from register_adapter.model import find_register_layer
+from register_adapter.tuner.layer import find_register_layer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.registers.register_adapter_tokens.weight"
@@ -555,7 +555,7 @@ FULL_DISK = """
     from pathlib import Path
     import torch, transformers as tf
     from register_adapter import add_registers
-    from register_adapter.model import find_register_layer
+    from register_adapter import find_register_layer
 
     folder = Path(sys.argv[1])
     shape = dict(num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=16)

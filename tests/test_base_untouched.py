@@ -9,7 +9,7 @@ from helpers import Snapshot, assert_identical, differs, hooks, run
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from register_adapter import RegisterConfig, RegisterLayer, add_registers
-from register_adapter.model import find_register_layer
+from register_adapter.tuner.layer import find_register_layer
 
 ASK = {"output_hidden_states": True, "output_attentions": True}
 

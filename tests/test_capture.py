@@ -9,8 +9,8 @@ from helpers import assert_identical, hooks, run
 from torch import nn
 
 from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.model import find_register_layer
 from register_adapter.towers.tower import find_tower
+from register_adapter.tuner.layer import find_register_layer
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

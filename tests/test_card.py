@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from register_adapter import RegisterConfig, add_registers
-from register_adapter.card import is_hub_name, update_model_card
+from register_adapter.tuner.card import is_hub_name, update_model_card
 
 BEGIN, END = "<!-- register-adapter: begin", "<!-- register-adapter: end -->"
 

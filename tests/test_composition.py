@@ -29,8 +29,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from register_adapter import Anatomy, RegisterConfig, adapter_folder, add_registers
-from register_adapter.composition import ComposedPeftModel, compose, load_adapters, save_adapters
+from register_adapter import Anatomy, RegisterConfig, add_registers
+from register_adapter.tuner.composed import folder as adapter_folder
+from register_adapter.tuner.composed.composition import ComposedPeftModel, compose, load_adapters, save_adapters
 from register_adapter.utils.adapter_file import read_tensors
 
 #: Configs whose adapters are not at their neutral initial values, so that every one of them changes the output.
@@ -104,8 +105,8 @@ def test_a_pair_is_loaded_in_another_process(tmp_path: Path) -> None:
         torch.save({"inputs": inputs, "outputs": run(model, inputs)}, tmp_path / f"{order}.pt")
     code = """
     import sys, torch, transformers, register_adapter
-    from register_adapter.adapter_file import read_tensors
-from register_adapter.composition import load_adapters
+    from register_adapter.utils.adapter_file import read_tensors
+from register_adapter import load_adapters
     torch.set_num_threads(1)
     for order in ("1", "-1"):
         base = transformers.ViTForImageClassification.from_pretrained(sys.argv[1] + "/base")

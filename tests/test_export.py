@@ -25,8 +25,8 @@ from register_adapter.export import (
 )
 from register_adapter.export.comparison import check_equal, tensors
 from register_adapter.export.subject import Subject
-from register_adapter.model import find_register_layer
-from register_adapter.tokens import cut_tokens
+from register_adapter.tuner.layer import find_register_layer
+from register_adapter.tuner.tokens import cut_tokens
 
 COMMAND = str(Path(sys.executable).parent / "register-adapter")
 #: Models of the tests that have a class with registers; ``native`` gives their number.

@@ -10,7 +10,7 @@ from test_export import perturb_registers, stranger
 
 from register_adapter import UnsupportedModelError, add_registers
 from register_adapter.export import export_native, export_onnx, export_program, save_native
-from register_adapter.tokens import cut_tokens
+from register_adapter.tuner.tokens import cut_tokens
 
 timm = pytest.importorskip("timm")
 VisionTransformer = timm.models.vision_transformer.VisionTransformer

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from register_adapter import Anatomy, RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.model import find_register_layer
 from register_adapter.towers.tower import find_tower
+from register_adapter.tuner.layer import find_register_layer
 
 
 class Embed(nn.Module):

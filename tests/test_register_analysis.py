@@ -16,8 +16,8 @@ from register_adapter import RegisterConfig, add_registers, capture
 from register_adapter.artifacts.register_analysis import analyse_registers
 from register_adapter.artifacts.register_states import find_registers, without_adapters
 from register_adapter.errors import UnsupportedModelError
-from register_adapter.model import find_register_layer
 from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
+from register_adapter.tuner.layer import find_register_layer
 
 # Models with registers of their own (and how many), and models that get some.
 _NATIVE = {"dinov2-registers": 3, "dinov3": 3, "tipsv2": 3}

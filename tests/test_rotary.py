@@ -8,8 +8,8 @@ from families import CASES, build, make_inputs
 from helpers import run
 
 from register_adapter import add_registers
-from register_adapter.model import find_register_layer
-from register_adapter.tokens import grow_rotary
+from register_adapter.tuner.layer import find_register_layer
+from register_adapter.tuner.tokens import grow_rotary
 
 R = 3
 

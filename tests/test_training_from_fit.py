@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from training_helpers import adapter_bytes
 
 from register_adapter import add_registers, capture
-from register_adapter.model import find_register_layer
 from register_adapter.neurons import set_strength, start_from
 from register_adapter.objectives import AnnealedNeurons, ClassificationObjective
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 from register_adapter.train import main
+from register_adapter.tuner.layer import find_register_layer
 
 NEURONS = {0: [1, 4, 6]}
 

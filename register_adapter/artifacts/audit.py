@@ -9,9 +9,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batches import ImageBatches
-from ..model import find_register_layer
 from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower, find_tower
+from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, machine, versions
 from .artifact_report import ArtifactReport, LayerReport, Verdict
 from .histogram import RELATIVE_ERROR

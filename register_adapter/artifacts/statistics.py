@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from ..attention_maps import record_attention_maps
-from ..layer import RegisterLayer
 from ..towers.anatomy import resolve
 from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
+from ..tuner.layer import RegisterLayer
 from .attention_sketch import AttentionSketch, Layout
 from .histogram import NormHistogram, bin_centres, bins_of
 from .norms import similarity_of

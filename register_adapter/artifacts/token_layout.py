@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layer import RegisterLayer
-from ..model import find_register_layer
 from ..towers.anatomy import Anatomy, resolve
 from ..towers.tower import Tower, find_tower
+from ..tuner.layer import RegisterLayer, find_register_layer
 
 __all__ = ["TokenLayout", "find_layout", "native_registers", "tower_of"]
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from ..errors import UnsupportedModelError
-from ..layer import RegisterLayer
 from ..towers.tower import Tower
+from ..tuner.layer import RegisterLayer
 from .cut import Cut
 from .passes import Batch, keep_layer
 from .patch_grid import PatchGrid, watch_patches

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..tokens import cut_tokens
+from ..tuner.tokens import cut_tokens
 from .subject import Subject, call, evaluation
 
 __all__ = ["check_equal", "tensors"]

@@ -12,9 +12,9 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers.utils import cached_file
 
-from ..config import RegisterConfig
 from ..errors import MissingExtraError
-from ..peft_model import RegisterPeftModel
+from ..tuner.config import RegisterConfig
+from ..tuner.peft_model import RegisterPeftModel
 from .native import export_native, save_native
 from .program import export_onnx, export_program
 from .subject import Subject, example_inputs

@@ -14,9 +14,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import AdapterFileError
-from ..layer import RegisterLayer
-from ..registers import Segment
 from ..towers.anatomy import resolve
+from ..tuner.layer import RegisterLayer
+from ..tuner.registers import Segment
 
 __all__ = ["Subject", "call", "evaluation", "example_inputs", "plain_state"]
 

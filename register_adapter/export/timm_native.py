@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import MissingExtraError, UnsupportedModelError
-from ..layer import RegisterLayer
+from ..tuner.layer import RegisterLayer
 from .subject import Subject
 
 __all__ = ["export_timm", "is_timm", "save_timm"]

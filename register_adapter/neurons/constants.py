@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..data.batches import Batch
-from ..layer import RegisterLayer
+from ..tuner.layer import RegisterLayer
 
 __all__ = ["constant_pairs"]
 

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from ..artifacts.cut import Cut
 from ..artifacts.rules import Rule, resolve_rule, rule_name
 from ..artifacts.running import evaluating, place_of, source_of
-from ..attention import reads_implementation
 from ..data.batches import ImageBatches
 from ..errors import NoArtifactsError, UnsupportedModelError
-from ..model import find_register_layer
-from ..peft_model import RegisterPeftModel, add_registers
-from ..registers import RegisterTokens
 from ..towers.tower import Tower, find_tower
+from ..tuner.hooks.attention import reads_implementation
+from ..tuner.layer import find_register_layer
+from ..tuner.peft_model import RegisterPeftModel, add_registers
+from ..tuner.registers import RegisterTokens
 from .constants import constant_pairs
 from .parts import Parts
 from .repair import Repair, order_by_block

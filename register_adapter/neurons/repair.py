@@ -14,8 +14,8 @@ from torch import nn
 
 from ..artifacts.cut import Cut
 from ..data.batches import Batch
-from ..layer import RegisterLayer
 from ..towers.tower import Tower
+from ..tuner.layer import RegisterLayer
 from .scores import run_up_to
 
 __all__ = ["Repair", "order_by_block"]

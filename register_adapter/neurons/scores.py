@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..artifacts.cut import Cut
-from ..layer import RegisterLayer
 from ..towers.tower import Tower
+from ..tuner.layer import RegisterLayer
 
 __all__ = ["Neuron", "NeuronScores", "pool", "run_up_to"]
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from ..artifacts.running import evaluating, place_of
 from ..data.batches import Batch
-from ..model import find_register_layer
-from ..peft_model import RegisterPeftModel
-from ..registers import RegisterTokens
+from ..tuner.layer import find_register_layer
+from ..tuner.peft_model import RegisterPeftModel
+from ..tuner.registers import RegisterTokens
 from .scores import run_up_to
 
 __all__ = ["Neurons", "Start", "set_strength", "start_from"]

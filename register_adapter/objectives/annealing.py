@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..neurons import set_strength
-from ..peft_model import RegisterPeftModel
+from ..tuner.peft_model import RegisterPeftModel
 from .base import Batch, Objective
 
 __all__ = ["AnnealedNeurons"]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..peft_model import RegisterPeftModel
+from ..tuner.peft_model import RegisterPeftModel
 
 __all__ = ["Batch", "Objective"]
 

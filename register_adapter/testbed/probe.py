@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..config import RegisterConfig
-from ..model import RegisterModel
+from ..tuner.config import RegisterConfig
+from ..tuner.model import RegisterModel
 
 __all__ = ["register_probe"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..model import find_register_layer
+from ..tuner.layer import find_register_layer
 
 __all__ = ["Subject", "Subjects", "looking_at", "named_subjects"]
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UnsupportedModelError
+from ..towers.tower import Tower
 from .config import RegisterConfig
-from .errors import UnsupportedModelError
 from .layer import RegisterLayer
-from .towers.tower import Tower
 
 __all__ = ["dry_run"]
 

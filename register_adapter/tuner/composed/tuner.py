@@ -13,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ._peft_compat import remap_on_load
-from .config import RegisterConfig
-from .layer import RegisterLayer
-from .model import RegisterModel
+from .._peft_compat import remap_on_load
+from ..config import RegisterConfig
+from ..layer import RegisterLayer
+from ..model import RegisterModel
 
 __all__ = ["ComposedTuner", "check_heads", "flags_kept"]
 

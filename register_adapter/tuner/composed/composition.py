@@ -21,11 +21,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .adapter_folder import read_folder, write_folder
-from .adapter_names import check_adapters, configs_of, innermost
-from .composed_tuner import ComposedTuner, check_heads, flags_kept
-from .config import RegisterConfig
-from .errors import AdapterFileError
+from ...errors import AdapterFileError
+from ..config import RegisterConfig
+from .folder import read_folder, write_folder
+from .names import check_adapters, configs_of, innermost
+from .tuner import ComposedTuner, check_heads, flags_kept
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "save_adapters"]
 

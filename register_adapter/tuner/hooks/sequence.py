@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from ...towers.anatomy import parent
+from ...towers.calls import hidden_states_of, with_hidden_states
+from ..registers import Segment
+from ..tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .attention import grow_block_mask, is_block_mask
-from .registers import Segment
-from .tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
-from .towers.anatomy import parent
-from .towers.calls import hidden_states_of, with_hidden_states
 
 if TYPE_CHECKING:
-    from .towers.tower import Tower
+    from ...towers.tower import Tower
 
 __all__ = ["SequenceHooks"]
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .adapter_folder import check_name
+from .folder import check_name
 
 __all__ = ["check_adapters", "configs_of", "innermost", "rename_adapter"]
 

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .registers import Segment
+from ..registers import Segment
 
 if TYPE_CHECKING:
-    from .towers.tower import Tower
+    from ...towers.tower import Tower
 
 __all__ = ["AttentionConfig", "AttentionHooks", "grow_block_mask", "is_block_mask", "reads_implementation"]
 

@@ -22,10 +22,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .config import RegisterConfig
-from .errors import AdapterFileError
-from .utils.adapter_file import read_tensors
-from .utils.hub import WEIGHTS_NAME
+from ...errors import AdapterFileError
+from ...utils.adapter_file import read_tensors
+from ...utils.hub import WEIGHTS_NAME
+from ..config import RegisterConfig
 
 __all__ = ["MANIFEST", "SavedAdapter", "check_name", "read_folder", "write_folder"]
 

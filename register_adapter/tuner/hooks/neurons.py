@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .tokens import visible_to
-from .towers.calls import hidden_states_of
+from ...towers.calls import hidden_states_of
+from ..tokens import visible_to
 
 if TYPE_CHECKING:
-    from .registers import Segment
-    from .towers.tower import Tower
+    from ...towers.tower import Tower
+    from ..registers import Segment
 
 __all__ = ["NeuronHooks"]
 

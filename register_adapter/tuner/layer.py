@@ -17,16 +17,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention import AttentionHooks, reads_implementation
+from ..errors import AdapterFileError
+from ..towers.tower import Tower
 from .config import RegisterConfig
-from .errors import AdapterFileError
-from .methods import MethodHooks
-from .neuron_hooks import NeuronHooks
+from .hooks.attention import AttentionHooks, reads_implementation
+from .hooks.methods import MethodHooks
+from .hooks.neurons import NeuronHooks
+from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens, Segment
-from .sequence import SequenceHooks
-from .towers.tower import Tower
 
-__all__ = ["BASE", "RegisterLayer"]
+__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers"]
 
 #: Among ``adapter_names``, PEFT's name for an image without an adapter.
 BASE = "__base__"
@@ -283,3 +283,13 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
             "take it off with unload(), or export the model with its registers with export_native()."
         )
+
+
+def find_register_layer(model: nn.Module) -> RegisterLayer | None:
+    """The layer that holds a model's registers, the first of them if several towers have some, ``None`` if none has."""
+    return next(iter(register_layers(model)), None)
+
+
+def register_layers(model: nn.Module) -> list[RegisterLayer]:
+    """All layers with registers in a model, one a tower."""
+    return [module for module in model.modules() if isinstance(module, RegisterLayer)]

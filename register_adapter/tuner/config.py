@@ -11,14 +11,14 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ..errors import AdapterFileError
+from ..towers.anatomy import Anatomy
+from ..towers.identity import TowerIdentity
+from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_adapter_file
+from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from ._peft_compat import peft_type
-from .errors import AdapterFileError
 from .neuron_shift import REMOVALS, checked_neurons, count_neurons
 from .registers import Placement
-from .towers.anatomy import Anatomy
-from .towers.identity import TowerIdentity
-from .utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_adapter_file
-from .utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 
 __all__ = ["FORMAT_VERSION", "RegisterConfig"]
 

@@ -19,9 +19,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.models.auto import modeling_auto
 
-from ._version import __version__
+from .._version import __version__
+from ..utils.hub import WEIGHTS_NAME
 from .config import RegisterConfig
-from .utils.hub import WEIGHTS_NAME
 
 __all__ = ["is_hub_name", "update_model_card"]
 

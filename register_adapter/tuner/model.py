@@ -13,28 +13,19 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
+from ..towers.anatomy import Anatomy
+from ..towers.identity import TowerIdentity
+from ..towers.tower import Tower, find_tower
+from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 from ._peft_compat import PREFIX, remap_on_load
-from .attention import reads_implementation
 from .config import RegisterConfig
 from .dry_run import dry_run
-from .errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
-from .layer import BASE, RegisterLayer
+from .hooks.attention import reads_implementation
+from .layer import BASE, RegisterLayer, register_layers
 from .neuron_shift import count_neurons
-from .towers.anatomy import Anatomy
-from .towers.identity import TowerIdentity
-from .towers.tower import Tower, find_tower
-from .utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 
-__all__ = ["RegisterModel", "find_register_layer"]
-
-
-def find_register_layer(model: nn.Module) -> RegisterLayer | None:
-    """The layer that holds a model's registers, the first of them if several towers have some, ``None`` if none has."""
-    return next(iter(_register_layers(model)), None)
-
-
-def _register_layers(model: nn.Module) -> list[RegisterLayer]:
-    return [module for module in model.modules() if isinstance(module, RegisterLayer)]
+__all__ = ["RegisterModel"]
 
 
 class RegisterModel(BaseTuner):
@@ -67,7 +58,7 @@ class RegisterModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        if any(adapter_name in layer.names for layer in _register_layers(model)):
+        if any(adapter_name in layer.names for layer in register_layers(model)):
             raise ValueError(f"the model has register adapter {adapter_name!r} already; choose another adapter_name")
         known = getattr(model, "peft_config", {})
         names = set(known)
@@ -145,7 +136,7 @@ class RegisterModel(BaseTuner):
         if names is None:
             yield
             return
-        layers = _register_layers(self.model)
+        layers = register_layers(self.model)
         known = [name for layer in layers for name in layer.names]
         if unknown := sorted({*names} - {*known, BASE}):
             raise ValueError(f"adapter_names has {unknown}, the model has the register adapters {known}")
@@ -156,7 +147,7 @@ class RegisterModel(BaseTuner):
             yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = _register_layers(self.model)
+        layers = register_layers(self.model)
         if merge and layers:
             layers[0].merge()
         own = {name for layer in layers for name in layer.names}
@@ -203,7 +194,7 @@ class RegisterModel(BaseTuner):
             counts = count_neurons(config.register_neurons or {})
             parts = torch.split(units, list(counts.values()))
             found = {block: part.tolist() for block, part in zip(counts, parts, strict=True)}
-            tower = next(layer.tower for layer in _register_layers(model) if adapter_name in layer.names)
+            tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
             _check_units(tower, found, f"adapter {adapter_name!r}")
         _fit_heads(model, adapter_name, state_dict)
         kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .tokens import cut_tokens
-from .towers.anatomy import parent
-from .towers.calls import hidden_states_of
+from ...towers.anatomy import parent
+from ...towers.calls import hidden_states_of
+from ..tokens import cut_tokens
 
 if TYPE_CHECKING:
-    from .towers.tower import Tower
+    from ...towers.tower import Tower
 
 __all__ = ["MethodHooks"]
 

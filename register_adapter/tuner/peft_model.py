@@ -13,11 +13,11 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from ._version import __version__
+from .._version import __version__
+from ..utils.hub import checked_token, fetch, hub_errors
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
-from .model import find_register_layer
-from .utils.hub import checked_token, fetch, hub_errors
+from .layer import find_register_layer
 
 __all__ = ["RegisterPeftModel", "add_registers"]
 

@@ -1,0 +1,8 @@
+"""The hooks of a register layer, one file for each place where registers are at work."""
+
+from .attention import AttentionHooks
+from .methods import MethodHooks
+from .neurons import NeuronHooks
+from .sequence import SequenceHooks
+
+__all__ = ["AttentionHooks", "MethodHooks", "NeuronHooks", "SequenceHooks"]
