@@ -9,7 +9,6 @@ Importing the package registers the method with PEFT; that is its only effect.
 
 from ._version import __version__
 from .artifacts import ArtifactReport, audit
-from .capture import Trace, capture
 from .errors import (
     AdapterFileError,
     BaseModelMismatchError,
@@ -19,6 +18,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .export import export_native, export_onnx, export_program, save_native
+from .features import Trace, capture
 from .neurons import fit_test_time_registers
 from .towers import FAMILIES, Anatomy, find_tower
 from .tuner import (

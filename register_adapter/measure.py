@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .artifacts import summarise_norms
-from .capture import capture
+from .features.trace import capture
 
 __all__ = ["Measured", "Reference", "measure"]
 

@@ -40,8 +40,7 @@ LAYERS = (
     ("towers",),
     ("data",),
     ("tuner",),
-    ("attention_maps", "positions"),
-    ("capture",),
+    ("features",),
     ("artifacts", "reload", "export"),
     ("measure", "viz", "neurons"),
     ("testbed", "objectives", "checkpoints", "train_arguments"),
@@ -320,7 +319,7 @@ def test_the_imports_are_found() -> None:
     """The two tests above would pass on an empty graph."""
     graph = _graph()
     assert {"towers.tower", "tuner.config", "tuner.registers", "errors"} <= graph["tuner.layer"]
-    assert {"towers.tower", "capture"} <= graph["artifacts.norms"]
+    assert {"towers.tower", "features.trace"} <= graph["artifacts.norms"]
     assert graph["errors"] == set()
 
 

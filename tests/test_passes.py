@@ -12,8 +12,8 @@ from cases_base import LABELS
 from families import build, make_inputs
 
 from register_adapter import add_registers
-from register_adapter.artifacts.passes import read_batches, run_whole
 from register_adapter.data.batches import ImageBatches
+from register_adapter.features.passes import read_batches, run_whole
 from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
 from register_adapter.towers.tower import find_tower
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from register_adapter import add_registers, capture
-from register_adapter.positions import antialiased_positions
+from register_adapter.features.positions import antialiased_positions
 from register_adapter.towers.tower import find_tower
 from register_adapter.viz import attention_map
 

@@ -19,13 +19,13 @@ from register_adapter import add_registers, capture
 from register_adapter.artifacts.cut import Cut
 from register_adapter.artifacts.estimate import estimate
 from register_adapter.artifacts.linear_probes import PENALTIES, fit_classifier, fit_regression
-from register_adapter.artifacts.passes import read_batches
 from register_adapter.artifacts.probes import probe_tokens
 from register_adapter.artifacts.probing import _split
-from register_adapter.artifacts.token_layout import tower_of
 from register_adapter.artifacts.token_samples import draw_tokens
 from register_adapter.data.batches import ImageBatches
 from register_adapter.errors import MissingExtraError, UnsupportedModelError
+from register_adapter.features.layout import tower_of
+from register_adapter.features.passes import read_batches
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 
 pytest.importorskip("sklearn")

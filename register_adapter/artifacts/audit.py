@@ -9,6 +9,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batches import ImageBatches
+from ..features.layout import native_registers
+from ..features.running import evaluating, place_of, source_of
 from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower, find_tower
 from ..tuner.layer import find_register_layer
@@ -18,9 +20,7 @@ from .histogram import RELATIVE_ERROR
 from .layer_report import DEFINITIONS, layer_report, ratio_of_medians
 from .patch_sketch import Edges
 from .rules import Rule, resolve_rule, rule_name
-from .running import evaluating, place_of, source_of
 from .statistics import Statistics, collect_statistics
-from .token_layout import native_registers
 
 __all__ = ["audit", "build_report", "verdict_of"]
 

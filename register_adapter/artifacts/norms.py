@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..capture import capture
 from ..errors import UnsupportedModelError
+from ..features.trace import capture
 from ..towers.tower import Tower
 
 __all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "similarity_of", "summarise_norms"]

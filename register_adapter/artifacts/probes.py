@@ -19,14 +19,14 @@ from typing import Any, Literal
 from torch import nn
 
 from ..data.batches import ImageBatches
+from ..features.layout import tower_of
+from ..features.passes import read_batches, resolve_layer
+from ..features.running import source_of
 from ..towers.anatomy import Anatomy
 from ..utils.environment import versions
 from .cut import Cut
-from .passes import read_batches, resolve_layer
 from .probe_report import ProbeReport
 from .probing import LOCAL, Probing, Task
-from .running import source_of
-from .token_layout import tower_of
 from .token_samples import draw_tokens
 
 __all__ = ["probe_tokens"]

@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from ..attention_maps import record_attention_maps
 from ..errors import UnsupportedModelError
-from .passes import Batch
-from .patch_grid import watch_patches
+from ..features.attention_maps import record_attention_maps
+from ..features.grid import watch_patches
+from ..features.passes import Batch
 from .register_states import Registers
 
 __all__ = ["RegisterMaps"]

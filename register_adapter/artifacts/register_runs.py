@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..features.passes import Batch, keep_layer, run_whole
 from .estimate import Estimate, estimate
-from .passes import Batch, keep_layer, run_whole
 from .register_report import Ablation, Change
 from .register_states import Registers, read_states, replace_states, without_adapters
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention_maps import record_attention_maps
+from ..features.attention_maps import record_attention_maps
+from ..features.layout import native_registers
 from ..towers.anatomy import resolve
 from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
@@ -24,7 +25,6 @@ from .attention_sketch import AttentionSketch, Layout
 from .histogram import NormHistogram, bin_centres, bins_of
 from .norms import similarity_of
 from .patch_sketch import Array, PatchSketch
-from .token_layout import native_registers
 
 __all__ = ["Statistics", "collect_statistics"]
 
@@ -229,7 +229,7 @@ def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statis
         The :class:`Statistics`.
 
     Raises:
-        UnsupportedModelError: As for :func:`~register_adapter.attention_maps.record_attention_maps`.
+        UnsupportedModelError: As for :func:`~register_adapter.features.record_attention_maps`.
 
     Example:
         >>> with collect_statistics(find_tower(model), attentions=False) as statistics:

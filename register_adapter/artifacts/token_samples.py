@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 
 from ..errors import UnsupportedModelError
+from ..features.grid import PatchGrid, watch_patches
+from ..features.layout import TokenLayout, find_layout
+from ..features.passes import Batch, keep_layer
+from ..features.running import evaluating, place_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from .cut import Cut
-from .passes import Batch, keep_layer
-from .patch_grid import PatchGrid, watch_patches
-from .running import evaluating, place_of
-from .token_layout import TokenLayout, find_layout
 
 __all__ = ["ImageTokens", "TokenSamples", "draw_tokens"]
 

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from ..artifacts.cut import Cut
 from ..artifacts.rules import Rule, resolve_rule, rule_name
-from ..artifacts.running import evaluating, place_of, source_of
 from ..data.batches import ImageBatches
 from ..errors import NoArtifactsError, UnsupportedModelError
+from ..features.running import evaluating, place_of, source_of
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation
 from ..tuner.layer import find_register_layer

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..artifacts.running import evaluating, place_of
 from ..data.batches import Batch
+from ..features.running import evaluating, place_of
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..tuner.registers import RegisterTokens

@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..artifacts.norms import neighbour_similarity
-from ..capture import capture
 from ..errors import UnsupportedModelError
+from ..features.trace import capture
 from ..towers.tower import Tower, find_tower
 from .probe import register_probe
 from .scenes import SceneDataset

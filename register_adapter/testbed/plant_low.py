@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import capture
+from ..features.trace import capture
 from ..towers.tower import find_tower
 from .plant import Planting, _attractive_vector, _default_pictures, _write_columns, plant_artifacts
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..artifacts.token_layout import tower_of
 from ..data.images import image_name
+from ..features.layout import tower_of
 from .colours import principal_colours
 from .maps import PictureMaps, read_picture
 from .pictures import PictureSource, Size, prepare_picture

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ..artifacts.patch_grid import watch_patches
-from ..artifacts.token_layout import find_layout, tower_of
-from ..attention_maps import record_attention_maps
-from ..capture import capture
 from ..errors import RegisterAdapterError
-from ..positions import antialiased_positions
+from ..features.attention_maps import record_attention_maps
+from ..features.grid import watch_patches
+from ..features.layout import find_layout, tower_of
+from ..features.positions import antialiased_positions
+from ..features.trace import capture
 from ..towers.tower import Tower
 from .pictures import Picture, PictureError
 from .subjects import looking_at
@@ -87,7 +87,7 @@ def read_picture(model: nn.Module, picture: Picture, layer: int = -1, antialias:
         picture: From :func:`~register_adapter.viz.pictures.prepare_picture`.
         layer: Index of the block whose attention and features are read, -1 for the last.
         antialias: Interpolate position embeddings with antialiasing; see
-            :func:`~register_adapter.positions.antialiased_positions`.
+            :func:`~register_adapter.features.antialiased_positions`.
 
     Raises:
         ValueError: There is no such block.

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .towers.tower import Tower
+from ..towers.tower import Tower
 
 __all__ = ["antialiased_positions"]
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .errors import UnsupportedModelError
-from .towers.tower import Tower
+from ..errors import UnsupportedModelError
+from ..towers.tower import Tower
 
 __all__ = ["record_attention_maps"]
 

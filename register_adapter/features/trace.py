@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..towers.calls import hidden_states_of
+from ..towers.tower import Tower, find_tower
+from ..tuner.layer import RegisterLayer, find_register_layer
 from .attention_maps import record_attention_maps
-from .towers.calls import hidden_states_of
-from .towers.tower import Tower, find_tower
-from .tuner.layer import RegisterLayer, find_register_layer
 
 __all__ = ["Trace", "capture"]
 
