@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from register_adapter.artifacts.artifact_report import (
+from register_adapter.artifacts.report import (
     ArtifactReport,
     AttentionShares,
     LayerReport,
     MassiveChannel,
     NormDistribution,
 )
-from register_adapter.artifacts.cut import Cut
+from register_adapter.artifacts.rules.cut import Cut
 
 __all__ = ["distribution", "make_layer", "make_report"]
 

@@ -23,7 +23,7 @@ from register_adapter.artifacts import (
     neighbour_similarity,
     resolve_rule,
 )
-from register_adapter.artifacts.audit import build_report
+from register_adapter.artifacts.auditing import build_report
 from register_adapter.audit_command import AuditArguments, run_audit
 from register_adapter.testbed import (
     SceneDataset,

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from register_adapter import add_registers, capture
-from register_adapter.artifacts import detector_template
-from register_adapter.artifacts.attention_features import KINDS, attention_features, reduce_map
-from register_adapter.artifacts.detector import AttentionDetector
-from register_adapter.artifacts.detector_config import MAX_PARAMETERS, DetectorConfig
-from register_adapter.artifacts.detector_template import fit_template
-from register_adapter.artifacts.detector_training import calibrate, train_detector
+from register_adapter.artifacts.detector import template as detector_template
+from register_adapter.artifacts.detector.config import MAX_PARAMETERS, DetectorConfig
+from register_adapter.artifacts.detector.features import KINDS, attention_features, reduce_map
+from register_adapter.artifacts.detector.model import AttentionDetector
+from register_adapter.artifacts.detector.template import fit_template
+from register_adapter.artifacts.detector.training import calibrate, train_detector
 from register_adapter.errors import AdapterFileError, MissingExtraError, UnsupportedModelError
 from register_adapter.testbed import SceneDataset, load_planted_vit, load_vit
 from register_adapter.testbed.plant_low import plant_low_norm_artifacts
@@ -329,7 +329,7 @@ def test_a_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("register_adapter.artifacts.detector_file.save_file", broken)
+    monkeypatch.setattr("register_adapter.artifacts.detector.file.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         _random_detector().save(file)
     assert file.read_bytes() == before

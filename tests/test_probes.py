@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from register_adapter import add_registers, capture
-from register_adapter.artifacts.cut import Cut
 from register_adapter.artifacts.estimate import estimate
 from register_adapter.artifacts.linear_probes import PENALTIES, fit_classifier, fit_regression
 from register_adapter.artifacts.probes import probe_tokens
 from register_adapter.artifacts.probing import _split
+from register_adapter.artifacts.rules.cut import Cut
 from register_adapter.artifacts.token_samples import draw_tokens
 from register_adapter.data.batches import ImageBatches
 from register_adapter.errors import MissingExtraError, UnsupportedModelError

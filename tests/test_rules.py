@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from register_adapter.artifacts import RULES, Cut, apply_rule, resolve_rule
-from register_adapter.artifacts.histogram import (
+from register_adapter.artifacts.rules.histogram import (
     BINS,
     RELATIVE_ERROR,
     NormHistogram,
@@ -15,7 +15,7 @@ from register_adapter.artifacts.histogram import (
     nearest_edge,
     weighted_quantile,
 )
-from register_adapter.artifacts.mixture import fit_mixture
+from register_adapter.artifacts.rules.mixture import fit_mixture
 
 
 def norms(kind="plain", size=20_000, seed=0):

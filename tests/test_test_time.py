@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from register_adapter import NoArtifactsError, UnsupportedModelError, add_registers, capture, fit_test_time_registers
 from register_adapter.artifacts import RULES, collect_statistics
-from register_adapter.artifacts.cut import Cut
+from register_adapter.artifacts.rules.cut import Cut
 from register_adapter.neurons.repair import Repair
 from register_adapter.neurons.scores import NeuronScores
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit, plant_artifacts

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .artifact_report import AttentionShares
-from .histogram import BINS, accumulator_dtype
 from .patch_sketch import Edges
+from .report import AttentionShares
+from .rules.histogram import BINS, accumulator_dtype
 
 __all__ = ["AttentionSketch", "Layout"]
 

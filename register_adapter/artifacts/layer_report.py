@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import RegisterAdapterError
-from .artifact_report import LayerReport, MassiveChannel, NormDistribution
-from .cut import Cut
-from .histogram import RELATIVE_ERROR, bin_centres, bin_edges, nearest_edge, weighted_quantile
 from .patch_sketch import Array, Edges, PatchSketch
-from .rules import Rule
+from .report import LayerReport, MassiveChannel, NormDistribution
+from .rules.cut import Cut
+from .rules.histogram import RELATIVE_ERROR, bin_centres, bin_edges, nearest_edge, weighted_quantile
+from .rules.rules import Rule
 from .statistics import Statistics
 
 __all__ = ["DEFINITIONS", "cut_at", "layer_report", "ratio_of_medians"]

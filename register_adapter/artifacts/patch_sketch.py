@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .cut import Cut
-from .histogram import BINS, NormHistogram, accumulator_dtype, nearest_edge
+from .rules.cut import Cut
+from .rules.histogram import BINS, NormHistogram, accumulator_dtype, nearest_edge
 
 __all__ = ["Edges", "PatchSketch"]
 

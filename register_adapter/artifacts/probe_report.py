@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .cut import Cut
 from .estimate import Estimate
+from .rules.cut import Cut
 
 __all__ = ["COLUMNS", "ProbeReport", "ProbeRow", "Score"]
 

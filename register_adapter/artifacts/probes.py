@@ -24,9 +24,9 @@ from ..features.passes import read_batches, resolve_layer
 from ..features.running import source_of
 from ..towers.anatomy import Anatomy
 from ..utils.environment import versions
-from .cut import Cut
 from .probe_report import ProbeReport
 from .probing import LOCAL, Probing, Task
+from .rules.cut import Cut
 from .token_samples import draw_tokens
 
 __all__ = ["probe_tokens"]

@@ -22,9 +22,9 @@ from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from .attention_sketch import AttentionSketch, Layout
-from .histogram import NormHistogram, bin_centres, bins_of
 from .norms import similarity_of
 from .patch_sketch import Array, PatchSketch
+from .rules.histogram import NormHistogram, bin_centres, bins_of
 
 __all__ = ["Statistics", "collect_statistics"]
 

@@ -16,7 +16,7 @@ from ..features.passes import Batch, keep_layer
 from ..features.running import evaluating, place_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
-from .cut import Cut
+from .rules.cut import Cut
 
 __all__ = ["ImageTokens", "TokenSamples", "draw_tokens"]
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..artifacts.cut import Cut
-from ..artifacts.rules import Rule, resolve_rule, rule_name
+from ..artifacts.rules.cut import Cut
+from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
 from ..data.batches import ImageBatches
 from ..errors import NoArtifactsError, UnsupportedModelError
 from ..features.running import evaluating, place_of, source_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifacts.cut import Cut
+from ..artifacts.rules.cut import Cut
 from ..data.batches import Batch
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer

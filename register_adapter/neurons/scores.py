@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..artifacts.cut import Cut
+from ..artifacts.rules.cut import Cut
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 

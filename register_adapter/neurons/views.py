@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from ..artifacts.audit import build_report
-from ..artifacts.cut import Cut
-from ..artifacts.rules import Rule, rule_name
+from ..artifacts.auditing import build_report
+from ..artifacts.rules.cut import Cut
+from ..artifacts.rules.rules import Rule, rule_name
 from ..artifacts.statistics import collect_statistics
 from ..data.batches import Batch
 from ..towers.tower import Tower

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..artifacts.artifact_report import ArtifactReport
+from ..artifacts.report import ArtifactReport
 from ..errors import MissingExtraError
 from .examples import Example
 from .maps import Maps

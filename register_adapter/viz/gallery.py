@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts.artifact_report import ArtifactReport
+from ..artifacts.report import ArtifactReport
 from .colours import COLOUR_MAPS, coloured, data_url
 from .examples import Example
 from .maps import PictureMaps

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.artifact_report import ArtifactReport
+from ..artifacts.report import ArtifactReport
 from .charts import attention_profile, histogram, norm_profile, norm_range
 from .examples import Example
 from .gallery import highest_norms, picture_article, pictures_note, place_maps

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .attention_features import KINDS
+from .features import KINDS
 
 __all__ = ["MAX_PARAMETERS", "DetectorConfig"]
 
@@ -22,7 +22,7 @@ class DetectorConfig:
     Attributes:
         blocks: Number L of blocks of the model.
         heads: Number H of heads.
-        kinds: What is read of the attention of a patch, of :data:`register_adapter.artifacts.attention_features.KINDS`.
+        kinds: What is read of the attention of a patch, of :data:`register_adapter.artifacts.detector.KINDS`.
         width: Channels of the network; 0 takes the largest multiple of 4 up to 48 that keeps it small enough.
         depth: Number of 3 × 3 convolutions: a patch is predicted from up to ``depth`` patches away.
         degrees: Degrees of freedom of the Student-t distribution of a value. A low number lets an outlier be one.

@@ -13,7 +13,7 @@ import numpy as np
 from .cut import Cut
 from .histogram import BINS_PER_OCTAVE, Array
 
-__all__ = ["Components", "fit_mixture", "mixture"]
+__all__ = ["Components", "fit_mixture", "mixture_rule"]
 
 # A component narrower than this (in ln) is a single bin or a repeated value.
 _LEAST_STD = np.log(2) / BINS_PER_OCTAVE
@@ -82,7 +82,7 @@ def fit_mixture(logs: Array, weights: Array, components: int = 2, steps: int = 3
     return best
 
 
-def mixture(values: Array, weights: Array) -> Cut:
+def mixture_rule(values: Array, weights: Array) -> Cut:
     """Two normal distributions of log-norms, if the BIC and the sizes of the effects say that there are two.
 
     The line is where a token belongs to either with the same probability. A lower BIC alone means little: among many

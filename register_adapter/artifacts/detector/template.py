@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import MissingExtraError
-from .detector import AttentionDetector, along, lifted
-from .rules import Rule, apply_rule
+from ...errors import MissingExtraError
+from ..rules.rules import Rule, apply_rule
+from .model import AttentionDetector, along, lifted
 
 __all__ = ["fit_template"]
 

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.batches import ImageBatches
-from ..errors import UnsupportedModelError
-from ..features.attention_maps import record_attention_maps
-from ..features.grid import PatchGrid, watch_patches
-from ..features.layout import native_registers, tower_of
-from ..features.running import evaluating, place_of, source_of
+from ...data.batches import ImageBatches
+from ...errors import UnsupportedModelError
+from ...features.attention_maps import record_attention_maps
+from ...features.grid import PatchGrid, watch_patches
+from ...features.layout import native_registers, tower_of
+from ...features.running import evaluating, place_of, source_of
 
 __all__ = ["KINDS", "attention_features", "reduce_map", "shape_of_attention"]
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import AdapterFileError
-from ..utils.adapter_file import read_tensors
-from .detector_config import DetectorConfig
+from ...errors import AdapterFileError
+from ...utils.adapter_file import read_tensors
+from .config import DetectorConfig
 
 __all__ = ["check_weights", "read_detector", "write_detector"]
 

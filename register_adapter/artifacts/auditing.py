@@ -15,11 +15,11 @@ from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower, find_tower
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, machine, versions
-from .artifact_report import ArtifactReport, LayerReport, Verdict
-from .histogram import RELATIVE_ERROR
 from .layer_report import DEFINITIONS, layer_report, ratio_of_medians
 from .patch_sketch import Edges
-from .rules import Rule, resolve_rule, rule_name
+from .report import ArtifactReport, LayerReport, Verdict
+from .rules.histogram import RELATIVE_ERROR
+from .rules.rules import Rule, resolve_rule, rule_name
 from .statistics import Statistics, collect_statistics
 
 __all__ = ["audit", "build_report", "verdict_of"]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .cut import Cut
+from .rules.cut import Cut
 
 __all__ = [
     "ArtifactReport",

@@ -16,8 +16,8 @@ import numpy as np
 
 from .cut import Cut
 from .histogram import Array, weighted_quantile
-from .mixture import mixture
-from .valley import valley
+from .mixture import mixture_rule
+from .valley import valley_rule
 
 __all__ = ["RULES", "Rule", "apply_rule", "resolve_rule", "rule_name"]
 
@@ -77,14 +77,14 @@ def _beyond(name: str, values: Array, weights: Array, high: float, low: float = 
     return Cut(name, high, low, share > 0, f"{why}: {share:.2%} of the patches lie beyond")
 
 
-#: Name -> rule. ``"auto"`` is the audit's own, see :mod:`register_adapter.artifacts.valley`.
+#: Name -> rule. ``"auto"`` is the audit's own, see :mod:`register_adapter.artifacts.rules.valley`.
 RULES: dict[str, Rule] = {
-    "auto": valley,
+    "auto": valley_rule,
     "fixed": fixed,
     "sigma": sigma,
     "percentile": percentile,
     "mad": mad,
-    "mixture": mixture,
+    "mixture": mixture_rule,
     "two_sided_sigma": partial(sigma, two_sided=True),
     "two_sided_percentile": partial(percentile, two_sided=True),
     "two_sided_mad": partial(mad, two_sided=True),

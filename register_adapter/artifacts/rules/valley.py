@@ -17,7 +17,7 @@ import numpy as np
 from .cut import Cut
 from .histogram import BINS_PER_OCTAVE, Array
 
-__all__ = ["Split", "best_split", "valley"]
+__all__ = ["Split", "best_split", "valley_rule"]
 
 #: Width of the Gaussian that smooths the histogram, in octaves.
 BANDWIDTH = 0.1
@@ -73,7 +73,7 @@ class Split:
         )
 
 
-def valley(values: Array, weights: Array) -> Cut:
+def valley_rule(values: Array, weights: Array) -> Cut:
     """Draw the line in the valley between the bulk and a few far off, on either side; none where there is no valley."""
     sides = {}
     for name, sign in (("high", 1.0), ("low", -1.0)):

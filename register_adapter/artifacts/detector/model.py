@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError
-from .attention_features import attention_features
-from .detector_config import DetectorConfig
-from .detector_file import check_weights, read_detector, write_detector
+from ...errors import UnsupportedModelError
+from .config import DetectorConfig
+from .features import attention_features
+from .file import check_weights, read_detector, write_detector
 
 __all__ = ["AttentionDetector", "along", "lifted"]
 
@@ -45,7 +45,7 @@ class AttentionDetector(nn.Module):
 
     It knows no absolute place: artifacts that return to the same place would be learned by it. Beyond the border
     patches are marked as absent. Its template, if it has one, is what artifacts have in common, see
-    :func:`register_adapter.artifacts.detector_template.fit_template`.
+    :func:`register_adapter.artifacts.detector.template.fit_template`.
 
     Args:
         config: Its shape; see :class:`DetectorConfig`.

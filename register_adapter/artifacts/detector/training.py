@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from .attention_features import attention_features, shape_of_attention
-from .detector import AttentionDetector
-from .detector_config import DetectorConfig
-from .detector_template import fit_template
-from .rules import Rule, apply_rule, rule_name
+from ..rules.rules import Rule, apply_rule, rule_name
+from .config import DetectorConfig
+from .features import attention_features, shape_of_attention
+from .model import AttentionDetector
+from .template import fit_template
 
 __all__ = ["calibrate", "train_detector"]
 
@@ -77,7 +77,7 @@ def train_detector(
 
     Raises:
         ValueError: There are too few pictures, they differ in size, or a number is out of range.
-        UnsupportedModelError: See :func:`register_adapter.artifacts.attention_features.attention_features`.
+        UnsupportedModelError: See :func:`register_adapter.artifacts.detector.attention_features`.
         FloatingPointError: The loss is not finite.
     """
     if num_steps < 1 or batch_size < 1:
