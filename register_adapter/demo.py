@@ -18,7 +18,7 @@ from .artifacts.norms import patch_norms
 from .data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
 from .data.images import load_image
 from .errors import NoArtifactsError
-from .measure import Measured, Reference, measure
+from .evaluation.measure import Measured, Reference, measure_model
 from .neurons import fit_test_time_registers, start_from
 from .objectives import ClassificationObjective
 from .reload import logits_in_fresh_process
@@ -143,7 +143,7 @@ class _Table:
 
     def add(self, arm: str, name: str, model: nn.Module, labels: bool = True, shown: str | None = None) -> None:
         """Measure an arm; the first one is what others are compared with. ``shown`` names it in the figure."""
-        row, found = measure(name, model, self.batches, self.labels if labels else None, self._reference)
+        row, found = measure_model(name, model, self.batches, self.labels if labels else None, self._reference)
         self._reference = self._reference or found
         self.rows[arm] = row
         if shown:

@@ -16,14 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from register_adapter import add_registers, capture
-from register_adapter.artifacts.estimate import estimate
-from register_adapter.artifacts.linear_probes import PENALTIES, fit_classifier, fit_regression
-from register_adapter.artifacts.probes import probe_tokens
-from register_adapter.artifacts.probing import _split
 from register_adapter.artifacts.rules.cut import Cut
-from register_adapter.artifacts.token_samples import draw_tokens
 from register_adapter.data.batches import ImageBatches
 from register_adapter.errors import MissingExtraError, UnsupportedModelError
+from register_adapter.evaluation.estimate import mean_over_images
+from register_adapter.evaluation.linear_models import PENALTIES, fit_classifier, fit_regression
+from register_adapter.evaluation.probes.fitting import _split
+from register_adapter.evaluation.probes.samples import draw_tokens
+from register_adapter.evaluation.probes.token_probes import probe_tokens
 from register_adapter.features.layout import tower_of
 from register_adapter.features.passes import read_batches
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
@@ -324,11 +324,11 @@ def test_penalties_are_chosen_on_training_data_as_by_a_plain_search() -> None:
 
 def test_the_standard_error_is_over_images() -> None:
     values = np.random.default_rng(0).normal(size=40)
-    one = estimate(values)
+    one = mean_over_images(values)
     assert one.standard_error == pytest.approx(values.std(ddof=1) / 40**0.5)
     assert one.interval == pytest.approx((one.value - 1.96 * one.standard_error, one.value + 1.96 * one.standard_error))
     # Copies of a token in the same image tell nothing new.
-    copied = estimate(np.repeat(values, 5), np.repeat(np.arange(40), 5))
+    copied = mean_over_images(np.repeat(values, 5), np.repeat(np.arange(40), 5))
     assert copied.standard_error == pytest.approx(one.standard_error)
     assert (copied.num_images, copied.num_tokens) == (40, 200)
     # Images of unequal size: as drawing images again and again says.
@@ -338,9 +338,9 @@ def test_the_standard_error_is_over_images() -> None:
     sums, sizes = np.bincount(images, values), np.bincount(images)
     drawn = rng.integers(60, size=(4000, 60))
     means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    assert estimate(values, images).standard_error == pytest.approx(means.std(), rel=0.06)
+    assert mean_over_images(values, images).standard_error == pytest.approx(means.std(), rel=0.06)
     with pytest.raises(ValueError, match="at least one value"):
-        estimate([])
+        mean_over_images([])
 
 
 # Real models

@@ -13,9 +13,9 @@ from helpers import Snapshot, assert_identical, hooks, run
 from torch.nn import functional as F
 
 from register_adapter import RegisterConfig, add_registers, capture
-from register_adapter.artifacts.register_analysis import analyse_registers
-from register_adapter.artifacts.register_states import find_registers, without_adapters
 from register_adapter.errors import UnsupportedModelError
+from register_adapter.evaluation.registers.analysis import analyse_registers
+from register_adapter.evaluation.registers.states import find_registers, without_adapters
 from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
 from register_adapter.tuner.layer import find_register_layer
 

@@ -3,10 +3,6 @@
 from .auditing import audit
 from .detector import AttentionDetector, train_detector
 from .norms import NormSummary, neighbour_similarity, patch_norms, summarise_norms
-from .probe_report import ProbeReport
-from .probes import probe_tokens
-from .register_analysis import analyse_registers
-from .register_report import RegisterReport
 from .report import ArtifactReport, LayerReport
 from .rules import RULES, Cut, apply_rule, resolve_rule
 from .statistics import Statistics, collect_statistics
@@ -18,16 +14,12 @@ __all__ = [
     "Cut",
     "LayerReport",
     "NormSummary",
-    "ProbeReport",
-    "RegisterReport",
     "Statistics",
-    "analyse_registers",
     "apply_rule",
     "audit",
     "collect_statistics",
     "neighbour_similarity",
     "patch_norms",
-    "probe_tokens",
     "resolve_rule",
     "summarise_norms",
     "train_detector",

@@ -15,7 +15,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower, find_tower
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, machine, versions
-from .layer_report import DEFINITIONS, layer_report, ratio_of_medians
+from .layer_report import DEFINITIONS, ratio_of_medians, summarise_layer
 from .patch_sketch import Edges
 from .report import ArtifactReport, LayerReport, Verdict
 from .rules.histogram import RELATIVE_ERROR
@@ -124,7 +124,7 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
         rule_called: Its name.
         name: What to call the model.
     """
-    layers = [layer_report(statistics, index, rule) for index in sorted(statistics.patches)]
+    layers = [summarise_layer(statistics, index, rule) for index in sorted(statistics.patches)]
     verdict, first, reason = verdict_of(layers, statistics)
     definitions = dict(DEFINITIONS)
     if statistics.no_grid:

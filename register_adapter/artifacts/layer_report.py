@@ -14,7 +14,7 @@ from .rules.histogram import RELATIVE_ERROR, bin_centres, bin_edges, nearest_edg
 from .rules.rules import Rule
 from .statistics import Statistics
 
-__all__ = ["DEFINITIONS", "cut_at", "layer_report", "ratio_of_medians"]
+__all__ = ["DEFINITIONS", "cut_at", "ratio_of_medians", "summarise_layer"]
 
 _CHANNELS = 8
 
@@ -66,7 +66,7 @@ def ratio_of_medians(patches: PatchSketch, outlying: np.ndarray[tuple[int, ...],
     return medians[0] / medians[1]
 
 
-def layer_report(statistics: Statistics, layer: int, rule: Rule) -> LayerReport:
+def summarise_layer(statistics: Statistics, layer: int, rule: Rule) -> LayerReport:
     """All figures of one layer.
 
     Raises:

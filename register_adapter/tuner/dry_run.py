@@ -17,12 +17,12 @@ from ..towers.tower import Tower
 from .config import RegisterConfig
 from .layer import RegisterLayer
 
-__all__ = ["dry_run"]
+__all__ = ["check_anatomy"]
 
 _BATCH = 2
 
 
-def dry_run(tower: Tower, config: RegisterConfig) -> None:
+def check_anatomy(tower: Tower, config: RegisterConfig) -> None:
     """Run two blank images through a tower, without and with registers, and compare every shape.
 
     Nothing of the tower is changed: its mode, its statistics and torch's random state are as before.
@@ -59,8 +59,8 @@ def dry_run(tower: Tower, config: RegisterConfig) -> None:
 
 def _with_registers(tower: Tower, config: RegisterConfig, pixels: torch.Tensor, name: str) -> Any:
     layer: Any = RegisterLayer(tower)
-    layer.update_layer("dry_run", config)
-    layer.set_adapter(["dry_run"])
+    layer.update_layer("check_anatomy", config)
+    layer.set_adapter(["check_anatomy"])
     layer.eval()
     try:
         layer.attach()

@@ -20,7 +20,7 @@ from ..towers.tower import Tower, find_tower
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 from ._peft_compat import PREFIX, remap_on_load
 from .config import RegisterConfig
-from .dry_run import dry_run
+from .dry_run import check_anatomy
 from .hooks.attention import reads_implementation
 from .layer import BASE, RegisterLayer, register_layers
 from .neuron_shift import count_neurons
@@ -81,7 +81,7 @@ class RegisterModel(BaseTuner):
         self._check_tower(model, tower, given)
         identity = _checked_identity(tower, given)
         if anatomy is not None:
-            dry_run(tower, given)
+            check_anatomy(tower, given)
         # A copy: the caller's config can be used for another base.
         config = copy.copy(given)
         config.base_tower, config.ignore_base_mismatch, config.from_file = identity.to_dict(), False, False

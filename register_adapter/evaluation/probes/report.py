@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .estimate import Estimate
-from .rules.cut import Cut
+from ...artifacts.rules.cut import Cut
+from ..estimate import Estimate
 
 __all__ = ["COLUMNS", "ProbeReport", "ProbeRow", "Score"]
 

@@ -12,15 +12,15 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.batches import ImageBatches
-from ..features.passes import Batch, read_batches
-from ..features.running import evaluating, place_of, source_of
-from ..towers.anatomy import Anatomy
-from ..utils.environment import versions
-from .register_maps import RegisterMaps
-from .register_report import RegisterReport
-from .register_runs import Arm, Runs, estimate_means
-from .register_states import Kind, Registers, find_registers
+from ...data.batches import ImageBatches
+from ...features.passes import Batch, read_batches
+from ...features.running import evaluating, place_of, source_of
+from ...towers.anatomy import Anatomy
+from ...utils.environment import versions
+from .maps import RegisterMaps
+from .report import RegisterReport
+from .runs import Arm, Runs, estimate_means
+from .states import Kind, Registers, find_registers
 
 __all__ = ["analyse_registers"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..features.passes import Batch, keep_layer, run_whole
-from .estimate import Estimate, estimate
-from .register_report import Ablation, Change
-from .register_states import Registers, read_states, replace_states, without_adapters
+from ...features.passes import Batch, keep_layer, run_whole
+from ..estimate import Estimate, mean_over_images
+from .report import Ablation, Change
+from .states import Registers, read_states, replace_states, without_adapters
 
 __all__ = ["Arm", "Means", "Runs", "estimate_means"]
 
@@ -97,7 +97,7 @@ class _Comparison:
 
     def get(self, name: str) -> Estimate | None:
         values = self.figures.get(name)
-        return estimate(torch.cat(values).numpy()) if values else None
+        return mean_over_images(torch.cat(values).numpy()) if values else None
 
     def change(self) -> Change:
         figures: dict[str, Any] = {
@@ -180,7 +180,7 @@ class Runs:
 
     def accuracy(self) -> Estimate | None:
         """With the registers as they are."""
-        return estimate(torch.cat(self._clean).numpy()) if self._clean else None
+        return mean_over_images(torch.cat(self._clean).numpy()) if self._clean else None
 
     def output_similarity(self) -> npt.NDArray[np.float32]:
         """``(R, R)`` cosine between registers behind the last block, mean over images."""

@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..features.layout import TokenLayout, find_layout, tower_of
-from ..towers.anatomy import Anatomy
-from ..towers.calls import hidden_states_of, with_hidden_states
-from ..towers.tower import Tower
-from ..tuner.layer import RegisterLayer
+from ...errors import UnsupportedModelError
+from ...features.layout import TokenLayout, find_layout, tower_of
+from ...towers.anatomy import Anatomy
+from ...towers.calls import hidden_states_of, with_hidden_states
+from ...towers.tower import Tower
+from ...tuner.layer import RegisterLayer
 
 __all__ = ["Kind", "Registers", "find_registers", "read_states", "replace_states", "without_adapters"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "mean_over_images"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Estimate:
         return self.value - half, self.value + half
 
 
-def estimate(values: npt.ArrayLike, images: npt.ArrayLike | None = None) -> Estimate:
+def mean_over_images(values: npt.ArrayLike, images: npt.ArrayLike | None = None) -> Estimate:
     """Mean of ``(T,)`` values over tokens, with the linearised standard error of a ratio of sums over images.
 
     For one value an image that is the usual standard error of a mean.

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .estimate import Estimate, estimate
-from .linear_probes import fit_classifier, fit_regression
-from .probe_report import COLUMNS, ProbeRow, Score
-from .token_samples import ImageTokens, TokenSamples
+from ..estimate import Estimate, mean_over_images
+from ..linear_models import fit_classifier, fit_regression
+from .report import COLUMNS, ProbeRow, Score
+from .samples import ImageTokens, TokenSamples
 
 __all__ = ["LOCAL", "Probing", "Task"]
 
@@ -131,7 +131,7 @@ class Probing:
             normal, outlier = measured["normal"], measured["outlier"]
             # Token by token: both kinds have as many tokens of the same images, in the same order.
             difference = {
-                name: estimate(outlier[name].values - normal[name].values, normal[name].images)
+                name: mean_over_images(outlier[name].values - normal[name].values, normal[name].images)
                 for name in COLUMNS
                 if name in normal and name in outlier
             }
@@ -209,7 +209,9 @@ def _measured(
     values: _Array, constant: _Array, images: _Array, num_train: int, penalty: float, converged: bool
 ) -> _Measured:
     values = values.astype(np.float64)
-    score = Score(estimate(values, images), float(constant.astype(np.float64).mean()), num_train, penalty, converged)
+    score = Score(
+        mean_over_images(values, images), float(constant.astype(np.float64).mean()), num_train, penalty, converged
+    )
     return _Measured(values, images, score)
 
 

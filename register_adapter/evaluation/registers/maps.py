@@ -7,11 +7,11 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError
-from ..features.attention_maps import record_attention_maps
-from ..features.grid import watch_patches
-from ..features.passes import Batch
-from .register_states import Registers
+from ...errors import UnsupportedModelError
+from ...features.attention_maps import record_attention_maps
+from ...features.grid import watch_patches
+from ...features.passes import Batch
+from .states import Registers
 
 __all__ = ["RegisterMaps"]
 

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import UnsupportedModelError
-from ..features.grid import PatchGrid, watch_patches
-from ..features.layout import TokenLayout, find_layout
-from ..features.passes import Batch, keep_layer
-from ..features.running import evaluating, place_of
-from ..towers.tower import Tower
-from ..tuner.layer import RegisterLayer
-from .rules.cut import Cut
+from ...artifacts.rules.cut import Cut
+from ...errors import UnsupportedModelError
+from ...features.grid import PatchGrid, watch_patches
+from ...features.layout import TokenLayout, find_layout
+from ...features.passes import Batch, keep_layer
+from ...features.running import evaluating, place_of
+from ...towers.tower import Tower
+from ...tuner.layer import RegisterLayer
 
 __all__ = ["ImageTokens", "TokenSamples", "draw_tokens"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .artifacts import summarise_norms
-from .features.trace import capture
+from ..artifacts import summarise_norms
+from ..features.trace import capture
 
-__all__ = ["Measured", "Reference", "measure"]
+__all__ = ["Measured", "Reference", "measure_model"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(
+def measure_model(
     name: str,
     model: nn.Module,
     batches: Sequence[torch.Tensor],

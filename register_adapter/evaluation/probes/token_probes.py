@@ -18,16 +18,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..data.batches import ImageBatches
-from ..features.layout import tower_of
-from ..features.passes import read_batches, resolve_layer
-from ..features.running import source_of
-from ..towers.anatomy import Anatomy
-from ..utils.environment import versions
-from .probe_report import ProbeReport
-from .probing import LOCAL, Probing, Task
-from .rules.cut import Cut
-from .token_samples import draw_tokens
+from ...artifacts.rules.cut import Cut
+from ...data.batches import ImageBatches
+from ...features.layout import tower_of
+from ...features.passes import read_batches, resolve_layer
+from ...features.running import source_of
+from ...towers.anatomy import Anatomy
+from ...utils.environment import versions
+from .fitting import LOCAL, Probing, Task
+from .report import ProbeReport
+from .samples import draw_tokens
 
 __all__ = ["probe_tokens"]
 

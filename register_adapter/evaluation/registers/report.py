@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .estimate import Estimate
+from ..estimate import Estimate
 
 __all__ = ["WHY_NOT_ZERO", "Ablation", "Change", "RegisterReport"]
 
