@@ -89,7 +89,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     weights = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "testbed" / "weights").glob("*")}
     assert weights <= names
     rest = {name for name in names - sources - weights if ".dist-info/" not in name}
-    assert rest == {f"register_adapter/{name}" for name in ("py.typed", "viz/page.css", "viz/page.js")}
+    assert rest == {f"register_adapter/{name}" for name in ("py.typed", "viz/page/page.css", "viz/page/page.js")}
 
 
 def test_the_wheel_is_small_and_has_no_pickle(wheel: zipfile.ZipFile) -> None:

@@ -20,7 +20,7 @@ from register_adapter import add_registers
 from register_adapter.artifacts import Cut, audit
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 from register_adapter.viz import Example, read_examples, write_page
-from register_adapter.viz.tables import Table, show_table
+from register_adapter.viz.page.tables import Table, show_table
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..artifacts.report import ArtifactReport, LayerReport
+from ...artifacts.report import ArtifactReport, LayerReport
 from .markup import Markup, element
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..artifacts.report import ArtifactReport
-from .colours import COLOUR_MAPS, coloured, data_url
-from .examples import Example
-from .maps import PictureMaps
+from ...artifacts.report import ArtifactReport
+from ..colours import COLOUR_MAPS, coloured, data_url
+from ..examples import Example
+from ..maps import PictureMaps
 from .markup import Markup, element
 
 __all__ = ["picture_article", "pictures_note", "place_maps"]

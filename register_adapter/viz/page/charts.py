@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from ..artifacts.report import ArtifactReport, LayerReport
+from ...artifacts.report import ArtifactReport, LayerReport
 from .markup import Markup, element
 
 __all__ = ["attention_profile", "histogram", "norm_profile", "norm_range"]

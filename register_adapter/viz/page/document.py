@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..artifacts.report import ArtifactReport
+from ...artifacts.report import ArtifactReport
+from ..examples import Example
 from .charts import attention_profile, histogram, norm_profile, norm_range
-from .examples import Example
 from .gallery import highest_norms, picture_article, pictures_note, place_maps
 from .markup import Markup, element, join
 from .tables import (
