@@ -11,8 +11,8 @@ import argparse
 from peft import AutoPeftModel
 
 from register_adapter.data.datasets import DataArguments, load_data, load_image_processor
-from register_adapter.objectives import ClassificationObjective
-from register_adapter.training import TrainArguments, train
+from register_adapter.training.objectives import ClassificationObjective
+from register_adapter.training.trainer import TrainArguments, train
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from training_helpers import TRAIN, call, load_example, write_photographs, write
 
 from register_adapter.data.datasets import DataArguments, load_data, read_image_folder, skip_bad
 from register_adapter.data.images import ImageFileError, check_image, load_image
-from register_adapter.train import main
+from register_adapter.training.launch import main
 
 CLASSES = ["cat", "coffee", "flower"]
 photographs = load_example("real_photographs")

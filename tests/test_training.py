@@ -25,12 +25,13 @@ from safetensors.torch import load_file
 from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, train_alone, write_photographs, write_vit
 from transformers import AutoImageProcessor, ViTForImageClassification
 
-from register_adapter import add_registers, checkpoints
-from register_adapter.checkpoints import CheckpointError
-from register_adapter.objectives import OBJECTIVES, ClassificationObjective
+from register_adapter import add_registers
 from register_adapter.testbed.scenes import LABELS, SceneDataset
-from register_adapter.train import main
-from register_adapter.training import TrainArguments, train
+from register_adapter.training import checkpoints
+from register_adapter.training.checkpoints import CheckpointError
+from register_adapter.training.launch import main
+from register_adapter.training.objectives import OBJECTIVES, ClassificationObjective
+from register_adapter.training.trainer import TrainArguments, train
 
 CLASSES = ["cat", "coffee", "flower"]
 TOKENS = "base_model.model.vit.registers.register_adapter_tokens.weight"

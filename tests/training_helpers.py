@@ -62,7 +62,7 @@ def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]
 
 def train_alone(argv: list[str]) -> None:
     """The command line's main, as the target of a process of its own."""
-    from register_adapter.train import main
+    from register_adapter.training.launch import main
 
     torch.set_num_threads(1)
     # tqdm shares one lock over forks, and a killed process keeps it.

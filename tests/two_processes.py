@@ -9,7 +9,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from register_adapter import train, training
+from register_adapter.training import launch as train
+from register_adapter.training import trainer as training
 
 
 def main() -> None:

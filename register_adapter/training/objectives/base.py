@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..tuner.peft_model import RegisterPeftModel
+from ...tuner.peft_model import RegisterPeftModel
 
 __all__ = ["Batch", "Objective"]
 
@@ -21,7 +21,7 @@ Batch = dict[str, torch.Tensor]
 class Objective(ABC):
     """An objective turns items into batches and batches into a loss; it knows neither devices nor processes.
 
-    A new one is a subclass and an entry in :data:`register_adapter.objectives.OBJECTIVES`. The model that ``loss`` and
+    A new one is a subclass and an entry in :data:`register_adapter.training.OBJECTIVES`. The model that ``loss`` and
     ``evaluate`` get may be wrapped for distributed training: call it, and reach its own methods, such as
     ``disable_adapter()`` for a frozen teacher, through ``accelerate.utils.extract_model_from_parallel(model)``.
     """

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from ..tuner.peft_model import RegisterPeftModel, add_registers
+from ...tuner.peft_model import RegisterPeftModel, add_registers
 from .base import Batch, Objective
 
 __all__ = ["ClassificationObjective"]

@@ -15,9 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
+from .arguments import TrainArguments
 from .checkpoints import TrainState
 from .objectives import Objective
-from .train_arguments import TrainArguments
 
 __all__ = ["Loop", "evaluate"]
 

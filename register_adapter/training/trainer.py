@@ -16,19 +16,19 @@ from accelerate.utils import DistributedType, LoggerType, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from ..data.datasets import ProcessedDataset, load_image_processor
+from ..errors import MissingExtraError
+from ..tuner._peft_compat import PREFIX
+from ..tuner.card import update_model_card
+from ..tuner.layer import find_register_layer
+from ..tuner.peft_model import RegisterPeftModel
+from ..utils.environment import git_commit, hardware, versions
+from ..utils.hub import hub_errors
 from . import checkpoints
+from .arguments import TrainArguments
 from .checkpoints import TrainState
-from .data.datasets import ProcessedDataset, load_image_processor
-from .errors import MissingExtraError
 from .loop import Loop, evaluate
 from .objectives import Objective
-from .train_arguments import TrainArguments
-from .tuner._peft_compat import PREFIX
-from .tuner.card import update_model_card
-from .tuner.layer import find_register_layer
-from .tuner.peft_model import RegisterPeftModel
-from .utils.environment import git_commit, hardware, versions
-from .utils.hub import hub_errors
 
 __all__ = ["TrainArguments", "check_output_dir", "evaluate", "train"]
 

@@ -9,8 +9,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..neurons import set_strength
-from ..tuner.peft_model import RegisterPeftModel
+from ...neurons import set_strength
+from ...tuner.peft_model import RegisterPeftModel
 from .base import Batch, Objective
 
 __all__ = ["AnnealedNeurons"]

@@ -25,8 +25,8 @@ from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
 
-from .errors import RegisterAdapterError
-from .utils.adapter_file import read_tensors
+from ..errors import RegisterAdapterError
+from ..utils.adapter_file import read_tensors
 
 __all__ = ["CheckpointError", "TrainState", "adapter_weights", "clean", "find", "find_all", "load", "load_adapter"]
 
