@@ -19,7 +19,7 @@ from one_case import Case, compare, options, parse, write
 from overhead import PATCH, SHAPES
 from transformers import Dinov2Config, Dinov2Model
 
-from register_adapter.artifacts import audit
+from register_adapter import audit
 
 #: Most that an audit may cost, in units of a plain forward pass.
 LIMITS = {"audit, no attentions": 1.25, "audit": 2.0}

@@ -26,9 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from register_adapter import capture
-from register_adapter.artifacts.detector.model import AttentionDetector
-from register_adapter.artifacts.detector.training import train_detector
-from register_adapter.artifacts.rules.rules import apply_rule
+from register_adapter.artifacts import AttentionDetector, apply_rule, train_detector
 from register_adapter.testbed import Planting, SceneDataset, load_vit, plant_artifacts
 from register_adapter.testbed.plant_low import plant_low_norm_artifacts
 

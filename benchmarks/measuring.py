@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from register_adapter.utils.environment import versions
+from register_adapter.utils import versions
 
 __all__ = [
     "PeakBytes",

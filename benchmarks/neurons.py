@@ -28,8 +28,7 @@ from one_case import Case, compare, options, parse, write
 from overhead import PATCH, SHAPES
 from transformers import Dinov2Config, Dinov2Model
 
-from register_adapter import add_registers, fit_test_time_registers
-from register_adapter.towers.tower import find_tower
+from register_adapter import add_registers, find_tower, fit_test_time_registers
 
 #: (a, b): time of a over time of b, and the most it may be.
 LIMITS = {("fit", "forward"): 1.2, ("fit", "published"): 1 / 1.5, ("shift", "register"): 1.03}

@@ -10,9 +10,8 @@ import argparse
 
 from peft import AutoPeftModel
 
-from register_adapter.data.datasets import DataArguments, load_data, load_image_processor
-from register_adapter.training.objectives import ClassificationObjective
-from register_adapter.training.trainer import TrainArguments, train
+from register_adapter.data import DataArguments, load_data, load_image_processor
+from register_adapter.training import ClassificationObjective, TrainArguments, train
 
 
 def main() -> None:

@@ -12,10 +12,8 @@ from pathlib import Path
 import torch
 
 from register_adapter.artifacts import patch_norms, summarise_norms
-from register_adapter.testbed.plant import plant_artifacts
-from register_adapter.testbed.probe import register_probe
-from register_adapter.testbed.scenes import SceneDataset
-from register_adapter.testbed.vit import WEIGHTS, load_vit, save_planting
+from register_adapter.testbed import SceneDataset, load_vit, plant_artifacts, register_probe
+from register_adapter.testbed.vit import WEIGHTS, save_planting
 
 
 def pictures(count: int, seed: int, split: str) -> torch.Tensor:

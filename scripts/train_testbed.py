@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from register_adapter.testbed.scenes import LABELS, Scene, SceneDataset
+from register_adapter.testbed import LABELS, Scene, SceneDataset
 
 HELD_OUT_SEED = 10_000
 

@@ -9,8 +9,7 @@ import torch
 from families import build
 from torch import nn
 
-from register_adapter import add_registers
-from register_adapter.towers.tower import find_tower
+from register_adapter import add_registers, find_tower
 from register_adapter.tuner.hooks.attention import reads_implementation
 
 #: Ways for registers to enter.

@@ -22,8 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from register_adapter import RegisterConfig, RegisterPeftModel, add_registers
-from register_adapter.utils.hub import HubAccessError
+from register_adapter import HubAccessError, RegisterConfig, RegisterPeftModel, add_registers
 
 torch.set_num_threads(1)
 OWN_TEXT = "# My registers\n\nTrained on a Sunday.  Two spaces, kept.\n"

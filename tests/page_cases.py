@@ -7,14 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from register_adapter.artifacts.report import (
-    ArtifactReport,
-    AttentionShares,
-    LayerReport,
-    MassiveChannel,
-    NormDistribution,
-)
-from register_adapter.artifacts.rules.cut import Cut
+from register_adapter import ArtifactReport
+from register_adapter.artifacts import Cut, LayerReport
+from register_adapter.artifacts.report import AttentionShares, MassiveChannel, NormDistribution
 
 __all__ = ["distribution", "make_layer", "make_report"]
 

@@ -14,17 +14,19 @@ from families import CASES, TOWERS, build, make_inputs
 from test_testbed import pixels
 from torch import nn
 
-from register_adapter import Anatomy, RegisterAdapterError, RegisterConfig, add_registers, capture
-from register_adapter.artifacts import (
+from register_adapter import (
+    Anatomy,
     ArtifactReport,
-    Cut,
+    RegisterAdapterError,
+    RegisterConfig,
+    add_registers,
     audit,
-    collect_statistics,
-    neighbour_similarity,
-    resolve_rule,
+    capture,
+    find_tower,
 )
+from register_adapter.artifacts import Cut, collect_statistics, neighbour_similarity, resolve_rule
 from register_adapter.artifacts.auditing import build_report
-from register_adapter.audit_command import AuditArguments, run_audit
+from register_adapter.commands.audit import AuditArguments, run_audit
 from register_adapter.testbed import (
     SceneDataset,
     load_planted_vit,
@@ -32,7 +34,6 @@ from register_adapter.testbed import (
     photographs,
     plant_artifacts,
 )
-from register_adapter.towers.tower import find_tower
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +559,8 @@ def test_the_command_audits_a_base_and_its_adapters(tmp_path):
     SceneDataset(12, seed=9, split="test").write(folder)
     (folder / "broken.png").write_bytes(b"\x89PNG")
     out = tmp_path / "report"
-    command = [sys.executable, "-m", "register_adapter.cli", "audit", "planted", str(folder), "--out", str(out)]
+    main = [sys.executable, "-m", "register_adapter.commands.cli"]
+    command = [*main, "audit", "planted", str(folder), "--out", str(out)]
     done = subprocess.run(
         [*command, "--adapter", str(adapter), "--batch_size", "8"], capture_output=True, text=True, timeout=300
     )

@@ -30,8 +30,8 @@ from register_adapter import (
     RegisterPeftModel,
     UnsupportedModelError,
     add_registers,
+    find_register_layer,
 )
-from register_adapter.tuner.layer import find_register_layer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.registers.register_adapter_tokens.weight"

@@ -8,8 +8,7 @@ from families import CASES, TOWERS, build, make_inputs
 from helpers import Snapshot, assert_identical, differs, hooks, run
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from register_adapter import RegisterConfig, RegisterLayer, add_registers
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import RegisterConfig, RegisterLayer, add_registers, find_register_layer
 
 ASK = {"output_hidden_states": True, "output_attentions": True}
 

@@ -8,9 +8,14 @@ from families import BLOCKS, CASES, HEADS, TOWERS, WIDTH, build, make_inputs
 from helpers import assert_identical, hooks, run
 from torch import nn
 
-from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import (
+    RegisterConfig,
+    UnsupportedModelError,
+    add_registers,
+    capture,
+    find_register_layer,
+    find_tower,
+)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -29,9 +29,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from register_adapter import Anatomy, RegisterConfig, add_registers
+from register_adapter import (
+    Anatomy,
+    ComposedPeftModel,
+    RegisterConfig,
+    add_registers,
+    compose,
+    load_adapters,
+    save_adapters,
+)
 from register_adapter.tuner.composed import folder as adapter_folder
-from register_adapter.tuner.composed.composition import ComposedPeftModel, compose, load_adapters, save_adapters
 from register_adapter.utils.adapter_file import read_tensors
 
 #: Configs whose adapters are not at their neutral initial values, so that every one of them changes the output.

@@ -16,10 +16,17 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 import register_adapter
-from register_adapter import FAMILIES, Anatomy, RegisterConfig, RegisterModel, add_registers, capture
+from register_adapter import (
+    FAMILIES,
+    Anatomy,
+    RegisterConfig,
+    RegisterModel,
+    add_registers,
+    capture,
+    find_register_layer,
+    find_tower,
+)
 from register_adapter.towers.anatomy import resolve
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
 
 
 def test_defaults_are_the_papers_four_registers() -> None:

@@ -18,17 +18,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from register_adapter import add_registers, capture
+from register_adapter import (
+    AdapterFileError,
+    MissingExtraError,
+    UnsupportedModelError,
+    add_registers,
+    capture,
+    find_tower,
+)
+from register_adapter.artifacts import AttentionDetector, train_detector
 from register_adapter.artifacts.detector import template as detector_template
 from register_adapter.artifacts.detector.config import MAX_PARAMETERS, DetectorConfig
 from register_adapter.artifacts.detector.features import KINDS, attention_features, reduce_map
-from register_adapter.artifacts.detector.model import AttentionDetector
 from register_adapter.artifacts.detector.template import fit_template
-from register_adapter.artifacts.detector.training import calibrate, train_detector
-from register_adapter.errors import AdapterFileError, MissingExtraError, UnsupportedModelError
+from register_adapter.artifacts.detector.training import calibrate
 from register_adapter.testbed import SceneDataset, load_planted_vit, load_vit
 from register_adapter.testbed.plant_low import plant_low_norm_artifacts
-from register_adapter.towers.tower import find_tower
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIDE = IMAGE // PATCH

@@ -7,8 +7,7 @@ import torch
 import transformers as tf
 from families import BLOCKS, HEADS, IMAGE, PATCH, PATCHES, WIDTH, perturb
 
-from register_adapter import add_registers, capture
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import add_registers, capture, find_register_layer
 
 
 def pair(

@@ -22,9 +22,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from register_adapter import RegisterConfig
-from register_adapter.export import export_onnx
-from register_adapter.towers.tower import find_tower
+from register_adapter import RegisterConfig, export_onnx, find_tower
 from register_adapter.tuner.hooks.attention import grow_block_mask
 from register_adapter.tuner.tokens import grow_mask
 

@@ -14,18 +14,21 @@ from families import CASES, IMAGE, LABELS, PATCHES, build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, differs, hooks, run
 from peft import LoraConfig, get_peft_model
 
-from register_adapter import HubAccessError, MissingExtraError, RegisterConfig, UnsupportedModelError, add_registers
-from register_adapter.export import (
-    NATIVE,
+from register_adapter import (
+    HubAccessError,
+    MissingExtraError,
+    RegisterConfig,
+    UnsupportedModelError,
+    add_registers,
     export_native,
     export_onnx,
     export_program,
-    export_saved,
+    find_register_layer,
     save_native,
 )
+from register_adapter.export import NATIVE, export_saved
 from register_adapter.export.comparison import check_equal, tensors
 from register_adapter.export.subject import Subject
-from register_adapter.tuner.layer import find_register_layer
 from register_adapter.tuner.tokens import cut_tokens
 
 COMMAND = str(Path(sys.executable).parent / "register-adapter")

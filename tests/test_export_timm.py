@@ -8,8 +8,14 @@ from families import perturb
 from helpers import assert_identical, flatten, hooks
 from test_export import perturb_registers, stranger
 
-from register_adapter import UnsupportedModelError, add_registers
-from register_adapter.export import export_native, export_onnx, export_program, save_native
+from register_adapter import (
+    UnsupportedModelError,
+    add_registers,
+    export_native,
+    export_onnx,
+    export_program,
+    save_native,
+)
 from register_adapter.tuner.tokens import cut_tokens
 
 timm = pytest.importorskip("timm")

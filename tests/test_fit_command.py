@@ -10,9 +10,9 @@ import torch
 from peft import AutoPeftModel, PeftModel
 from test_demo import run
 
+from register_adapter import find_register_layer
 from register_adapter.artifacts import patch_norms
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
-from register_adapter.tuner.layer import find_register_layer
 
 
 @pytest.fixture(scope="module")

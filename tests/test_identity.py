@@ -14,9 +14,9 @@ from helpers import Snapshot, assert_identical, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from register_adapter import BaseModelMismatchError, RegisterConfig, add_registers
-from register_adapter.towers.identity import TOLERANCE, TowerIdentity, fingerprint
-from register_adapter.towers.tower import find_tower
+from register_adapter import BaseModelMismatchError, RegisterConfig, add_registers, find_tower
+from register_adapter.towers import TowerIdentity
+from register_adapter.towers.identity import TOLERANCE, fingerprint
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from register_adapter.data.batches import ImageBatches, list_pictures
-from register_adapter.data.images import ImageFileError
+from register_adapter.data import ImageBatches, ImageFileError, list_pictures
 from register_adapter.testbed import SceneDataset, load_image_processor
 
 

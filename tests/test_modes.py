@@ -13,9 +13,7 @@ import torch
 from families import CASES, PATCH, TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run, shapes
 
-from register_adapter import add_registers
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import add_registers, find_register_layer, find_tower
 
 
 def registered(name: str, attention: str = "sdpa", **options: Any) -> torch.nn.Module:

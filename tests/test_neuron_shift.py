@@ -15,9 +15,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from stacks_cases import STACKS, build_stack, call, images
 
-from register_adapter import AdapterFileError, RegisterConfig, UnsupportedModelError, add_registers, export_native
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import (
+    AdapterFileError,
+    RegisterConfig,
+    UnsupportedModelError,
+    add_registers,
+    export_native,
+    find_register_layer,
+    find_tower,
+)
 
 NEURONS = {0: [1, 4, 6], 1: [2, 9]}
 

@@ -12,9 +12,7 @@ from families import CASES, build, make_inputs
 from helpers import run
 from torch.nn import functional as F
 
-from register_adapter import add_registers
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import add_registers, find_register_layer, find_tower
 
 REGISTERS = 9  # a length that no text or decoder here has
 

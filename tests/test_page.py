@@ -16,8 +16,8 @@ import torch
 from families import build
 from page_cases import make_report
 
-from register_adapter import add_registers
-from register_adapter.artifacts import Cut, audit
+from register_adapter import add_registers, audit
+from register_adapter.artifacts import Cut
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 from register_adapter.viz import Example, read_examples, write_page
 from register_adapter.viz.page.tables import Table, show_table

@@ -11,11 +11,10 @@ import torch
 from cases_base import LABELS
 from families import build, make_inputs
 
-from register_adapter import add_registers
-from register_adapter.data.batches import ImageBatches
+from register_adapter import add_registers, find_tower
+from register_adapter.data import ImageBatches
 from register_adapter.features.passes import read_batches, run_whole
 from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
-from register_adapter.towers.tower import find_tower
 
 BATCH = 3
 

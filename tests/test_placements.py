@@ -12,10 +12,15 @@ from families import BLOCKS, CASES, TOWERS, WIDTH, build, make_inputs
 from helpers import Snapshot, assert_identical, differs, run, shapes
 from peft import PeftModel
 
-from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.towers.tower import find_tower
+from register_adapter import (
+    RegisterConfig,
+    UnsupportedModelError,
+    add_registers,
+    capture,
+    find_register_layer,
+    find_tower,
+)
 from register_adapter.tuner.hooks.attention import reads_implementation
-from register_adapter.tuner.layer import find_register_layer
 
 #: Ways for registers to enter, all beside the default.
 MODES: dict[str, dict[str, Any]] = {

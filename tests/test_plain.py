@@ -15,9 +15,15 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 
-from register_adapter import Anatomy, RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import (
+    Anatomy,
+    RegisterConfig,
+    UnsupportedModelError,
+    add_registers,
+    capture,
+    find_register_layer,
+    find_tower,
+)
 
 
 class Embed(nn.Module):

@@ -14,10 +14,8 @@ from helpers import hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from register_adapter import add_registers, capture
-from register_adapter.features.positions import antialiased_positions
-from register_adapter.towers.tower import find_tower
-from register_adapter.viz import attention_map
+from register_adapter import add_registers, attention_map, capture, find_tower
+from register_adapter.features import antialiased_positions
 
 PATCH, TRAINED, SMALLER, WIDTH = 4, 37, 16, 32
 #: Waves over the picture: many for 16 patches (Nyquist 8), few enough for 37 (Nyquist 18.5).

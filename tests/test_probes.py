@@ -15,15 +15,14 @@ from helpers import Snapshot, hooks
 from torch import nn
 from torch.nn import functional as F
 
-from register_adapter import add_registers, capture
-from register_adapter.artifacts.rules.cut import Cut
-from register_adapter.data.batches import ImageBatches
-from register_adapter.errors import MissingExtraError, UnsupportedModelError
+from register_adapter import MissingExtraError, UnsupportedModelError, add_registers, capture
+from register_adapter.artifacts import Cut
+from register_adapter.data import ImageBatches
+from register_adapter.evaluation import probe_tokens
 from register_adapter.evaluation.estimate import mean_over_images
 from register_adapter.evaluation.linear_models import PENALTIES, fit_classifier, fit_regression
 from register_adapter.evaluation.probes.fitting import _split
 from register_adapter.evaluation.probes.samples import draw_tokens
-from register_adapter.evaluation.probes.token_probes import probe_tokens
 from register_adapter.features.layout import tower_of
 from register_adapter.features.passes import read_batches
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit

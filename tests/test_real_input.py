@@ -14,8 +14,8 @@ from peft import AutoPeftModel
 from PIL import Image as PILImage
 from training_helpers import TRAIN, call, load_example, write_photographs, write_vit
 
-from register_adapter.data.datasets import DataArguments, load_data, read_image_folder, skip_bad
-from register_adapter.data.images import ImageFileError, check_image, load_image
+from register_adapter.data import DataArguments, ImageFileError, check_image, load_data, load_image, read_image_folder
+from register_adapter.data.datasets import skip_bad
 from register_adapter.training.launch import main
 
 CLASSES = ["cat", "coffee", "flower"]

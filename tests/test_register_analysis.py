@@ -12,12 +12,10 @@ import torch
 from helpers import Snapshot, assert_identical, hooks, run
 from torch.nn import functional as F
 
-from register_adapter import RegisterConfig, add_registers, capture
-from register_adapter.errors import UnsupportedModelError
-from register_adapter.evaluation.registers.analysis import analyse_registers
+from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture, find_register_layer
+from register_adapter.evaluation import analyse_registers
 from register_adapter.evaluation.registers.states import find_registers, without_adapters
 from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
-from register_adapter.tuner.layer import find_register_layer
 
 # Models with registers of their own (and how many), and models that get some.
 _NATIVE = {"dinov2-registers": 3, "dinov3": 3, "tipsv2": 3}

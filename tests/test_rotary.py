@@ -7,8 +7,7 @@ import torch
 from families import CASES, build, make_inputs
 from helpers import run
 
-from register_adapter import add_registers
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import add_registers, find_register_layer
 from register_adapter.tuner.tokens import grow_rotary
 
 R = 3

@@ -18,9 +18,7 @@ from helpers import Snapshot, assert_identical, differs, run
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 
-from register_adapter import RegisterConfig, RegisterPeftModel, add_registers
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import RegisterConfig, RegisterPeftModel, add_registers, find_register_layer, find_tower
 
 # DPT builds its backbone by a way of its own, which from_pretrained of a tiny one does not survive.
 SAVED = [name for name in CASES if name != "depth"]

@@ -12,10 +12,15 @@ from helpers import Snapshot, assert_identical, differs, run
 from peft import LoraConfig, PeftModel, VeraConfig
 from torch import nn
 
-from register_adapter import RegisterConfig, add_registers
-from register_adapter.tuner.composed.composition import compose, load_adapters, save_adapters
-from register_adapter.tuner.composed.names import rename_adapter
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import (
+    RegisterConfig,
+    add_registers,
+    compose,
+    find_register_layer,
+    load_adapters,
+    rename_adapter,
+    save_adapters,
+)
 
 COUNTS = {"one": 1, "four": 4, "eight": 8}
 MODELS = ("vit", "clip-vision", "dinov2", "siglip-vision")

@@ -7,8 +7,7 @@ import torch
 from families import BLOCKS, CASES, HEADS, PATCHES, TOWERS, build, make_inputs
 from helpers import differs, run, shapes
 
-from register_adapter import add_registers
-from register_adapter.towers.tower import find_tower
+from register_adapter import add_registers, find_tower
 
 # A family's first case and its bare towers with each number of registers, its other heads with four.
 _FIRST = {case.family: name for name, case in reversed(CASES.items())}

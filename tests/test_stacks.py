@@ -29,10 +29,15 @@ from stacks_cases import (
 )
 from torch import nn
 
-from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
-from register_adapter.tuner.peft_model import RegisterPeftModel
+from register_adapter import (
+    RegisterConfig,
+    RegisterPeftModel,
+    UnsupportedModelError,
+    add_registers,
+    capture,
+    find_register_layer,
+    find_tower,
+)
 
 R = 3
 MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from register_adapter import UnsupportedModelError, add_registers
-from register_adapter.towers.families import FAMILIES, REFUSED
-from register_adapter.towers.libraries import STACKS
+from register_adapter import FAMILIES, UnsupportedModelError, add_registers
+from register_adapter.towers import REFUSED, STACKS
 from register_adapter.towers.supported import END, START, full_table, short_table
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +26,7 @@ def test_the_documents_hold_the_tables_of_the_registry(document: str) -> None:
 
 
 def test_the_command_prints_and_writes_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "register_adapter.cli", "families"]
+    command = [sys.executable, "-m", "register_adapter.commands.cli", "families"]
     done = subprocess.run([*command, "--full"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == full_table()

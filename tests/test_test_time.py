@@ -20,15 +20,20 @@ from stacks_cases import STACKS, build_stack, images
 from torch import nn
 from torch.nn import functional as F
 
-from register_adapter import NoArtifactsError, UnsupportedModelError, add_registers, capture, fit_test_time_registers
-from register_adapter.artifacts import RULES, collect_statistics
-from register_adapter.artifacts.rules.cut import Cut
+from register_adapter import (
+    NoArtifactsError,
+    UnsupportedModelError,
+    add_registers,
+    capture,
+    find_register_layer,
+    find_tower,
+    fit_test_time_registers,
+)
+from register_adapter.artifacts import RULES, Cut, collect_statistics
 from register_adapter.neurons.repair import Repair
 from register_adapter.neurons.scores import NeuronScores
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit, plant_artifacts
 from register_adapter.testbed import plant as testbed_plant
-from register_adapter.towers.tower import find_tower
-from register_adapter.tuner.layer import find_register_layer
 
 
 @cache

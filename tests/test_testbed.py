@@ -7,7 +7,7 @@ import torch
 from families import TOWERS, build
 from torch.nn import functional as F
 
-from register_adapter import capture
+from register_adapter import capture, find_tower
 from register_adapter.artifacts import neighbour_similarity, patch_norms, summarise_norms
 from register_adapter.testbed import (
     SceneDataset,
@@ -18,7 +18,6 @@ from register_adapter.testbed import (
     register_probe,
 )
 from register_adapter.testbed.vit import WEIGHTS
-from register_adapter.towers.tower import find_tower
 
 
 def pixels(count, seed, split="test", size=80):

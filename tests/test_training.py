@@ -26,12 +26,10 @@ from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, trai
 from transformers import AutoImageProcessor, ViTForImageClassification
 
 from register_adapter import add_registers
-from register_adapter.testbed.scenes import LABELS, SceneDataset
-from register_adapter.training import checkpoints
+from register_adapter.testbed import LABELS, SceneDataset
+from register_adapter.training import OBJECTIVES, ClassificationObjective, TrainArguments, checkpoints, train
 from register_adapter.training.checkpoints import CheckpointError
 from register_adapter.training.launch import main
-from register_adapter.training.objectives import OBJECTIVES, ClassificationObjective
-from register_adapter.training.trainer import TrainArguments, train
 
 CLASSES = ["cat", "coffee", "flower"]
 TOKENS = "base_model.model.vit.registers.register_adapter_tokens.weight"
@@ -96,7 +94,7 @@ def test_registers_and_a_new_head_are_trained_and_saved(vit: Path, photos: Path,
 
 
 def test_evaluation_is_that_of_the_saved_adapter(vit: Path, photos: Path, tmp_path: Path) -> None:
-    from register_adapter.data.datasets import ProcessedDataset, read_image_folder
+    from register_adapter.data import ProcessedDataset, read_image_folder
 
     results = main(flags(vit, photos, tmp_path, "--max_train_steps", "4", "--per_device_eval_batch_size", "4"))
     model = AutoPeftModel.from_pretrained(tmp_path).eval()

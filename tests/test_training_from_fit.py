@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from training_helpers import adapter_bytes
 
-from register_adapter import add_registers, capture
+from register_adapter import add_registers, capture, find_register_layer
 from register_adapter.neurons import set_strength, start_from
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
+from register_adapter.training import ClassificationObjective
 from register_adapter.training.launch import main
-from register_adapter.training.objectives import AnnealedNeurons, ClassificationObjective
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter.training.objectives import AnnealedNeurons
 
 NEURONS = {0: [1, 4, 6]}
 

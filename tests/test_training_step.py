@@ -9,8 +9,7 @@ import torch
 from families import CASES, WIDTH, build, make_inputs
 from peft import get_peft_model
 
-from register_adapter import RegisterConfig, add_registers
-from register_adapter.tuner.layer import find_register_layer
+from register_adapter import RegisterConfig, add_registers, find_register_layer
 
 TRAINABLE = [name for name, case in CASES.items() if not case.no_gradient]
 CLASSIFIERS = [name for name in CASES if name.endswith("classifier")]

@@ -14,12 +14,11 @@ from PIL import Image
 from torch import nn
 
 import register_adapter.viz as viz
-from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, capture
-from register_adapter.data.images import ImageFileError
+from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, attention_map, capture, find_tower
+from register_adapter.data import ImageFileError
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
-from register_adapter.towers.tower import find_tower
-from register_adapter.viz import attention_map, read_examples
-from register_adapter.viz.colours import COLOUR_MAPS, coloured, principal_colours
+from register_adapter.viz import principal_colours, read_examples
+from register_adapter.viz.colours import COLOUR_MAPS, coloured
 
 #: MAE shuffles its patches, SigLIP 2 and Molmo 2 take patches.
 PLAIN = [name for name in TOWERS if name not in ("mae", "siglip2-vision", "molmo2-vision")]

@@ -17,7 +17,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from register_adapter.towers.tower import find_tower
+from register_adapter import find_tower
 
 RATE = 0.1
 Tensors = dict[str, torch.Tensor]

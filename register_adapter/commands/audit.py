@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .artifacts import ArtifactReport, LayerReport, audit, resolve_rule
-from .command_inputs import load_base, load_pictures, load_processor, with_adapter
-from .data.images import check_image
-from .errors import UnsupportedModelError
+from ..artifacts import ArtifactReport, LayerReport, audit, resolve_rule
+from ..data.images import check_image
+from ..errors import UnsupportedModelError
+from .inputs import load_base, load_pictures, load_processor, with_adapter
 
 __all__ = ["AuditArguments", "print_reports", "run_audit"]
 
@@ -92,7 +92,7 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
 def _write_page(
     path: Path, reports: list[ArtifactReport], models: dict[str, nn.Module], images: Any, processor: Any
 ) -> str | None:
-    from .viz import PictureError, read_examples, write_page
+    from ..viz import PictureError, read_examples, write_page
 
     items = (item["image"] if isinstance(item, dict) else item for item in images)
     pictures: list[Any] = []

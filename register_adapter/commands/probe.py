@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .artifacts import audit, resolve_rule
-from .command_inputs import load_base, load_pictures, load_processor, with_adapter
-from .data.datasets import read_image_folder
-from .errors import UnsupportedModelError
-from .evaluation import ProbeReport, RegisterReport, analyse_registers, probe_tokens
-from .testbed import LABELS
+from ..artifacts import audit, resolve_rule
+from ..data.datasets import read_image_folder
+from ..errors import UnsupportedModelError
+from ..evaluation import ProbeReport, RegisterReport, analyse_registers, probe_tokens
+from ..testbed import LABELS
+from .inputs import load_base, load_pictures, load_processor, with_adapter
 
 __all__ = ["ProbeArguments", "Probed", "print_probes", "run_probes"]
 

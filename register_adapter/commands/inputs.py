@@ -10,12 +10,12 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from .data.batches import list_pictures
-from .data.datasets import load_image_processor
-from .testbed import SceneDataset, load_planted_vit, load_vit
-from .testbed import load_image_processor as load_scene_processor
-from .tuner.composed.composition import load_adapters
-from .tuner.composed.folder import MANIFEST
+from ..data.batches import list_pictures
+from ..data.datasets import load_image_processor
+from ..testbed import SceneDataset, load_planted_vit, load_vit
+from ..testbed import load_image_processor as load_scene_processor
+from ..tuner.composed.composition import load_adapters
+from ..tuner.composed.folder import MANIFEST
 
 __all__ = ["load_base", "load_pictures", "load_processor", "with_adapter"]
 

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from .artifacts.norms import patch_norms
-from .data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
-from .data.images import load_image
-from .errors import NoArtifactsError
-from .evaluation.measure import Measured, Reference, measure_model
-from .neurons import fit_test_time_registers, start_from
+from ..artifacts.norms import patch_norms
+from ..data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
+from ..data.images import load_image
+from ..errors import NoArtifactsError
+from ..evaluation.measure import Measured, Reference, measure_model
+from ..neurons import fit_test_time_registers, start_from
+from ..testbed import LABELS, SceneDataset, load_planted_vit, load_vit, register_probe
+from ..testbed import load_image_processor as load_scene_processor
+from ..training.objectives import ClassificationObjective
+from ..training.trainer import TrainArguments, train
+from ..tuner.layer import find_register_layer
+from ..tuner.peft_model import RegisterPeftModel
+from ..viz import Maps, plot_before_after, read_maps
 from .reload import logits_in_fresh_process
-from .testbed import LABELS, SceneDataset, load_planted_vit, load_vit, register_probe
-from .testbed import load_image_processor as load_scene_processor
-from .training.objectives import ClassificationObjective
-from .training.trainer import TrainArguments, train
-from .tuner.layer import find_register_layer
-from .tuner.peft_model import RegisterPeftModel
-from .viz import Maps, plot_before_after, read_maps
 
 __all__ = ["DemoArguments", "run_demo"]
 

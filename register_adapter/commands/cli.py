@@ -14,7 +14,7 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError:
         sys.exit("the command line needs typer and rich: pip install 'register-adapter[cli]'")
-    from .errors import RegisterAdapterError
+    from ..errors import RegisterAdapterError
 
     try:
         _app()()
@@ -36,7 +36,7 @@ def _app() -> Any:
     @app.command()
     def version() -> None:
         """Print the version."""
-        from . import __version__
+        from .. import __version__
 
         typer.echo(__version__)
 
@@ -99,7 +99,7 @@ def _app() -> Any:
         Try it on what the package ships: register-adapter audit planted scenes
         """
         _quieten()
-        from .audit_command import AuditArguments, print_reports, run_audit
+        from .audit import AuditArguments, print_reports, run_audit
 
         arguments = AuditArguments(
             model, images, output_dir, adapter or (), rule, attentions, batch_size, max_images, device, strict
@@ -129,7 +129,7 @@ def _app() -> Any:
         Try it on what the package ships: register-adapter probe planted scenes --out probes
         """
         _quieten()
-        from .probe_command import ProbeArguments, print_probes, run_probes
+        from .probe import ProbeArguments, print_probes, run_probes
 
         found = run_probes(
             ProbeArguments(
@@ -176,8 +176,8 @@ def _app() -> Any:
         Try it on what the package ships: register-adapter fit planted scenes --out fitted
         """
         _quieten()
-        from .errors import NoArtifactsError
-        from .fit_command import FitArguments, print_fit, run_fit
+        from ..errors import NoArtifactsError
+        from .fit import FitArguments, print_fit, run_fit
 
         arguments = FitArguments(
             model=model,
@@ -218,7 +218,7 @@ def _app() -> Any:
         native: a plain transformers or timm model with registers. onnx, program: a graph for one picture size.
         """
         _quieten()
-        from .export import export_saved
+        from ..export import export_saved
 
         typer.echo(export_saved(adapter, out, form, base, image_size))
 
@@ -228,7 +228,7 @@ def _app() -> Any:
         into: str | None = typer.Option(None, "--into", help="A document to put the table into, such as README.md."),
     ) -> None:
         """Print the supported models as a Markdown table."""
-        from .towers.supported import full_table, short_table, write_table
+        from ..towers.supported import full_table, short_table, write_table
 
         table = full_table() if full else short_table()
         if into is None:

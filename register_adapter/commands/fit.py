@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .command_inputs import load_base, load_pictures, load_processor
-from .neurons import fit_test_time_registers
+from ..neurons import fit_test_time_registers
+from .inputs import load_base, load_pictures, load_processor
 
 __all__ = ["FitArguments", "print_fit", "run_fit"]
 
