@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from ..data.batches import ImageBatches
 from ..features.layout import native_registers
-from ..features.running import evaluating, place_of, source_of
+from ..features.running import place_of, source_of
 from ..towers.anatomy import Anatomy
+from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, machine, versions
@@ -94,7 +95,7 @@ def audit(
     start = time.perf_counter()
     device, dtype = place_of(tower)
     bar = tqdm(total=batches.total, desc="audit", unit="image", disable=not progress)
-    with bar, evaluating(tower.module, device), collect_statistics(tower, attentions) as statistics:
+    with bar, evaluating(tower.module), collect_statistics(tower, attentions) as statistics:
         for batch in batches.on(device, dtype, tower.module):
             before = statistics.num_images
             tower.run(batch)

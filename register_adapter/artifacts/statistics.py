@@ -18,7 +18,7 @@ from torch import nn
 from ..features.attention_maps import record_attention_maps
 from ..features.layout import native_registers
 from ..towers.anatomy import resolve
-from ..towers.calls import hidden_states_of
+from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from .attention_sketch import AttentionSketch, Layout
@@ -111,7 +111,7 @@ class Statistics:
             self.grid = batch.grid
 
     def _after(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        self._take(index + 1, output[0] if isinstance(output, tuple) else output)
+        self._take(index + 1, first_of(output))
 
     @torch.no_grad()
     def _take(self, layer: int, hidden: torch.Tensor) -> None:

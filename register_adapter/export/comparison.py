@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..towers.modes import evaluating
 from ..tuner.tokens import cut_tokens
-from .subject import Subject, call, evaluation
+from .subject import Subject, call
 
 __all__ = ["check_equal", "tensors"]
 
@@ -46,7 +47,7 @@ def check_equal(subject: Subject, plain: nn.Module, inputs: dict[str, torch.Tens
         f"The model reads or returns the registers of its own tower elsewhere, so {name} is no equivalent. Use "
         "export_onnx(model, path) or export_program(model, path), or export the tower alone."
     )
-    with evaluation(subject.base, plain):
+    with evaluating(subject.base, plain):
         try:
             expected = tensors(call(subject.base, inputs))
         except Exception as error:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,10 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ..errors import MissingExtraError
+from ..towers.modes import evaluating
+from ..utils.staging import staged
 from .comparison import tensors
-from .subject import Subject, call, evaluation
+from .subject import Subject, call
 from .subject import example_inputs as made_up
 
 __all__ = ["export_onnx", "export_program"]
@@ -69,7 +69,8 @@ def export_program(
         OSError: The file cannot be written; what was there before is untouched.
     """
     program, names = _traced(model, example_inputs, dynamic_batch)
-    _write(Path(path), lambda file: torch.export.save(program, file))
+    with staged(Path(path).parent) as scratch:
+        torch.export.save(program, scratch / Path(path).name)
     return names
 
 
@@ -104,7 +105,8 @@ def export_onnx(
     # It traces the program again; with gradients SDPA would take a path whose views do not fit any batch.
     with torch.no_grad():
         onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(names))
-    _write(Path(path), lambda file: onnx.save(str(file)))
+    with staged(Path(path).parent) as scratch:  # under its final name: large weights are referred to by name
+        onnx.save(str(scratch / Path(path).name))
     return names
 
 
@@ -115,17 +117,7 @@ def _traced(
     inputs = made_up(subject) if example_inputs is None else dict(example_inputs)
     shapes: dict[str, Any] = {name: {0: Dim.DYNAMIC} if dynamic_batch else None for name in inputs}
     wrapper = _by_name(subject.base, list(inputs))
-    with evaluation(subject.base), torch.no_grad():
+    with evaluating(subject.base):
         names = tuple(wrapper(**inputs))
         program = torch.export.export(wrapper.eval(), (), inputs, dynamic_shapes=shapes, strict=False)
     return program, names
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``path`` and move into place when all is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
-        # Under its final name: a file of large weights is referred to by name.
-        write(Path(staging, path.name))
-        for file in sorted(Path(staging).iterdir()):
-            file.replace(path.parent / file.name)

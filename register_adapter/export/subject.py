@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +16,7 @@ from ..towers.anatomy import resolve
 from ..tuner.layer import RegisterLayer
 from ..tuner.registers import Segment
 
-__all__ = ["Subject", "call", "evaluation", "example_inputs", "plain_state"]
+__all__ = ["Subject", "call", "example_inputs", "plain_state"]
 
 
 @dataclass(frozen=True)
@@ -166,17 +164,3 @@ def example_inputs(subject: Subject, image_size: int | None = None, batch: int =
 def call(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     """Run a model on inputs by name; ``x`` stands for the one argument of timm's and torchvision's models."""
     return model(*inputs.values()) if list(inputs) == ["x"] else model(**inputs)
-
-
-@contextmanager
-def evaluation(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every module's own mode is back afterwards."""
-    modes: list[tuple[Any, bool]] = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch as Inputs
 from ..data.batches import ImageBatches
-from ..towers.calls import hidden_states_of
+from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower
 from .running import place_of
 
@@ -108,7 +108,7 @@ def keep_layer(tower: Tower, index: int) -> Iterator[list[torch.Tensor]]:
         kept[:] = [hidden_states_of(args, kwargs)]
 
     def behind(module: nn.Module, args: Any, output: Any) -> None:
-        kept[:] = [output[0] if isinstance(output, tuple) else output]
+        kept[:] = [first_of(output)]
 
     if index == 0:
         handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)

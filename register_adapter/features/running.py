@@ -1,31 +1,13 @@
-"""Running a vision tower for its statistics: the mode it is in, where pictures go, where the model came from."""
+"""Running a vision tower for its statistics: where images go, where the model came from."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..towers.tower import Tower
 
-__all__ = ["evaluating", "place_of", "source_of"]
-
-
-@contextmanager
-def evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode and torch's random state are as before afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(0)  # models that hide patches at random hide the same ones every time
-            module.eval()
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
+__all__ = ["place_of", "source_of"]
 
 
 def place_of(tower: Tower) -> tuple[torch.device, torch.dtype]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..towers.calls import hidden_states_of
+from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower, find_tower
 from ..tuner.layer import RegisterLayer, find_register_layer
 from .attention_maps import record_attention_maps
@@ -114,7 +114,7 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
         trace._counts[index] = layer.count_at(max(index - 1, 0)) if layer is not None else 0
 
     def block(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        keep(index + 1, output[0] if isinstance(output, tuple) else output)
+        keep(index + 1, first_of(output))
 
     with ExitStack() as stack:
         blocks: nn.ModuleList = tower.part("blocks")

@@ -20,7 +20,8 @@ from ..artifacts.rules.cut import Cut
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
 from ..data.batches import ImageBatches
 from ..errors import NoArtifactsError, UnsupportedModelError
-from ..features.running import evaluating, place_of, source_of
+from ..features.running import place_of, source_of
+from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation
 from ..tuner.layer import find_register_layer
@@ -122,7 +123,7 @@ def fit_test_time_registers(
         strict=strict,
     )
     bar = tqdm(total=source.total, desc="fitting registers", unit="image", disable=not progress)
-    with bar, evaluating(tower.module, device):
+    with bar, evaluating(tower.module):
         parts = Parts(source.on(device, dtype, tower.module), bar)
         views = [View(size) for size in (image_sizes or (None,))]
         for view in views:
@@ -145,7 +146,7 @@ def fit_test_time_registers(
         assert layer is not None
         _set_usual(layer.tokens(adapter_name), candidates, ranks)
         pictures = [(view.cuts, [view.resized(batch) for batch in parts.held_out]) for view in found]
-        with evaluating(tower.module, device):
+        with evaluating(tower.module):
             repair = Repair(layer, adapter_name, ranks, pictures)
             number = len(candidates)
             if num_neurons is None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..artifacts.rules.cut import Cut
 from ..data.batches import Batch
+from ..towers.calls import first_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from .scores import run_up_to
@@ -166,7 +167,7 @@ def _shares(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) ->
     patches = 0
 
     def count(index: int, cut: Cut, module: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = first_of(output)
         tokens = hidden[:, tower.prefix + layer.count_at(index - 1) :]
         nonlocal patches
         patches += tokens.shape[0] * tokens.shape[1] if index == max(cuts) else 0

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..artifacts.rules.cut import Cut
+from ..towers.calls import first_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 
@@ -142,7 +143,7 @@ class NeuronScores:
         self._seen[block] = args[0]
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        hidden = self._patches(self.top, output[0] if isinstance(output, tuple) else output).float()
+        hidden = self._patches(self.top, first_of(output)).float()
         pictures, places = self.cut.mask(hidden).nonzero(as_tuple=True)
         self.num_images += len(hidden)
         for block, values in [*self._seen.items(), (-1, hidden)]:

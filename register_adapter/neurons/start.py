@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..data.batches import Batch
-from ..features.running import evaluating, place_of
+from ..towers.calls import first_of
+from ..towers.modes import evaluating
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..tuner.registers import RegisterTokens
@@ -85,13 +86,13 @@ def _mean_state(fitted: RegisterPeftModel, block: int, batches: Iterable[Batch])
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal total, number
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = first_of(output)
         total = total + hidden[:, start : start + layer.count_at(block)].float().sum(0)
         number += len(hidden)
 
     handle = tower.part("blocks")[block].register_forward_hook(keep, prepend=True)
     try:
-        with evaluating(tower.module, place_of(tower)[0]):
+        with evaluating(tower.module):
             for batch in batches:
                 run_up_to(tower, block, batch)
     finally:

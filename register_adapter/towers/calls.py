@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["as_named", "hidden_states_of", "with_hidden_states"]
+__all__ = ["as_named", "first_of", "hidden_states_of", "with_first", "with_hidden_states"]
 
 # What modules call the sequence that comes in, where it is no positional argument.
 _NAMES = ("hidden_states", "inputs_embeds", "x")
@@ -34,3 +34,13 @@ def as_named(inputs: Mapping[str, Any], names: Container[str]) -> dict[str, Any]
     mask, older = "pixel_attention_mask", "attention_mask"
     renamed = {mask: older} if mask not in names and older in names and older not in inputs else {}
     return {renamed.get(name, name): value for name, value in inputs.items()}
+
+
+def first_of(output: Any) -> Any:
+    """What a module returns, or the first item of a tuple: blocks return the sequence alone or with attention maps."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, first: Any) -> Any:
+    """``output`` with ``first`` in the place of :func:`first_of`."""
+    return (first, *output[1:]) if isinstance(output, tuple) else first

@@ -13,7 +13,6 @@ import pickle
 import random
 import re
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from torch import nn
 
 from ..errors import RegisterAdapterError
 from ..utils.adapter_file import read_tensors
+from ..utils.staging import scratch_folder
 
-__all__ = ["CheckpointError", "TrainState", "adapter_weights", "clean", "find", "find_all", "load", "load_adapter"]
+__all__ = ["CheckpointError", "TrainState", "adapter_weights", "find", "find_all", "load", "load_adapter", "remove_all"]
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
-_SCRATCH = ".checkpoint-"
 _STATE, _TENSORS, _ADAPTER = "train_state.json", "train_state.pt", "adapter_model.safetensors"
 #: A difference here changes how long the run is, not what a step does.
 _MAY_CHANGE = ("max_train_steps", "num_train_epochs")
@@ -89,9 +88,9 @@ def find(name: str, output_dir: str | Path) -> Path | None:
     return path
 
 
-def clean(output_dir: str | Path, everything: bool = False) -> None:
-    """Remove what a killed run left half written, and with ``everything`` its checkpoints too."""
-    for path in [*Path(output_dir).glob(f"{_SCRATCH}*"), *(find_all(output_dir) if everything else [])]:
+def remove_all(output_dir: str | Path) -> None:
+    """Remove the checkpoints of an earlier run."""
+    for path in find_all(output_dir):
         shutil.rmtree(path)
 
 
@@ -127,16 +126,15 @@ def save(
     }
     target = Path(output_dir) / f"checkpoint-{state.global_step}"
     if accelerator.is_main_process:
-        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=output_dir))
-        accelerator.unwrap_model(model).save_pretrained(scratch / "new", state_dict=weights)
-        torch.save(tensors, scratch / "new" / _TENSORS)
-        (scratch / "new" / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
-        if target.exists():  # a run resumed from an earlier checkpoint comes by here again
-            target.replace(scratch / "old")
-        (scratch / "new").replace(target)
-        for index, extra in enumerate(find_all(output_dir)[: -total_limit or None] if total_limit else []):
-            extra.replace(scratch / f"extra-{index}")
-        shutil.rmtree(scratch)
+        with scratch_folder(output_dir) as scratch:
+            accelerator.unwrap_model(model).save_pretrained(scratch / "new", state_dict=weights)
+            torch.save(tensors, scratch / "new" / _TENSORS)
+            (scratch / "new" / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
+            if target.exists():  # a run resumed from an earlier checkpoint comes by here again
+                target.replace(scratch / "old")
+            (scratch / "new").replace(target)
+            for index, extra in enumerate(find_all(output_dir)[: -total_limit or None] if total_limit else []):
+                extra.replace(scratch / f"extra-{index}")
     accelerator.wait_for_everyone()
     return target
 

@@ -24,6 +24,7 @@ from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.environment import git_commit, hardware, versions
 from ..utils.hub import hub_errors
+from ..utils.staging import check_writable
 from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import TrainState
@@ -113,8 +114,9 @@ def train(
     if checkpoint is not None:
         loop.random_state = checkpoints.load(checkpoint, accelerator, prepared, optimizer, loop.scheduler)
     if accelerator.is_main_process and args.output_dir:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        checkpoints.clean(args.output_dir, everything=args.overwrite_output_dir and checkpoint is None)
+        check_writable(args.output_dir)
+        if args.overwrite_output_dir and checkpoint is None:
+            checkpoints.remove_all(args.output_dir)
     accelerator.wait_for_everyone()
     if args.with_tracking:
         flat = {key: value for key, value in asdict(args).items() if isinstance(value, bool | int | float | str)}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..towers.modes import evaluating
 from ..towers.tower import Tower
 from .config import RegisterConfig
 from .layer import RegisterLayer
@@ -42,7 +43,8 @@ def check_anatomy(tower: Tower, config: RegisterConfig) -> None:
     if weight is None or weight.is_meta:
         return
     pixels = torch.zeros(_BATCH, *shape, device=weight.device, dtype=weight.dtype)
-    with _untouched(tower.module, weight.device), torch.no_grad():
+    with evaluating(tower.module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the config come when the registers are really made
         seen: dict[str, tuple[int, ...]] = {}
         with _watched(tower, seen):
             expected = _shapes(
@@ -94,21 +96,6 @@ def _input_shape(tower: Tower, name: str) -> tuple[int, ...]:
         f"{name}, or cannot be tried: its patch embedding and position embeddings do not tell the size of an input. "
         "Give it: Anatomy(..., input_shape=(3, 224, 224))."
     )
-
-
-@contextmanager
-def _untouched(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode, and torch's random state, again afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    devices = [device] if device.type == "cuda" else []
-    module.eval()
-    try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the config come when the registers are really made
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 @contextmanager

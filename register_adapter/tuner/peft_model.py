@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .._version import __version__
-from ..utils.hub import checked_token, fetch, hub_errors
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_errors
+from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
 from .layer import find_register_layer
@@ -104,26 +105,18 @@ class RegisterPeftModel(PeftModel):
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"{target} is a file; save_pretrained needs a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            try:
+            with staged(target, last=(WEIGHTS_NAME, CONFIG_NAME)) as staging:
                 if (target / "README.md").is_file():
                     shutil.copyfile(target / "README.md", staging / "README.md")
                 self._save_each(staging, is_main_process, **kwargs)
                 if is_main_process:
                     # PEFT has written the card before the weights; now it can tell whether they are new.
                     self._write_card(staging, adapter=target.absolute().name, names=kwargs.get("selected_adapters"))
-            except (OSError, SafetensorError) as error:
-                raise OSError(
-                    f"the adapter could not be saved to {target} ({error}); what was there before is untouched"
-                ) from error
-            for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-                place = target / file.relative_to(staging)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the adapter could not be saved to {target} ({error}); what was there before is untouched"
+            ) from error
 
     def _save_each(
         self,

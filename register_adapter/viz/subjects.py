@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from ..towers.modes import evaluating
 from ..tuner.layer import find_register_layer
 
 __all__ = ["Subject", "Subjects", "looking_at", "named_subjects"]
@@ -37,24 +38,17 @@ def named_subjects(models: Subjects) -> dict[str, Subject]:
 
 @contextmanager
 def looking_at(subject: Subject) -> Iterator[nn.Module]:
-    """The model of a subject, in evaluation mode and with its adapter active; all is put back afterwards.
+    """The model of a subject, without gradients, in evaluation mode, its adapter active; all is put back afterwards.
 
     Raises:
         ValueError: The subject names an adapter that the model does not have, or the model is no PEFT model.
     """
     model, adapter = subject if isinstance(subject, tuple) else (subject, "")
-    training = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         if isinstance(subject, tuple):
             stack.enter_context(_adapter(model, adapter))
-        stack.callback(_set_training, training)
-        model.eval()
+        stack.enter_context(evaluating(model, seed=None))
         yield model
-
-
-def _set_training(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, mode in modes:
-        module.training = mode
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from ...errors import UnsupportedModelError
 from ...features.attention_maps import record_attention_maps
 from ...features.grid import PatchGrid, watch_patches
 from ...features.layout import native_registers, tower_of
-from ...features.running import evaluating, place_of, source_of
+from ...features.running import place_of, source_of
+from ...towers.modes import evaluating
 
 __all__ = ["KINDS", "attention_features", "reduce_map", "shape_of_attention"]
 
@@ -158,7 +159,7 @@ def _features(maps: _Reduced, inputs: torch.Tensor | dict[str, Any], device: tor
     """One batch; all hooks are gone before anybody sees it."""
     tower = maps.tower
     maps.clear()
-    with evaluating(tower.module, device), watch_patches(tower) as grid, record_attention_maps(tower, maps):
+    with evaluating(tower.module), watch_patches(tower) as grid, record_attention_maps(tower, maps):
         maps.watched, maps.inputs = grid, inputs
         tower.run(inputs)
     blocks = [maps[index].to(maps[0].device) for index in sorted(maps)]

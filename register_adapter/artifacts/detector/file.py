@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from ...errors import AdapterFileError
 from ...utils.adapter_file import read_tensors
+from ...utils.staging import staged
 from .config import DetectorConfig
 
 __all__ = ["check_weights", "read_detector", "write_detector"]
@@ -30,15 +30,13 @@ def write_detector(path: str | Path, tensors: Mapping[str, torch.Tensor], config
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"{target} is a folder; a detector is one file, for example {target / 'detector.safetensors'}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", _KEY: json.dumps({"format_version": _VERSION, **config.to_dict()})}
     whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
+    with staged(target.parent) as scratch:
         try:
-            save_file(whole, Path(staging) / target.name, metadata=header)
+            save_file(whole, scratch / target.name, metadata=header)
         except SafetensorError as error:
             raise OSError(f"the detector could not be saved to {target} ({error}); nothing was replaced") from error
-        (Path(staging) / target.name).replace(target)
     return target
 
 

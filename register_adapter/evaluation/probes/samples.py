@@ -14,7 +14,7 @@ from ...errors import UnsupportedModelError
 from ...features.grid import PatchGrid, watch_patches
 from ...features.layout import TokenLayout, find_layout
 from ...features.passes import Batch, keep_layer
-from ...features.running import evaluating, place_of
+from ...towers.modes import evaluating
 from ...towers.tower import Tower
 from ...tuner.layer import RegisterLayer
 
@@ -123,7 +123,7 @@ def draw_tokens(
     layout = find_layout(tower, registers, layer)
     samples = TokenSamples(layout)
     both, plain = _Reservoir(max_samples), _Reservoir(max_samples)
-    running = evaluating(tower.module, place_of(tower)[0])
+    running = evaluating(tower.module)
     with running, keep_layer(tower, layer) as kept, watch_patches(tower) as grid:
         for batch in batches:
             tower.run(batch.inputs)

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from ...data.batches import ImageBatches
 from ...features.passes import Batch, read_batches
-from ...features.running import evaluating, place_of, source_of
+from ...features.running import source_of
 from ...towers.anatomy import Anatomy
+from ...towers.modes import evaluating
 from ...utils.environment import versions
 from .maps import RegisterMaps
 from .report import RegisterReport
@@ -109,7 +110,7 @@ def analyse_registers(
             "shuffle ablation exchanges registers between the images of a batch; give batches of two images"
         )
     maps = RegisterMaps(registers, index, num_maps)
-    with evaluating(model, place_of(tower)[0]):
+    with evaluating(model):
         means = estimate_means(registers, others)
         runs = Runs(model, registers, means, arms, seed)
         for batch in tqdm(batches, desc="registers", unit="batch", disable=not progress):

@@ -16,7 +16,7 @@ from torch import nn
 from ...errors import UnsupportedModelError
 from ...features.layout import TokenLayout, find_layout, tower_of
 from ...towers.anatomy import Anatomy
-from ...towers.calls import hidden_states_of, with_hidden_states
+from ...towers.calls import first_of, hidden_states_of, with_hidden_states
 from ...towers.tower import Tower
 from ...tuner.layer import RegisterLayer
 
@@ -137,7 +137,7 @@ def read_states(registers: Registers, states: dict[int, torch.Tensor]) -> Iterat
 
     def behind(module: nn.Module, args: Any, output: Any) -> None:
         last = registers.num_blocks
-        keep(last, output[0] if isinstance(output, tuple) else output, registers.layout(last))
+        keep(last, first_of(output), registers.layout(last))
 
     blocks: nn.ModuleList = registers.tower.part("blocks")
     with ExitStack() as stack:

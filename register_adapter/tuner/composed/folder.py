@@ -9,8 +9,6 @@ import copy
 import hashlib
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from safetensors.torch import save_file
 from ...errors import AdapterFileError
 from ...utils.adapter_file import read_tensors
 from ...utils.hub import WEIGHTS_NAME
+from ...utils.staging import staged
 from ..config import RegisterConfig
 
 __all__ = ["MANIFEST", "SavedAdapter", "check_name", "read_folder", "write_folder"]
@@ -68,7 +67,7 @@ def write_folder(
     adapters: Mapping[str, tuple[PeftConfig, Mapping[str, torch.Tensor]]],
     active: Iterable[str],
 ) -> None:
-    """Write adapters beside the folder, and move them into it when all are whole, the manifest last.
+    """Write adapters aside, and move them into the folder when all are whole, the manifest last.
 
     Args:
         folder: Made if it does not exist; other files in it stay.
@@ -83,12 +82,10 @@ def write_folder(
     if target.is_file():
         raise ValueError(f"{target} is a file; adapters are saved into a folder")
     names = [check_name(name) for name in adapters]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     order = [*active, *names]
     entries = []
     try:
-        try:
+        with staged(target, last=(MANIFEST,)) as staging:
             for name in sorted(names, key=order.index):
                 config, tensors = adapters[name]
                 config = copy.deepcopy(config)
@@ -109,17 +106,10 @@ def write_folder(
                 )
             manifest = {"format_version": _VERSION, "adapters": entries}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"the adapters could not be saved to {target} ({error}); what was there before is untouched"
-            ) from error
-        files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MANIFEST)
-        for file in [*files, staging / MANIFEST]:
-            place = target / file.relative_to(staging)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the adapters could not be saved to {target} ({error}); what was there before is untouched"
+        ) from error
 
 
 def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> list[SavedAdapter]:

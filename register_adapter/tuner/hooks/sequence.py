@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...towers.anatomy import parent
-from ...towers.calls import hidden_states_of, with_hidden_states
+from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
 from ..registers import Segment
 from ..tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .attention import grow_block_mask, is_block_mask
@@ -126,10 +126,10 @@ class SequenceHooks:
             if grown is not None:
                 output[name] = grown
             return output
-        grown = self._insert(output[0] if isinstance(output, tuple) else output)
+        grown = self._insert(first_of(output))
         if grown is None:
             return None
-        return (grown, *output[1:]) if isinstance(output, tuple) else grown
+        return with_first(output, grown)
 
     def _insert_into_input_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         grown = self._insert(hidden_states_of(args, kwargs))
@@ -177,9 +177,9 @@ class SequenceHooks:
         missing = self.num_active - self.count_at(index) if self._inside_method else 0
         if not missing:
             return None
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = first_of(output)
         filled = pad_tokens(hidden, self.prefix + self.count_at(index), missing)
-        return (filled, *output[1:]) if isinstance(output, tuple) else filled
+        return with_first(output, filled)
 
     def without_placeholders(self, hidden_states: torch.Tensor, block: int) -> torch.Tensor:
         """What block ``block`` returned ``(B, N, D)``, without what stands there for registers that start later."""
