@@ -39,7 +39,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 
-# One stamp for each extra; it is older than a requirement that changed. The extras dev and test contain demo.
+# One stamp per extra; it is older than a requirement that changed. The extras dev and test contain demo.
 $(VENV)/.installed-%: $(REQUIREMENTS) | $(BIN)/python
 	@echo "installing register-adapter[$*] into $(VENV)"
 	@$(PIP_INSTALL) -e '.[$*]'
@@ -54,7 +54,7 @@ $(VENV)/.installed-docs: $(REQUIREMENTS) | $(BIN)/python
 demo: $(VENV)/.installed-demo
 	$(BIN)/register-adapter demo $(DEMO_ARGS)
 
-# One thread a process: the processes already take the cores. No test needs a network beyond loopback.
+# One thread per process: the processes already take the cores. No test needs a network beyond loopback.
 test: $(VENV)/.installed-$(TEST_EXTRA)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
 
