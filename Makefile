@@ -17,17 +17,18 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help demo test test-oldest lint types format families bench wheel clean
+.PHONY: help demo test test-oldest lint types format families docs bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train registers for the packaged model, and show what they change"
 	@echo "make test    run the tests (PYTEST_ARGS='-k layer' for some of them, WORKERS=1 for one process)"
 	@echo "make test-oldest  the same with the oldest versions that are supported (docs/versions.md)"
-	@echo "make lint    check style (ruff)"
+	@echo "make lint    check style (ruff) and spelling (codespell)"
 	@echo "make types   check types (mypy --strict)"
 	@echo "make format  rewrite the sources in the project's style"
 	@echo "make families  renew the tables of supported models in README.md and docs/families.md"
+	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   measure the overhead (BENCH_ARGS='--models s'; hours without it)"
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make clean   remove the environment and everything that was built"
@@ -38,16 +39,22 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 
-# One stamp for each extra; it is older than a requirement that changed. The extras dev and test contain demo.
+# One stamp per extra; it is older than a requirement that changed. The extras dev and test contain demo.
 $(VENV)/.installed-%: $(REQUIREMENTS) | $(BIN)/python
 	@echo "installing register-adapter[$*] into $(VENV)"
 	@$(PIP_INSTALL) -e '.[$*]'
 	@touch $@ $(VENV)/.installed-demo
 
+# The extra docs does not contain demo.
+$(VENV)/.installed-docs: $(REQUIREMENTS) | $(BIN)/python
+	@echo "installing register-adapter[docs] into $(VENV)"
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
 demo: $(VENV)/.installed-demo
 	$(BIN)/register-adapter demo $(DEMO_ARGS)
 
-# One thread a process: the processes already take the cores. No test needs a network beyond loopback.
+# One thread per process: the processes already take the cores. No test needs a network beyond loopback.
 test: $(VENV)/.installed-$(TEST_EXTRA)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
 
@@ -57,6 +64,7 @@ test-oldest:
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
@@ -69,6 +77,9 @@ families: $(VENV)/.installed-dev
 	$(BIN)/register-adapter families --into README.md
 	$(BIN)/register-adapter families --full --into docs/families.md
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
 
@@ -76,4 +87,4 @@ wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
