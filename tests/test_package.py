@@ -114,7 +114,7 @@ def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
 def test_what_is_optional_is_not_a_core_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     core = {line.partition(">")[0].strip().replace("_", "-") for line in project["dependencies"]}
-    assert core == CORE | {"filelock", "numpy", "pillow", "tqdm"}
+    assert core == CORE | {"filelock", "numpy", "pillow", "pyyaml", "tqdm"}
     optional = " ".join(project["optional-dependencies"]["demo"] + project["optional-dependencies"]["test"])
     assert "register-adapter[" in optional
 

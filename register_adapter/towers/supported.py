@@ -18,13 +18,13 @@ _LIBRARIES = {"timm": "timm", "open_clip": "OpenCLIP", "torchvision": "torchvisi
 
 
 def short_table() -> str:
-    """A Markdown table, one line a library, with the classes of its vision towers."""
-    towers: dict[str, list[str]] = {"Hugging Face transformers": sorted(FAMILIES, key=str.lower)}
+    """A Markdown table, one line a library, with the families of its vision towers."""
+    towers = {"Hugging Face transformers": sorted({anatomy.family for anatomy in FAMILIES.values()})}
     for key in STACKS:
         package, _, name = key.rpartition(".")
-        towers.setdefault(_LIBRARIES.get(package, "DINOv2's own code (torch.hub)"), []).append(name)
-    lines = ["| library | vision towers, alone or inside a larger model |", "| --- | --- |"]
-    lines += [f"| {library} | {', '.join(f'`{name}`' for name in names)} |" for library, names in towers.items()]
+        towers.setdefault(_LIBRARIES.get(package, "DINOv2's own code (torch.hub)"), []).append(f"`{name}`")
+    lines = ["| library | families of vision towers |", "| --- | --- |"]
+    lines += [f"| {library} | {', '.join(names)} |" for library, names in towers.items()]
     return "\n".join([*lines, "| plain PyTorch | any ViT with global attention, described by an `Anatomy` |"])
 
 
