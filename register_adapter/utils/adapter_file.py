@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError
+from .files import open_regular
 
 __all__ = [
     "GATE_KEY",
     "NEURON_KEYS",
     "TOKENS_KEY",
     "UNITS_KEY",
+    "TensorInfo",
     "check_adapter_file",
     "check_tensors",
     "is_foreign",
+    "read_header",
     "read_tensors",
 ]
 
@@ -32,22 +37,85 @@ UNITS_KEY = "registers.register_adapter_tokens.units"
 NEURON_KEYS = (UNITS_KEY, *(f"registers.register_adapter_tokens.{name}" for name in ("usual", "limits", "strength")))
 _FOREIGN = re.compile(r"(^|\.)registers\.register_adapter_tokens\.[^.]+\.(weight|gate|units|usual|limits|strength)$")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A head of modules_to_save may have counters, such as those of a batch norm.
+_HEAD_DTYPES = (*_DTYPES, torch.float64, torch.int64)
+# safetensors' names of the dtypes that torch has; those that no adapter has are refused by name later.
+_BY_NAME = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Far beyond any adapter: bytes of a header, tensors in it, dimensions of one.
+_MAX_HEADER, _MAX_TENSORS, _MAX_DIMENSIONS = 2**24, 20_000, 8
+_SHOWN = 10
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(path: str | Path) -> dict[str, TensorInfo]:
+    """Dtypes and shapes of a safetensors file, of which only the header is read: a value may be gigabytes of zeros.
+
+    Raises:
+        AdapterFileError: There is no regular file there, or its header is damaged, or not of a size that adapters have.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, _MAX_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            entries = json.loads(file.read(length))
+        if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
+            raise ValueError(f"the header is not a table of at most {_MAX_TENSORS} tensors")
+        return {key: _info(key, entry) for key, entry in entries.items() if key != "__metadata__"}
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(_not_whole(path, error)) from error
+
+
+def _info(key: str, entry: Any) -> TensorInfo:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the shape of {key!r:.100} is not a list of at most {_MAX_DIMENSIONS} sizes")
+    dtype = _BY_NAME.get(str(entry.get("dtype")))
+    if dtype is None:
+        raise ValueError(f"{key!r:.100} has the unknown dtype {str(entry.get('dtype'))!r:.20}")
+    return TensorInfo(dtype, tuple(shape))
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
-        AdapterFileError: The file is truncated, has a bad header, or is no safetensors file.
+        AdapterFileError: The file is truncated, has a bad header, or is not a safetensors file.
     """
+    read_header(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, UnicodeDecodeError, json.JSONDecodeError, ValueError) as error:
-        raise AdapterFileError(
-            f"{path} is not a whole safetensors file ({error}). Nothing was loaded. Download or save the adapter "
-            "again; pickled weights are never read."
-        ) from error
+    except (SafetensorError, OSError, UnicodeDecodeError, ValueError) as error:
+        raise AdapterFileError(_not_whole(path, error)) from error
+
+
+def _not_whole(path: str | Path, error: Exception) -> str:
+    return (
+        f"{path} is not a whole safetensors file ({error or type(error).__name__}). Nothing was loaded. Download or "
+        "save the adapter again; pickled weights are never read."
+    )
 
 
 def is_foreign(key: str) -> bool:
@@ -72,42 +140,72 @@ def check_tensors(
     Raises:
         AdapterFileError: A tensor is missing, extra, misshapen, of a wrong dtype, or not finite.
     """
-    faults = []
-    tokens = []
-    for end, expected in shapes.items():
-        found = [key for key in tensors if key.endswith(end)]
-        tokens += found
-        if len(found) != 1:
-            faults.append(f"expected one tensor '...{end}', found {len(found)} among {sorted(tensors)}")
-        for key in found:
-            shape = tuple(tensors[key].shape)
-            if len(shape) != len(expected) or any(a not in (b, -1) for a, b in zip(expected, shape, strict=True)):
-                wanted = ", ".join("any" if size == -1 else str(size) for size in expected)
-                faults.append(f"{key} has shape {shape}, the config says ({wanted})")
-    saved = modules_to_save or []
-    known = [key for key in tensors if key in tokens or is_foreign(key)]
-    extra = [key for key in tensors if key not in known and not any(f".{name}." in f".{key}" for name in saved)]
-    if extra:
-        faults.append(f"tensors that the config does not mention: {sorted(extra)}")
-    missing = [name for name in saved if not any(f".{name}." in f".{key}" for key in tensors)]
-    if missing:
-        faults.append(f"no tensors of the modules_to_save {missing}")
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            continue
-        wanted_dtypes = (torch.int64,) if key.endswith(UNITS_KEY) else _DTYPES
-        if key in tokens and tensor.dtype not in wanted_dtypes:
-            faults.append(f"{key} has dtype {tensor.dtype}, expected one of {', '.join(map(str, wanted_dtypes))}")
-        elif key.endswith(UNITS_KEY) and (tensor < 0).any():
-            faults.append(f"{key} has negative indices")
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            faults.append(f"{key} has values that are not finite (NaN or infinity)")
-    if faults:
-        raise AdapterFileError(f"the adapter in {source} cannot be loaded: {'; '.join(faults)}. Nothing was changed.")
+    layout = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    _refuse(_layout_faults(layout, shapes, modules_to_save or []) + _value_faults(tensors), source)
 
 
 def check_adapter_file(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]], modules_to_save: list[str] | None
 ) -> None:
-    """Read and check a whole adapter file; see :func:`read_tensors` and :func:`check_tensors` for what is raised."""
-    check_tensors(read_tensors(path), shapes, modules_to_save, path)
+    """Check a whole adapter file, its header before any value is read; see :func:`check_tensors` for what is raised."""
+    _refuse(_layout_faults(read_header(path), shapes, modules_to_save or []), path)
+    _refuse(_value_faults(read_tensors(path)), path)
+
+
+def _refuse(faults: list[str], source: str | Path) -> None:
+    if faults:
+        raise AdapterFileError(f"the adapter in {source} cannot be loaded: {_first_few(faults)}. Nothing was changed.")
+
+
+def _layout_faults(
+    layout: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], saved: list[str]
+) -> list[str]:
+    faults = []
+    tokens: set[str] = set()
+    for end, expected in shapes.items():
+        matching = [key for key in layout if key.endswith(end)]
+        tokens.update(matching)
+        if len(matching) != 1:
+            faults.append(f"expected one tensor '...{end}', found {len(matching)} among {_names(layout)}")
+        for key in matching:
+            shape = layout[key].shape
+            if len(shape) != len(expected) or any(a not in (b, -1) for a, b in zip(expected, shape, strict=True)):
+                wanted = ", ".join("any" if size == -1 else str(size) for size in expected)
+                faults.append(f"{key} has shape {shape}, the config says ({wanted})")
+    extra = [
+        key
+        for key in layout
+        if key not in tokens and not is_foreign(key) and not any(f".{name}." in f".{key}" for name in saved)
+    ]
+    if extra:
+        faults.append(f"tensors that the config does not mention: {_names(extra)}")
+    missing = [name for name in saved if not any(f".{name}." in f".{key}" for key in layout)]
+    if missing:
+        faults.append(f"no tensors of the modules_to_save {missing}")
+    for key, info in layout.items():
+        allowed = _HEAD_DTYPES if key not in tokens else (torch.int64,) if key.endswith(UNITS_KEY) else _DTYPES
+        if info.dtype not in allowed:
+            faults.append(f"{key} has dtype {info.dtype}, expected one of {', '.join(map(str, allowed))}")
+    return faults
+
+
+def _value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    faults = []
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
+        if key.endswith(UNITS_KEY) and not tensor.is_floating_point() and (tensor < 0).any():
+            faults.append(f"{key} has negative indices")
+        # As they will be used: a double beyond float32 becomes infinite.
+        elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            faults.append(f"{key} has values that are not finite (NaN or infinity)")
+    return faults
+
+
+def _names(keys: Iterable[str]) -> list[str]:
+    return sorted(keys)[:_SHOWN]
+
+
+def _first_few(faults: list[str]) -> str:
+    more = f"; and {len(faults) - _SHOWN} more faults" if len(faults) > _SHOWN else ""
+    return "; ".join(faults[:_SHOWN]) + more
