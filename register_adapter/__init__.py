@@ -7,7 +7,6 @@ Importing the package registers the method with PEFT; that is its only effect.
     >>> model = add_registers(AutoModel.from_pretrained("facebook/dinov2-base"), num_registers=4)
 """
 
-from ._version import __version__
 from .artifacts import ArtifactReport, audit
 from .errors import (
     AdapterFileError,
@@ -34,8 +33,10 @@ from .tuner import (
     rename_adapter,
     save_adapters,
 )
-from .utils import HubAccessError
+from .utils import HubAccessError, version
 from .viz import attention_map
+
+__version__ = version()
 
 __all__ = [
     "FAMILIES",
