@@ -67,7 +67,7 @@ class Loop:
 
     @property
     def images_per_second(self) -> float:
-        """Pictures of all processes a second, checkpoints included."""
+        """Images of all processes per second, checkpoints included."""
         return self.images / self.seconds if self.seconds else 0.0
 
     def fit(self) -> dict[str, float]:
@@ -82,7 +82,7 @@ class Loop:
         """
         metrics: dict[str, float] = {}
         began, total = time.perf_counter(), self.total_steps
-        shown = self.accelerator.is_local_main_process
+        shown = self.accelerator.is_local_main_process and not self.args.quiet
         self.model.train()
         with tqdm(initial=self.state.global_step, total=total, desc="training", unit="step", disable=not shown) as bar:
             while self.state.global_step < total:

@@ -56,12 +56,12 @@ def train(
     Args:
         model: A model with registers, from ``add_registers`` or ``objective.wrap``.
         objective: What to train on.
-        train_dataset: A map-style data set: items ``{"image": picture, "label": int}``, or, ready for the model,
+        train_dataset: A map-style data set: items ``{"image": image, "label": int}``, or, ready for the model,
             ``{"pixel_values": (3, H, W) float, "labels": int}``. Random augmentation is the same after a resumption
             only if it depends on nothing but the item's number.
         args: The knobs.
         eval_dataset: The same for the evaluation at the end; ``None`` for none.
-        image_processor: Turns pictures into pixel values; by default that of the base model's folder or repository.
+        image_processor: Turns images into pixel values; by default that of the base model's folder or repository.
         training_data: What the model card says about the data.
         details: More for ``results.json``.
         hub_token: Token for ``args.push_to_hub``; by default the one that huggingface_hub finds. Never logged.
@@ -91,7 +91,7 @@ def train(
     if args.resume_from_checkpoint:
         checkpoint = checkpoints.find(args.resume_from_checkpoint, str(args.output_dir))
         if checkpoint is None:
-            logger.warning("there is no checkpoint in %s yet; starting anew", args.output_dir)
+            logger.warning("there is not a checkpoint in %s yet; starting anew", args.output_dir)
         else:
             state = checkpoints.read_state(checkpoint, settings)
             checkpoints.load_adapter(model, checkpoint)
@@ -178,8 +178,8 @@ def check_output_dir(args: TrainArguments) -> None:
     if whole and not args.resume_from_checkpoint and not args.overwrite_output_dir:
         raise ValueError(
             f"{args.output_dir} holds checkpoints of an earlier run ({', '.join(path.name for path in whole)}). Go on "
-            "with --resume_from_checkpoint latest, choose another --output_dir, or delete them with "
-            "--overwrite_output_dir"
+            "with --resume-from-checkpoint latest, choose another --output-dir, or delete them with "
+            "--overwrite-output-dir"
         )
 
 
@@ -212,7 +212,7 @@ def _accelerator(args: TrainArguments) -> Accelerator:
     if checkpointing and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "checkpoints during the run are not offered with DeepSpeed, whose own reader unpickles them; leave out "
-            "--checkpointing_steps and --resume_from_checkpoint, or use DDP or FSDP2"
+            "--checkpointing-steps and --resume-from-checkpoint, or use DDP or FSDP2"
         )
     return accelerator
 
@@ -234,7 +234,7 @@ def _find_image_processor(model: RegisterPeftModel, dataset: Any) -> Any:
         return None
     name = getattr(model.get_base_model(), "name_or_path", None)
     if not name:
-        raise ValueError("the items are pictures and the model does not say where it came from: give image_processor=")
+        raise ValueError("the items are images and the model does not say where it came from: give image_processor=")
     return load_image_processor(name)
 
 
