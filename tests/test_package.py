@@ -48,7 +48,7 @@ LAYERS = (
     ("neurons",),
     ("testbed",),
     ("training",),
-    ("train", "commands"),
+    ("train", "commands", "__main__"),
 )
 
 
