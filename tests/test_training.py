@@ -335,7 +335,7 @@ def test_other_settings_are_refused_on_resumption(
     message = capsys.readouterr().err
     assert "learning_rate: 0.001, now 0.5" in message
     assert "seed: 0, now 1" in message
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         checkpoints.find(str(tmp_path), tmp_path / "run")
 
 

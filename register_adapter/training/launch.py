@@ -24,7 +24,8 @@ from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from .arguments import TrainArguments
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
-from .trainer import check_output_dir, train, use_cpu
+from .setup import use_cpu
+from .trainer import check_output_dir, train
 
 __all__ = ["ModelArguments", "main"]
 

@@ -22,8 +22,8 @@ from ...evaluation.measure import Measured, Reference, measure_model
 from ...neurons import fit_test_time_registers, start_from
 from ...testbed import LABELS, SceneDataset, load_planted_vit, load_vit, random_registers
 from ...testbed import load_image_processor as load_scene_processor
+from ...training import TrainArguments, train
 from ...training.objectives import ClassificationObjective
-from ...training.trainer import TrainArguments, train
 from ...tuner.layer import find_register_layer
 from ...tuner.peft_model import RegisterPeftModel
 from ...utils.staging import staged
