@@ -231,7 +231,7 @@ def test_a_model_of_one_size_only_says_so() -> None:
         read_examples(build("vit"), [])
     with pytest.raises(ValueError, match="no adapter 'b'"):
         read_examples({"b": (add_registers(build("vit"), 2), "b")}, [_pixels()])
-    with pytest.raises(ValueError, match="is no PeftModel"):
+    with pytest.raises(ValueError, match="is not a PeftModel"):
         read_examples({"b": (build("vit"), "b")}, [_pixels()])
 
 
