@@ -5,37 +5,58 @@ Importing the package registers the method with PEFT; that is its only effect.
     >>> from transformers import AutoModel
     >>> from register_adapter import add_registers
     >>> model = add_registers(AutoModel.from_pretrained("facebook/dinov2-base"), num_registers=4)
+
+In the process of the command line nothing is imported before a command needs it, so that help and completion are quick.
 """
 
-from ._version import __version__
-from .artifacts import ArtifactReport, audit
-from .errors import (
-    AdapterFileError,
-    BaseModelMismatchError,
-    MissingExtraError,
-    NoArtifactsError,
-    RegisterAdapterError,
-    UnsupportedModelError,
-)
-from .export import export_native, export_onnx, export_program, save_native
-from .features import Trace, capture
-from .neurons import fit_test_time_registers
-from .towers import FAMILIES, Anatomy, find_tower
-from .tuner import (
-    ComposedPeftModel,
-    RegisterConfig,
-    RegisterLayer,
-    RegisterModel,
-    RegisterPeftModel,
-    add_registers,
-    compose,
-    find_register_layer,
-    load_adapters,
-    rename_adapter,
-    save_adapters,
-)
-from .utils import HubAccessError
-from .viz import attention_map
+import importlib
+import sys
+from pathlib import PurePath
+from typing import Any
+
+
+def _is_command_line() -> bool:
+    """Whether this process is ``register-adapter`` or ``python -m register_adapter``."""
+    script, *arguments = getattr(sys, "argv", None) or [""]
+    if script == "-m":  # as long as the interpreter looks for the module, which stands before the module's arguments
+        return sys.orig_argv[-1 - len(arguments) :][:1] in ([__name__], [f"-m{__name__}"])
+    return PurePath(script).name in ("register-adapter", "register-adapter.exe")
+
+
+#: ``False`` until a public name is asked for in the process of the command line; everywhere else ``True`` at once.
+_loaded = globals().get("_loaded", not _is_command_line())
+
+if _loaded:
+    from .artifacts import ArtifactReport, audit
+    from .errors import (
+        AdapterFileError,
+        BaseModelMismatchError,
+        MissingExtraError,
+        NoArtifactsError,
+        RegisterAdapterError,
+        UnsupportedModelError,
+    )
+    from .export import export_native, export_onnx, export_program, save_native
+    from .features import Trace, capture
+    from .neurons import fit_test_time_registers
+    from .towers import FAMILIES, Anatomy, find_tower
+    from .tuner import (
+        ComposedPeftModel,
+        RegisterConfig,
+        RegisterLayer,
+        RegisterModel,
+        RegisterPeftModel,
+        add_registers,
+        compose,
+        find_register_layer,
+        load_adapters,
+        rename_adapter,
+        save_adapters,
+    )
+    from .utils import HubAccessError, version
+    from .viz import attention_map
+
+    __version__ = version()
 
 __all__ = [
     "FAMILIES",
@@ -71,3 +92,16 @@ __all__ = [
     "save_adapters",
     "save_native",
 ]
+
+
+def _load(name: str) -> Any:
+    """Import everything when a public name is asked for: the module is executed once more, now as in any process."""
+    global _loaded
+    if _loaded or name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _loaded = True
+    return getattr(importlib.reload(sys.modules[__name__]), name)
+
+
+# Not a definition: for a type checker every name would exist.
+globals()["__getattr__"] = _load

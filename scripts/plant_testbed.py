@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from register_adapter.artifacts import patch_norms, summarise_norms
-from register_adapter.testbed import SceneDataset, load_vit, plant_artifacts, register_probe
+from register_adapter.testbed import SceneDataset, load_vit, plant_artifacts, random_registers
 from register_adapter.testbed.vit import WEIGHTS, save_planting
 
 
-def pictures(count: int, seed: int, split: str) -> torch.Tensor:
+def images(count: int, seed: int, split: str) -> torch.Tensor:
     """``(count, 3, 80, 80)`` scenes, scaled to -1…1."""
     scenes = SceneDataset(count, seed=seed, split=split)
     stacked = torch.stack([torch.from_numpy(scenes.scene(index).image) for index in range(count)])
@@ -32,18 +32,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    # Half the pictures have gradients alone behind the shapes: the share shall hold for both kinds.
-    fit = torch.cat([pictures(128, args.seed, "train"), pictures(64, args.seed + 1, None)])
+    # Half the images have gradients alone behind the shapes: the share shall hold for both kinds.
+    fit = torch.cat([images(128, args.seed, "train"), images(64, args.seed + 1, None)])
     planting = plant_artifacts(
         load_vit(args.folder), args.layer, fit, strength=args.strength, share=args.share, seed=args.seed
     )
     save_planting(planting, args.folder)
 
-    held_out = pictures(256, 10_001, "test").split(64)
+    held_out = images(256, 10_001, "test").split(64)
     before = summarise_norms(patch_norms(planting.model, held_out))
     kept = []
     for seed in range(5):
-        with register_probe(planting.model, 4, 0.02, seed) as probed:
+        with random_registers(planting.model, 4, 0.02, seed) as probed:
             kept.append(summarise_norms(patch_norms(probed, held_out)).share / before.share)
     record = {
         "layer": planting.layer,

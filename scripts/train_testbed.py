@@ -63,7 +63,7 @@ def collate(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 
 def variants(photo: Image.Image) -> list[Image.Image]:
-    """A photograph in its own and in other colours and turns: nine pictures are few to learn backgrounds from."""
+    """A photograph in its own and in other colours and turns: nine images are few to learn backgrounds from."""
     turned = [photo, ImageOps.mirror(photo), ImageOps.flip(photo), photo.transpose(Image.Transpose.TRANSPOSE)]
     swapped = [Image.merge("RGB", [photo.getchannel(c) for c in order]) for order in ("GRB", "BGR", "RBG", "GBR")]
     return [*turned, *swapped, ImageOps.grayscale(photo).convert("RGB"), ImageOps.invert(photo)]

@@ -26,7 +26,7 @@ from register_adapter import (
 )
 from register_adapter.artifacts import Cut, collect_statistics, neighbour_similarity, resolve_rule
 from register_adapter.artifacts.auditing import build_report
-from register_adapter.commands.audit import AuditArguments, run_audit
+from register_adapter.commands.runs import AuditArguments, run_audit
 from register_adapter.testbed import (
     SceneDataset,
     load_planted_vit,
@@ -559,7 +559,7 @@ def test_the_command_audits_a_base_and_its_adapters(tmp_path):
     SceneDataset(12, seed=9, split="test").write(folder)
     (folder / "broken.png").write_bytes(b"\x89PNG")
     out = tmp_path / "report"
-    main = [sys.executable, "-m", "register_adapter.commands.cli"]
+    main = [sys.executable, "-m", "register_adapter"]
     command = [*main, "audit", "planted", str(folder), "--out", str(out)]
     done = subprocess.run(
         [*command, "--adapter", str(adapter), "--batch_size", "8"], capture_output=True, text=True, timeout=300

@@ -1,30 +1,18 @@
-"""The demo as a user runs it: on what the package ships, and on a model and a folder of one's own."""
+"""``register-adapter demo`` as a user runs it: on what the package ships, and on a model and a folder of one's own."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import transformers
+from command_line import run
 from peft import AutoPeftModel
 from PIL import Image
 from safetensors import safe_open
 
 from register_adapter.testbed import SceneDataset, load_image_processor
 
-COMMAND = str(Path(sys.executable).parent / "register-adapter")
 
-
-def run(*arguments, ok=True):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=environment, timeout=600)
-    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
-
-
-def test_on_the_shipped_model(tmp_path):
+def test_on_the_packaged_model(tmp_path):
     said = run("demo", "--out", str(tmp_path), "--max_train_steps", "3", "--num_eval_images", "48", "--batch_size", "8")
     report = json.loads((tmp_path / "demo.json").read_text())
     twin, before, control, after, test_time, both = report["rows"]
@@ -58,15 +46,15 @@ def test_on_the_shipped_model(tmp_path):
     assert sum(map(len, fitted.base_model.model.vit.registers.tokens("default").neurons().values())) == 4
 
 
-def test_on_a_model_and_pictures_of_one_s_own(tmp_path):
+def test_on_a_model_and_images_of_ones_own(tmp_path):
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=80, patch_size=8
     )
     transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "model")
     load_image_processor().save_pretrained(tmp_path / "model")
-    SceneDataset(40, size=40, seed=2, split=None).write(tmp_path / "pictures")
+    SceneDataset(40, size=40, seed=2, split=None).write(tmp_path / "images")
     run(
-        *("demo", "--model", str(tmp_path / "model"), "--images", str(tmp_path / "pictures")),
+        *("demo", "--model", str(tmp_path / "model"), "--images", str(tmp_path / "images")),
         *("--out", str(tmp_path / "out"), "--max_train_steps", "2", "--num_registers", "2", "--batch_size", "4"),
     )
     report = json.loads((tmp_path / "out" / "demo.json").read_text())
@@ -81,16 +69,10 @@ def test_on_a_model_and_pictures_of_one_s_own(tmp_path):
     [
         (["--model", "x"], "go together"),
         (["--model", "{tmp}", "--images", "{tmp}/none"], "none"),
-        (["--num_registers", "0"], "num_registers"),
+        (["--num_registers", "0"], "num-registers"),
     ],
 )
 def test_wrong_arguments_end_in_one_clear_line(arguments, message, tmp_path):
     said = run("demo", "--out", str(tmp_path / "out"), *(a.format(tmp=tmp_path) for a in arguments), ok=False)
     assert message in said
     assert "Traceback" not in said
-
-
-def test_version():
-    import register_adapter
-
-    assert run("version").strip().endswith(register_adapter.__version__)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run
 from peft import AutoPeftModel, PeftModel
-from test_demo import run
 
 from register_adapter import find_register_layer
 from register_adapter.artifacts import patch_norms
@@ -17,32 +17,32 @@ from register_adapter.testbed import SceneDataset, load_image_processor, load_pl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted ViT on disk, and a folder of pictures with a file among them that is none."""
+    """The planted ViT on disk, and a folder of images with a file among them that is not one."""
     folder = tmp_path_factory.mktemp("fit")
     load_planted_vit().model.save_pretrained(folder / "model")
     load_image_processor().save_pretrained(folder / "model")
-    SceneDataset(96, seed=4, split=None).write(folder / "pictures")
-    (folder / "pictures" / "notes.txt").write_text("no picture")
+    SceneDataset(96, seed=4, split=None).write(folder / "images")
+    (folder / "images" / "notes.txt").write_text("not an image")
     return folder
 
 
 @pytest.mark.parametrize("options", [(), ("--attention_bias", "--remove", "mean"), ("--num_neurons", "2")], ids=str)
-def test_on_a_model_and_pictures_of_one_s_own(options: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+def test_on_a_model_and_images_of_ones_own(options: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "fitted"
-    said = run("fit", str(folder / "model"), str(folder / "pictures"), "--out", str(out), *options)
+    said = run("fit", str(folder / "model"), str(folder / "images"), "--out", str(out), *options)
     assert "notes.txt" in said, "the bad file is named"
     assert "hidden units" in said
     planting = load_planted_vit()
     model = AutoPeftModel.from_pretrained(out).eval()
-    found = find_register_layer(model).tokens("default").neurons()
-    assert set(found) == {planting.layer}
+    neurons = find_register_layer(model).tokens("default").neurons()
+    assert set(neurons) == {planting.layer}
     if "--num_neurons" in options:
-        assert len(found[planting.layer]) == 2
+        assert len(neurons[planting.layer]) == 2
         return
-    assert sorted(found[planting.layer]) == list(planting.neurons)
+    assert sorted(neurons[planting.layer]) == list(planting.neurons)
     scenes = SceneDataset(32, seed=77, split="test")
     pixels = load_image_processor()(images=[scenes.scene(index).pil for index in range(32)], return_tensors="pt")
-    before, after = (patch_norms(one, [pixels["pixel_values"]]) for one in (planting.model, model))
+    before, after = (patch_norms(looked_at, [pixels["pixel_values"]]) for looked_at in (planting.model, model))
     assert (before > 3 * before.median()).any()
     assert not (after > 3 * after.median()).any()
     assert json.loads((out / "adapter_config.json").read_text())["test_time_fit"]["share_after"] == 0
@@ -66,7 +66,7 @@ def test_wrong_arguments_end_in_one_clear_line(folder: Path, tmp_path: Path) -> 
     }
     for message, options in cases.items():
         said = run(
-            "fit", str(folder / "model"), str(folder / "pictures"), "--out", str(tmp_path / "x"), *options, ok=False
+            "fit", str(folder / "model"), str(folder / "images"), "--out", str(tmp_path / "x"), *options, ok=False
         )
         assert message in said, said[-500:]
         assert "Traceback" not in said

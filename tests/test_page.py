@@ -36,7 +36,7 @@ def _examples(names: tuple[str, ...]) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, one of them of a hostile name, with pictures, and a table of a caller's own."""
+    """Two models, one of them of a hostile name, with images, and a table of a caller's own."""
     reports = [make_report(), make_report(HOSTILE, first=None, registers=2)]
     table = Table("Probes", ["token", "top-1"], [["normal", 0.5], [HOSTILE, 0.25], ["CLS", None]])
     path = tmp_path_factory.mktemp("report") / "deep" / "index.html"
@@ -119,10 +119,10 @@ def test_it_repeats_byte_for_byte(tmp_path: Path) -> None:
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
+def test_large_images_are_made_smaller(tmp_path: Path) -> None:
     (example, _) = _examples(("a", "b"))
     noise = np.random.default_rng(0).integers(0, 255, (3000, 2000, 3), dtype=np.uint8)
-    path = write_page(tmp_path / "page.html", make_report(), [replace(example, picture=noise)] * 4)
+    path = write_page(tmp_path / "page.html", make_report(), [replace(example, image=noise)] * 4)
     assert path.stat().st_size < 3_000_000
 
 
@@ -148,7 +148,7 @@ def test_reports_that_lack_what_was_not_measured(verdict: Any, tmp_path: Path) -
     text = write_page(tmp_path / "page.html", report).read_text("utf-8")
     assert _Reader(text).open == []
     assert "Where outliers fall" not in text
-    assert "Pictures" not in text
+    assert "Images" not in text
 
 
 def test_a_page_without_reports_is_refused(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def opened(browser: Any) -> Iterator[_Open]:
         context.close()
 
 
-def test_it_opens_from_disk_and_shows_its_pictures(page: Path, opened: _Open) -> None:
+def test_it_opens_from_disk_and_shows_its_images(page: Path, opened: _Open) -> None:
     tab, log = opened(page)
     tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     tab.wait_for_timeout(100)
@@ -329,7 +329,7 @@ def test_it_works_without_javascript_but_for_sorting(page: Path, opened: _Open) 
     assert tab.locator("tbody tr").count() > 20
     assert tab.get_by_text("Artifacts at the output").first.is_visible()
     assert tab.locator("img").first.is_visible()
-    details = tab.locator("#pictures details").first
+    details = tab.locator("#images details").first
     details.locator("summary").click()
     assert details.locator("img").first.is_visible()
     log.check(page)
@@ -385,8 +385,8 @@ def test_the_page_of_a_real_audit(opened: _Open, tmp_path: Path) -> None:
     with model.disable_adapter():
         reports = [audit(model, scenes, image_processor=processor, name="planted", progress=False)]
     reports.append(audit(model, scenes, image_processor=processor, name="random registers", progress=False))
-    pictures = [scenes[index]["image"] for index in range(4)]
-    examples = read_examples(subjects, pictures, image_processor=processor)
+    images = [scenes[index]["image"] for index in range(4)]
+    examples = read_examples(subjects, images, image_processor=processor)
     path = write_page(tmp_path / "index.html", reports, examples)
     assert path.stat().st_size < 1_000_000
     tab, log = opened(path)

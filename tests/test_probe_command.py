@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_demo import run
+from command_line import run
 
 from register_adapter import add_registers
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
@@ -14,20 +14,20 @@ from register_adapter.testbed import SceneDataset, load_image_processor, load_pl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted ViT on disk, an adapter for it, and a folder of pictures with a file among them that is none."""
+    """The planted ViT on disk, an adapter for it, and a folder of images with a file among them that is not one."""
     folder = tmp_path_factory.mktemp("probe")
     model = load_planted_vit().model
     model.save_pretrained(folder / "model")
     load_image_processor().save_pretrained(folder / "model")
     add_registers(model, 2).save_pretrained(folder / "adapter")
-    SceneDataset(150, seed=4, split=None).write(folder / "pictures")
-    (next(path for path in (folder / "pictures").iterdir() if path.is_dir()) / "notes.txt").write_text("no picture")
+    SceneDataset(150, seed=4, split=None).write(folder / "images")
+    (next(path for path in (folder / "images").iterdir() if path.is_dir()) / "notes.txt").write_text("not an image")
     return folder
 
 
-def test_on_a_model_an_adapter_and_pictures_of_one_s_own(folder: Path, tmp_path: Path) -> None:
+def test_on_a_model_an_adapter_and_images_of_ones_own(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "probes"
-    given = (str(folder / "model"), str(folder / "pictures"), "--adapter", str(folder / "adapter"))
+    given = (str(folder / "model"), str(folder / "images"), "--adapter", str(folder / "adapter"))
     said = run("probe", *given, "--out", str(out), "--min_images", "20")
     assert "notes.txt" in said, "the bad file is named"
     assert "shuffle ablation" in said
@@ -37,7 +37,7 @@ def test_on_a_model_an_adapter_and_pictures_of_one_s_own(folder: Path, tmp_path:
     rows = [[row["tokens"] for row in probes[name]["rows"]] for name in names]
     assert rows == [["normal", "outlier", "CLS"], ["normal", "outlier", "CLS", "register 0", "register 1"]]
     base = probes[names[0]]
-    # A fifth of the 151 files is for the rule, and one is no picture.
+    # A fifth of the 151 files is for the rule, and one is not an image.
     assert 119 <= base["num_images"] <= 121
     assert base["cut"]["rule"] == "auto"
     assert base["cut"]["separated"]
@@ -45,10 +45,10 @@ def test_on_a_model_an_adapter_and_pictures_of_one_s_own(folder: Path, tmp_path:
     assert base["rows"][1]["classification"]["estimate"]["value"] >= 0
     registers = json.loads((out / "registers.json").read_text())
     assert list(registers) == names[1:]
-    found = registers[names[1]]
-    assert [one["kind"] for one in found["ablations"]] == ["mean", "shuffle"]
-    assert found["drift"]["patches"]["value"] > 0
-    assert found["accuracy"] is None, "the folder's classes have other names than the head's"
+    report = registers[names[1]]
+    assert [ablation["kind"] for ablation in report["ablations"]] == ["mean", "shuffle"]
+    assert report["drift"]["patches"]["value"] > 0
+    assert report["accuracy"] is None, "the folder's classes have other names than the head's"
 
 
 def test_without_classes_only_places_and_pixels_are_probed(folder: Path, tmp_path: Path) -> None:
@@ -60,15 +60,15 @@ def test_without_classes_only_places_and_pixels_are_probed(folder: Path, tmp_pat
     said = run("probe", str(folder / "model"), str(flat), "--out", str(tmp_path / "out"), "--min_images", "20")
     assert "has no registers" in said
     assert not (tmp_path / "out" / "registers.json").exists()
-    (found,) = json.loads((tmp_path / "out" / "probes.json").read_text()).values()
-    assert found["rows"][0]["classification"] is None
-    assert found["rows"][0]["reconstruction_l2"]["estimate"]["value"] > 0
+    (report,) = json.loads((tmp_path / "out" / "probes.json").read_text()).values()
+    assert report["rows"][0]["classification"] is None
+    assert report["rows"][0]["reconstruction_l2"]["estimate"]["value"] > 0
 
 
 def test_wrong_arguments_end_in_one_clear_line(folder: Path, tmp_path: Path) -> None:
     cases = {"unknown rule": ("--rule", "none"), "layer=99 of 9": ("--layer", "99"), "bad pictures": ("--strict",)}
     for message, options in cases.items():
-        given = (str(folder / "model"), str(folder / "pictures"), "--out", str(tmp_path / "x"))
+        given = (str(folder / "model"), str(folder / "images"), "--out", str(tmp_path / "x"))
         said = run("probe", *given, *options, ok=False)
         assert message in said, said[-500:]
         assert "Traceback" not in said

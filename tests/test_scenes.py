@@ -1,4 +1,4 @@
-"""Procedural scenes: repeatable, with a ground truth that fits the picture."""
+"""Procedural scenes: repeatable, with a ground truth that fits the image."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from register_adapter.testbed.scenes import _PHOTOGRAPHS
 
 
 @pytest.mark.parametrize("size", [32, 80, 224])
-def test_mask_and_box_fit_the_picture(size):
+def test_mask_and_box_fit_the_image(size):
     for seed in range(20):
         scene = make_scene(seed, size)
         assert scene.image.shape == (size, size, 3)
@@ -56,7 +56,7 @@ def test_every_class_occurs():
 
 def test_the_splits_share_no_photograph():
     assert not set(_PHOTOGRAPHS["train"]) & set(_PHOTOGRAPHS["test"])
-    assert all(picture.mode == "RGB" for split in ("train", "test") for picture in photographs(split))
+    assert all(image.mode == "RGB" for split in ("train", "test") for image in photographs(split))
 
 
 def test_written_as_an_image_folder(tmp_path):

@@ -25,7 +25,7 @@ def test_the_documents_hold_the_tables_of_the_registry(document: str) -> None:
 
 
 def test_the_command_prints_and_writes_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "register_adapter.commands.cli", "families"]
+    command = [sys.executable, "-m", "register_adapter", "families"]
     done = subprocess.run([*command, "--full"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == full_table()

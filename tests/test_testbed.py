@@ -15,7 +15,7 @@ from register_adapter.testbed import (
     load_planted_vit,
     load_vit,
     plant_artifacts,
-    register_probe,
+    random_registers,
 )
 from register_adapter.testbed.vit import WEIGHTS
 
@@ -70,7 +70,7 @@ def test_planted_artifacts_have_the_published_signature(planting, held_out):
         planting.model(pixel_values=pixel_values)
     hits = planting.hits(pixel_values)
     assert 0.008 < hits.float().mean() < 0.05, "about 2 % of the patches"
-    assert hits.any(1).float().mean() > 0.3, "in many of the pictures"
+    assert hits.any(1).float().mean() > 0.3, "in many of the images"
     for layer in range(len(trace.hidden_states)):
         norms = trace.patches(layer).norm(dim=-1)
         ratio = norms / norms.median()
@@ -89,13 +89,13 @@ def test_planted_artifacts_survive_four_random_registers(planting, held_out):
     before = summarise_norms(patch_norms(planting.model, [held_out[0]])).share
     assert before > 0
     for seed in range(4):
-        with register_probe(planting.model, 4, std=0.02, seed=seed) as probed:
+        with random_registers(planting.model, 4, std=0.02, seed=seed) as probed:
             assert summarise_norms(patch_norms(probed, [held_out[0]])).share >= 0.8 * before
 
 
 def test_the_probe_leaves_the_model_as_it_was(planting, held_out):
     keys, before = list(planting.model.state_dict()), planting.model(held_out[0][:2]).logits
-    with register_probe(planting.model, 4) as probed:
+    with random_registers(planting.model, 4) as probed:
         assert not torch.equal(probed(held_out[0][:2]).logits, before)
     assert list(planting.model.state_dict()) == keys
     assert torch.equal(planting.model(held_out[0][:2]).logits, before)
@@ -118,7 +118,7 @@ def test_any_family_can_be_planted(name):
     if find_tower(model).block_part(0, "mlp_in") is None:
         pytest.skip("both halves of its gated MLP are one layer in this version of transformers")
     if not isinstance(find_tower(model).part("patch_embedding"), torch.nn.Conv2d):
-        pytest.skip("without a convolution over the picture patches have no known neighbours")
+        pytest.skip("without a convolution over the image patches have no known neighbours")
     if name == "mae":
         pytest.skip("it hides patches at random: what is hit has another place in every pass")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -135,9 +135,9 @@ def test_any_family_can_be_planted(name):
 
 def test_neighbour_similarity_is_the_mean_over_existing_neighbours():
     tower = find_tower(load_vit())
-    picture = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    features = F.normalize(tower.part("patch_embedding")(picture)[0].detach(), dim=0)
-    found = neighbour_similarity(tower, picture)[0]
+    image = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    features = F.normalize(tower.part("patch_embedding")(image)[0].detach(), dim=0)
+    found = neighbour_similarity(tower, image)[0]
     for row in range(3):
         for column in range(3):
             around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]

@@ -157,7 +157,7 @@ def test_mixed_precision_keeps_the_adapter_in_float32(vit: Path, photos: Path, t
 #: Dropout, shuffling, accumulation over an epoch that does not divide, and reading in workers.
 RUN = ["--num_train_epochs", "8", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "3"]
 RUN += ["--learning_rate", "0.01", "--lr_scheduler_type", "cosine", "--num_warmup_steps", "3", "--logging_steps", "4"]
-STEPS = 8 * 3  # 30 pictures are 8 batches, 3 optimiser steps, the last of 2 batches
+STEPS = 8 * 3  # 30 images are 8 batches, 3 optimiser steps, the last of 2 batches
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def test_other_settings_are_refused_on_resumption(
     message = capsys.readouterr().err
     assert "learning_rate: 0.001, now 0.5" in message
     assert "seed: 0, now 1" in message
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         checkpoints.find(str(tmp_path), tmp_path / "run")
 
 
@@ -374,7 +374,7 @@ def test_two_processes_train_and_save_what_one_does(photos: Path, tmp_path: Path
     # Two processes with batches of 5 see what one sees with batches of 10.
     for key, tensor in load_file(tmp_path / "one" / "adapter_model.safetensors").items():
         torch.testing.assert_close(saved[key], tensor, atol=1e-4, rtol=1e-3)
-    # Six pictures on two processes: each counts once.
+    # Six images on two processes: each counts once.
     assert two["eval_samples"] == 6
     assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], abs=1e-4)
     assert AutoPeftModel.from_pretrained(tmp_path / "two") is not None

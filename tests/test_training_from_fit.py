@@ -102,17 +102,17 @@ def test_the_shift_fades_in_a_straight_line_that_ends_early() -> None:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted ViT on disk, with pictures, and registers that were fitted to it."""
+    """The planted ViT on disk, with images, and registers that were fitted to it."""
     folder = tmp_path_factory.mktemp("planted")
     load_planted_vit().model.save_pretrained(folder / "model")
     load_image_processor().save_pretrained(folder / "model")
-    SceneDataset(120, seed=3, split=None).write(folder / "pictures")
+    SceneDataset(120, seed=3, split=None).write(folder / "images")
     return folder
 
 
 def flags(folder: Path, out: Path, *more: str) -> list[str]:
     return [
-        *("--model_name_or_path", str(folder / "model"), "--train_dir", str(folder / "pictures")),
+        *("--model_name_or_path", str(folder / "model"), "--train_dir", str(folder / "images")),
         *("--output_dir", str(out), "--per_device_train_batch_size", "8", "--max_train_steps", "6"),
         *("--learning_rate", "0.01", "--use_cpu", "--max_eval_samples", "8", *more),
     ]
@@ -123,7 +123,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return {key.rpartition(".")[2]: value for key, value in tensors.items() if "register_adapter_tokens" in key}
 
 
-def test_init_test_time_fits_on_the_training_pictures_first(planted: Path, tmp_path: Path) -> None:
+def test_init_test_time_fits_on_the_training_images_first(planted: Path, tmp_path: Path) -> None:
     main(flags(planted, tmp_path / "a", "--init", "test_time", "--num_registers", "2"))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     layer, neurons = str(load_planted_vit().layer), sorted(load_planted_vit().neurons)

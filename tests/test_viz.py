@@ -28,7 +28,7 @@ def _pixels(height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def _picture(height: int, width: int, seed: int = 0) -> Image.Image:
+def _image(height: int, width: int, seed: int = 0) -> Image.Image:
     values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -122,16 +122,16 @@ def test_sides_are_cropped_to_a_multiple_of_the_patch_size(height: int, width: i
     np.testing.assert_array_equal(found, attention_map(model, image[:, : rows * PATCH, : columns * PATCH]))
 
 
-def test_a_picture_of_230_by_245_has_16_by_17_patches_of_14_pixels() -> None:
+def test_a_image_of_230_by_245_has_16_by_17_patches_of_14_pixels() -> None:
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=518, patch_size=14)
     model = Dinov2Model(config).eval()
-    picture = _picture(230, 245)
-    found = attention_map(model, picture, image_processor=load_image_processor(), size=230)
+    image = _image(230, 245)
+    found = attention_map(model, image, image_processor=load_image_processor(), size=230)
     assert found.shape == (16, 17)
-    (example,) = read_examples(model, [picture], image_processor=load_image_processor(), size=230)
-    np.testing.assert_array_equal(example.picture, np.asarray(picture)[:224, :238])
+    (example,) = read_examples(model, [image], image_processor=load_image_processor(), size=230)
+    np.testing.assert_array_equal(example.image, np.asarray(image)[:224, :238])
     figure = viz.plot_attention(example, overlay=True)
     for axis in figure.axes:
         for shown in axis.get_images():
@@ -139,48 +139,48 @@ def test_a_picture_of_230_by_245_has_16_by_17_patches_of_14_pixels() -> None:
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(None, (4, 4)), (48, (6, 12)), ((40, 24), (5, 3))])
-def test_sizes_of_pictures(size: Any, wanted: tuple[int, int]) -> None:
+def test_sizes_of_images(size: Any, wanted: tuple[int, int]) -> None:
     """The processor's own size, the shorter side, or both sides."""
     processor = type(load_image_processor())(
         size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_normalize=True
     )
-    picture = _picture(60, 120)
-    assert attention_map(build("vit"), picture, image_processor=processor, size=size).shape == wanted
-    (example,) = read_examples(build("vit"), [picture], image_processor=processor, size=size)
-    assert example.picture.shape == (wanted[0] * PATCH, wanted[1] * PATCH, 3)
+    image = _image(60, 120)
+    assert attention_map(build("vit"), image, image_processor=processor, size=size).shape == wanted
+    (example,) = read_examples(build("vit"), [image], image_processor=processor, size=size)
+    assert example.image.shape == (wanted[0] * PATCH, wanted[1] * PATCH, 3)
 
 
 def test_a_torchvision_transform_is_a_processor() -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     steps = [transforms.Resize(40), transforms.CenterCrop(32), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
-    transform, picture, model = transforms.Compose(steps), _picture(60, 120), build("vit")
-    found = attention_map(model, picture, image_processor=transform)
-    np.testing.assert_array_equal(found, attention_map(model, transform(picture)))
-    assert attention_map(model, picture, image_processor=transform, size=48).shape == (6, 12)
+    transform, image, model = transforms.Compose(steps), _image(60, 120), build("vit")
+    found = attention_map(model, image, image_processor=transform)
+    np.testing.assert_array_equal(found, attention_map(model, transform(image)))
+    assert attention_map(model, image, image_processor=transform, size=48).shape == (6, 12)
 
 
 @pytest.mark.parametrize("name", ["timm", "open_clip", "open_clip-whole"])
-def test_models_that_say_how_their_pictures_are_prepared(name: str, tmp_path: Any) -> None:
+def test_models_that_say_how_their_images_are_prepared(name: str, tmp_path: Any) -> None:
     from stacks_cases import build_stack
 
-    _picture(60, 80).save(tmp_path / "picture.png")
+    _image(60, 80).save(tmp_path / "image.png")
     model = build_stack(name)
-    found = attention_map(model, tmp_path / "picture.png")
+    found = attention_map(model, tmp_path / "image.png")
     assert found.shape == (4, 4)
-    (example,) = read_examples(model, [tmp_path / "picture.png"])
-    assert example.name == "picture.png"
-    assert example.picture.shape == (32, 32, 3)
+    (example,) = read_examples(model, [tmp_path / "image.png"])
+    assert example.name == "image.png"
+    assert example.image.shape == (32, 32, 3)
 
 
 def test_a_model_of_a_name_takes_its_own_processor() -> None:
-    picture = SceneDataset(1, size=120, seed=3, split=None)[0]["image"]
-    wanted = attention_map(load_vit(), picture, image_processor=load_image_processor())
-    np.testing.assert_allclose(attention_map(load_vit(), picture), wanted, rtol=1e-4)  # torchvision resizes elsewise
+    image = SceneDataset(1, size=120, seed=3, split=None)[0]["image"]
+    wanted = attention_map(load_vit(), image, image_processor=load_image_processor())
+    np.testing.assert_allclose(attention_map(load_vit(), image), wanted, rtol=1e-4)  # torchvision resizes elsewise
     assert wanted.shape == (10, 10)
 
 
 def test_patches_that_the_processor_cuts() -> None:
-    """SigLIP 2: the grid is the picture's own, and padding is no patch."""
+    """SigLIP 2: the grid is the image's own, and padding is no patch."""
     if "siglip2-vision" not in TOWERS:
         pytest.skip("this transformers has no SigLIP 2")
     model = build("siglip2-vision")
@@ -196,7 +196,7 @@ def test_patches_that_the_processor_cuts() -> None:
                 "spatial_shapes": torch.tensor([[3, 5]]),
             }
 
-    (example,) = read_examples({"it": model}, [_picture(30, 50)], image_processor=Processor())
+    (example,) = read_examples({"it": model}, [_image(30, 50)], image_processor=Processor())
     assert example.maps["it"].attention.shape == (HEADS, 3, 5)
     np.testing.assert_allclose(example.maps["it"].attention.sum((1, 2)), 1, atol=1e-5)
 
@@ -209,11 +209,11 @@ def test_patches_that_the_processor_cuts() -> None:
     [
         ("vit", _pixels(), {"layer": 2}, ValueError, "2 blocks"),
         ("vit", _pixels(), {"head": 4}, ValueError, "4 heads"),
-        ("vit", _pixels()[0], {}, viz.PictureError, r"\(32, 32\)"),
-        ("vit", _pixels().byte(), {}, viz.PictureError, "uint8"),
-        ("vit", _pixels(4, 32), {}, viz.PictureError, "no patch of 8"),
+        ("vit", _pixels()[0], {}, viz.ImageInputError, r"\(32, 32\)"),
+        ("vit", _pixels().byte(), {}, viz.ImageInputError, "uint8"),
+        ("vit", _pixels(4, 32), {}, viz.ImageInputError, "no patch of 8"),
         ("vit", "nowhere.png", {}, ImageFileError, "nowhere.png"),
-        ("vit", _picture(9, 9), {}, viz.PictureError, "image_processor="),
+        ("vit", _image(9, 9), {}, viz.ImageInputError, "image_processor="),
         ("mae", _pixels(), {}, UnsupportedModelError, "shuffles"),
     ],
 )
@@ -225,13 +225,13 @@ def test_errors_name_what_was_wrong(name: str, image: Any, options: dict[str, An
 def test_a_model_of_one_size_only_says_so() -> None:
     from stacks_cases import build_stack
 
-    with pytest.raises(viz.PictureError, match="dynamic_img_size"):
+    with pytest.raises(viz.ImageInputError, match="dynamic_img_size"):
         attention_map(build_stack("timm"), _pixels(48, 48))
-    with pytest.raises(ValueError, match="pictures is empty"):
+    with pytest.raises(ValueError, match="images is empty"):
         read_examples(build("vit"), [])
     with pytest.raises(ValueError, match="no adapter 'b'"):
         read_examples({"b": (add_registers(build("vit"), 2), "b")}, [_pixels()])
-    with pytest.raises(ValueError, match="is no PeftModel"):
+    with pytest.raises(ValueError, match="is not a PeftModel"):
         read_examples({"b": (build("vit"), "b")}, [_pixels()])
 
 
@@ -273,7 +273,7 @@ def test_a_model_is_left_as_it_was(fails: bool) -> None:
         parameter.requires_grad_(place % 3 == 0)  # and of what PEFT would freeze and free
     state = _State(model)
     if fails:
-        with pytest.raises(viz.PictureError):
+        with pytest.raises(viz.ImageInputError):
             read_examples(model, [_pixels()[:2]])
     else:
         read_examples(model, [_pixels(), _pixels(40, 24)])
@@ -335,10 +335,10 @@ def test_registers_come_with_their_names() -> None:
 def test_norm_maps_stand_before_the_final_norm_and_show_planted_artifacts() -> None:
     planting = load_planted_vit()
     data = SceneDataset(4, seed=10_001, split=None)
-    pictures = [data[index]["image"] for index in range(4)]
+    images = [data[index]["image"] for index in range(4)]
     models = {"planted": planting.model, "twin": load_vit()}
-    examples = read_examples(models, pictures, image_processor=load_image_processor())
-    pixels = load_image_processor()(images=pictures, return_tensors="pt")["pixel_values"]
+    examples = read_examples(models, images, image_processor=load_image_processor())
+    pixels = load_image_processor()(images=images, return_tensors="pt")["pixel_values"]
     hits = planting.hits(pixels).reshape(4, 10, 10).numpy()
     assert hits.any()
     for example, hit in zip(examples, hits, strict=True):
@@ -474,5 +474,5 @@ def test_maps_before_and_after() -> None:
     examples = read_examples({"it": model}, pixels)
     np.testing.assert_array_equal(maps.norms[1], examples[1].maps["it"].norms[-1])
     np.testing.assert_array_equal(maps.attention[0], attention_map(model, pixels[0]))
-    figure = viz.plot_before_after([example.picture for example in examples], [maps])
+    figure = viz.plot_before_after([example.image for example in examples], [maps])
     assert len(_images(figure)) == 6

@@ -1,4 +1,4 @@
-"""The command line ``register-adapter``, one file a command."""
+"""The command line ``register-adapter``: one file for the flags of each command; ``runs`` has what they do."""
 
 from .cli import main
 

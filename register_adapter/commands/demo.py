@@ -1,250 +1,107 @@
-"""The demo: train registers on a model with artifacts, save and reload them, and measure before and after.
-
-Without arguments it runs on what the package ships: a small ViT with planted artifacts, whose clean twin is known, and
-procedural scenes. With ``model`` and ``images`` it does the same on a user's own.
-"""
+"""The command ``register-adapter demo``: its flags, and the table it prints."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-from torch import nn
+import typer
 
-from ..artifacts.norms import patch_norms
-from ..data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
-from ..data.images import load_image
-from ..errors import NoArtifactsError
-from ..evaluation.measure import Measured, Reference, measure_model
-from ..neurons import fit_test_time_registers, start_from
-from ..testbed import LABELS, SceneDataset, load_planted_vit, load_vit, register_probe
-from ..testbed import load_image_processor as load_scene_processor
-from ..training.objectives import ClassificationObjective
-from ..training.trainer import TrainArguments, train
-from ..tuner.layer import find_register_layer
-from ..tuner.peft_model import RegisterPeftModel
-from ..viz import Maps, plot_before_after, read_maps
-from .reload import logits_in_fresh_process
+from . import options
+from .output import print_result, silence_libraries
 
-__all__ = ["DemoArguments", "run_demo"]
+__all__ = ["demo_command", "print_demo", "register"]
 
-#: Held-out scenes have other seeds and other photographs than those that registers are trained on.
-_TRAIN_SEED, _TEST_SEED = 1, 10_001
-_SHOWN = 4
-_FIT_PICTURES = 192
+#: Columns that may be empty, and how their numbers are written.
+_FORMATS = {"accuracy": ".1%", "patch_drift": ".4f", "cls_drift": ".4f"}
 
 
-@dataclass(frozen=True)
-class DemoArguments:
-    """What the demo runs on.
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("demo")(demo_command)
 
-    Attributes:
-        output_dir: Folder for the adapter, the figure and ``demo.json``.
-        model: Name or folder of a vision transformer with an image classification class; default: the shipped one.
-        images: Folder with one sub-folder of pictures a class; goes with ``model``.
-        num_registers: Number of registers.
-        max_train_steps: Optimiser steps.
-        batch_size: Pictures a step.
-        learning_rate: Peak learning rate of AdamW, cosine schedule.
-        num_eval_images: Held-out pictures to measure on, at most.
-        seed: Seed of everything random.
 
-    Raises:
-        ValueError: One of ``model`` and ``images`` is given without the other.
+def demo_command(
+    output_dir: options.OutputDir = "demo",
+    model: Annotated[str | None, typer.Option(help="Your model: name on the Hub, or folder.")] = None,
+    images: Annotated[str | None, typer.Option(help="Your images: a folder with one sub-folder per class.")] = None,
+    num_registers: options.NumRegisters = 4,
+    max_train_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 150,
+    batch_size: options.BatchSize = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.01,
+    num_eval_images: Annotated[int, typer.Option(min=2, help="Held-out images, at most.")] = 256,
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train registers on a model with artifacts, and measure before and after.
+
+    Writes adapters, a figure and demo.json. Without --model and --images it runs on the small ViT with planted
+    artifacts that the package ships.
     """
+    silence_libraries(quiet)
+    from .runs.demo import DemoArguments, run_demo
 
-    output_dir: str = "demo"
-    model: str | None = None
-    images: str | None = None
-    num_registers: int = 4
-    max_train_steps: int = 150
-    batch_size: int = 32
-    learning_rate: float = 0.01
-    num_eval_images: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.model is None) != (self.images is None):
-            missing = "images" if self.images is None else "model"
-            raise ValueError(f"--model and --images go together; --{missing} is missing")
-
-
-@dataclass
-class _Setting:
-    """A base model on disk, pictures to train and to measure on, and what is known about them."""
-
-    source: str
-    before: str
-    twin: Any
-    objective: ClassificationObjective
-    processor: Any
-    train: Any
-    test: Any
-    data_name: str
-
-    def load(self) -> Any:
-        """A fresh copy of the base."""
-        return self.objective.load_base(self.source).eval()
+    arguments = DemoArguments(
+        output_dir=output_dir,
+        model=model,
+        images=images,
+        num_registers=num_registers,
+        max_train_steps=max_train_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_eval_images=num_eval_images,
+        seed=seed,
+        progress=not quiet,
+    )
+    report = run_demo(arguments)
+    print_result(report, lambda: print_demo(report, output_dir), as_json=as_json, quiet=quiet)
 
 
-def _shipped(args: DemoArguments) -> _Setting:
-    # Saved as any base is, so that the adapter can be loaded by name afterwards.
-    folder = Path(args.output_dir, "planted_model")
-    load_planted_vit().model.save_pretrained(folder)
-    load_scene_processor().save_pretrained(folder)
-    return _Setting(
-        str(folder),
-        "planted artifacts",
-        load_vit(),
-        ClassificationObjective(LABELS, freeze_head=True),
-        load_scene_processor(),
-        SceneDataset(args.max_train_steps * args.batch_size, seed=_TRAIN_SEED + args.seed),
-        SceneDataset(args.num_eval_images, seed=_TEST_SEED, split="test"),
-        "procedural scenes (register_adapter.testbed.scenes)",
+def print_demo(report: dict[str, Any], output_dir: str) -> None:
+    """Print the demo's table, what it says, and where its files are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['arguments']['num_eval_images']} held-out images")
+    table.add_column("model")
+    for heading in ("outlier patches", "largest norm / median", "accuracy", "patch drift", "CLS drift"):
+        table.add_column(heading, justify="right")
+    for row in report["rows"]:
+        table.add_row(
+            row["name"],
+            f"{row['outlier_share']:.2%}",
+            f"{row['largest_norm']:.1f}",
+            *(_number(row[key], form) for key, form in _FORMATS.items()),
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "Outliers: patch tokens over 3 times the median L2 norm, last block, before the final LayerNorm. "
+        "Drift: mean of 1 - cosine to the first line, at the same place.",
+        style="dim",
+    )
+    console.print(_verdict(report["rows"]))
+    console.print(
+        f"Adapter: {report['adapter_bytes'] / 1000:.1f} kB, loaded again in a fresh process with identical outputs.\n"
+        f"Written to {output_dir}: {', '.join(report['written'])}"
     )
 
 
-def _own(args: DemoArguments) -> _Setting:
-    assert args.model is not None
-    data = load_data(DataArguments(train_dir=args.images, max_eval_samples=args.num_eval_images), args.seed)
-    return _Setting(
-        args.model,
-        "your model",
-        None,
-        ClassificationObjective(data.labels),
-        load_image_processor(args.model),
-        data.train,
-        data.validation,
-        data.name,
-    )
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
-class _Table:
-    """Measures one arm after the other on the same held-out pictures."""
-
-    def __init__(self, setting: _Setting, base: nn.Module, limit: int) -> None:
-        test = ProcessedDataset(setting.test, setting.processor)
-        items = [test[index] for index in range(min(len(test), limit))]
-        pixels = torch.stack([item["pixel_values"] for item in items])
-        self.batches = [pixels[start : start + 32] for start in range(0, len(pixels), 32)]
-        self.labels = torch.tensor([item["labels"] for item in items])
-        # In the figure stand the first pictures with an outlier in the base, and the first ones if there are too few.
-        norms = patch_norms(base, self.batches[:1])
-        order = (norms <= 3 * norms.median()).all(1).long().argsort(stable=True)[:_SHOWN].sort().values
-        self.shown = self.batches[0][order]
-        self.pictures = [load_image(setting.test[index]["image"]) for index in order.tolist()]
-        #: Arm to its line.
-        self.rows: dict[str, Measured] = {}
-        self.maps: list[Maps] = []
-        self._reference: Reference | None = None
-
-    def add(self, arm: str, name: str, model: nn.Module, labels: bool = True, shown: str | None = None) -> None:
-        """Measure an arm; the first one is what others are compared with. ``shown`` names it in the figure."""
-        row, found = measure_model(name, model, self.batches, self.labels if labels else None, self._reference)
-        self._reference = self._reference or found
-        self.rows[arm] = row
-        if shown:
-            self.maps.append(read_maps(shown, model, self.shown))
-
-
-def run_demo(args: DemoArguments) -> dict[str, Any]:
-    """Run the demo.
-
-    Arms: the clean twin (where it is known), the model as it is, the model with random untrained registers (the
-    control: tokens alone may silence a fragile artifact), with trained registers (loaded again in a fresh process),
-    with test-time registers (no training), and with both: test-time registers and the strengths of their neurons,
-    trained as the others were.
-
-    Returns:
-        What ``demo.json`` holds: ``rows`` (one a line of the table), ``adapter_bytes``, ``reload_identical``, the
-        training's results, how register neurons were found (``None`` if there was nothing to repair), the arguments.
-
-    Raises:
-        RuntimeError: The reloaded adapter does not give the outputs of the trained model.
-    """
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    setting = _own(args) if args.model else _shipped(args)
-    base = setting.load()
-    table = _Table(setting, base, args.num_eval_images)
-    own_head = setting.twin is not None  # a user's new head knows nothing before it is trained
-    if setting.twin is not None:
-        table.add("twin", "clean twin", setting.twin, shown="clean twin")
-    table.add("before", setting.before, base, own_head, shown="before")
-    count = args.num_registers
-    with register_probe(base, count, seed=args.seed) as probed:
-        table.add("control", f"+ {count} random registers (control)", probed, own_head)
-
-    torch.manual_seed(args.seed)
-    model = setting.objective.wrap(base, num_registers=count)
-    results = _train(args, setting, model, out / "adapter")
-    model = model.cpu().eval()
-    logits = logits_in_fresh_process(out / "adapter", table.batches[0])
-    with torch.no_grad():
-        identical = torch.equal(logits, model(pixel_values=table.batches[0]).logits)
-    if not identical:
-        raise RuntimeError("the saved adapter, loaded in a fresh process, does not give the trained outputs")
-    table.add("trained", f"+ {count} trained registers", model, shown="trained")
-    fit = _test_time(args, setting, table, own_head, out)
-    plot_before_after(table.pictures, table.maps, out / "before_after.png")
-    report = {
-        "rows": [{"arm": arm, **asdict(row)} for arm, row in table.rows.items()],
-        "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
-        "reload_identical": identical,
-        "test_time_fit": fit,
-        "arguments": asdict(args),
-        "written": ["adapter/", *(["test_time/", "both/"] if fit else []), "before_after.png", "demo.json"],
-        "training": {key: results[key] for key in ("metrics", "seconds", "images_per_second", "versions", "hardware")},
-    }
-    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
-
-
-def _test_time(
-    args: DemoArguments, setting: _Setting, table: _Table, own_head: bool, out: Path
-) -> dict[str, Any] | None:
-    """The arms with register neurons, if there are outliers to repair."""
-    base = setting.load()
-    pictures = ProcessedDataset(setting.train, setting.processor)
-    few = torch.stack([pictures[index]["pixel_values"] for index in range(min(len(pictures), _FIT_PICTURES))])
-    try:
-        fitted = fit_test_time_registers(base, few)
-    except NoArtifactsError:
-        return None
-    fitted.save_pretrained(str(out / "test_time"))
-    table.add("test_time", "+ 1 test-time register", fitted.eval(), own_head, shown="test-time")
-    fit: dict[str, Any] = fitted.peft_config["default"].test_time_fit
-    start = start_from(fitted)
-    fitted.unload()
-    both = setting.objective.wrap(base, **start.options)
-    layer = find_register_layer(both)
-    assert layer is not None
-    start.fill(layer.tokens("default"))
-    _train(args, setting, both, out / "both")
-    table.add("both", "+ both: test-time, then trained", both.cpu().eval(), shown="both")
-    return fit
-
-
-def _train(args: DemoArguments, setting: _Setting, model: RegisterPeftModel, folder: Path) -> dict[str, Any]:
-    return train(
-        model,
-        setting.objective,
-        setting.train,
-        TrainArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            lr_scheduler_type="cosine",
-            num_warmup_steps=min(10, args.max_train_steps // 5),
-            max_train_steps=args.max_train_steps,
-            seed=args.seed,
-            use_cpu=not torch.cuda.is_available(),
-            overwrite_output_dir=True,
-        ),
-        image_processor=setting.processor,
-        training_data=setting.data_name,
-    )
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    """What each arm leaves of the outliers, beside what the untrained control leaves."""
+    shares = {row["arm"]: row["outlier_share"] for row in rows}
+    before = shares["before"]
+    if before == 0:
+        return "No outlier patches were found before; there was nothing to repair."
+    left = {arm: share / before for arm, share in shares.items()}
+    said = f"Of the outlier patches, trained registers leave {left['trained']:.0%}, random ones {left['control']:.0%}"
+    if "test_time" in left:
+        said += f", the test-time register {left['test_time']:.0%}, both {left['both']:.0%}"
+    said += "."
+    if left["trained"] > 0.05:
+        said += " Trained registers alone do not repair this model fully."
+    return said

@@ -1,87 +1,99 @@
-"""The command ``register-adapter fit``: registers without training, written into a folder."""
+"""The command ``register-adapter fit``: its flags, and what it prints."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import typer
 
-from ..neurons import fit_test_time_registers
-from .inputs import load_base, load_pictures, load_processor
+from . import options
+from .output import print_result, silence_libraries
 
-__all__ = ["FitArguments", "print_fit", "run_fit"]
+__all__ = ["fit_command", "print_fit", "register"]
 
 
-@dataclass(frozen=True)
-class FitArguments:
-    """What to fit; see :func:`register_adapter.fit_test_time_registers` for all but the first three.
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("fit")(fit_command)
 
-    Attributes:
-        model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the shipped ViT.
-        images: Folder of pictures; ``"scenes"`` for made ones.
-        output_dir: Folder for the adapter.
-        device: Where to run; default: a GPU if there is one.
+
+def fit_command(
+    model: options.Model,
+    images: options.Images,
+    output_dir: options.OutputDir,
+    num_registers: options.NumRegisters = 1,
+    remove: Annotated[
+        str, typer.Option(help="What other tokens keep: zero, mean, or outliers (only those are removed).")
+    ] = "zero",
+    attention_bias: Annotated[
+        bool, typer.Option("--attention-bias", help="Constant keys and values in place of a token.")
+    ] = False,
+    rule: options.Rule = "auto",
+    threshold: Annotated[
+        float | None, typer.Option(help="Norm of an outlier behind --top-layer, instead of a rule.")
+    ] = None,
+    top_layer: Annotated[int | None, typer.Option(min=0, help="Last block with register neurons.")] = None,
+    num_neurons: Annotated[int | None, typer.Option(min=1, help="How many neurons; default: chosen.")] = None,
+    image_sizes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Side to resize images to; several are pooled.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=3, help="Use at most this many images.")] = 256,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per batch; default: 32, and 8 on a CPU.")
+    ] = None,
+    device: options.Device = None,
+    strict: options.Strict = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Repair a model without training: find its register neurons, and move what they do to a register.
+
+    Try it on what the package ships: register-adapter fit planted scenes --out fitted
     """
+    silence_libraries(quiet)
+    from ..errors import NoArtifactsError
+    from .runs.fit import FitArguments, run_fit
 
-    model: str
-    images: str
-    output_dir: str
-    num_registers: int = 1
-    remove: str = "zero"
-    attention_bias: bool = False
-    rule: str = "auto"
-    threshold: float | None = None
-    top_layer: int | None = None
-    num_neurons: int | None = None
-    image_sizes: Sequence[int] = ()
-    max_images: int = 256
-    batch_size: int | None = None
-    device: str | None = None
-    strict: bool = False
-
-
-def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
-    """Fit, and save the adapter.
-
-    Returns:
-        Block to its register neurons, and how they were found.
-
-    Raises:
-        NoArtifactsError: Nothing is to be done; nothing was written.
-        ValueError, OSError, RegisterAdapterError: As for loading, and for the fit.
-    """
-    pictures = load_pictures(args.images, args.max_images)
-    model = load_base(args.model).to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    fitted = fit_test_time_registers(
-        model,
-        pictures,
-        image_processor=load_processor(args.model),
-        num_registers=args.num_registers,
-        remove=args.remove,
-        attention_bias=args.attention_bias,
-        rule=args.rule,
-        threshold=args.threshold,
-        top_layer=args.top_layer,
-        num_neurons=args.num_neurons,
-        image_sizes=args.image_sizes or None,
-        max_images=args.max_images,
-        batch_size=args.batch_size,
-        strict=args.strict,
+    arguments = FitArguments(
+        model=model,
+        images=images,
+        output_dir=output_dir,
+        num_registers=num_registers,
+        remove=remove,
+        attention_bias=attention_bias,
+        rule=rule,
+        threshold=threshold,
+        top_layer=top_layer,
+        num_neurons=num_neurons,
+        image_sizes=image_sizes or (),
+        max_images=max_images,
+        batch_size=batch_size,
+        device=device,
+        strict=strict,
+        progress=not quiet,
     )
-    fitted.save_pretrained(args.output_dir)
-    config = fitted.peft_config["default"]
-    return config.register_neurons, config.test_time_fit
+    try:
+        neurons, fit = run_fit(arguments)
+    except NoArtifactsError as error:  # good news, and no failure
+        reason = str(error)
+        nothing: dict[str, Any] = {"register_neurons": {}, "test_time_fit": None, "reason": reason}
+        print_result(nothing, lambda: typer.echo(reason), as_json=as_json, quiet=quiet)
+        return
+    print_result(
+        {"register_neurons": neurons, "test_time_fit": fit, "reason": fit["reason"]},
+        lambda: print_fit(neurons, fit, output_dir),
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: str) -> None:
-    """Print what was found."""
+    """Print which neurons were found, and what is left of the outliers by their number."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title="outlier patches left, by number of register neurons (held-out pictures)")
+    table = Table(title="outlier patches left, by number of register neurons (held-out images)")
     table.add_column("neurons", justify="right")
     table.add_column("outlier patches", justify="right")
     for number, share in sorted((int(number), share) for number, share in fit["curve"].items()):
@@ -94,7 +106,7 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
         f"Outliers appear behind block {fit['top_layer']} (rule {fit['rule']}). {fit['reason']}", markup=False
     )
     console.print(
-        "Share of the patch tokens beyond the line, behind that block; L2 norms, before the final LayerNorm.",
+        "Share of the patch tokens beyond the threshold, behind that block; L2 norms, before the final LayerNorm.",
         style="dim",
     )
     console.print(

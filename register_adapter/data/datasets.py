@@ -160,7 +160,12 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
 
 
 def skip_bad(
-    dataset: Dataset, image_column: str = "image", decode: bool = True, strict: bool = False, num_workers: int = 4
+    dataset: Dataset,
+    image_column: str = "image",
+    decode: bool = True,
+    strict: bool = False,
+    num_workers: int = 4,
+    progress: bool = True,
 ) -> tuple[Dataset, list[str]]:
     """Leave out the items whose pictures cannot be read, and say which; classes and their numbers stay.
 
@@ -172,6 +177,7 @@ def skip_bad(
         decode: Decode every picture whole, or read headers only.
         strict: Refuse instead of skipping.
         num_workers: Number of threads a process.
+        progress: Show a bar.
 
     Returns:
         The data set without bad items, and a line for each of those: its name and what is wrong.
@@ -194,7 +200,7 @@ def skip_bad(
             "checking pictures",
             len(share),
             unit="file",
-            disable=not state.is_local_main_process,
+            disable=not (progress and state.is_local_main_process),
         )
         mine = [result for result in results if result is not None]
     faults = dict(sorted(gather_object(mine)))
@@ -282,7 +288,9 @@ class Data:
     name: str
 
 
-def load_data(args: DataArguments, seed: int = 0, num_workers: int = 4, token: str | None = None) -> Data:
+def load_data(
+    args: DataArguments, seed: int = 0, num_workers: int = 4, token: str | None = None, *, progress: bool = True
+) -> Data:
     """Load, split and check the pictures that ``args`` describe.
 
     Args:
@@ -290,6 +298,7 @@ def load_data(args: DataArguments, seed: int = 0, num_workers: int = 4, token: s
         seed: Seed of the split, where there is no validation set, and of the choice of ``max_*_samples``.
         num_workers: Number of threads that check pictures.
         token: Token for the Hub; by default the one that huggingface_hub finds.
+        progress: Show a bar while images are checked.
 
     Raises:
         ValueError: There is no such folder, column or split, or a class of the validation set is unknown.
@@ -315,7 +324,7 @@ def load_data(args: DataArguments, seed: int = 0, num_workers: int = 4, token: s
         if limit is not None and limit < len(data):
             data = data.shuffle(seed=seed).select(range(limit))
         if args.verify != "none":
-            data, lines = skip_bad(data, "image", args.verify == "full", args.strict, num_workers)
+            data, lines = skip_bad(data, "image", args.verify == "full", args.strict, num_workers, progress)
             skipped += lines
         sets.append(data)
     return Data(sets[0], sets[1], train.features["label"].names, skipped, name)

@@ -1,7 +1,7 @@
 """What the package ships to be tried on without a network: scenes, a small ViT, planted artifacts."""
 
+from .control import random_registers
 from .plant import Planting, plant_artifacts
-from .probe import register_probe
 from .scenes import COLOURS, LABELS, SHAPES, Scene, SceneDataset, SceneObject, make_scene, photographs
 from .vit import load_image_processor, load_planted_vit, load_vit
 
@@ -19,5 +19,5 @@ __all__ = [
     "make_scene",
     "photographs",
     "plant_artifacts",
-    "register_probe",
+    "random_registers",
 ]

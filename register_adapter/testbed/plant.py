@@ -30,7 +30,7 @@ from ..artifacts.norms import neighbour_similarity
 from ..errors import UnsupportedModelError
 from ..features.trace import capture
 from ..towers.tower import Tower, find_tower
-from .probe import register_probe
+from .control import random_registers
 from .scenes import SceneDataset
 
 __all__ = ["Planting", "plant_artifacts"]
@@ -41,7 +41,7 @@ _HEIGHT = 10.0
 
 @dataclass(frozen=True)
 class _View:
-    """One way of looking at the pictures: a perturbation that the neurons must not mind."""
+    """One way of looking at the images: a perturbation that the neurons must not mind."""
 
     num_registers: int = 0
     std: float = 0.02
@@ -116,24 +116,24 @@ def _look(
     model: nn.Module, tower: Tower, layer: int, pixel_values: torch.Tensor, view: _View, target: _Target, seed: int
 ) -> _Tokens:
     """What goes into block ``layer``'s MLP under one view."""
-    pictures = pixel_values.float()
+    images = pixel_values.float()
     if view.scale != 1.0:
         patch = tower.patch_size or 1
-        size = [round(side * view.scale / patch) * patch for side in pictures.shape[-2:]]
-        pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True)
+        size = [round(side * view.scale / patch) * patch for side in images.shape[-2:]]
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
     if view.noise:
-        noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
-        pictures = pictures + view.noise * noise.to(pictures.device)
-    pictures = pictures.to(pixel_values.dtype)
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        images = images + view.noise * noise.to(images.device)
+    images = images.to(pixel_values.dtype)
     with (
-        register_probe(model, view.num_registers, view.std, seed),
+        random_registers(model, view.num_registers, view.std, seed),
         _inputs_of(tower.block_part(layer, "mlp_in")) as seen,
     ):
-        tower.run(pictures)
+        tower.run(images)
     tokens = seen[0].float().cpu()
     first = tower.prefix + view.num_registers
     return _Tokens(
-        tokens[:, :first].flatten(0, 1), tokens[:, first:], target.labels(neighbour_similarity(tower, pictures).cpu())
+        tokens[:, :first].flatten(0, 1), tokens[:, first:], target.labels(neighbour_similarity(tower, images).cpu())
     )
 
 
@@ -280,7 +280,7 @@ def plant_artifacts(
     Args:
         model: Any supported model whose MLP layers have biases. It is left as it is.
         layer: Index of the block that gets the neurons; default: the middle.
-        pixel_values: Pictures to fit on, ``(M, 3, H, W)``, as the model expects them; 64 or more with plain places.
+        pixel_values: Images to fit on, ``(M, 3, H, W)``, as the model expects them; 64 or more with plain places.
             Default: 128 scenes, scaled to -1…1, of the size in the model's config.
         num_neurons: Number of hidden units that are overwritten, an even number.
         strength: Norm of what is written over the largest median patch norm of the blocks from ``layer`` on.
@@ -293,7 +293,7 @@ def plant_artifacts(
 
     Raises:
         UnsupportedModelError: No single vision tower, or MLP layers that cannot be overwritten.
-        ValueError: ``layer`` is no block of the model, or ``num_neurons`` is odd.
+        ValueError: ``layer`` is not a block of the model, or ``num_neurons`` is odd.
     """
     planted = copy.deepcopy(model).eval().requires_grad_(False)
     tower = find_tower(planted)
@@ -308,7 +308,7 @@ def plant_artifacts(
         raise UnsupportedModelError(
             f"block {layer} of {type(tower.module).__name__} has no MLP with biases that the table describes"
         )
-    pixel_values = _default_pictures(tower, seed) if pixel_values is None else pixel_values
+    pixel_values = _default_images(tower, seed) if pixel_values is None else pixel_values
     pixel_values = pixel_values.to(gate.weight)
 
     target = _Target.choose(neighbour_similarity(tower, pixel_values).cpu(), share, seed)
@@ -343,12 +343,12 @@ def _write_columns(tower: Tower, layer: int, pairs: list[list[int]], vector: tor
         out.weight[:, second] = -column.to(out.weight)
 
 
-def _default_pictures(tower: Tower, seed: int) -> torch.Tensor:
+def _default_images(tower: Tower, seed: int) -> torch.Tensor:
     """``(128, 3, S, S)`` scenes of the model's own size, scaled to -1…1."""
     size = getattr(tower.config, "image_size", None)
     side = size[0] if isinstance(size, list | tuple) else size
     if not isinstance(side, int):
         raise ValueError("the model's config does not say an image_size; give pixel_values")
     scenes = SceneDataset(128, size=side, seed=seed)
-    pictures = torch.stack([torch.from_numpy(scenes.scene(index).image) for index in range(len(scenes))])
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = torch.stack([torch.from_numpy(scenes.scene(index).image) for index in range(len(scenes))])
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1

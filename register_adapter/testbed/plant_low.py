@@ -14,7 +14,7 @@ from torch import nn
 
 from ..features.trace import capture
 from ..towers.tower import find_tower
-from .plant import Planting, _attractive_vector, _default_pictures, _write_columns, plant_artifacts
+from .plant import Planting, _attractive_vector, _default_images, _write_columns, plant_artifacts
 
 __all__ = ["plant_low_norm_artifacts"]
 
@@ -34,7 +34,7 @@ def plant_low_norm_artifacts(
     Args:
         model: As for :func:`plant_artifacts`; it is left as it is.
         layer: Index of the block that gets the neurons; default: the middle.
-        pixel_values: Pictures to fit on, ``(M, 3, H, W)``.
+        pixel_values: Images to fit on, ``(M, 3, H, W)``.
         norm: Median norm of the patches hit, at the output of block ``layer``, over that of all patches there: below 1
             is low, 1 is inconspicuous. It is reached as far as the patches hit are alike; later blocks add to it.
         attraction_steps: Steps of the search for a vector that later blocks attend to; 0 takes a random one.
@@ -45,13 +45,13 @@ def plant_low_norm_artifacts(
         The :class:`Planting`.
 
     Raises:
-        ValueError: ``norm`` is not above 0, or no patch of the pictures is hit.
+        ValueError: ``norm`` is not above 0, or no patch of the images is hit.
         UnsupportedModelError: As for :func:`plant_artifacts`.
     """
     if not norm > 0:
         raise ValueError(f"norm must be above 0, got {norm}")
     if pixel_values is None:
-        pixel_values = _default_pictures(find_tower(model), seed)
+        pixel_values = _default_images(find_tower(model), seed)
     planting = plant_artifacts(model, layer, pixel_values, attraction_steps=0, seed=seed, **options)
     planted, neurons = planting.model, list(planting.neurons)
     tower = find_tower(planted)
@@ -64,7 +64,7 @@ def plant_low_norm_artifacts(
     _write_columns(tower, planting.layer, pairs, torch.zeros(width, device=pixel_values.device))
     hits = planting.hits(pixel_values)
     if not hits.any():
-        raise ValueError("no patch of the pictures is hit: give more pictures, or a larger share")
+        raise ValueError("no patch of the images is hit: give more images, or a larger share")
     with torch.no_grad(), capture(planted, attentions=False) as trace:
         tower.run(pixel_values)
     states = trace.patches(planting.layer + 1).float()

@@ -1,4 +1,4 @@
-"""Procedural labelled pictures: one or two coloured shapes on a low-information background.
+"""Procedural labelled images: one or two coloured shapes on a low-information background.
 
 The background is the point: register artifacts sit on patches that say nothing that their neighbours do not say as
 well ("Vision Transformers Need Registers", arXiv 2309.16588, section 2.1), so every scene has many of them, and the
@@ -60,7 +60,7 @@ SHAPES: tuple[str, ...] = tuple(_FIELDS)
 COLOURS: tuple[str, ...] = tuple(_COLOURS)
 LABELS: tuple[str, ...] = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
-# (package, file) of pictures that installed packages carry; the two splits share none.
+# (package, file) of images that installed packages carry; the two splits share none.
 _PHOTOGRAPHS: dict[Split, tuple[tuple[str, str], ...]] = {
     "train": (
         ("skimage", "data/astronaut.png"),
@@ -99,7 +99,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its ground truth.
+    """An image and its ground truth.
 
     Attributes:
         image: ``(H, W, 3)`` uint8 RGB.
@@ -126,7 +126,7 @@ class Scene:
 
     @property
     def pil(self) -> Image.Image:
-        """The picture as a PIL image."""
+        """The image as a PIL image."""
         return Image.fromarray(self.image)
 
 
@@ -142,14 +142,14 @@ def photographs(split: Split = "train") -> tuple[Image.Image, ...]:
     """
     from importlib.util import find_spec
 
-    pictures = []
+    images = []
     for package, file in _PHOTOGRAPHS[split]:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise MissingExtraError("photographs behind the scenes", package, "testbed")
-        with Image.open(Path(spec.origin).parent / file) as picture:
-            pictures.append(picture.convert("RGB"))
-    return tuple(pictures)
+        with Image.open(Path(spec.origin).parent / file) as image:
+            images.append(image.convert("RGB"))
+    return tuple(images)
 
 
 def _background(rng: np.random.Generator, size: int, photos: Sequence[Image.Image]) -> _Array:
@@ -190,10 +190,10 @@ def _box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def make_scene(seed: int | Sequence[int], size: int = 80, photos: Sequence[Image.Image] = ()) -> Scene:
-    """Draw one scene; the same arguments always give the same picture.
+    """Draw one scene; the same arguments always give the same image.
 
     Args:
-        seed: Seed of this picture, an integer or a sequence of them (as for ``numpy.random.default_rng``).
+        seed: Seed of this image, an integer or a sequence of them (as for ``numpy.random.default_rng``).
         size: Side in pixels.
         photos: Photographs to cut backgrounds from; with none every background is a gradient.
 

@@ -34,9 +34,9 @@ class TrainArguments:
     """
 
     output_dir: str | None = _knob(None, "Folder for the adapter, checkpoints, logs and results.json.")
-    per_device_train_batch_size: int = _knob(8, "Pictures a process and step.")
-    per_device_eval_batch_size: int = _knob(8, "Pictures a process in the evaluation.")
-    gradient_accumulation_steps: int = _knob(1, "Batches an optimiser step.")
+    per_device_train_batch_size: int = _knob(8, "Images per process and step.")
+    per_device_eval_batch_size: int = _knob(8, "Images per process in the evaluation.")
+    gradient_accumulation_steps: int = _knob(1, "Batches per optimiser step.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _knob(
         None, "Autocast to fp16 or bf16; by default what `accelerate launch` says."
     )
@@ -48,7 +48,7 @@ class TrainArguments:
     num_train_epochs: int = _knob(3, "Passes over the training set.")
     max_train_steps: int | None = _knob(None, "Optimiser steps; overrides the number of epochs.")
     seed: int = _knob(0, "Seed of initial values, order of the data and dropout.")
-    dataloader_num_workers: int = _knob(0, "Processes that read pictures; 0 reads in the training process.")
+    dataloader_num_workers: int = _knob(0, "Processes that read images; 0 reads in the training process.")
     checkpointing_steps: int | str | None = _knob(None, "Checkpoint every so many optimiser steps, or each 'epoch'.")
     resume_from_checkpoint: str | None = _knob(
         None, "A checkpoint's folder, or 'latest' (starts anew if there is none)."
@@ -58,6 +58,7 @@ class TrainArguments:
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
     report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
+    quiet: bool = _knob(False, "Show neither progress nor messages that are not warnings.")
     use_cpu: bool = _knob(False, "Train on the CPU even where there is a GPU.")
     push_to_hub: bool = _knob(False, "Upload the adapter to the Hub after training.")
     hub_model_id: str | None = _knob(None, "Repository on the Hub, user/name.")

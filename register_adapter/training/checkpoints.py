@@ -76,15 +76,15 @@ def find(name: str, output_dir: str | Path) -> Path | None:
         Its path; ``None`` for ``"latest"`` in a folder without any.
 
     Raises:
-        CheckpointError: The folder is no checkpoint.
+        CheckpointError: The folder is not a checkpoint.
     """
     whole = find_all(output_dir)
     if name == "latest":
         return whole[-1] if whole else None
     path = Path(name)
     if not (path / _STATE).is_file():
-        others = f"{output_dir} has {[one.name for one in whole]}" if whole else f"{output_dir} has none"
-        raise CheckpointError(f"{path} is no checkpoint (there is no {_STATE} in it); {others}")
+        others = f"{output_dir} has {[path.name for path in whole]}" if whole else f"{output_dir} has none"
+        raise CheckpointError(f"{path} is not a checkpoint (there is no {_STATE} in it); {others}")
     return path
 
 

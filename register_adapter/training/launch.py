@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +24,8 @@ from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from .arguments import TrainArguments
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
-from .trainer import check_output_dir, train, use_cpu
+from .setup import use_cpu
+from .trainer import check_output_dir, train
 
 __all__ = ["ModelArguments", "main"]
 
@@ -46,7 +49,7 @@ class ModelArguments:
     num_registers: int = field(default=4, metadata={"help": "Number of registers."})
     init: Literal["normal", "zeros", "cls", "test_time"] = field(
         default="normal",
-        metadata={"help": "Their initial values; test_time finds register neurons on the training pictures first."},
+        metadata={"help": "Their initial values; test_time finds register neurons on the training images first."},
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of those."})
     adapter_name_or_path: str | None = field(
@@ -59,63 +62,89 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.adapter_name_or_path and self.init != "normal":
-            raise ValueError(f"--adapter_name_or_path brings initial values along; leave out --init {self.init}")
+            raise ValueError(f"--adapter-name-or-path brings initial values along; leave out --init {self.init}")
         if self.neurons != "keep" and not (self.adapter_name_or_path or self.init == "test_time"):
-            raise ValueError(f"--neurons {self.neurons} needs --adapter_name_or_path or --init test_time")
+            raise ValueError(f"--neurons {self.neurons} needs --adapter-name-or-path or --init test_time")
         if self.num_registers < 1:
             raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train") -> dict[str, Any]:
     """Parse the command line, train, and return the results that are written to ``results.json``.
 
     Args:
         argv: The arguments; those of the process by default.
+        prog: Name of the program in its help.
 
     Raises:
         SystemExit: An argument, the data or the model is unfit; the message on the standard error says why.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainArguments),
-        prog="register_adapter.train",
-        description="Train register tokens on a frozen vision transformer. A token for the Hub is taken from HF_TOKEN "
-        "or from `hf auth login`, never from the command line.",
-        allow_abbrev=False,
-    )
-    for objective in OBJECTIVES.values():
-        objective.add_arguments(parser.add_argument_group(f"objective {objective.name}"))
-    try:
-        *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-        model_args, data_args, args, *namespaces = parsed
-        # Names only: a value may be a token.
-        unknown = [word.partition("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
-        if rest:
-            raise ValueError(f"unrecognised arguments: {', '.join(unknown)}")
-        if args.output_dir is None:
-            raise ValueError("--output_dir is required")
-        check_output_dir(args)
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
-
+    model_args, data_args, args, flags = _parse(_make_parser(prog), argv)
     state = PartialState(cpu=use_cpu(args))
-    with _messages(state.is_main_process):
+    with _messages(state.is_main_process, args.quiet):
         try:
-            return _train(model_args, data_args, args, namespaces[0])
+            results = _train(model_args, data_args, args, flags)
         except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:
             # A mistake of the user's, not of the program's: no traceback.
             if state.is_main_process:
                 logger.error("%s", error)
             sys.exit(1)
+    if flags.json and state.is_main_process:
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _make_parser(prog: str) -> HfArgumentParser:
+    """The parser of all flags; it accepts underscores and hyphens, and shows hyphens."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainArguments),
+        prog=prog,
+        description="Train register tokens on a frozen vision transformer. A token for the Hub is taken from HF_TOKEN "
+        "or from `hf auth login`, never from the command line.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="Print the results as JSON, and nothing else.")
+    for objective in OBJECTIVES.values():
+        objective.add_arguments(parser.add_argument_group(f"objective {objective.name}"))
+    for action in parser._actions:
+        shown = [option for option in action.option_strings if "_" not in option]
+        # The parser has its own table of what it accepts; these are for help and messages.
+        action.option_strings = shown or action.option_strings
+    return parser
+
+
+def _parse(
+    parser: HfArgumentParser, argv: Sequence[str] | None
+) -> tuple[ModelArguments, DataArguments, TrainArguments, Namespace]:
+    """The arguments, checked as far as they can be before anything is loaded.
+
+    Raises:
+        SystemExit: One of them is unfit.
+    """
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+        # Names only: a value may be a token.
+        unknown = [word.partition("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
+        if rest:
+            raise ValueError(f"unrecognised arguments: {', '.join(unknown)}")
+        model_args, data_args, args, flags = parsed
+        if args.output_dir is None:
+            raise ValueError("--output-dir is required")
+        check_output_dir(args)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    return model_args, data_args, args, flags
 
 
 @contextmanager
-def _messages(is_main_process: bool) -> Iterator[None]:
-    """Show the package's own messages on the standard error, from the main process alone."""
+def _messages(is_main_process: bool, quiet: bool) -> Iterator[None]:
+    """Show the package's own messages on the standard error, from the main process alone; ``quiet`` keeps warnings."""
     package, handler = logging.getLogger("register_adapter"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     level = package.level
     package.addHandler(handler)
-    package.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
+    wanted = logging.WARNING if quiet else logging.INFO
+    package.setLevel(wanted if is_main_process else logging.CRITICAL)
     try:
         yield
     finally:
@@ -123,23 +152,25 @@ def _messages(is_main_process: bool) -> Iterator[None]:
         package.setLevel(level)
 
 
-def _train(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, flags: Any) -> dict[str, Any]:
+def _train(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, flags: Namespace
+) -> dict[str, Any]:
     set_seed(args.seed)
     source, revision = model_args.image_processor_name or model_args.model_name_or_path, model_args.model_revision
     image_processor = load_image_processor(
         source, **({} if model_args.image_processor_name else {"revision": revision})
     )
-    data = load_data(data_args, args.seed, max(1, args.dataloader_num_workers))
+    data = load_data(data_args, args.seed, max(1, args.dataloader_num_workers), progress=not args.quiet)
     objective = OBJECTIVES[model_args.objective].from_arguments(flags, data.labels)
     base = objective.load_base(model_args.model_name_or_path, revision=revision)
-    pictures = ProcessedDataset(data.train, image_processor)
-    model = _wrap(model_args, objective, base, pictures)
+    images = ProcessedDataset(data.train, image_processor)
+    model = _wrap(model_args, objective, base, images, progress=not args.quiet)
     if model_args.neurons == "anneal":
         objective = AnnealedNeurons(objective)
     return train(
         model,
         objective,
-        pictures,
+        images,
         args,
         ProcessedDataset(data.validation, image_processor),
         image_processor=image_processor,
@@ -149,7 +180,9 @@ def _train(model_args: ModelArguments, data_args: DataArguments, args: TrainArgu
     )
 
 
-def _wrap(args: ModelArguments, objective: Objective, base: nn.Module, pictures: ProcessedDataset) -> RegisterPeftModel:
+def _wrap(
+    args: ModelArguments, objective: Objective, base: nn.Module, images: ProcessedDataset, progress: bool
+) -> RegisterPeftModel:
     """New registers, or those of an adapter, or fitted ones."""
     if args.adapter_name_or_path is None and args.init != "test_time":
         return objective.wrap(base, num_registers=args.num_registers, init=args.init, init_std=args.init_std)
@@ -158,9 +191,9 @@ def _wrap(args: ModelArguments, objective: Objective, base: nn.Module, pictures:
     if args.adapter_name_or_path is not None:
         source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
     else:
-        source = fit_test_time_registers(base, _Pictures(pictures), num_registers=args.num_registers)
-    few, dropped = range(min(len(pictures), 64)), args.neurons == "drop"
-    batches = [torch.stack([pictures[index]["pixel_values"] for index in few]).to(device)] if dropped else []
+        source = fit_test_time_registers(base, _Batches(images), num_registers=args.num_registers, progress=progress)
+    few, dropped = range(min(len(images), 64)), args.neurons == "drop"
+    batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
     start = start_from(source, args.neurons, batches)
     source.unload()
     model = objective.wrap(base, **start.options)
@@ -170,16 +203,16 @@ def _wrap(args: ModelArguments, objective: Objective, base: nn.Module, pictures:
     return model
 
 
-class _Pictures:
+class _Batches:
     """Pixel values alone, in batches, as a fit takes them."""
 
-    def __init__(self, pictures: ProcessedDataset, batch_size: int = 32) -> None:
-        self.pictures, self.batch_size = pictures, batch_size
+    def __init__(self, images: ProcessedDataset, batch_size: int = 32) -> None:
+        self.images, self.batch_size = images, batch_size
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for start in range(0, len(self.pictures), self.batch_size):
-            items = range(start, min(start + self.batch_size, len(self.pictures)))
-            yield torch.stack([self.pictures[index]["pixel_values"] for index in items])
+        for start in range(0, len(self.images), self.batch_size):
+            items = range(start, min(start + self.batch_size, len(self.images)))
+            yield torch.stack([self.images[index]["pixel_values"] for index in items])
 
 
 def _registers_of(model: RegisterPeftModel) -> int:

@@ -19,7 +19,7 @@ from .arguments import TrainArguments
 from .checkpoints import TrainState
 from .objectives import Objective
 
-__all__ = ["Loop", "evaluate"]
+__all__ = ["Loop", "evaluate", "number_of_steps"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +33,14 @@ class Loop:
         objective: What to train on.
         model: The prepared model.
         optimizer: The prepared optimiser.
+        scheduler: The schedule of its learning rate, in optimiser steps.
         loader: The prepared loader of the training set.
         generator: The loader's generator; it is set anew for each epoch.
         state: Where the run is; moved on in place.
+        total_steps: Optimiser steps of the whole run.
+        random_state: The random states of a checkpoint; set after the first batch is read, since reading draws random
+            numbers too.
     """
-
-    scheduler: Any
 
     def __init__(
         self,
@@ -47,27 +49,23 @@ class Loop:
         objective: Objective,
         model: nn.Module,
         optimizer: Any,
+        scheduler: Any,
         loader: Any,
         generator: torch.Generator,
         state: TrainState,
+        total_steps: int,
+        random_state: dict[str, Any] | None = None,
     ) -> None:
         self.accelerator, self.args, self.objective, self.model = accelerator, args, objective, model
-        self.optimizer, self.loader, self.generator, self.state = optimizer, loader, generator, state
-        #: Set after the first batch is read, since reading draws random numbers too.
-        self.random_state: dict[str, Any] | None = None
+        self.optimizer, self.scheduler, self.loader, self.generator = optimizer, scheduler, loader, generator
+        self.state, self.total_steps, self.random_state = state, total_steps, random_state
         self.seconds, self.images = 0.0, 0
         self._sums: dict[str, Any] = defaultdict(float)
         self._count = 0
 
     @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        epoch = math.ceil(len(self.loader) / self.accelerator.gradient_accumulation_steps)
-        return self.args.max_train_steps or self.args.num_train_epochs * epoch
-
-    @property
     def images_per_second(self) -> float:
-        """Pictures of all processes a second, checkpoints included."""
+        """Images of all processes per second, checkpoints included."""
         return self.images / self.seconds if self.seconds else 0.0
 
     def fit(self) -> dict[str, float]:
@@ -82,7 +80,7 @@ class Loop:
         """
         metrics: dict[str, float] = {}
         began, total = time.perf_counter(), self.total_steps
-        shown = self.accelerator.is_local_main_process
+        shown = self.accelerator.is_local_main_process and not self.args.quiet
         self.model.train()
         with tqdm(initial=self.state.global_step, total=total, desc="training", unit="step", disable=not shown) as bar:
             while self.state.global_step < total:
@@ -169,8 +167,15 @@ class Loop:
         )
 
 
+def number_of_steps(args: TrainArguments, batches: int, accumulation: int) -> int:
+    """Optimiser steps of a run whose epochs have ``batches`` batches per process, ``accumulation`` of them a step."""
+    return args.max_train_steps or args.num_train_epochs * math.ceil(batches / accumulation)
+
+
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, objective: Objective, loader: Any) -> dict[str, float]:
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, loader: Any, progress: bool = True
+) -> dict[str, float]:
     """The means of an objective's metrics over a whole set; every sample counts once, whatever the number of processes.
 
     Args:
@@ -178,11 +183,13 @@ def evaluate(accelerator: Accelerator, model: nn.Module, objective: Objective, l
         model: The model; it is left in ``eval()`` mode.
         objective: Gives the metrics of each sample.
         loader: The prepared loader.
+        progress: Show a bar.
     """
     model.eval()
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
-    for batch in tqdm(loader, "evaluating", unit="batch", disable=not accelerator.is_local_main_process):
+    shown = progress and accelerator.is_local_main_process
+    for batch in tqdm(loader, "evaluating", unit="batch", disable=not shown):
         for name, values in accelerator.gather_for_metrics(objective.evaluate(model, batch)).items():
             sums[name] += float(values.sum())
             counts[name] += len(values)

@@ -19,7 +19,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.models.auto import modeling_auto
 
-from .._version import __version__
+from ..utils.environment import version
 from ..utils.hub import WEIGHTS_NAME
 from .config import RegisterConfig
 
@@ -292,7 +292,7 @@ def _body(
         "Its vision tower": str(tower) if tower else "not recorded",
         "Initial values": f"`{config.init}`, standard deviation {config.init_std:g}",
         "Saved as a whole beside them": ", ".join(f"`{name}`" for name in config.modules_to_save or []) or "nothing",
-        "Written by": f"register-adapter {__version__}, PEFT {config.peft_version}",
+        "Written by": f"register-adapter {version()}, PEFT {config.peft_version}",
     }
     results = [f"| {_plain(name)} | {value:.6g} |" for name, value in (metrics or {}).items()]
     return "\n".join(

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from .._version import __version__
+from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_errors
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
@@ -194,7 +194,7 @@ class RegisterPeftModel(PeftModel):
             ValueError: The token has characters that no token has.
         """
         token = checked_token(token)
-        api = HfApi(token=token, library_name="register-adapter", library_version=__version__)
+        api = HfApi(token=token, library_name="register-adapter", library_version=version())
         with tempfile.TemporaryDirectory() as scratch, hub_errors(repo_id, revision, token):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/pr/"):

@@ -5,28 +5,39 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-__all__ = ["git_commit", "hardware", "machine", "versions"]
+__all__ = ["git_commit", "hardware", "machine", "version", "versions"]
 
-_PACKAGES = ("register-adapter", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
+_PACKAGE = "register-adapter"
+_PACKAGES = (_PACKAGE, "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
+
+
+def version() -> str:
+    """The version of this package; ``"unknown"`` for a copy of the sources that was never installed."""
+    return _installed(_PACKAGE) or "unknown"
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a result depends on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    # The package's metadata leave out which build it is (+cpu, +cu132).
-    found["torch"] = str(torch.__version__)
-    return found
+    # The metadata of torch leave out which build it is (+cpu, +cu132).
+    return {
+        "python": platform.python_version(),
+        **{name: _installed(name) for name in _PACKAGES},
+        "torch": str(torch.__version__),
+    }
+
+
+def _installed(package: str) -> str | None:
+    """The version in a package's metadata, ``None`` if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def hardware(accelerator: Accelerator) -> dict[str, Any]:

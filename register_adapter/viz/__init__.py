@@ -1,4 +1,4 @@
-"""Pictures of what is inside a model: attention, norms, principal components; as arrays, figures and a page."""
+"""Images of what is inside a model: attention, norms, principal components; as arrays, figures and a page."""
 
 from .colours import principal_colours
 from .examples import Example, attention_map, read_examples
@@ -10,15 +10,15 @@ from .figures import (
     plot_pca,
     plot_registers,
 )
-from .maps import Maps, PictureMaps, read_maps
+from .images import ImageInputError
+from .maps import ImageMaps, Maps, read_maps
 from .page import write_page
-from .pictures import PictureError
 
 __all__ = [
     "Example",
+    "ImageInputError",
+    "ImageMaps",
     "Maps",
-    "PictureError",
-    "PictureMaps",
     "attention_map",
     "plot_attention",
     "plot_before_after",

@@ -1,4 +1,4 @@
-"""Arrays as colours and as pictures inside a page: colour maps, principal components, PNG and JPEG as data URLs."""
+"""Arrays as colours and as images inside a page: colour maps, principal components, PNG and JPEG as data URLs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def coloured(values: npt.ArrayLike, colour_map: str, high: float | None = None) 
     steps = np.array([[int(hexa[i : i + 2], 16) for i in (0, 2, 4)] for hexa in COLOUR_MAPS[colour_map]], np.float32)
     place = np.clip(array / top, 0, 1)
     channels = [np.interp(place, np.linspace(0, 1, len(steps)), steps[:, channel]) for channel in range(3)]
-    found: npt.NDArray[np.uint8] = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-    return found
+    pixels: npt.NDArray[np.uint8] = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    return pixels
 
 
 def principal_colours(
@@ -51,20 +51,20 @@ def principal_colours(
 ) -> list[Array]:
     """First three principal components of patch tokens as red, green and blue, as in figure 1 of DINOv2's paper.
 
-    The components are fitted on the patches of all pictures together (arXiv 2304.07193), so that one colour means the
+    The components are fitted on the patches of all images together (arXiv 2304.07193), so that one colour means the
     same thing in all of them. Every component is scaled so that its 2nd percentile is 0 and its 98th is 1, lest a few
     outliers take the colour from the rest. The sign of a component is arbitrary; it is such that its largest loading is
     positive. With ``like``, signs and the order of the three are those that agree best with it.
 
     Args:
-        features: ``(h * w, D)`` patch tokens, one entry a picture.
+        features: ``(h * w, D)`` patch tokens, one entry per image.
         grids: Their ``(h, w)``.
         like: Colours of the same patches under another model, to follow.
 
     Returns:
         ``(h, w, 3)`` float32 in 0…1 each. Components that D or the number of patches does not yield are 0.
     """
-    together = torch.cat([one.double() for one in features])
+    together = torch.cat([image.double() for image in features])
     centred = together - together.mean(0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     axes = vectors.flip(1)[:, : min(3, len(together))]
@@ -72,17 +72,17 @@ def principal_colours(
     scores = torch.zeros(len(together), 3, dtype=torch.float64)
     scores[:, : axes.shape[1]] = centred @ axes
     if like is not None:
-        scores = _agreeing(scores, torch.cat([torch.from_numpy(one).reshape(-1, 3) for one in like]).double())
+        scores = _agreeing(scores, torch.cat([torch.from_numpy(image).reshape(-1, 3) for image in like]).double())
     low, high = torch.quantile(scores[:: max(1, len(scores) // 100_000)], torch.tensor([0.02, 0.98]).double(), dim=0)
     scaled = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
-    parts = scaled.split([len(one) for one in features])
+    parts = scaled.split([len(image) for image in features])
     return [part.reshape(*grid, 3).numpy() for part, grid in zip(parts, grids, strict=True)]
 
 
 def _agreeing(scores: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The three columns of ``scores`` in the order and with the signs that correlate best with those of ``wanted``."""
-    first, second = (one - one.mean(0) for one in (scores, wanted))
-    first, second = (one / one.norm(dim=0).clamp_min(1e-12) for one in (first, second))
+    first, second = (values - values.mean(0) for values in (scores, wanted))
+    first, second = (values / values.norm(dim=0).clamp_min(1e-12) for values in (first, second))
     correlation = first.T @ second
     places = torch.arange(3)
     order = max(permutations(range(3)), key=lambda one: float(correlation[list(one), places].abs().sum()))

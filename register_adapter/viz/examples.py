@@ -1,4 +1,4 @@
-"""Pictures with their maps under one model or several, and the attention map of one picture in one call."""
+"""Images with their maps under one model or several, and the attention map of one image in one call."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 from ..data.images import image_name
 from ..features.layout import tower_of
 from .colours import principal_colours
-from .maps import PictureMaps, read_picture
-from .pictures import PictureSource, Size, prepare_picture
+from .images import ImageSource, Size, prepare_image
+from .maps import ImageMaps, read_image_maps
 from .subjects import Subjects, looking_at, named_subjects
 
 __all__ = ["Example", "attention_map", "read_examples"]
@@ -24,22 +24,22 @@ __all__ = ["Example", "attention_map", "read_examples"]
 
 @dataclass(frozen=True)
 class Example:
-    """One picture and what each model makes of it.
+    """One image and what each model makes of it.
 
     Attributes:
-        name: What to call the picture.
-        picture: ``(H, W, 3)`` uint8, what the first model saw of it.
+        name: What to call the image.
+        image: ``(H, W, 3)`` uint8, what the first model saw of it.
         maps: From a model's name to its maps, in the order of the models.
     """
 
     name: str
-    picture: npt.NDArray[np.uint8]
-    maps: dict[str, PictureMaps]
+    image: npt.NDArray[np.uint8]
+    maps: dict[str, ImageMaps]
 
 
 def read_examples(
     models: Subjects,
-    pictures: Sequence[PictureSource] | torch.Tensor,
+    images: Sequence[ImageSource] | torch.Tensor,
     *,
     image_processor: Any = None,
     layer: int = -1,
@@ -47,74 +47,75 @@ def read_examples(
     antialias: bool = True,
     names: Sequence[str] | None = None,
 ) -> list[Example]:
-    """Read norm maps, attention maps, colours and registers' maps of a few pictures under one model or several.
+    """Read norm maps, attention maps, colours and registers' maps of a few images under one model or several.
 
-    Pictures go through one by one, so they may differ in size. Every model is left as it was.
+    Images go through one by one, so they may differ in size. Every model is left as it was.
 
     Args:
         models: One model, or several by name: ``{"base": model, ...}``. One adapter of a PEFT model is the pair
             ``(model, "adapter's name")``, the model with its adapters disabled ``(model, None)``; a single PEFT model
             with registers stands for its base and each of its register adapters.
-        pictures: Paths, PIL images or tensors ``(3, H, W)``, or one tensor ``(B, 3, H, W)`` of normalised pixel values.
+        images: Paths, PIL images or tensors ``(3, H, W)``, or one tensor ``(B, 3, H, W)`` of normalised pixel values.
         image_processor: Image processor of transformers or torchvision transform; ``None`` takes each model's own.
             Tensors need none.
         layer: Index of the block whose attention and principal components are read, -1 for the last.
         size: Pixels of the shorter side, or ``(height, width)``; ``None`` leaves sizes to the processor. Sides are
             cropped to a multiple of the patch size.
         antialias: Interpolate position embeddings with antialiasing.
-        names: One name a picture; its file's name by default.
+        names: One name per image; its file's name by default.
 
     Returns:
-        One entry a picture.
+        One entry per image.
 
     Raises:
-        ValueError: There is no model, no picture, no such block or adapter, or not one name a picture.
-        PictureError: A picture cannot be given to a model.
-        ImageFileError: A file is no picture.
+        ValueError: There is no model, no image, no such block or adapter, or there are not as many names as
+            images.
+        ImageInputError: An image cannot be given to a model.
+        ImageFileError: A file is not an image.
         UnsupportedModelError: Places of a model's patches are not known.
     """
-    sources: list[PictureSource] = list(pictures)
+    sources: list[ImageSource] = list(images)
     if not sources:
-        raise ValueError("no pictures to look at: pictures is empty")
+        raise ValueError("no images to look at: images is empty")
     titles = list(names) if names is not None else [_name(source, place) for place, source in enumerate(sources, 1)]
     if len(titles) != len(sources):
-        raise ValueError(f"{len(titles)} names for {len(sources)} pictures")
+        raise ValueError(f"{len(titles)} names for {len(sources)} images")
     shown: list[npt.NDArray[np.uint8]] = []
-    found: dict[str, list[PictureMaps]] = {}
+    maps_of: dict[str, list[ImageMaps]] = {}
     for name, subject in named_subjects(models).items():
         with looking_at(subject) as model:
             tower = tower_of(model)[0]
-            prepared = [prepare_picture(model, tower, source, image_processor, size) for source in sources]
-            found[name] = [read_picture(model, picture, layer, antialias) for picture in prepared]
-        shown = shown or [picture.shown for picture in prepared]
-    first: list[PictureMaps] | None = None
-    for name, maps in found.items():
-        found[name] = _with_colours(maps, first)
-        first = first or found[name]
+            prepared = [prepare_image(model, tower, source, image_processor, size) for source in sources]
+            maps_of[name] = [read_image_maps(model, image, layer, antialias) for image in prepared]
+        shown = shown or [image.shown for image in prepared]
+    first: list[ImageMaps] | None = None
+    for name, maps in maps_of.items():
+        maps_of[name] = _with_colours(maps, first)
+        first = first or maps_of[name]
     return [
-        Example(title, picture, {name: maps[place] for name, maps in found.items()})
-        for place, (title, picture) in enumerate(zip(titles, shown, strict=True))
+        Example(title, image, {name: maps[place] for name, maps in maps_of.items()})
+        for place, (title, image) in enumerate(zip(titles, shown, strict=True))
     ]
 
 
-def _name(source: PictureSource, place: int) -> str:
+def _name(source: ImageSource, place: int) -> str:
     path = image_name(source) if not isinstance(source, torch.Tensor | bytes) else ""
-    return Path(path).name if path and path != "picture without a name" else f"picture {place}"
+    return Path(path).name if path and not path.endswith("without a name") else f"image {place}"
 
 
-def _with_colours(maps: list[PictureMaps], first: list[PictureMaps] | None) -> list[PictureMaps]:
-    grids = [one.norms.shape[1:] for one in maps]
+def _with_colours(maps: list[ImageMaps], first: list[ImageMaps] | None) -> list[ImageMaps]:
+    grids = [image.norms.shape[1:] for image in maps]
     same = first is not None and all(
         a.colours is not None and a.colours.shape[:2] == grid for a, grid in zip(first, grids, strict=True)
     )
-    like = [one.colours for one in first if one.colours is not None] if first is not None and same else None
-    colours = principal_colours([one.features for one in maps], grids, like)
-    return [replace(one, colours=colour) for one, colour in zip(maps, colours, strict=True)]
+    like = [image.colours for image in first if image.colours is not None] if first is not None and same else None
+    colours = principal_colours([image.features for image in maps], grids, like)
+    return [replace(image, colours=colour) for image, colour in zip(maps, colours, strict=True)]
 
 
 def attention_map(
     model: nn.Module,
-    image: PictureSource,
+    image: ImageSource,
     *,
     image_processor: Any = None,
     layer: int = -1,
@@ -122,7 +123,7 @@ def attention_map(
     size: Size | None = None,
     antialias: bool = True,
 ) -> npt.NDArray[np.float32]:
-    """Attention of CLS to the patches of one picture, with any supported model, with or without registers.
+    """Attention of CLS to the patches of one image, with any supported model, with or without registers.
 
     Where there is no CLS, it is the attention that a patch receives, the mean over all queries.
 
@@ -136,7 +137,7 @@ def attention_map(
         size: Pixels of the shorter side (the sides' ratio is kept), or ``(height, width)``, for models that interpolate
             their position embeddings. ``None`` leaves the size to the processor. Sides that are not multiples of the
             patch size are cropped to one, as a patch embedding does.
-        antialias: Interpolate position embeddings with antialiasing; without it a smaller picture than the model was
+        antialias: Interpolate position embeddings with antialiasing; without it a smaller image than the model was
             trained on gives stripes.
 
     Returns:
@@ -145,16 +146,16 @@ def attention_map(
 
     Raises:
         ValueError: There is no such block or head.
-        PictureError: The picture cannot be given to this model.
-        ImageFileError: The file is no picture.
+        ImageInputError: The image cannot be given to this model.
+        ImageFileError: The file is not an image.
         UnsupportedModelError: The model has no vision tower, or places of its patches are not known.
 
     Example:
         >>> attention_map(model, "cat.jpg", size=518)
     """
     with looking_at(model):
-        picture = prepare_picture(model, tower_of(model)[0], image, image_processor, size)
-        heads = read_picture(model, picture, layer, antialias).attention
+        prepared = prepare_image(model, tower_of(model)[0], image, image_processor, size)
+        heads = read_image_maps(model, prepared, layer, antialias).attention
     if head is None:
         mean: npt.NDArray[np.float32] = heads.mean(0)
         return mean
@@ -162,5 +163,5 @@ def attention_map(
         return heads
     if isinstance(head, str) or not -len(heads) <= head < len(heads):
         raise ValueError(f"head={head!r}, expected None, 'all', or an index of one of {len(heads)} heads")
-    one: npt.NDArray[np.float32] = heads[head]
-    return one
+    chosen: npt.NDArray[np.float32] = heads[head]
+    return chosen

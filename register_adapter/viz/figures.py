@@ -10,6 +10,7 @@ import numpy as np
 
 from ..artifacts.report import ArtifactReport
 from ..errors import MissingExtraError
+from ..utils.staging import staged
 from .examples import Example
 from .maps import Maps
 
@@ -49,28 +50,29 @@ def _grid(rows: int, columns: int, side: float = 1.6, ticks: bool = False, **opt
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=_DPI)
+        with staged(Path(path).parent) as folder:
+            figure.savefig(folder / Path(path).name, dpi=_DPI)
     return figure
 
 
 def _show(axis: Any, values: Any, example: Example, overlay: bool, colour_map: str, **options: Any) -> Any:
-    """A map over the axis, of the picture's own extent so that both lie on each other."""
-    height, width = example.picture.shape[:2]
+    """A map over the axis, of the image's own extent so that both lie on each other."""
+    height, width = example.image.shape[:2]
     extent = (0, width, height, 0)
     if overlay:
-        axis.imshow(example.picture, extent=extent)
+        axis.imshow(example.image, extent=extent)
         options["alpha"] = 0.6
     return axis.imshow(values, extent=extent, cmap=colour_map, interpolation="nearest", **options)
 
 
 def plot_attention(example: Example, *, overlay: bool = False, path: str | Path | None = None) -> Figure:
-    """Attention to the patches: one row a model; the picture, the mean over heads, then every head.
+    """Attention to the patches: one row per model; the image, the mean over heads, then every head.
 
     Every map is scaled to its own largest value, as is usual.
 
     Args:
         example: One of :func:`read_examples`.
-        overlay: Lay the maps over the picture.
+        overlay: Lay the maps over the image.
         path: Where to save the figure; ``None`` does not save it.
 
     Raises:
@@ -79,21 +81,21 @@ def plot_attention(example: Example, *, overlay: bool = False, path: str | Path 
     heads = max(len(maps.attention) for maps in example.maps.values())
     figure, axes = _grid(len(example.maps), 2 + heads)
     for row, (name, maps) in zip(axes, example.maps.items(), strict=True):
-        row[0].imshow(example.picture)
+        row[0].imshow(example.image)
         row[0].set_ylabel(name, fontsize=9)
         for axis, values in zip(row[1:], [maps.attention.mean(0), *maps.attention], strict=False):
             _show(axis, values, example, overlay, "inferno", vmin=0)
         row[1].set_title("mean", fontsize=9)
         for head in range(len(maps.attention)):
             row[2 + head].set_title(f"head {head}", fontsize=9)
-    one = next(iter(example.maps.values()))
-    whose = "Attention of CLS" if one.query == "CLS" else "Attention that patches receive, mean over all queries"
-    figure.suptitle(f"{whose}, block {one.block}: {example.name}", fontsize=10)
+    shown = next(iter(example.maps.values()))
+    whose = "Attention of CLS" if shown.query == "CLS" else "Attention that patches receive, mean over all queries"
+    figure.suptitle(f"{whose}, block {shown.block}: {example.name}", fontsize=10)
     return _saved(figure, path)
 
 
 def plot_norm_maps(example: Example, *, layers: Sequence[int] | None = None, path: str | Path | None = None) -> Figure:
-    """Norms of the patch tokens, layer by layer: one row a model, one column a layer.
+    """Norms of the patch tokens, layer by layer: one row per model, one column per layer.
 
     A column has one colour scale for all models, from 0 to the largest norm there.
 
@@ -109,7 +111,7 @@ def plot_norm_maps(example: Example, *, layers: Sequence[int] | None = None, pat
     chosen = list(range(depth)) if layers is None else [layer % depth for layer in layers]
     figure, axes = _grid(len(example.maps), 1 + len(chosen), side=1.4)
     for row, (name, maps) in zip(axes, example.maps.items(), strict=True):
-        row[0].imshow(example.picture)
+        row[0].imshow(example.image)
         row[0].set_ylabel(name, fontsize=9)
         for axis, layer in zip(row[1:], chosen, strict=True):
             if layer < len(maps.norms):
@@ -149,14 +151,14 @@ def plot_norm_histograms(
         axis.set_visible(False)
     for axis, layer in zip(axes.flat, chosen, strict=False):
         for number, report in enumerate(several):
-            found = report.layers[layer] if layer < len(report.layers) else None
-            norms = found.norms.get("patch") if found is not None else None
-            if found is None or norms is None or not norms.counts:
+            shown = report.layers[layer] if layer < len(report.layers) else None
+            norms = shown.norms.get("patch") if shown is not None else None
+            if shown is None or norms is None or not norms.counts:
                 continue
             colour = f"C{number}"
             axis.stairs(norms.counts, norms.edges, fill=True, alpha=0.5, color=colour, label=report.name)
-            for cut in (found.cut.low, found.cut.high):
-                if found.cut.separated and 0 < cut < float("inf"):
+            for cut in (shown.cut.low, shown.cut.high):
+                if shown.cut.separated and 0 < cut < float("inf"):
                     axis.axvline(cut, color=colour, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -173,10 +175,10 @@ def plot_norm_histograms(
 def plot_pca(examples: Sequence[Example], *, path: str | Path | None = None) -> Figure:
     """First three principal components of the patch tokens as red, green and blue.
 
-    One row a picture, one column a model.
+    One row per image, one column per model.
 
     Args:
-        examples: From one call of :func:`read_examples`: the components are fitted on all its pictures together.
+        examples: From one call of :func:`read_examples`: the components are fitted on all its images together.
         path: Where to save the figure; ``None`` does not save it.
 
     Raises:
@@ -185,21 +187,21 @@ def plot_pca(examples: Sequence[Example], *, path: str | Path | None = None) -> 
     names = list(examples[0].maps)
     figure, axes = _grid(len(examples), 1 + len(names))
     for row, example in zip(axes, examples, strict=True):
-        row[0].imshow(example.picture)
+        row[0].imshow(example.image)
         for axis, name in zip(row[1:], names, strict=True):
             colours = example.maps[name].colours
             if colours is not None:
                 _show(axis, colours, example, False, "viridis")
     for axis, name in zip(axes[0, 1:], names, strict=True):
         axis.set_title(name, fontsize=9)
-    one = examples[0].maps[names[0]]
-    norm = "behind" if one.normed else "before"
-    figure.suptitle(f"First three principal components, block {one.block}, {norm} the final LayerNorm", fontsize=10)
+    shown = examples[0].maps[names[0]]
+    norm = "behind" if shown.normed else "before"
+    figure.suptitle(f"First three principal components, block {shown.block}, {norm} the final LayerNorm", fontsize=10)
     return _saved(figure, path)
 
 
 def plot_registers(example: Example, *, path: str | Path | None = None) -> Figure:
-    """Attention of CLS and of each register to the patches, mean over heads: one row a model.
+    """Attention of CLS and of each register to the patches, mean over heads: one row per model.
 
     Every map is scaled to its own largest value.
 
@@ -213,7 +215,7 @@ def plot_registers(example: Example, *, path: str | Path | None = None) -> Figur
     columns = max(len(maps.registers) for maps in example.maps.values())
     figure, axes = _grid(len(example.maps), 2 + columns)
     for row, (name, maps) in zip(axes, example.maps.items(), strict=True):
-        row[0].imshow(example.picture)
+        row[0].imshow(example.image)
         row[0].set_ylabel(name, fontsize=9)
         for axis, title, values in zip(
             row[1:],
@@ -228,32 +230,32 @@ def plot_registers(example: Example, *, path: str | Path | None = None) -> Figur
     return _saved(figure, path)
 
 
-def plot_before_after(pictures: Sequence[Any], maps: Sequence[Maps], path: str | Path | None = None) -> Figure:
-    """One row a picture: the picture, then its norm map and its attention map under every model.
+def plot_before_after(images: Sequence[Any], maps: Sequence[Maps], path: str | Path | None = None) -> Figure:
+    """One row per image: the image, then its norm map and its attention map under every model.
 
     Norm maps share one colour scale over the whole figure, so that columns can be compared; attention maps are scaled
     each to its own largest value, as is usual.
 
     Args:
-        pictures: Arrays ``(H, W, 3)`` or PIL images.
-        maps: One entry a model, of the same pictures.
+        images: Arrays ``(H, W, 3)`` or PIL images.
+        maps: One entry per model, of the same images.
         path: Where to save the figure; ``None`` does not save it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = _grid(len(pictures), 1 + 2 * len(maps), side=1.7)
-    limit = max(float(one.norms.max()) for one in maps)
+    figure, axes = _grid(len(images), 1 + 2 * len(maps), side=1.7)
+    limit = max(float(model.norms.max()) for model in maps)
     shown = None
-    for row, picture in enumerate(pictures):
-        axes[row, 0].imshow(np.asarray(picture))
-        for number, one in enumerate(maps):
-            shown = axes[row, 1 + number].imshow(one.norms[row], vmin=0, vmax=limit, cmap="viridis")
-            axes[row, 1 + len(maps) + number].imshow(one.attention[row], vmin=0, cmap="inferno")
-    axes[0, 0].set_title("picture", fontsize=9)
-    for number, one in enumerate(maps):
-        axes[0, 1 + number].set_title(f"norm\n{one.name}", fontsize=9)
-        axes[0, 1 + len(maps) + number].set_title(f"attention\n{one.name}", fontsize=9)
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(np.asarray(image))
+        for number, model in enumerate(maps):
+            shown = axes[row, 1 + number].imshow(model.norms[row], vmin=0, vmax=limit, cmap="viridis")
+            axes[row, 1 + len(maps) + number].imshow(model.attention[row], vmin=0, cmap="inferno")
+    axes[0, 0].set_title("image", fontsize=9)
+    for number, model in enumerate(maps):
+        axes[0, 1 + number].set_title(f"norm\n{model.name}", fontsize=9)
+        axes[0, 1 + len(maps) + number].set_title(f"attention\n{model.name}", fontsize=9)
     if shown is not None:
         bar = figure.colorbar(shown, ax=axes[:, 1 : 1 + len(maps)], location="bottom", shrink=0.6, aspect=40)
         bar.set_label("L2 norm of patch tokens, last block, before the final LayerNorm", fontsize=8)

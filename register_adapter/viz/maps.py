@@ -1,4 +1,4 @@
-"""Maps of one picture: norms, attention, and the features behind them, read off one forward pass."""
+"""Maps of one image: norms, attention, and the features behind them, read off one forward pass."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..features.layout import find_layout, tower_of
 from ..features.positions import antialiased_positions
 from ..features.trace import capture
 from ..towers.tower import Tower
-from .pictures import Picture, PictureError
+from .images import ImageInputError, PreparedImage
 from .subjects import looking_at
 
-__all__ = ["Maps", "PictureMaps", "read_maps", "read_picture"]
+__all__ = ["ImageMaps", "Maps", "read_image_maps", "read_maps"]
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class PictureMaps:
-    """One picture under one model; ``(h, w)`` is the grid of patches.
+class ImageMaps:
+    """One image under one model; ``(h, w)`` is the grid of patches.
 
     Attributes:
         norms: ``(L + 1, h, w)`` L2 norms of the patch tokens, before the final LayerNorm; entry 0 is the input of the
@@ -77,21 +77,21 @@ class _Rows(dict[int, torch.Tensor]):
 
 
 @torch.no_grad()
-def read_picture(model: nn.Module, picture: Picture, layer: int = -1, antialias: bool = True) -> PictureMaps:
-    """Maps of a prepared picture under ``model`` as it stands, with or without registers.
+def read_image_maps(model: nn.Module, image: PreparedImage, layer: int = -1, antialias: bool = True) -> ImageMaps:
+    """Maps of a prepared image under ``model`` as it stands, with or without registers.
 
-    Attention maps of other blocks are dropped as they come, so that a large model and picture fit into memory.
+    Attention maps of other blocks are dropped as they come, so that a large model and image fit into memory.
 
     Args:
         model: In the mode and with the adapters it is to be looked at.
-        picture: From :func:`~register_adapter.viz.pictures.prepare_picture`.
+        image: From :func:`~register_adapter.viz.images.prepare_image`.
         layer: Index of the block whose attention and features are read, -1 for the last.
         antialias: Interpolate position embeddings with antialiasing; see
             :func:`~register_adapter.features.antialiased_positions`.
 
     Raises:
         ValueError: There is no such block.
-        PictureError: The model fails on a picture of this size.
+        ImageInputError: The model fails on an image of this size.
         UnsupportedModelError: Places of its patches are not known.
     """
     tower, registers = tower_of(model)
@@ -108,8 +108,8 @@ def read_picture(model: nn.Module, picture: Picture, layer: int = -1, antialias:
         patches = stack.enter_context(watch_patches(tower))
         if antialias:
             stack.enter_context(antialiased_positions(tower))
-        _run(tower, picture.inputs)
-    grid = picture.grid or patches.shape(1, trace.patches().shape[1], picture.inputs)
+        _run(tower, image.inputs)
+    grid = image.grid or patches.shape(1, trace.patches().shape[1], image.inputs)
     kept = grid[0] * grid[1]  # padding stands behind the patches
     attention = rows.rows[:, :, first : first + kept]
     seen = attention[:, 0] if layout.num_cls else rows.mean[:, first : first + kept]
@@ -117,7 +117,7 @@ def read_picture(model: nn.Module, picture: Picture, layer: int = -1, antialias:
     norm = tower.part("final_norm") if tower.anatomy.norm_patches and block == blocks - 1 else None
     if norm is not None:
         features = norm.forward(features)  # registers leave by a hook on this very module
-    return PictureMaps(
+    return ImageMaps(
         norms=np.stack(
             [_map(trace.patches(index)[0, :kept].float().norm(dim=-1), grid) for index in range(blocks + 1)]
         ),
@@ -133,8 +133,8 @@ def read_picture(model: nn.Module, picture: Picture, layer: int = -1, antialias:
 
 def _map(values: torch.Tensor, grid: tuple[int, int]) -> Array:
     """``(..., h, w)`` from ``(..., h * w)``."""
-    found: Array = values.reshape(*values.shape[:-1], *grid).float().cpu().numpy()
-    return found
+    array: Array = values.reshape(*values.shape[:-1], *grid).float().cpu().numpy()
+    return array
 
 
 def _arguments(tower: Tower, inputs: torch.Tensor | Mapping[str, torch.Tensor]) -> Any:
@@ -146,11 +146,11 @@ def _arguments(tower: Tower, inputs: torch.Tensor | Mapping[str, torch.Tensor]) 
 
     if isinstance(inputs, torch.Tensor):
         return moved(inputs)
-    found = {name: moved(value) for name, value in inputs.items()}
+    keywords = {name: moved(value) for name, value in inputs.items()}
     name = "pixel_attention_mask"
-    if name in found and name not in inspect.signature(tower.module.forward).parameters:
-        found["attention_mask"] = found.pop(name)  # the module inside SigLIP 2's, in transformers 4
-    return found
+    if name in keywords and name not in inspect.signature(tower.module.forward).parameters:
+        keywords["attention_mask"] = keywords.pop(name)  # the module inside SigLIP 2's, in transformers 4
+    return keywords
 
 
 def _run(tower: Tower, inputs: torch.Tensor | Mapping[str, torch.Tensor]) -> None:
@@ -161,16 +161,16 @@ def _run(tower: Tower, inputs: torch.Tensor | Mapping[str, torch.Tensor]) -> Non
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         shape = arguments.shape if isinstance(arguments, torch.Tensor) else arguments["pixel_values"].shape
-        raise PictureError(
+        raise ImageInputError(
             f"{type(tower.module).__name__} fails on pixel values {tuple(shape)}: {error}. A model that does not "
-            "interpolate its position embeddings takes pictures of one size only; leave size=None, or build it so that "
+            "interpolate its position embeddings takes images of one size only; leave size=None, or build it so that "
             "it does (timm: dynamic_img_size=True)"
         ) from error
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Maps of a few pictures of one size under one model.
+    """Maps of a few images of one size under one model.
 
     Attributes:
         name: What to call the model above its columns.
@@ -187,5 +187,7 @@ class Maps:
 def read_maps(name: str, model: nn.Module, pixel_values: torch.Tensor) -> Maps:
     """Norm and attention maps of ``(B, 3, H, W)`` pixel values under ``model``, with or without registers."""
     with looking_at(model):
-        found = [read_picture(model, Picture(image[None], np.empty(0, np.uint8), None)) for image in pixel_values]
-    return Maps(name, np.stack([one.norms[-1] for one in found]), np.stack([one.attention.mean(0) for one in found]))
+        prepared = [PreparedImage(pixels[None], np.empty(0, np.uint8), None) for pixels in pixel_values]
+        maps = [read_image_maps(model, image) for image in prepared]
+    norms, attention = [image.norms[-1] for image in maps], [image.attention.mean(0) for image in maps]
+    return Maps(name, np.stack(norms), np.stack(attention))

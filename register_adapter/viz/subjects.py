@@ -16,7 +16,7 @@ __all__ = ["Subject", "Subjects", "looking_at", "named_subjects"]
 
 #: A model as it is, or a PEFT model with one of its adapters (``None``: with its adapters disabled).
 Subject = nn.Module | tuple[nn.Module, str | None]
-#: One model, or several by the name to show above their pictures.
+#: One model, or several by the name to show above their images.
 Subjects = nn.Module | Mapping[str, Subject]
 
 
@@ -41,7 +41,7 @@ def looking_at(subject: Subject) -> Iterator[nn.Module]:
     """The model of a subject, without gradients, in evaluation mode, its adapter active; all is put back afterwards.
 
     Raises:
-        ValueError: The subject names an adapter that the model does not have, or the model is no PEFT model.
+        ValueError: The subject names an adapter that the model does not have, or the model is not a PEFT model.
     """
     model, adapter = subject if isinstance(subject, tuple) else (subject, "")
     with ExitStack() as stack:
@@ -55,7 +55,7 @@ def looking_at(subject: Subject) -> Iterator[nn.Module]:
 def _adapter(model: Any, name: str | None) -> Iterator[None]:
     """``model`` with one adapter active, or with none."""
     if not isinstance(model, PeftModel):
-        raise ValueError(f"{type(model).__name__} is no PeftModel, so it has no adapter {name!r} to look at")
+        raise ValueError(f"{type(model).__name__} is not a PeftModel, so it has no adapter {name!r} to look at")
     if name is not None and name not in model.peft_config:
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}")
     # PEFT makes the parameters of an active adapter trainable.

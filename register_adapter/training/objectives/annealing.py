@@ -35,15 +35,15 @@ class AnnealedNeurons(Objective):
         raise NotImplementedError("AnnealedNeurons goes around another objective")
 
     def load_base(self, name_or_path: str, **kwargs: Any) -> nn.Module:
-        """As the inner one."""
+        """As the inner objective."""
         return self.inner.load_base(name_or_path, **kwargs)
 
     def wrap(self, base: nn.Module, **kwargs: Any) -> RegisterPeftModel:
-        """As the inner one."""
+        """As the inner objective."""
         return self.inner.wrap(base, **kwargs)
 
     def collate(self, items: list[dict[str, Any]]) -> Batch:
-        """As the inner one."""
+        """As the inner objective."""
         return self.inner.collate(items)
 
     def begin_step(self, model: nn.Module, progress: float) -> None:
@@ -52,11 +52,11 @@ class AnnealedNeurons(Objective):
         set_strength(extract_model_from_parallel(model), max(0.0, 1.0 - progress / self.until))
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As the inner one."""
+        """As the inner objective."""
         return self.inner.loss(model, batch)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """As the inner one."""
+        """As the inner objective."""
         return self.inner.evaluate(model, batch)
 
     def details(self) -> dict[str, Any]:

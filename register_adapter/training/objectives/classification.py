@@ -42,8 +42,12 @@ class ClassificationObjective(Objective):
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
-        """Add ``--freeze_head`` and ``--head``."""
-        parser.add_argument("--freeze_head", action="store_true", help="keep the model's head, train registers only")
+        """Add ``--freeze-head`` and ``--head``."""
+        parser.add_argument(
+            *("--freeze-head", "--freeze_head"),
+            action="store_true",
+            help="keep the model's head, train registers only",
+        )
         parser.add_argument("--head", default="classifier", help="name of the model's head, default 'classifier'")
 
     @classmethod
@@ -76,7 +80,7 @@ class ClassificationObjective(Objective):
         misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
         lost |= {key for key in misshapen if not key.startswith(allowed)}
         if lost:
-            advice = "A frozen head must be in the checkpoint: leave --freeze_head out, or " if self.freeze_head else ""
+            advice = "A frozen head must be in the checkpoint: leave --freeze-head out, or " if self.freeze_head else ""
             raise ValueError(
                 f"{name_or_path} has no fitting weights for {sorted(lost)[:6]} of {type(model).__name__}; training "
                 f"would build on random values. {advice or 'Please '}choose another checkpoint."
@@ -101,7 +105,7 @@ class ClassificationObjective(Objective):
             children = [name for name, _ in base.named_children()]
             raise ValueError(
                 f"{type(base).__name__} has no head {self.head!r}; it has {children}. Name the head (--head), or train "
-                "registers only (--freeze_head)."
+                "registers only (--freeze-head)."
             )
 
     def _find_labels(self, base: nn.Module) -> list[int] | None:
@@ -114,7 +118,7 @@ class ClassificationObjective(Objective):
             raise ValueError(
                 f"the frozen head of {type(base).__name__} lacks {len(unknown)} of the data set's classes, such as "
                 f"{unknown[:3]}; it has {len(own)}, such as {list(own)[:3]}. Name the classes as the model does, or "
-                "train a new head (leave --freeze_head out)."
+                "train a new head (leave --freeze-head out)."
             )
         return [own[label] for label in self.labels]
 
@@ -122,13 +126,13 @@ class ClassificationObjective(Objective):
         """``pixel_values`` ``(B, 3, H, W)`` and ``labels`` ``(B,)`` int64, in the model's numbers.
 
         Raises:
-            ValueError: Pictures have different sizes.
+            ValueError: Images have different sizes.
         """
         pixels = [item["pixel_values"] for item in items]
         sizes = {tuple(value.shape) for value in pixels}
         if len(sizes) > 1:
             raise ValueError(
-                f"pictures of one batch have different shapes {sorted(sizes)}; the image processor must resize to one"
+                f"images of one batch have different shapes {sorted(sizes)}; the image processor must resize to one"
             )
         labels = [int(item["labels"]) for item in items]
         if self._ids is not None:

@@ -17,12 +17,12 @@ _KINDS = {"cls": "CLS", "register": "registers"}
 
 def norm_range(report: ArtifactReport) -> tuple[float, float]:
     """The smallest and the largest patch norm of all layers, of tokens and of medians of other kinds of tokens."""
-    found = [edge for layer in report.layers for edge in _patch_edges(layer)]
-    found += [norms.quantiles["0.5"] for layer in report.layers for norms in layer.norms.values() if norms.count]
-    found = [value for value in found if 0 < value < math.inf]
-    if not found:
+    edges = [edge for layer in report.layers for edge in _patch_edges(layer)]
+    edges += [norms.quantiles["0.5"] for layer in report.layers for norms in layer.norms.values() if norms.count]
+    edges = [value for value in edges if 0 < value < math.inf]
+    if not edges:
         return 1.0, 10.0
-    low, high = min(found), max(found)
+    low, high = min(edges), max(edges)
     return (low, high) if high > 1.05 * low else (low / 1.05, high * 1.05)
 
 
@@ -45,10 +45,10 @@ def _ticks(low: float, high: float) -> list[float]:
     """Round values in a range, at most six or so."""
     for steps in ((1, 2, 5), (1, 3), (1,)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-        if len(found) <= 6:
+        ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(ticks) <= 6:
             break
-    return found or [low, high]
+    return ticks or [low, high]
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
@@ -146,23 +146,23 @@ def norm_profile(report: ArtifactReport) -> Markup:
         return round(left + (layer.layer + 0.5) * across, 2)
 
     def points(name: str) -> list[tuple[float, float]]:
-        return [(x(one), up(max(one.norms["patch"].quantiles[name], low))) for one in layers]
+        return [(x(layer), up(max(layer.norms["patch"].quantiles[name], low))) for layer in layers]
 
     band = [*points("0.99"), *reversed(points("0.01"))]
     cuts = [
-        _line(x(one) - 0.4 * across, up(cut), x(one) + 0.4 * across, up(cut), "cut")
-        for one in layers
-        if one.cut.separated
-        for cut in (one.cut.low, one.cut.high)
+        _line(x(layer) - 0.4 * across, up(cut), x(layer) + 0.4 * across, up(cut), "cut")
+        for layer in layers
+        if layer.cut.separated
+        for cut in (layer.cut.low, layer.cut.high)
         if low <= cut <= high
     ]
     dots = [
-        element("circle", cx=at, cy=y, r=3.5, class_="dot outlier" if one.cut.separated else "dot")
-        for one, (at, y) in zip(layers, points("1"), strict=True)
+        element("circle", cx=at, cy=y, r=3.5, class_="dot outlier" if layer.cut.separated else "dot")
+        for layer, (at, y) in zip(layers, points("1"), strict=True)
     ]
     every = max(1, len(report.layers) // 16)
     axis = [_line(left, bottom, width - right, bottom, "axis"), _text((left + width) / 2, height - 2, "layer")]
-    axis += [_text(x(one), bottom + 16, str(one.layer)) for one in report.layers if one.layer % every == 0]
+    axis += [_text(x(layer), bottom + 16, str(layer.layer)) for layer in report.layers if layer.layer % every == 0]
     for tick in _ticks(low, high):
         axis += [
             _line(left, up(tick), width - right, up(tick), "grid"),
@@ -183,13 +183,15 @@ def norm_profile(report: ArtifactReport) -> Markup:
 
 def attention_profile(report: ArtifactReport) -> Markup | None:
     """Who receives the attention in every block: stacked shares, mean over queries and heads; ``None`` without any."""
-    found = [(layer.layer, layer.attention.from_all) for layer in report.layers if layer.attention is not None]
-    if not found:
+    shares_by_layer = [
+        (layer.layer, layer.attention.from_all) for layer in report.layers if layer.attention is not None
+    ]
+    if not shares_by_layer:
         return None
     width, height, left, right, top, bottom = 640, 250, 54, 12, 12, 214
     across = (width - left - right) / len(report.layers)
     bars, axis = [], []
-    for place, shares in found:
+    for place, shares in shares_by_layer:
         below = 0.0
         for kind in ("outlier", "cls", "register", "other"):
             heads = shares.get(kind) or [0.0]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...artifacts.report import ArtifactReport
+from ...utils.staging import write_text
 from ..examples import Example
 from .charts import attention_profile, histogram, norm_profile, norm_range
-from .gallery import highest_norms, picture_article, pictures_note, place_maps
+from .gallery import highest_norms, image_article, images_note, place_maps
 from .markup import Markup, element, join
 from .tables import (
     Table,
@@ -46,14 +47,14 @@ def write_page(
 ) -> Path:
     """Write what an audit found as one self-contained HTML page.
 
-    The page has its pictures, style and script inside and forbids itself to fetch anything. It opens from disk, works
+    The page has its images, style and script inside and forbids itself to fetch anything. It opens from disk, works
     without JavaScript but for sorting tables, and follows the reader's light or dark scheme. Names of models and files
     are text, whatever is in them.
 
     Args:
         path: File to write; folders above it are made.
         reports: What :func:`register_adapter.artifacts.audit` found, for one model or several side by side.
-        examples: Pictures with their maps, from :func:`read_examples`; a handful, for their size is the page's.
+        examples: Images with their maps, from :func:`read_examples`; a handful, for their size is the page's.
         title: Heading of the page.
         tables: Further tables, such as those of probes, shown before the definitions.
 
@@ -68,18 +69,16 @@ def write_page(
         raise ValueError("no report to show: reports is empty")
     sections = [_verdicts(several), *(_model(number, report) for number, report in enumerate(several, 1))]
     if examples:
-        sections.append(_pictures(examples))
+        sections.append(_images(examples))
     if tables:
         sections.append(_section("tables", "Further tables", [show_table(table) for table in tables]))
     sections.append(_definitions(several))
-    links = [("verdict", "Verdict"), *((f"model-{n}", one.name) for n, one in enumerate(several, 1))]
-    links += [("pictures", "Pictures")] if examples else []
+    links = [("verdict", "Verdict"), *((f"model-{n}", report.name) for n, report in enumerate(several, 1))]
+    links += [("images", "Images")] if examples else []
     links += [("tables", "Tables")] if tables else []
     links += [("definitions", "Definitions")]
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(_document(title, several, links, sections), encoding="utf-8")
-    return place
+    write_text(path, _document(title, several, links, sections))
+    return Path(path)
 
 
 def _document(
@@ -102,7 +101,7 @@ def _document(
     first = reports[0]
     told = [
         _count(len(reports), "model"),
-        f"{_count(first.num_images, 'picture')}",
+        f"{_count(first.num_images, 'image')}",
         f"rule: {first.rule}",
     ]
     navigation = element("nav", [element("a", words, href=f"#{name}") for name, words in links], aria_label="Sections")
@@ -133,7 +132,7 @@ def _card(report: ArtifactReport) -> Markup:
     grid = " × ".join(map(str, report.grid)) if report.grid else "unknown"
     figures = [
         ("outlier patches, last layer", percent(last.outlier_share)[1]),
-        ("pictures with outliers", percent(last.images_with_outliers)[1]),
+        ("images with outliers", percent(last.images_with_outliers)[1]),
         ("largest norm / median", f"{largest:.1f} ×" if largest is not None else "–"),
         ("separate from layer", "–" if report.first_layer is None else str(report.first_layer)),
         ("registers", _registers(report)),
@@ -211,10 +210,10 @@ def _key(entries: Sequence[tuple[str, str]]) -> Markup:
     )
 
 
-def _pictures(examples: Sequence[Example]) -> Markup:
+def _images(examples: Sequence[Example]) -> Markup:
     highest = highest_norms(examples)
-    articles = [picture_article(example, highest) for example in examples]
-    return _section("pictures", "Pictures", pictures_note(examples), articles)
+    articles = [image_article(example, highest) for example in examples]
+    return _section("images", "Images", images_note(examples), articles)
 
 
 def _definitions(reports: Sequence[ArtifactReport]) -> Markup:

@@ -1,4 +1,4 @@
-"""Pictures and their maps as parts of a page."""
+"""Images and their maps as parts of a page."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from ...artifacts.report import ArtifactReport
 from ..colours import COLOUR_MAPS, coloured, data_url
 from ..examples import Example
-from ..maps import PictureMaps
+from ..maps import ImageMaps
 from .markup import Markup, element
 
-__all__ = ["picture_article", "pictures_note", "place_maps"]
+__all__ = ["image_article", "images_note", "place_maps"]
 
 #: Layers that a row of norm maps shows, at most.
 _LAYERS = 26
@@ -31,36 +31,36 @@ def _scale(colour_map: str, words: str) -> Markup:
     return element("span", bar, words, class_="scale")
 
 
-def pictures_note(examples: Sequence[Example]) -> Markup:
+def images_note(examples: Sequence[Example]) -> Markup:
     """What the maps are, for the head of the section."""
-    one = next(iter(examples[0].maps.values()))
+    shown = next(iter(examples[0].maps.values()))
     whose = {maps.query for maps in examples[0].maps.values()}
-    block = f"block {one.block}"
+    block = f"block {shown.block}"
     parts = []
     if "CLS" in whose:
         parts.append(f"Attention of CLS to the patches in {block}, mean over heads.")
     if whose - {"CLS"}:
         parts.append(f"Without a CLS: the attention that a patch receives in {block}, mean over all queries and heads.")
     parts.append("Each attention map is scaled to its own largest value.")
-    norm = "behind" if one.normed else "before"
+    norm = "behind" if shown.normed else "before"
     parts.append(
         f"PCA colours: the first three principal components of the patch tokens of {block}, {norm} the final LayerNorm"
-        ", fitted on all pictures of a model together; 2nd to 98th percentile of each; in further models in the order "
+        ", fitted on all images of a model together; 2nd to 98th percentile of each; in further models in the order "
         "and with the signs that agree best with the first. Norms: L2, before the final "
-        "LayerNorm; all models and pictures share one scale at a layer."
+        "LayerNorm; all models and images share one scale at a layer."
     )
     ramps = [_scale("inferno", "attention, 0 to largest"), _scale("viridis", "norm, 0 to largest at the layer")]
     return element("div", element("p", " ".join(parts)), element("p", ramps, class_="scales"))
 
 
-def picture_article(example: Example, highest: Sequence[float]) -> Markup:
-    """One picture under every model.
+def image_article(example: Example, highest: Sequence[float]) -> Markup:
+    """One image under every model.
 
     Args:
-        example: The picture and its maps.
+        example: The image and its maps.
         highest: Upper end of the scale of norms at every layer.
     """
-    picture = _tile(example.picture, f"The picture {example.name}", example.name, "photo", photograph=True)
+    image = _tile(example.image, f"The image {example.name}", example.name, "photo", photograph=True)
     rows = [
         element(
             "div", element("h4", name), element("div", _overview(name, maps, highest), class_="tiles"), class_="row"
@@ -69,7 +69,7 @@ def picture_article(example: Example, highest: Sequence[float]) -> Markup:
     ]
     return element(
         "article",
-        element("div", picture, class_="subject"),
+        element("div", image, class_="subject"),
         element("div", rows, class_="rows"),
         element(
             "div",
@@ -77,7 +77,7 @@ def picture_article(example: Example, highest: Sequence[float]) -> Markup:
             _details("Norms, layer by layer", example, lambda name, maps: _layers(name, maps, highest)),
             class_="more",
         ),
-        class_="picture",
+        class_="image",
     )
 
 
@@ -89,7 +89,7 @@ def _details(title: str, example: Example, tiles: Any) -> Markup:
     return element("details", element("summary", title), rows)
 
 
-def _overview(name: str, maps: PictureMaps, highest: Sequence[float]) -> Iterator[Markup]:
+def _overview(name: str, maps: ImageMaps, highest: Sequence[float]) -> Iterator[Markup]:
     last = len(maps.norms) - 1
     query = "CLS attention" if maps.query == "CLS" else "attention received"
     yield _tile(coloured(maps.attention.mean(0), "inferno"), f"{query} under {name}, mean over heads", query)
@@ -102,13 +102,13 @@ def _overview(name: str, maps: PictureMaps, highest: Sequence[float]) -> Iterato
         yield _tile(coloured(values, "inferno"), f"Attention of {label} under {name}", label)
 
 
-def _heads(name: str, maps: PictureMaps) -> Iterator[Markup]:
+def _heads(name: str, maps: ImageMaps) -> Iterator[Markup]:
     yield _tile(coloured(maps.attention.mean(0), "inferno"), f"Attention under {name}, mean over heads", "mean")
     for head, values in enumerate(maps.attention):
         yield _tile(coloured(values, "inferno"), f"Attention of head {head} under {name}", f"head {head}")
 
 
-def _layers(name: str, maps: PictureMaps, highest: Sequence[float]) -> Iterator[Markup]:
+def _layers(name: str, maps: ImageMaps, highest: Sequence[float]) -> Iterator[Markup]:
     for layer in _spread(len(maps.norms)):
         shown = coloured(maps.norms[layer], "viridis", highest[layer])
         yield _tile(shown, f"Patch norms under {name} at layer {layer}", f"{layer}: 0 – {highest[layer]:.3g}")
@@ -120,27 +120,29 @@ def _spread(count: int) -> list[int]:
 
 
 def highest_norms(examples: Sequence[Example]) -> list[float]:
-    """The largest patch norm at every layer, over all pictures and models."""
-    maps = [one for example in examples for one in example.maps.values()]
-    depth = max(len(one.norms) for one in maps)
-    return [max(float(one.norms[layer].max()) for one in maps if layer < len(one.norms)) for layer in range(depth)]
+    """The largest patch norm at every layer, over all images and models."""
+    maps = [image for example in examples for image in example.maps.values()]
+    depth = max(len(image.norms) for image in maps)
+    return [
+        max(float(image.norms[layer].max()) for image in maps if layer < len(image.norms)) for layer in range(depth)
+    ]
 
 
 def place_maps(report: ArtifactReport) -> Markup | None:
     """Where outliers fall, one map a layer that has some; ``None`` without any."""
-    found = [layer for layer in report.layers if layer.position_map is not None and layer.outlier_share]
-    if not found:
+    layers = [layer for layer in report.layers if layer.position_map is not None and layer.outlier_share]
+    if not layers:
         return None
-    high = max(float(np.max(layer.position_map)) for layer in found if layer.position_map is not None)
+    high = max(float(np.max(layer.position_map)) for layer in layers if layer.position_map is not None)
     tiles = [
         _tile(
             coloured(np.asarray(layer.position_map), "viridis", high),
             f"Where outliers fall at layer {layer.layer}, at most in {np.max(np.asarray(layer.position_map)):.1%}",
             f"layer {layer.layer}",
         )
-        for layer in found
+        for layer in layers
     ]
-    words = f"share of the pictures with an outlier at that place, 0 to {high:.1%}"
+    words = f"share of the images with an outlier at that place, 0 to {high:.1%}"
     return element(
         "div",
         element("h3", "Where outliers fall"),

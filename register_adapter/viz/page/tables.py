@@ -121,13 +121,13 @@ def model_table(reports: Sequence[ArtifactReport]) -> Table:
         )
     columns = (
         *("model", "verdict", "from layer", "outliers, last layer", "largest /\u00a0median, last layer"),
-        *("pictures with outliers", "most outliers", "at layer", "registers", "native registers"),
+        *("images with outliers", "most outliers", "at layer", "registers", "native registers"),
     )
     return Table("Models side by side", columns, rows)
 
 
 def layer_table(report: ArtifactReport) -> Table:
-    """One row a layer."""
+    """One row per layer."""
     rows = []
     for layer in report.layers:
         norms = layer.norms.get("patch")
@@ -149,12 +149,12 @@ def layer_table(report: ArtifactReport) -> Table:
         )
     columns = (
         *("layer", "median norm", "largest /\u00a0median", "low cut", "high cut", "separated"),
-        *("outliers", "of low norm", "pictures with outliers", "outliers a picture", "recurrence of places"),
+        *("outliers", "of low norm", "images with outliers", "outliers per image", "recurrence of places"),
         *("similarity, outliers", "similarity, others", "border distance, outliers", "border distance, others"),
         *("attention to outliers", "attention to CLS", "attention to registers", "attention to others"),
         *("attention of CLS to outliers", "what the rule says"),
     )
-    bars = frozenset({"outliers", "pictures with outliers", *columns[-6:-1]})
+    bars = frozenset({"outliers", "images with outliers", *columns[-6:-1]})
     note = "Layer 0 is the input of the first block, layer i + 1 the output of block i. Norms: L2, before the final "
     note += "LayerNorm. Attention: of all queries, mean over heads, in the block that reads these tokens."
     return Table("Layer by layer", columns, rows, note, bars)
@@ -187,9 +187,9 @@ def norm_table(report: ArtifactReport) -> Table:
 def channel_table(report: ArtifactReport, most: int = 3) -> Table:
     """The largest channels of every layer."""
     rows = [
-        [layer.layer, one.channel, one.largest, _times(one.over_median)]
+        [layer.layer, channel.channel, channel.largest, _times(channel.over_median)]
         for layer in report.layers
-        for one in layer.massive_channels[:most]
+        for channel in layer.massive_channels[:most]
     ]
     columns = ("layer", "channel", "largest |activation|", "over the median channel")
     return Table(
@@ -198,13 +198,13 @@ def channel_table(report: ArtifactReport, most: int = 3) -> Table:
 
 
 def head_table(report: ArtifactReport) -> Table | None:
-    """Share of attention that outliers receive, one row a block, one column a head; ``None`` without any."""
-    found = [layer for layer in report.layers if layer.attention is not None and layer.outlier_share]
-    if not found:
+    """Share of attention that outliers receive, one row per block, one column per head; ``None`` without any."""
+    layers = [layer for layer in report.layers if layer.attention is not None and layer.outlier_share]
+    if not layers:
         return None
-    heads = max(len(layer.attention.from_all["outlier"]) for layer in found if layer.attention is not None)
+    heads = max(len(layer.attention.from_all["outlier"]) for layer in layers if layer.attention is not None)
     rows = []
-    for layer in found:
+    for layer in layers:
         shares = layer.attention.from_all["outlier"] if layer.attention is not None else []
         padded = [*shares, *[None] * (heads - len(shares))]
         rows.append([layer.layer, percent(layer.outlier_share), *(percent(share) for share in padded)])

@@ -11,11 +11,11 @@ from torch import nn
 from ..tuner.config import RegisterConfig
 from ..tuner.model import RegisterModel
 
-__all__ = ["register_probe"]
+__all__ = ["random_registers"]
 
 
 @contextmanager
-def register_probe(model: nn.Module, num_registers: int, std: float = 0.02, seed: int = 0) -> Iterator[nn.Module]:
+def random_registers(model: nn.Module, num_registers: int, std: float = 0.02, seed: int = 0) -> Iterator[nn.Module]:
     """Give ``model`` random, untrained registers for the length of the context (the control arm of every table).
 
     Args:
@@ -33,7 +33,7 @@ def register_probe(model: nn.Module, num_registers: int, std: float = 0.02, seed
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tuner = RegisterModel(model, RegisterConfig(num_registers=num_registers, init_std=std), "probe")
+        tuner = RegisterModel(model, RegisterConfig(num_registers=num_registers, init_std=std), "random")
     try:
         yield model
     finally:

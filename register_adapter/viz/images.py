@@ -1,4 +1,4 @@
-"""From a picture as a user has it to what a vision tower is given, and what of it the tower sees."""
+"""From an image as a user has it to what a vision tower is given, and what of it the tower sees."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from ..data.images import load_image
 from ..errors import MissingExtraError, RegisterAdapterError
 from ..towers.tower import Tower
 
-__all__ = ["Picture", "PictureError", "PictureSource", "Size", "prepare_picture"]
+__all__ = ["ImageInputError", "ImageSource", "PreparedImage", "Size", "prepare_image"]
 
 #: A path, a file's bytes, a PIL image, or pixel values ``(3, H, W)`` or ``(1, 3, H, W)``.
-PictureSource = str | Path | bytes | Image.Image | torch.Tensor
+ImageSource = str | Path | bytes | Image.Image | torch.Tensor
 #: Pixels of the shorter side, with the sides' ratio kept, or ``(height, width)``.
 Size = int | tuple[int, int]
 
-# Steps of a torchvision transform that change a picture's geometry, by the names of their classes.
+# Steps of a torchvision transform that change an image's geometry, by the names of their classes.
 _GEOMETRY = ("Resize", "Crop", "Pad")
 
 
-class PictureError(RegisterAdapterError, ValueError):
-    """A picture cannot be given to this model."""
+class ImageInputError(RegisterAdapterError, ValueError):
+    """An image cannot be given to this model."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, ready for a tower.
+class PreparedImage:
+    """One image, ready for a tower.
 
     Attributes:
         inputs: Pixel values ``(1, 3, H, W)``, sides multiples of the patch size; or the keywords of a tower that takes
@@ -51,31 +51,31 @@ class Picture:
     grid: tuple[int, int] | None
 
 
-def prepare_picture(
-    model: nn.Module, tower: Tower, source: PictureSource, image_processor: Any = None, size: Size | None = None
-) -> Picture:
-    """Make a picture what a tower takes; sides are cropped to a multiple of the patch size.
+def prepare_image(
+    model: nn.Module, tower: Tower, source: ImageSource, image_processor: Any = None, size: Size | None = None
+) -> PreparedImage:
+    """Make an image what a tower takes; sides are cropped to a multiple of the patch size.
 
-    The crop keeps the upper left, as DINO's own pictures of attention do; a patch embedding drops the same pixels.
+    The crop keeps the upper left, as DINO's own images of attention do; a patch embedding drops the same pixels.
 
     Args:
         model: The model, for its name on the Hub, where ``image_processor`` is not given.
         tower: Its vision tower.
-        source: See :data:`PictureSource`. A tensor is taken as normalised already.
+        source: See :data:`ImageSource`. A tensor is taken as normalised already.
         image_processor: Image processor of transformers, or a torchvision transform that ends in a tensor. ``None``
             takes the model's own: of its name (transformers), its data config (timm), or its preprocessing (OpenCLIP).
         size: See :data:`Size`; then the processor neither resizes nor crops. ``None`` leaves both to the processor,
             and a tensor as it is.
 
     Raises:
-        PictureError: A tensor of another shape, no processor, one without a 3-channel result, or sides shorter than a
-            patch.
-        ImageFileError: The file is no picture.
+        ImageInputError: A tensor of another shape, no processor, one without a 3-channel result, or sides shorter
+            than a patch.
+        ImageFileError: The file is not an image.
     """
     if isinstance(source, torch.Tensor):
         pixels = source if source.ndim == 4 else source[None]
         if pixels.ndim != 4 or pixels.shape[:2] != (1, 3) or not pixels.is_floating_point():
-            raise PictureError(
+            raise ImageInputError(
                 f"pixel values must be floats (3, H, W) or (1, 3, H, W), got {source.dtype} {tuple(source.shape)}"
             )
         if size is not None:
@@ -91,9 +91,9 @@ def prepare_picture(
         return _patches(tower, image, inputs)
     pixels = inputs["pixel_values"]
     if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
-        raise PictureError(
-            f"{type(processor).__name__} makes pixel_values {tuple(pixels.shape)} of one picture, and (1, 3, H, W) was "
-            "expected; give the picture as a tensor"
+        raise ImageInputError(
+            f"{type(processor).__name__} makes pixel_values {tuple(pixels.shape)} of one image, and (1, 3, H, W) was "
+            "expected; give the image as a tensor"
         )
     return _cropped(tower, pixels, _statistics(processor))
 
@@ -105,20 +105,20 @@ def _sides(size: Size, height: int, width: int) -> tuple[int, int]:
     return round(height * scale), round(width * scale)
 
 
-def _cropped(tower: Tower, pixels: torch.Tensor, statistics: tuple[Any, Any] | None) -> Picture:
+def _cropped(tower: Tower, pixels: torch.Tensor, statistics: tuple[Any, Any] | None) -> PreparedImage:
     if isinstance(patch := tower.patch_size, int):
         height, width = pixels.shape[2] // patch * patch, pixels.shape[3] // patch * patch
         if not height or not width:
-            raise PictureError(f"a picture of {pixels.shape[2]} × {pixels.shape[3]} px holds no patch of {patch} px")
+            raise ImageInputError(f"an image of {pixels.shape[2]} × {pixels.shape[3]} px holds no patch of {patch} px")
         pixels = pixels[:, :, :height, :width]
-    return Picture(pixels, _for_eyes(pixels[0].float().cpu(), statistics), None)
+    return PreparedImage(pixels, _for_eyes(pixels[0].float().cpu(), statistics), None)
 
 
-def _patches(tower: Tower, image: Image.Image, inputs: dict[str, torch.Tensor]) -> Picture:
-    """Towers of SigLIP 2's kind: the processor has cut the picture into patches, at a size of its own."""
+def _patches(tower: Tower, image: Image.Image, inputs: dict[str, torch.Tensor]) -> PreparedImage:
+    """Towers of SigLIP 2's kind: the processor has cut the image into patches, at a size of its own."""
     height, width = (int(side) for side in inputs["spatial_shapes"][0])
     patch = tower.patch_size or 16
-    return Picture(inputs, np.asarray(image.resize((width * patch, height * patch))), (height, width))
+    return PreparedImage(inputs, np.asarray(image.resize((width * patch, height * patch))), (height, width))
 
 
 def _for_eyes(pixels: torch.Tensor, statistics: tuple[Any, Any] | None) -> npt.NDArray[np.uint8]:
@@ -136,7 +136,7 @@ def _for_eyes(pixels: torch.Tensor, statistics: tuple[Any, Any] | None) -> npt.N
 
 
 def _process(processor: Any, image: Image.Image, resize: bool) -> dict[str, torch.Tensor]:
-    """What a processor makes of one picture, as keywords."""
+    """What a processor makes of one image, as keywords."""
     if hasattr(processor, "preprocess"):  # transformers
         steps = ("do_resize", "do_center_crop", "do_pad")
         off = {} if resize else {name: False for name in steps if getattr(processor, name, None) is not None}
@@ -150,7 +150,7 @@ def _process(processor: Any, image: Image.Image, resize: bool) -> dict[str, torc
     else:
         made = processor(image)
     if not isinstance(made, torch.Tensor):
-        raise PictureError(f"image_processor must make a tensor of a picture, it made a {type(made).__name__}")
+        raise ImageInputError(f"image_processor must make a tensor of an image, it made a {type(made).__name__}")
     return {"pixel_values": made[None] if made.ndim == 3 else made}
 
 
@@ -177,15 +177,15 @@ def _own_processor(model: nn.Module, tower: Tower) -> Any:
         try:
             return load_image_processor(str(name))
         except ValueError as error:
-            raise PictureError(
+            raise ImageInputError(
                 f"no image processor was found in {str(name)!r}, which the model is from; give image_processor=, or "
-                "the picture as a tensor"
+                "the image as a tensor"
             ) from error
     package = type(tower.module).__module__.partition(".")[0]
     if package not in _MAKERS:
-        raise PictureError(
-            f"{type(tower.module).__name__} does not say how its pictures are prepared; give image_processor=, an "
-            "image processor of transformers or a torchvision transform, or give the picture as a tensor"
+        raise ImageInputError(
+            f"{type(tower.module).__name__} does not say how its images are prepared; give image_processor=, an "
+            "image processor of transformers or a torchvision transform, or give the image as a tensor"
         )
     return _MAKERS[package](tower.module)
 
@@ -207,7 +207,7 @@ def _library(name: str, package: str, extra: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise MissingExtraError(f"pictures for {extra} models", package, extra) from error
+        raise MissingExtraError(f"images for {extra} models", package, extra) from error
 
 
 #: Package of a tower -> its evaluation transform, from what the module itself says.

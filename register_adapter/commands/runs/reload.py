@@ -1,6 +1,6 @@
-"""Load a saved adapter as a stranger would, in a process of its own: ``python -m register_adapter.commands.reload``.
+"""Load a saved adapter as a stranger would, in a process of its own.
 
-    python -m register_adapter.commands.reload ADAPTER_FOLDER PIXELS.safetensors OUTPUT.safetensors
+    python -m register_adapter.commands.runs.reload ADAPTER_FOLDER PIXELS.safetensors OUTPUT.safetensors
 
 reads ``pixel_values`` and writes the model's ``logits``, so that a caller can compare them with its own, bit for bit.
 """
@@ -33,7 +33,7 @@ def logits_in_fresh_process(adapter: str | Path, pixel_values: torch.Tensor) -> 
     with tempfile.TemporaryDirectory() as folder:
         pixels, output = Path(folder, "pixels.safetensors"), Path(folder, "logits.safetensors")
         save_file({"pixel_values": pixel_values.contiguous()}, pixels)
-        command = [sys.executable, "-m", "register_adapter.commands.reload", str(adapter), str(pixels), str(output)]
+        command = [sys.executable, "-m", __name__, str(adapter), str(pixels), str(output)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"loading {adapter} in a fresh process failed:\n{done.stderr[-2000:]}")

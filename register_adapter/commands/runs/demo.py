@@ -1,0 +1,276 @@
+"""The demo: train registers on a model with artifacts, save and reload them, and measure before and after.
+
+Without arguments it runs on what the package ships: a small ViT with planted artifacts, whose clean twin is known, and
+procedural scenes. With ``model`` and ``images`` it does the same on a user's own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...artifacts.norms import patch_norms
+from ...data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
+from ...data.images import load_image
+from ...errors import NoArtifactsError
+from ...evaluation.measure import Measured, Reference, measure_model
+from ...neurons import fit_test_time_registers, start_from
+from ...testbed import LABELS, SceneDataset, load_planted_vit, load_vit, random_registers
+from ...testbed import load_image_processor as load_scene_processor
+from ...training import TrainArguments, train
+from ...training.objectives import ClassificationObjective
+from ...tuner.layer import find_register_layer
+from ...tuner.peft_model import RegisterPeftModel
+from ...utils.staging import staged
+from ...viz import Maps, plot_before_after, read_maps
+from .reload import logits_in_fresh_process
+
+__all__ = ["DemoArguments", "run_demo"]
+
+#: Held-out scenes have other seeds and other photographs than those that registers are trained on.
+_TRAIN_SEED, _TEST_SEED = 1, 10_001
+_SHOWN = 4
+_FIT_IMAGES = 192
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    """What the demo runs on.
+
+    Attributes:
+        output_dir: Folder for the adapter, the figure and ``demo.json``.
+        model: Name or folder of a vision transformer with an image classification class; default: the packaged one.
+        images: Folder of images with one sub-folder per class; goes with ``model``.
+        num_registers: Number of registers.
+        max_train_steps: Optimiser steps.
+        batch_size: Images per step.
+        learning_rate: Peak learning rate of AdamW, cosine schedule.
+        num_eval_images: Held-out images to measure on, at most.
+        seed: Seed of everything random.
+        progress: Show bars.
+
+    Raises:
+        ValueError: One of ``model`` and ``images`` is given without the other.
+    """
+
+    output_dir: str = "demo"
+    model: str | None = None
+    images: str | None = None
+    num_registers: int = 4
+    max_train_steps: int = 150
+    batch_size: int = 32
+    learning_rate: float = 0.01
+    num_eval_images: int = 256
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (self.images is None):
+            missing = "images" if self.images is None else "model"
+            raise ValueError(f"--model and --images go together; --{missing} is missing")
+
+
+@dataclass
+class _Setting:
+    """A base model on disk, images to train and to measure on, and what is known about them."""
+
+    source: str
+    before: str
+    twin: Any
+    objective: ClassificationObjective
+    processor: Any
+    train: Any
+    test: Any
+    data_name: str
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether the base tells the classes before it is trained; the new head on a user's model does not."""
+        return self.twin is not None
+
+    def load(self) -> Any:
+        """A fresh copy of the base."""
+        return self.objective.load_base(self.source).eval()
+
+
+def _packaged(args: DemoArguments) -> _Setting:
+    # Saved as any base is, so that the adapter can be loaded by name afterwards.
+    folder = Path(args.output_dir, "planted_model")
+    load_planted_vit().model.save_pretrained(folder)
+    load_scene_processor().save_pretrained(folder)
+    return _Setting(
+        str(folder),
+        "planted artifacts",
+        load_vit(),
+        ClassificationObjective(LABELS, freeze_head=True),
+        load_scene_processor(),
+        SceneDataset(args.max_train_steps * args.batch_size, seed=_TRAIN_SEED + args.seed),
+        SceneDataset(args.num_eval_images, seed=_TEST_SEED, split="test"),
+        "procedural scenes (register_adapter.testbed.scenes)",
+    )
+
+
+def _own(args: DemoArguments) -> _Setting:
+    assert args.model is not None
+    data = load_data(
+        DataArguments(train_dir=args.images, max_eval_samples=args.num_eval_images), args.seed, progress=args.progress
+    )
+    return _Setting(
+        args.model,
+        "your model",
+        None,
+        ClassificationObjective(data.labels),
+        load_image_processor(args.model),
+        data.train,
+        data.validation,
+        data.name,
+    )
+
+
+class _Table:
+    """Measures one arm after the other on the same held-out images."""
+
+    def __init__(self, setting: _Setting, base: nn.Module, limit: int) -> None:
+        test = ProcessedDataset(setting.test, setting.processor)
+        items = [test[index] for index in range(min(len(test), limit))]
+        pixels = torch.stack([item["pixel_values"] for item in items])
+        self.batches = [pixels[start : start + 32] for start in range(0, len(pixels), 32)]
+        self.labels = torch.tensor([item["labels"] for item in items])
+        # The figure shows the first images with an outlier in the base, and the first ones if there are too few.
+        norms = patch_norms(base, self.batches[:1])
+        order = (norms <= 3 * norms.median()).all(1).long().argsort(stable=True)[:_SHOWN].sort().values
+        self.shown = self.batches[0][order]
+        self.images = [load_image(setting.test[index]["image"]) for index in order.tolist()]
+        #: Arm to its line.
+        self.rows: dict[str, Measured] = {}
+        self.maps: list[Maps] = []
+        self._reference: Reference | None = None
+
+    def add(self, arm: str, name: str, model: nn.Module, labels: bool = True, shown: str | None = None) -> None:
+        """Measure an arm; the first one is what others are compared with. ``shown`` names it in the figure."""
+        row, outputs = measure_model(name, model, self.batches, self.labels if labels else None, self._reference)
+        self._reference = self._reference or outputs
+        self.rows[arm] = row
+        if shown:
+            self.maps.append(read_maps(shown, model, self.shown))
+
+
+def run_demo(args: DemoArguments) -> dict[str, Any]:
+    """Run the demo.
+
+    Arms: the clean twin (where it is known), the model as it is, the model with random untrained registers (the
+    control: tokens alone may silence a fragile artifact), with trained registers (loaded again in a fresh process),
+    with test-time registers (no training), and with both: test-time registers and the strengths of their neurons,
+    trained as the others were.
+
+    Returns:
+        What ``demo.json`` holds: ``rows`` (one a line of the table), ``adapter_bytes``, ``reload_identical``, the
+        training's results, how register neurons were found (``None`` if there was nothing to repair), the arguments.
+
+    Raises:
+        RuntimeError: The reloaded adapter does not give the outputs of the trained model.
+    """
+    out = Path(args.output_dir)
+    torch.manual_seed(args.seed)
+    setting = _own(args) if args.model else _packaged(args)
+    base = setting.load()
+    table = _Table(setting, base, args.num_eval_images)
+    _add_untrained(args, setting, table, base)
+    results, identical = _add_trained(args, setting, table, base, out / "adapter")
+    fit = _add_test_time(args, setting, table, out)
+    arguments = asdict(args)
+    del arguments["progress"]
+    report = {
+        "rows": [{"arm": arm, **asdict(row)} for arm, row in table.rows.items()],
+        "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "reload_identical": identical,
+        "test_time_fit": fit,
+        "arguments": arguments,
+        "written": ["adapter/", *(["test_time/", "both/"] if fit else []), "before_after.png", "demo.json"],
+        "training": {key: results[key] for key in ("metrics", "seconds", "images_per_second", "versions", "hardware")},
+    }
+    with staged(out, last=["demo.json"]) as folder:
+        plot_before_after(table.images, table.maps, folder / "before_after.png")
+        (folder / "demo.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    return report
+
+
+def _add_untrained(args: DemoArguments, setting: _Setting, table: _Table, base: nn.Module) -> None:
+    """The arms in which nothing is trained: the clean twin, the model as it is, and with random registers."""
+    if setting.twin is not None:
+        table.add("twin", "clean twin", setting.twin, shown="clean twin")
+    table.add("before", setting.before, base, setting.knows_classes, shown="before")
+    count = args.num_registers
+    with random_registers(base, count, seed=args.seed) as model:
+        table.add("control", f"+ {count} random registers (control)", model, setting.knows_classes)
+
+
+def _add_trained(
+    args: DemoArguments, setting: _Setting, table: _Table, base: nn.Module, folder: Path
+) -> tuple[dict[str, Any], bool]:
+    """The arm with trained registers; the results of the training, and whether the saved adapter is the trained one.
+
+    Raises:
+        RuntimeError: The adapter, loaded in a fresh process, does not give the outputs of the trained model.
+    """
+    torch.manual_seed(args.seed)
+    model = setting.objective.wrap(base, num_registers=args.num_registers)
+    results = _train(args, setting, model, folder)
+    model = model.cpu().eval()
+    logits = logits_in_fresh_process(folder, table.batches[0])
+    with torch.no_grad():
+        identical = torch.equal(logits, model(pixel_values=table.batches[0]).logits)
+    if not identical:
+        raise RuntimeError("the saved adapter, loaded in a fresh process, does not give the trained outputs")
+    table.add("trained", f"+ {args.num_registers} trained registers", model, shown="trained")
+    return results, identical
+
+
+def _add_test_time(args: DemoArguments, setting: _Setting, table: _Table, out: Path) -> dict[str, Any] | None:
+    """The arms with register neurons, and how these were found; ``None`` if there are no outliers to repair."""
+    base = setting.load()
+    images = ProcessedDataset(setting.train, setting.processor)
+    some = torch.stack([images[index]["pixel_values"] for index in range(min(len(images), _FIT_IMAGES))])
+    try:
+        fitted = fit_test_time_registers(base, some, progress=args.progress)
+    except NoArtifactsError:
+        return None
+    fitted.save_pretrained(str(out / "test_time"))
+    table.add("test_time", "+ 1 test-time register", fitted.eval(), setting.knows_classes, shown="test-time")
+    fit: dict[str, Any] = fitted.peft_config["default"].test_time_fit
+    start = start_from(fitted)
+    fitted.unload()
+    both = setting.objective.wrap(base, **start.options)
+    layer = find_register_layer(both)
+    assert layer is not None
+    start.fill(layer.tokens("default"))
+    _train(args, setting, both, out / "both")
+    table.add("both", "+ both: test-time, then trained", both.cpu().eval(), shown="both")
+    return fit
+
+
+def _train(args: DemoArguments, setting: _Setting, model: RegisterPeftModel, folder: Path) -> dict[str, Any]:
+    return train(
+        model,
+        setting.objective,
+        setting.train,
+        TrainArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            num_warmup_steps=min(10, args.max_train_steps // 5),
+            max_train_steps=args.max_train_steps,
+            seed=args.seed,
+            use_cpu=not torch.cuda.is_available(),
+            overwrite_output_dir=True,
+            quiet=not args.progress,
+        ),
+        image_processor=setting.processor,
+        training_data=setting.data_name,
+    )

@@ -1,0 +1,75 @@
+"""Registers without training, fitted to a model and written into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...neurons import fit_test_time_registers
+from .inputs import choose_device, load_base, load_images, load_processor
+
+__all__ = ["FitArguments", "run_fit"]
+
+
+@dataclass(frozen=True)
+class FitArguments:
+    """What to fit; see :func:`register_adapter.fit_test_time_registers` for all but these.
+
+    Attributes:
+        model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the packaged ViT.
+        images: Folder of images; ``"scenes"`` for images that the package draws.
+        output_dir: Folder for the adapter.
+        device: Where to run; default: a GPU if there is one.
+    """
+
+    model: str
+    images: str
+    output_dir: str
+    num_registers: int = 1
+    remove: str = "zero"
+    attention_bias: bool = False
+    rule: str = "auto"
+    threshold: float | None = None
+    top_layer: int | None = None
+    num_neurons: int | None = None
+    image_sizes: Sequence[int] = ()
+    max_images: int = 256
+    batch_size: int | None = None
+    device: str | None = None
+    strict: bool = False
+    progress: bool = True
+
+
+def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
+    """Fit, and save the adapter.
+
+    Returns:
+        Block to its register neurons, and how they were found.
+
+    Raises:
+        NoArtifactsError: Nothing is to be done; nothing was written.
+        ValueError, OSError, RegisterAdapterError: As for loading, and for the fit.
+    """
+    images = load_images(args.images, args.max_images)
+    model = load_base(args.model).to(choose_device(args.device))
+    fitted = fit_test_time_registers(
+        model,
+        images,
+        image_processor=load_processor(args.model),
+        num_registers=args.num_registers,
+        remove=args.remove,
+        attention_bias=args.attention_bias,
+        rule=args.rule,
+        threshold=args.threshold,
+        top_layer=args.top_layer,
+        num_neurons=args.num_neurons,
+        image_sizes=args.image_sizes or None,
+        max_images=args.max_images,
+        batch_size=args.batch_size,
+        strict=args.strict,
+        progress=args.progress,
+    )
+    fitted.save_pretrained(args.output_dir)
+    config = fitted.peft_config["default"]
+    return config.register_neurons, config.test_time_fit

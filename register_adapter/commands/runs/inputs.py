@@ -1,0 +1,74 @@
+"""What the commands take: a model, images, an image processor, each by its name, or by a word for what is packaged."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from ...data.batches import list_pictures
+from ...data.datasets import load_image_processor
+from ...testbed import SceneDataset, load_planted_vit, load_vit
+from ...testbed import load_image_processor as load_scene_processor
+from ...tuner import load_adapters
+from ...tuner.composed.folder import MANIFEST
+
+__all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_processor", "with_adapter"]
+
+#: Words that stand for what the package ships.
+_MODELS = {"planted": lambda: load_planted_vit().model, "clean": load_vit}
+_SCENES, _SCENE_SEED, _NUM_SCENES = "scenes", 30_001, 256
+
+
+def load_base(name: str) -> nn.Module:
+    """A model of transformers by its name or folder, of the class that was saved, or the packaged ViT by its word."""
+    if _is_packaged(name):
+        packaged: nn.Module = _MODELS[name]()
+        return packaged
+    config = transformers.AutoConfig.from_pretrained(name)
+    # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    kind: Any = getattr(transformers, saved, transformers.AutoModel)
+    model: nn.Module = kind.from_pretrained(name).eval()
+    return model
+
+
+def load_processor(name: str) -> Any:
+    """The image processor that goes with :func:`load_base`."""
+    return load_scene_processor() if _is_packaged(name) else load_image_processor(name)
+
+
+def load_images(name: str, limit: int | None = None) -> Any:
+    """The files of a folder, or drawn scenes (256 of them by default) for the word ``"scenes"``."""
+    if name == _SCENES and not Path(name).exists():
+        return SceneDataset(limit or _NUM_SCENES, seed=_SCENE_SEED, split="test")
+    return list_pictures(name)
+
+
+def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
+    """A copy of the base with one adapter, or with all of a folder that holds several."""
+    copied = copy.deepcopy(base)
+    if (Path(adapter) / MANIFEST).is_file():
+        composed: nn.Module = load_adapters(copied, adapter)
+        return composed
+    wrapped: nn.Module = PeftModel.from_pretrained(copied, adapter)
+    return wrapped
+
+
+def adapter_name(adapter: str) -> str:
+    """What to call an adapter: the last part of its folder or repository."""
+    return Path(adapter).name or adapter
+
+
+def choose_device(device: str | None) -> str:
+    """The device that was asked for; by default a GPU if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _is_packaged(name: str) -> bool:
+    return name in _MODELS and not Path(name).exists()

@@ -1,0 +1,150 @@
+"""What a run is set up with: accelerator, data sets, groups of parameters, and the settings that a resumption keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, LoggerType
+
+from ..data.datasets import ProcessedDataset, load_image_processor
+from ..errors import MissingExtraError
+from ..tuner._peft_compat import PREFIX
+from ..tuner.layer import find_register_layer
+from ..tuner.peft_model import RegisterPeftModel
+from .arguments import TrainArguments
+from .objectives import Objective
+
+__all__ = [
+    "find_image_processor",
+    "make_accelerator",
+    "parameter_groups",
+    "processed",
+    "run_settings",
+    "shard_by_block",
+    "use_cpu",
+]
+
+
+def use_cpu(args: TrainArguments) -> bool:
+    """Whether a run is on the CPU: accelerate must be told so, or processes without a GPU do not find each other."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+    return args.use_cpu or (several and not device)
+
+
+def make_accelerator(args: TrainArguments) -> Accelerator:
+    """The run's accelerator, with its trackers.
+
+    Raises:
+        ValueError: The tracker is unknown or not installed, or DeepSpeed is to write checkpoints.
+        MissingExtraError: tensorboard is not installed.
+    """
+    trackers = [str(name) for name in get_available_trackers()]
+    if args.with_tracking:
+        known = [kind.value for kind in LoggerType]
+        if args.report_to not in known:
+            raise ValueError(f"report_to must be one of {', '.join(known)}, got {args.report_to!r}")
+        if not trackers or args.report_to not in ("all", *trackers):
+            if args.report_to in ("all", "tensorboard"):
+                raise MissingExtraError("reports to a tracker", "tensorboard", "train")
+            raise ValueError(f"report_to={args.report_to!r} needs its package, which is not installed")
+    accelerator = Accelerator(
+        cpu=use_cpu(args),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
+    )
+    checkpointing = args.checkpointing_steps or args.resume_from_checkpoint
+    if checkpointing and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "checkpoints during the run are not offered with DeepSpeed, whose own reader unpickles them; leave out "
+            "--checkpointing-steps and --resume-from-checkpoint, or use DDP or FSDP2"
+        )
+    return accelerator
+
+
+def shard_by_block(accelerator: Accelerator, model: RegisterPeftModel) -> None:
+    """Name the unit of sharding for FSDP, if its config does not.
+
+    accelerate would take transformers' list of what may not be split, which for a ViT has the embeddings too; they hold
+    the input embedding, which accelerate shards as a unit of its own, and a parameter cannot be in two.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    layer = find_register_layer(model)
+    if plugin is not None and layer is not None and not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in layer.tower.part("blocks")})
+
+
+def find_image_processor(model: RegisterPeftModel, dataset: Any) -> Any:
+    """The image processor of the base model's folder or repository, ``None`` if the items are ready without one.
+
+    Raises:
+        ValueError: The model does not say where it came from, or there is none.
+    """
+    if len(dataset) == 0 or "pixel_values" in dataset[0]:
+        return None
+    name = getattr(model.get_base_model(), "name_or_path", None)
+    if not name:
+        raise ValueError("the items are images and the model does not say where it came from: give image_processor=")
+    return load_image_processor(name)
+
+
+def processed(dataset: Any, image_processor: Any, name: str) -> Any:
+    """The data set itself if its items are ready, else with the image processor in front.
+
+    Args:
+        dataset: A map-style data set.
+        image_processor: See :func:`find_image_processor`.
+        name: What to call the data set in an error.
+
+    Raises:
+        ValueError: It is empty, or its items have neither images nor pixel values.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty")
+    if isinstance(dataset, ProcessedDataset):
+        return dataset
+    item = dataset[0]
+    if "pixel_values" in item:
+        return dataset
+    if "image" not in item:
+        raise ValueError(f"items of {name} must have the key 'image' or 'pixel_values', found {sorted(item)}")
+    return ProcessedDataset(dataset, image_processor)
+
+
+def parameter_groups(trainable: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices of trained modules; none for registers, which it would pull to equal values at zero."""
+    decayed = {name for name, parameter in trainable.items() if PREFIX not in name and parameter.ndim > 1}
+    groups = [
+        {"params": [p for name, p in trainable.items() if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def run_settings(
+    args: TrainArguments,
+    accelerator: Accelerator,
+    objective: Objective,
+    trainable: dict[str, torch.nn.Parameter],
+    samples: int,
+) -> dict[str, Any]:
+    """What the result of a step depends on, ready for JSON; a run is resumed only with the same."""
+    names = "per_device_train_batch_size learning_rate weight_decay max_grad_norm lr_scheduler_type num_warmup_steps"
+    names += " num_train_epochs max_train_steps seed"
+    return {name: getattr(args, name) for name in names.split()} | {
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "train_samples": samples,
+        "objective": objective.details(),
+        "trainable": {name: list(parameter.shape) for name, parameter in trainable.items()},
+    }
