@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
@@ -21,6 +21,7 @@ from ..errors import AdapterFileError
 from ..towers.tower import Tower
 from .config import RegisterConfig
 from .hooks.attention import AttentionHooks, reads_implementation
+from .hooks.base import CallState
 from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.sequence import SequenceHooks
@@ -54,7 +55,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
-        self._images: list[str] | None = None
+        self.call = CallState()
         parameters = list(inspect.signature(type(tower.module).forward).parameters)[1:]
         self._mask_position = parameters.index("attention_mask") if "attention_mask" in parameters else None
 
@@ -173,14 +174,17 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             AdapterFileError: In training mode, an adapter still waits for its values.
         """
         # Every hook asks, between two operations on tensors: what is looked up here is all that a short pass notices.
+        call = self.call
+        if call.segments is not None:
+            return call.segments
         if self._disable_adapters:
             return []
-        if self._images is not None:
-            return self._segments_by_image(self._images)
+        if call.images is not None:
+            return self._segments_by_image([BASE if name in call.without else name for name in call.images])
         segments = []
         active = self._active_adapter
         for name in (active,) if isinstance(active, str) else dict.fromkeys(active):
-            if name not in self.placements:
+            if name not in self.placements or name in call.without:
                 continue
             tokens = cast(RegisterTokens, self.register_adapter_tokens[name])
             if not tokens.pending:
@@ -191,11 +195,6 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             segments.sort(key=lambda segment: segment.placement.insert_layer)
         return segments
 
-    @property
-    def sequence(self) -> list[Segment]:
-        """The segments that are tokens in the sequence, in their order there."""
-        return [segment for segment in self.segments if not segment.placement.key_value]
-
     def _segments_by_image(self, images: list[str]) -> list[Segment]:
         names = [name for name in dict.fromkeys(images) if name != BASE]
         if not names:
@@ -203,6 +202,25 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         placement = max(self.placements[name] for name in names)
         order = {BASE: -1, **{name: index for index, name in enumerate(names)}}
         return [Segment(placement, [self.tokens(name) for name in names], [order[name] for name in images])]
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether no adapter takes part in this thread's passes."""
+        return self._disable_adapters or (bool(self.names) and self.call.without.issuperset(self.names))
+
+    @contextmanager
+    def without(self, names: Iterable[str]) -> Iterator[None]:
+        """Leave adapters out of the passes that this thread makes in the context; PEFT's own switch is every thread's.
+
+        Args:
+            names: Names of adapters; those that the layer does not have are passed over.
+        """
+        before = self.call.without
+        self.call.without = before.union(names)
+        try:
+            yield
+        finally:
+            self.call.without = before
 
     @contextmanager
     def images_with(self, adapter_names: list[str]) -> Iterator[None]:
@@ -231,18 +249,17 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
                 f"adapter_names= mixes different numbers of registers, and {type(self.tower.module).__name__} has no "
                 "place where the keys of the missing ones could be masked. Run one batch for each number."
             )
-        before = self._images
-        self._images = list(adapter_names)
         if ragged:
             self._enter_attention()
+        before, self.call.images = self.call.images, list(adapter_names)
         try:
             yield
         finally:
-            self._images = before
+            self.call.images = before
 
     @property
     def _cuts_attentions(self) -> bool:
-        names = self._active_names if self._images is None else self._images
+        names = self._active_names if self.call.images is None else self.call.images
         return not any(self.placements[name].full_attentions for name in names if name in self.placements)
 
     def attach(self) -> None:
@@ -269,9 +286,6 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self._handles = []
         self._unwrap_methods()
         self._leave_attention()
-        if self.tower.anatomy.prefix_counter:
-            for block in self.tower.part("blocks"):
-                self._count_prefix(block, 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Registers cannot be merged.

@@ -6,58 +6,22 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ...towers.anatomy import parent
 from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
-from ..registers import Segment
 from ..tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .attention import grow_block_mask, is_block_mask
-
-if TYPE_CHECKING:
-    from ...towers.tower import Tower
+from .base import LayerHooks
 
 __all__ = ["SequenceHooks"]
 
 
-class SequenceHooks:
+class SequenceHooks(LayerHooks):
     """What a :class:`RegisterLayer` does to the sequence; mixed into it."""
-
-    tower: Tower
-    prefix: int
-    #: Inside a method that users call past the tower's forward, which counts registers among the prefix tokens.
-    _inside_method: bool = False
-    _count_registers: Callable[[int], None]
-    _mask_position: int | None
-
-    @property
-    def _cuts_attentions(self) -> bool:
-        raise NotImplementedError
-
-    @property
-    def segments(self) -> list[Segment]:
-        """What takes part in the forward pass."""
-        raise NotImplementedError
-
-    @property
-    def sequence(self) -> list[Segment]:
-        """The segments that are tokens in the sequence, in their order there."""
-        raise NotImplementedError
-
-    @property
-    def num_active(self) -> int:
-        """Number of registers in the sequence when it leaves the last block."""
-        counts = self._counts
-        return counts[-1] if counts else 0
-
-    def count_at(self, block: int) -> int:
-        """Number of registers in the sequence inside block ``block``; 0 stands for the embeddings' output too."""
-        return _count_at(self.sequence, block)
 
     def _sequence_hooks(self, by_block: bool) -> list[Any]:
         """Register the hooks; those on blocks only where an adapter or the family needs them."""
@@ -65,6 +29,7 @@ class SequenceHooks:
         embeddings: nn.Module = self.tower.part("embeddings")
         remove: nn.Module = self.tower.part("remove")
         handles: list[Any] = [
+            module.register_forward_pre_hook(self._begin_pass_hook),
             embeddings.register_forward_pre_hook(self._insert_into_input_hook, with_kwargs=True)
             if anatomy.insert_at == "input"
             else embeddings.register_forward_hook(self._insert_into_output_hook),
@@ -91,17 +56,24 @@ class SequenceHooks:
                 place = list(inspect.signature(type(block).forward).parameters).index(anatomy.rotary) - 1
                 hook = partial(self._rotary_hook, index, place)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        if by_block or anatomy.prefix_counter:
+        if by_block:
             for index, block in enumerate(self.tower.part("blocks")):
                 hook = partial(self._block_hook, index)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
                 if anatomy.method_counter:
                     handles.append(block.register_forward_hook(partial(self._fill_up_hook, index)))
+        handles.append(module.register_forward_hook(self._end_pass_hook, always_call=True))
         return handles
 
+    def _begin_pass_hook(self, module: nn.Module, args: Any) -> None:
+        self._begin_pass()
+
+    def _end_pass_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._end_pass()
+
     def _insert(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        if self._inside_method:
-            self._count_registers(hidden_states.shape[1])
+        if self.call.method is not None:
+            self.call.method.enter(hidden_states.shape[1], self.num_active)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
         if tokens:
             hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
@@ -143,7 +115,6 @@ class SequenceHooks:
         """Registers that start at this block, fresh ones of deep adapters, and masks made for another length."""
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
-        self._count_prefix(module, count)
         hidden = given = hidden_states_of(args, kwargs)
         if index > 0:
             hidden = self.without_placeholders(hidden, index - 1)
@@ -166,15 +137,26 @@ class SequenceHooks:
     def _rotary_hook(self, index: int, place: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Rotary tables with a row for every token: registers have no position, and stay as they are."""
         count, name = self.count_at(index), cast(str, self.tower.anatomy.rotary)
-        if not count:
+        tables = kwargs.get(name, args[place] if place < len(args) else None)
+        if not count or tables is None:
             return None
+        grown = self._grown_rotary(tables, count)
         if name in kwargs:
-            return args, {**kwargs, name: grow_rotary(kwargs[name], self.prefix, count)}
-        return (*args[:place], grow_rotary(args[place], self.prefix, count), *args[place + 1 :]), kwargs
+            return args, {**kwargs, name: grown}
+        return (*args[:place], grown, *args[place + 1 :]), kwargs
+
+    def _grown_rotary(self, tables: Any, count: int) -> Any:
+        """The tables with rows for registers; blocks that share tables share these too."""
+        if torch.compiler.is_compiling():
+            return grow_rotary(tables, self.prefix, count)
+        known = self.call.rotary
+        if known is None or known[0] is not tables or known[1] != count:
+            self.call.rotary = known = (tables, count, grow_rotary(tables, self.prefix, count))
+        return known[2]
 
     def _fill_up_hook(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         """Inside a method every block returns the same number of tokens: zeros for registers that start later."""
-        missing = self.num_active - self.count_at(index) if self._inside_method else 0
+        missing = self.num_active - self.count_at(index) if self.call.method is not None else 0
         if not missing:
             return None
         hidden = first_of(output)
@@ -184,42 +166,17 @@ class SequenceHooks:
     def without_placeholders(self, hidden_states: torch.Tensor, block: int) -> torch.Tensor:
         """What block ``block`` returned ``(B, N, D)``, without what stands there for registers that start later."""
         present = self.count_at(block)
-        missing = self.num_active - present if self._inside_method else 0
+        missing = self.num_active - present if self.call.method is not None else 0
         if not missing:
             return hidden_states
         return cast(torch.Tensor, cut_tokens(hidden_states, self.prefix + present, missing, hidden_states.shape[1]))
 
-    def _count_prefix(self, block: nn.Module, count: int) -> None:
-        """Tell a block how many tokens stand before the patches."""
-        if self.tower.anatomy.prefix_counter:
-            owner, name = parent(block, self.tower.anatomy.prefix_counter)
-            # Only where it changes: an assignment is a mutation that a compiled graph has to keep.
-            if getattr(owner, name) != self.prefix + count:
-                setattr(owner, name, self.prefix + count)
-
-    @property
-    def _counts(self) -> list[int]:
-        """Numbers of registers in the sequence on its way, ascending, the last one behind the last block."""
-        sequence = self.sequence
-        if len(sequence) < 2:
-            return [segment.count for segment in sequence]
-        return sorted({_count_at(sequence, segment.placement.insert_layer) for segment in sequence})
-
-    def _cut(self, value: Any, length: int, counts: list[int]) -> Any:
-        """Take the registers out of everything; ``length`` is that of a sequence without them.
-
-        What was recorded on the way has the registers of the block it comes from: one of ``counts``.
-        """
-        for count in counts:
-            value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
-        return value
-
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
-        counts = [] if self._inside_method else self._counts
+        counts = [] if self.call.method is not None else self._counts
         return self._cut(args, args[0].shape[1] - counts[-1], counts) if counts else None
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        counts = [] if self._inside_method else self._counts
+        counts = [] if self.call.method is not None else self._counts
         if not counts:
             return None
         hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
@@ -287,10 +244,6 @@ class SequenceHooks:
         if position is None or "attention_mask" in kwargs:
             return args, {**kwargs, "attention_mask": grown}
         return (*args[:position], grown, *args[position + 1 :]), kwargs
-
-
-def _count_at(sequence: list[Segment], block: int) -> int:
-    return sum(segment.count for segment in sequence if segment.placement.insert_layer <= block)
 
 
 def _entries(output: Any) -> list[Any]:
