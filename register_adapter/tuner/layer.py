@@ -7,6 +7,7 @@ around the embeddings would rename the base's keys, and a closure would make a d
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
+        self._hooked: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
         self.call = CallState()
         parameters = list(inspect.signature(type(tower.module).forward).parameters)[1:]
@@ -175,7 +177,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         """
         # Every hook asks, between two operations on tensors: what is looked up here is all that a short pass notices.
         call = self.call
-        if call.segments is not None:
+        if call.segments is not None and not torch.compiler.is_compiling():
             return call.segments
         if self._disable_adapters:
             return []
@@ -268,12 +270,34 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         if getattr(module, "registers", None) is not self:
             module.add_module("registers", self)
         self._remove_hooks()
-        by_block = any(placement.deep or placement.insert_layer for placement in self.placements.values())
-        self._handles = self._sequence_hooks(by_block)
-        self._handles += self._neuron_hooks({block for name in self.names for block in self.tokens(name).slices})
+        self._handles = self._sequence_hooks()
+        self._handles += self._neuron_hooks(self._neuron_blocks)
         self._wrap_methods()
         if any(p.key_value or self.tokens(name).gate is not None for name, p in self.placements.items()):
             self._enter_attention()
+        self._hooked = self._all_points()
+
+    @property
+    def _by_block(self) -> bool:
+        return any(placement.deep or placement.insert_layer for placement in self.placements.values())
+
+    @property
+    def _neuron_blocks(self) -> set[int]:
+        return {block for name in self.names for block in self.tokens(name).slices}
+
+    def _all_points(self) -> list[Any]:
+        points = self._hook_points()
+        if blocks := self._neuron_blocks:
+            points += self._neuron_points(blocks)
+        return points + self._attention_points()
+
+    def _renew_hooks(self) -> None:
+        points = self._all_points()
+        if len(points) == len(self._hooked) and all(map(operator.is_, points, self._hooked)):
+            return
+        for module in points:
+            _drop_copied_hooks(module, self)
+        self.attach()
 
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""
@@ -297,6 +321,15 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
             "take it off with unload(), or export the model with its registers with export_native()."
         )
+
+
+def _drop_copied_hooks(module: Any, layer: RegisterLayer) -> None:
+    """Take off the hooks that a copy of a hooked module has: those of a copy of the layer, which came along."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            if isinstance(owner, RegisterLayer) and owner is not layer:
+                del hooks[key]
 
 
 def find_register_layer(model: nn.Module) -> RegisterLayer | None:

@@ -121,6 +121,11 @@ class AttentionConfig:
         self.config, self.layer, self.block, self.eager = config, layer, block, eager
         self.adds_mask = _adds_mask(eager)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A process that unpickles a model has not attached any registers.
+        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
+
     @property
     def _attn_implementation(self) -> str:
         return IMPLEMENTATION if self.layer.in_attention else self.implementation
@@ -166,6 +171,11 @@ class AttentionHooks(LayerHooks):
                 self._configs.append((module, module.config))
                 stand_in: Any = AttentionConfig(module.config, self, block, eager)
                 module.config = stand_in
+
+    def _attention_points(self) -> list[Any]:
+        """As ``_hook_points``, for the modules with stand-in configs."""
+        blocks = range(len(self.tower.part("blocks"))) if self._configs else ()
+        return [self.tower.block_part(block, "attention") for block in blocks]
 
     def _leave_attention(self) -> None:
         for module, config in self._configs:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...errors import UnsupportedModelError
 from ..registers import Segment
 from ..tokens import cut_tokens
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ...towers.tower import Tower
     from .methods import MethodCall
 
-__all__ = ["CallState", "LayerHooks"]
+__all__ = ["CallState", "LayerHooks", "refuse_tracing"]
 
 #: Called with a block's index, keys and values ``(B, H, N, d)``.
 RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -35,6 +36,7 @@ class CallState(threading.local):
         whole_attentions: Attention maps keep the columns of key/value pairs.
         record: Gets the keys and values of every block.
         segments: What takes part in the running pass; ``None`` outside of one.
+        entered: Registers are in the sequence of the running pass.
         method: The running method that is called past the tower's forward, if it counts registers.
         visible: ``(B, N)`` bool, what a register sees in the running block; ``None`` without a mask.
         rotary: Rotary tables as the blocks were given them, a number of registers, and the tables with rows for these.
@@ -46,6 +48,7 @@ class CallState(threading.local):
         self.whole_attentions: bool = False
         self.record: RecordPairs | None = None
         self.segments: list[Segment] | None = None
+        self.entered: bool = False
         self.method: MethodCall | None = None
         self.visible: torch.Tensor | None = None
         self.rotary: tuple[Any, int, Any] | None = None
@@ -75,18 +78,43 @@ class LayerHooks:
 
     @property
     @abstractmethod
+    def _by_block(self) -> bool:
+        """Whether an adapter does something at single blocks."""
+
+    @abstractmethod
+    def _renew_hooks(self) -> None:
+        """Put the hooks on the modules that are now where hooked ones were, if somebody has replaced any."""
+
+    @property
+    @abstractmethod
     def _cuts_attentions(self) -> bool:
         """Whether registers are cut out of attention maps."""
 
     def _begin_pass(self) -> None:
         """Look up once what takes part in the pass that begins, so that it stays the same up to its end."""
-        # A graph is one pass, and keeps what is assigned while it is traced.
+        self._end_pass()  # of one that has failed
+        # Not in a graph: part of it may be run by another pass, with other objects.
         if not torch.compiler.is_compiling():
-            self.call.segments = None
+            self._renew_hooks()
             self.call.segments = self.segments
 
     def _end_pass(self) -> None:
         self.call.segments = self.call.visible = self.call.rotary = None
+        self.call.entered = False
+
+    def _check_left(self) -> None:
+        """Registers that went in have come out again.
+
+        Raises:
+            UnsupportedModelError: They have not: the module with the hook that takes them out was not called.
+        """
+        if self.call.entered:
+            anatomy = self.tower.anatomy
+            raise UnsupportedModelError(
+                f"registers entered {type(self.tower.module).__name__} at {anatomy.embeddings!r} and did not leave it "
+                f"at {anatomy.remove!r}, which this forward pass did not call. Was that module replaced after the "
+                "registers were added, and the model compiled or called in parts since? Call the whole model once."
+            )
 
     @property
     def sequence(self) -> list[Segment]:
@@ -119,6 +147,20 @@ class LayerHooks:
         for count in counts:
             value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
         return value
+
+
+def refuse_tracing(value: Any) -> None:
+    """Refuse a pass that torch.fx traces: what it records has no hooks.
+
+    Raises:
+        UnsupportedModelError: ``value`` stands for a tensor.
+    """
+    if isinstance(value, torch.fx.Proxy):
+        raise UnsupportedModelError(
+            "torch.fx is tracing a model with register hooks (torchvision's create_feature_extractor? timm's "
+            "features_cls='fx'?), and what it records would leave the registers out, or in. Trace the base without "
+            "registers or export_native(model), use capture(model) for features, or torch.export for a graph."
+        )
 
 
 def _count_at(sequence: list[Segment], block: int) -> int:

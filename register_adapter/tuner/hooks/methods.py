@@ -84,7 +84,11 @@ class MethodHooks(LayerHooks):
         owner, name = parent(self.tower.module, path)
         method = getattr(type(owner), name)
         counts = self._counts
-        if not counts or self.call.method is not None or path in anatomy.pass_methods:
+        if path in anatomy.pass_methods:
+            output = method(owner, *args, **kwargs)
+            self._check_left()
+            return output
+        if not counts or self.call.method is not None:
             return method(owner, *args, **kwargs)
         self._check_call(name, args)
         if path in anatomy.counted_methods:

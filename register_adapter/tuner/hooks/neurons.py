@@ -28,6 +28,12 @@ class NeuronHooks(LayerHooks):
             handles.append(module.register_forward_pre_hook(self._visible_hook, with_kwargs=True))
         return handles
 
+    def _neuron_points(self, blocks: set[int]) -> list[Any]:
+        """As ``_hook_points``, for these hooks."""
+        parts = self.tower.part("blocks")
+        places = [block for block in sorted(blocks) if block < len(parts)]
+        return [*(parts[block] for block in places), *(self.tower.block_part(block, "mlp_out") for block in places)]
+
     def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         visible = visible_to(self.prefix, hidden_states_of(args, kwargs), [*args[1:], *kwargs.values()])
         # Only where it changes: an assignment is a mutation that a compiled graph has to keep.

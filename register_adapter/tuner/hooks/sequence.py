@@ -15,7 +15,7 @@ from torch import nn
 from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
 from ..tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .attention import grow_block_mask, is_block_mask
-from .base import LayerHooks
+from .base import LayerHooks, refuse_tracing
 
 __all__ = ["SequenceHooks"]
 
@@ -23,13 +23,13 @@ __all__ = ["SequenceHooks"]
 class SequenceHooks(LayerHooks):
     """What a :class:`RegisterLayer` does to the sequence; mixed into it."""
 
-    def _sequence_hooks(self, by_block: bool) -> list[Any]:
+    def _sequence_hooks(self) -> list[Any]:
         """Register the hooks; those on blocks only where an adapter or the family needs them."""
         module, anatomy = self.tower.module, self.tower.anatomy
         embeddings: nn.Module = self.tower.part("embeddings")
         remove: nn.Module = self.tower.part("remove")
         handles: list[Any] = [
-            module.register_forward_pre_hook(self._begin_pass_hook),
+            module.register_forward_pre_hook(self._tower_input_hook, with_kwargs=True),
             embeddings.register_forward_pre_hook(self._insert_into_input_hook, with_kwargs=True)
             if anatomy.insert_at == "input"
             else embeddings.register_forward_hook(self._insert_into_output_hook),
@@ -37,8 +37,6 @@ class SequenceHooks(LayerHooks):
             if anatomy.remove_from == "input"
             else remove.register_forward_hook(self._remove_from_output_hook),
         ]
-        if anatomy.insert_at == "output":  # else the mask grows where registers join
-            handles.append(module.register_forward_pre_hook(self._grow_mask_hook, with_kwargs=True))
         if remove is not module:  # a tower that ends where registers leave needs no second cut
             handles.append(module.register_forward_hook(self._tower_output_hook))
         for block, bias in self.tower.parts("position_bias"):
@@ -56,7 +54,7 @@ class SequenceHooks(LayerHooks):
                 place = list(inspect.signature(type(block).forward).parameters).index(anatomy.rotary) - 1
                 hook = partial(self._rotary_hook, index, place)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        if by_block:
+        if self._by_block:
             for index, block in enumerate(self.tower.part("blocks")):
                 hook = partial(self._block_hook, index)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -65,17 +63,34 @@ class SequenceHooks(LayerHooks):
         handles.append(module.register_forward_hook(self._end_pass_hook, always_call=True))
         return handles
 
-    def _begin_pass_hook(self, module: nn.Module, args: Any) -> None:
+    def _hook_points(self) -> list[Any]:
+        """Where hooks are, or should be, in the tower as it is now."""
+        tower, anatomy = self.tower, self.tower.anatomy
+        points = [tower.part("embeddings"), tower.part("remove")]
+        if anatomy.position_bias:
+            points += [module for _, module in tower.parts("position_bias")]
+        if anatomy.positions_between:
+            points += [module for _, module in tower.parts("positions_between")]
+        if self._by_block or anatomy.rotary or anatomy.position_bias:
+            points += tower.part("blocks")
+        return points
+
+    def _tower_input_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        # One hook for both: the pass may begin with new hooks, and torch would go on with those that it has listed.
         self._begin_pass()
+        # Elsewhere the mask grows where registers join.
+        return self._grow_mask(args, kwargs) if self.tower.anatomy.insert_at == "output" else None
 
     def _end_pass_hook(self, module: nn.Module, args: Any, output: Any) -> None:
         self._end_pass()
 
     def _insert(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        refuse_tracing(hidden_states)
         if self.call.method is not None:
             self.call.method.enter(hidden_states.shape[1], self.num_active)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
         if tokens:
+            self.call.entered = True
             hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
         if self._loses_gradients(hidden_states):
             return hidden_states.detach().requires_grad_()
@@ -113,15 +128,17 @@ class SequenceHooks(LayerHooks):
 
     def _block_hook(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Registers that start at this block, fresh ones of deep adapters, and masks made for another length."""
+        hidden = given = hidden_states_of(args, kwargs)
+        refuse_tracing(hidden)
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
-        hidden = given = hidden_states_of(args, kwargs)
         if index > 0:
             hidden = self.without_placeholders(hidden, index - 1)
         start = self.prefix
         for segment in segments:
             first = segment.placement.insert_layer
             if first == index and index > 0:
+                self.call.entered = True
                 hidden = insert_tokens(hidden, [segment.draw(hidden, index)], start)
             elif segment.placement.deep and first < index:
                 fresh = segment.draw(hidden, index)
@@ -172,17 +189,21 @@ class SequenceHooks(LayerHooks):
         return cast(torch.Tensor, cut_tokens(hidden_states, self.prefix + present, missing, hidden_states.shape[1]))
 
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
+        refuse_tracing(args[0])
         counts = [] if self.call.method is not None else self._counts
+        self.call.entered = False
         return self._cut(args, args[0].shape[1] - counts[-1], counts) if counts else None
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         counts = [] if self.call.method is not None else self._counts
+        self.call.entered = False
         if not counts:
             return None
         hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
         return self._cut(output, hidden.shape[1] - counts[-1], counts)
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._check_left()
         counts = self._counts
         if not counts:
             return None
@@ -233,7 +254,7 @@ class SequenceHooks(LayerHooks):
         count = self.count_at(index or 0)
         return grow_bias(output, self.prefix, count) if count else None
 
-    def _grow_mask_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _grow_mask(self, args: Any, kwargs: Any) -> Any:
         position = self._mask_position
         positional = args[position] if position is not None and len(args) > position else None
         mask = kwargs.get("attention_mask", positional)
