@@ -133,8 +133,8 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
 @contextmanager
 def _whole_attentions(layer: RegisterLayer) -> Iterator[None]:
     """Attention maps keep the columns of key/value pairs."""
-    layer.whole_attentions = True
+    before, layer.call.whole_attentions = layer.call.whole_attentions, True
     try:
         yield
     finally:
-        layer.whole_attentions = False
+        layer.call.whole_attentions = before

@@ -29,10 +29,9 @@ class Anatomy:
             ``prefix``.
         position_bias: Modules that return a relative position bias ``(..., N, N)``, below the tower or below a block.
         positions_between: Module that returns position embeddings ``(..., N, D)`` added between blocks.
-        prefix_counter: Attribute with the number of tokens before the patches that a block reads, below the block
-            (timm's rotary embeddings leave so many tokens alone).
-        rotary: Argument of a block with rotary tables ``(cos, sin)``, each ``(..., N, d)``, a row for every token of
-            the sequence; registers are not turned.
+        rotary: Argument of a block with rotary tables: ``(cos, sin)``, each ``(..., N, d)``, a row for every token of
+            the sequence, or timm's ``(..., P, 2 d)`` for the tokens behind ``prefix``; registers are not turned.
+        pass_methods: Methods that users call in place of the tower's ``forward``, and that go past every hook point.
         methods: Methods that users call past the tower's ``forward`` and that return whole sequences.
         counted_methods: Methods that take a sequence apart by the number of tokens before the patches.
         method_counter: Attribute of the tower with that number, which they read.
@@ -64,8 +63,8 @@ class Anatomy:
     native_registers: Paths | None = None
     position_bias: Paths | None = None
     positions_between: Paths | None = None
-    prefix_counter: Paths | None = None
     rotary: str | None = None
+    pass_methods: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     counted_methods: tuple[str, ...] = ()
     method_counter: str | None = None

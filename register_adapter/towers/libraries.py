@@ -21,6 +21,7 @@ _TIMM_VIT = Anatomy(
     blocks="blocks",
     prefix=0,
     native_registers="num_prefix_tokens",
+    pass_methods=("forward_features",),
     counted_methods=("forward_intermediates",),
     method_counter="num_prefix_tokens",
     attention="attn",
@@ -37,8 +38,8 @@ _TIMM_VIT = Anatomy(
 
 STACKS: dict[str, Anatomy] = {
     "timm.VisionTransformer": _TIMM_VIT,
-    # Its rotary embeddings leave the prefix tokens alone, and every block counts those itself.
-    "timm.Eva": replace(_TIMM_VIT, family="timm_eva", prefix_counter="attn.num_prefix_tokens"),
+    # Its blocks turn what stands behind the prefix tokens, which registers join.
+    "timm.Eva": replace(_TIMM_VIT, family="timm_eva", rotary="rope"),
     "open_clip.VisionTransformer": Anatomy(
         "open_clip",
         embeddings="ln_pre",

@@ -112,7 +112,7 @@ class Tower:
         absent = [field for field in ("embeddings", "remove", "blocks") if self.part(field) is None]
         if self.anatomy.method_counter and self.part("method_counter") is None:
             absent.append("method_counter")
-        for field in ("methods", "counted_methods"):
+        for field in ("pass_methods", "methods", "counted_methods"):
             if any(resolve(self.module, method) is None for method in getattr(self.anatomy, field)):
                 absent.append(field)
         return absent

@@ -7,8 +7,9 @@ around the embeddings would rename the base's keys, and a closure would make a d
 from __future__ import annotations
 
 import inspect
+import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
@@ -21,6 +22,7 @@ from ..errors import AdapterFileError
 from ..towers.tower import Tower
 from .config import RegisterConfig
 from .hooks.attention import AttentionHooks, reads_implementation
+from .hooks.base import CallState
 from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.sequence import SequenceHooks
@@ -53,8 +55,9 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
+        self._hooked: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
-        self._images: list[str] | None = None
+        self.call = CallState()
         parameters = list(inspect.signature(type(tower.module).forward).parameters)[1:]
         self._mask_position = parameters.index("attention_mask") if "attention_mask" in parameters else None
 
@@ -173,14 +176,17 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             AdapterFileError: In training mode, an adapter still waits for its values.
         """
         # Every hook asks, between two operations on tensors: what is looked up here is all that a short pass notices.
+        call = self.call
+        if call.segments is not None and not torch.compiler.is_compiling():
+            return call.segments
         if self._disable_adapters:
             return []
-        if self._images is not None:
-            return self._segments_by_image(self._images)
+        if call.images is not None:
+            return self._segments_by_image([BASE if name in call.without else name for name in call.images])
         segments = []
         active = self._active_adapter
         for name in (active,) if isinstance(active, str) else dict.fromkeys(active):
-            if name not in self.placements:
+            if name not in self.placements or name in call.without:
                 continue
             tokens = cast(RegisterTokens, self.register_adapter_tokens[name])
             if not tokens.pending:
@@ -191,11 +197,6 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             segments.sort(key=lambda segment: segment.placement.insert_layer)
         return segments
 
-    @property
-    def sequence(self) -> list[Segment]:
-        """The segments that are tokens in the sequence, in their order there."""
-        return [segment for segment in self.segments if not segment.placement.key_value]
-
     def _segments_by_image(self, images: list[str]) -> list[Segment]:
         names = [name for name in dict.fromkeys(images) if name != BASE]
         if not names:
@@ -203,6 +204,25 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         placement = max(self.placements[name] for name in names)
         order = {BASE: -1, **{name: index for index, name in enumerate(names)}}
         return [Segment(placement, [self.tokens(name) for name in names], [order[name] for name in images])]
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether no adapter takes part in this thread's passes."""
+        return self._disable_adapters or (bool(self.names) and self.call.without.issuperset(self.names))
+
+    @contextmanager
+    def without(self, names: Iterable[str]) -> Iterator[None]:
+        """Leave adapters out of the passes that this thread makes in the context; PEFT's own switch is every thread's.
+
+        Args:
+            names: Names of adapters; those that the layer does not have are passed over.
+        """
+        before = self.call.without
+        self.call.without = before.union(names)
+        try:
+            yield
+        finally:
+            self.call.without = before
 
     @contextmanager
     def images_with(self, adapter_names: list[str]) -> Iterator[None]:
@@ -231,18 +251,17 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
                 f"adapter_names= mixes different numbers of registers, and {type(self.tower.module).__name__} has no "
                 "place where the keys of the missing ones could be masked. Run one batch for each number."
             )
-        before = self._images
-        self._images = list(adapter_names)
         if ragged:
             self._enter_attention()
+        before, self.call.images = self.call.images, list(adapter_names)
         try:
             yield
         finally:
-            self._images = before
+            self.call.images = before
 
     @property
     def _cuts_attentions(self) -> bool:
-        names = self._active_names if self._images is None else self._images
+        names = self._active_names if self.call.images is None else self.call.images
         return not any(self.placements[name].full_attentions for name in names if name in self.placements)
 
     def attach(self) -> None:
@@ -251,12 +270,34 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         if getattr(module, "registers", None) is not self:
             module.add_module("registers", self)
         self._remove_hooks()
-        by_block = any(placement.deep or placement.insert_layer for placement in self.placements.values())
-        self._handles = self._sequence_hooks(by_block)
-        self._handles += self._neuron_hooks({block for name in self.names for block in self.tokens(name).slices})
+        self._handles = self._sequence_hooks()
+        self._handles += self._neuron_hooks(self._neuron_blocks)
         self._wrap_methods()
         if any(p.key_value or self.tokens(name).gate is not None for name, p in self.placements.items()):
             self._enter_attention()
+        self._hooked = self._all_points()
+
+    @property
+    def _by_block(self) -> bool:
+        return any(placement.deep or placement.insert_layer for placement in self.placements.values())
+
+    @property
+    def _neuron_blocks(self) -> set[int]:
+        return {block for name in self.names for block in self.tokens(name).slices}
+
+    def _all_points(self) -> list[Any]:
+        points = self._hook_points()
+        if blocks := self._neuron_blocks:
+            points += self._neuron_points(blocks)
+        return points + self._attention_points()
+
+    def _renew_hooks(self) -> None:
+        points = self._all_points()
+        if len(points) == len(self._hooked) and all(map(operator.is_, points, self._hooked)):
+            return
+        for module in points:
+            _drop_copied_hooks(module, self)
+        self.attach()
 
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""
@@ -269,9 +310,6 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self._handles = []
         self._unwrap_methods()
         self._leave_attention()
-        if self.tower.anatomy.prefix_counter:
-            for block in self.tower.part("blocks"):
-                self._count_prefix(block, 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Registers cannot be merged.
@@ -283,6 +321,15 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
             "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
             "take it off with unload(), or export the model with its registers with export_native()."
         )
+
+
+def _drop_copied_hooks(module: Any, layer: RegisterLayer) -> None:
+    """Take off the hooks that a copy of a hooked module has: those of a copy of the layer, which came along."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            if isinstance(owner, RegisterLayer) and owner is not layer:
+                del hooks[key]
 
 
 def find_register_layer(model: nn.Module) -> RegisterLayer | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from peft import PeftConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 
@@ -18,7 +21,7 @@ from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_err
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
-from .layer import find_register_layer
+from .layer import find_register_layer, register_layers
 
 __all__ = ["RegisterPeftModel", "add_registers"]
 
@@ -74,6 +77,19 @@ class RegisterPeftModel(PeftModel):
         if adapter_name in self.peft_config:
             raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As in PEFT, for the passes that this thread makes: other threads keep the registers.
+
+        Modules of ``modules_to_save`` are PEFT's, whose switch is every thread's.
+        """
+        with ExitStack() as stack:
+            if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules()):
+                stack.enter_context(super().disable_adapter())
+            for layer in register_layers(self):
+                stack.enter_context(layer.without(layer.names))
+            yield
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; ``adapter_names`` as in PEFT."""

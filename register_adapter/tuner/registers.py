@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -59,10 +59,26 @@ class RegisterTokens(NeuronShift):
     @property
     def pending(self) -> bool:
         """Whether the values from the file are still to come; the first finite ones settle it."""
-        if self._pending and not self.weight.is_meta:
-            parts = [*self.parameters(), *self.buffers()]
-            self._pending = not all(bool(torch.isfinite(part).all()) for part in parts)
+        if self._pending:
+            self._settle()
         return self._pending
+
+    def _settle(self) -> None:
+        parts = [*self.parameters(), *self.buffers()]
+        self._pending = not all(not part.is_meta and bool(torch.isfinite(part).all()) for part in parts)
+
+    # Loaders put values in by load_state_dict or by assignment, and that is where they are looked at: a graph compiler
+    # could not follow it in the first forward pass.
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._pending:
+            self._settle()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, torch.Tensor) and self.__dict__.get("_pending"):
+            self._settle()
 
     def forward(self, like: torch.Tensor, block: int | None = None, part: str = "weight") -> torch.Tensor:
         """The weight, or its part for one block, in the dtype and on the device of ``like``.
@@ -73,8 +89,8 @@ class RegisterTokens(NeuronShift):
         values: torch.Tensor | None = getattr(self, part)
         if values is None:
             return like.new_zeros(self.count)
-        # A view: ZeRO-3 takes a parameter's values away behind this module's forward.
-        return (values[:] if block is None else values[block]).to(like)
+        # A copy: ZeRO-3 takes a parameter's values away behind this module's forward, and FSDP allows no views of them.
+        return (values if block is None else values[block]).to(like, copy=True)
 
 
 class Segment:

@@ -120,7 +120,19 @@ def visible_to(query: int, hidden_states: torch.Tensor, arguments: list[Any]) ->
 
 
 def grow_rotary(tables: Any, start: int, count: int) -> Any:
-    """Rotary tables ``(cos, sin)``, each ``(..., N, d)``, with ``count`` rows at ``start`` that turn by no angle."""
+    """Rotary tables with ``count`` rows that turn by no angle.
+
+    Args:
+        tables: ``(cos, sin)``, each ``(..., N, d)``, with a row for every token, or timm's ``(..., P, 2 d)``, sines
+            before cosines, with rows for the tokens that stand behind position ``start`` alone.
+        start: Position of the first register.
+        count: Number of registers.
+    """
+    if isinstance(tables, torch.Tensor):
+        width = tables.shape[-1] // 2
+        rows = tables.new_zeros(*tables.shape[:-2], count, 2 * width)
+        rows[..., width:] = 1.0
+        return torch.cat([rows, tables], dim=-2)
 
     def grow(table: torch.Tensor, value: float) -> torch.Tensor:
         rows = table.new_full((*table.shape[:-2], count, table.shape[-1]), value)

@@ -240,8 +240,12 @@ class ComposedTuner(BaseTuner):
         """Within the context ``names`` take no part; gradients, and everything afterwards, are as before."""
         out = set(names)
         undo: list[tuple[Any, list[str]]] = []
+        registers = contextlib.ExitStack()
         with flags_kept(self.model):
             for module in self.model.modules():
+                if isinstance(module, RegisterLayer):
+                    registers.enter_context(module.without(out))
+                    continue
                 if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or module.disable_adapters:
                     continue
                 active = list(module.active_adapters)
@@ -254,7 +258,8 @@ class ComposedTuner(BaseTuner):
                 else:
                     module.enable_adapters(False)
         try:
-            yield
+            with registers:
+                yield
         finally:
             with flags_kept(self.model):
                 for module, active in undo:

@@ -1,8 +1,9 @@
 """The hooks of a register layer, one file for each place where registers are at work."""
 
 from .attention import AttentionHooks
+from .base import CallState, LayerHooks
 from .methods import MethodHooks
 from .neurons import NeuronHooks
 from .sequence import SequenceHooks
 
-__all__ = ["AttentionHooks", "MethodHooks", "NeuronHooks", "SequenceHooks"]
+__all__ = ["AttentionHooks", "CallState", "LayerHooks", "MethodHooks", "NeuronHooks", "SequenceHooks"]

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..registers import Segment
+from .base import LayerHooks, RecordPairs
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower
@@ -121,6 +121,11 @@ class AttentionConfig:
         self.config, self.layer, self.block, self.eager = config, layer, block, eager
         self.adds_mask = _adds_mask(eager)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A process that unpickles a model has not attached any registers.
+        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
+
     @property
     def _attn_implementation(self) -> str:
         return IMPLEMENTATION if self.layer.in_attention else self.implementation
@@ -136,41 +141,24 @@ class AttentionConfig:
         return getattr(self.config, name)
 
 
-class AttentionHooks:
+class AttentionHooks(LayerHooks):
     """What a :class:`RegisterLayer` does inside attention; mixed into it."""
-
-    tower: Tower
-    prefix: int
-    #: Return the columns of key/value pairs in attention maps.
-    whole_attentions: bool = False
-    #: Called with a block's index, keys and values ``(B, H, N, d)``, while somebody asks for them.
-    _record: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
-    _configs: list[tuple[nn.Module, Any]]
-
-    @property
-    def segments(self) -> list[Segment]:
-        """What takes part in the forward pass."""
-        raise NotImplementedError
-
-    @property
-    def _cuts_attentions(self) -> bool:
-        raise NotImplementedError
 
     @property
     def in_attention(self) -> bool:
         """Whether the attention needs anything beyond the sequence."""
-        asked = self._record is not None
+        asked = self.call.record is not None
         return asked or any(segment.placement.key_value or segment.biased for segment in self.segments)
 
     @contextmanager
-    def recording_pairs(self, record: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
-        """Have every block's index, keys and values ``(B, H, N, d)`` handed to ``record`` while the context lasts."""
+    def recording_pairs(self, record: RecordPairs) -> Iterator[None]:
+        """Have every block's index, keys and values ``(B, H, N, d)`` handed to ``record``, in this thread's passes."""
         self._enter_attention()
-        self._record = record
+        before, self.call.record = self.call.record, record
         try:
             yield
         finally:
-            self._record = None
+            self.call.record = before
 
     def _enter_attention(self) -> None:
         """Put the stand-in configs in place; once."""
@@ -183,6 +171,11 @@ class AttentionHooks:
                 self._configs.append((module, module.config))
                 stand_in: Any = AttentionConfig(module.config, self, block, eager)
                 module.config = stand_in
+
+    def _attention_points(self) -> list[Any]:
+        """As ``_hook_points``, for the modules with stand-in configs."""
+        blocks = range(len(self.tower.part("blocks"))) if self._configs else ()
+        return [self.tower.block_part(block, "attention") for block in blocks]
 
     def _leave_attention(self) -> None:
         for module, config in self._configs:
@@ -206,8 +199,8 @@ class AttentionHooks:
             value: The same shape.
             mask: ``(B or 1, H or 1, N or 1, N)``, boolean or additive, or flex attention's.
         """
-        if self._record is not None:
-            self._record(block, key, value)
+        if self.call.record is not None:
+            self.call.record(block, key, value)
         here = [segment for segment in self.segments if segment.placement.insert_layer <= block]
         pairs = [segment for segment in here if segment.placement.key_value]
         length = key.shape[2]
@@ -265,7 +258,8 @@ def _attention(
     if multiplies and mask is not None:
         inner = _additive
     output, weights = inner(module, query, key, value, mask, **kwargs)
-    # What flex attention returns here is no map.
-    if added and weights is not None and weights.ndim == 4 and layer._cuts_attentions and not layer.whole_attentions:
+    cuts = layer._cuts_attentions and not layer.call.whole_attentions
+    # What flex attention returns here is not a map.
+    if added and cuts and weights is not None and weights.ndim == 4:
         weights = weights[..., :-added]
     return output, weights

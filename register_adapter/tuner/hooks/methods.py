@@ -8,46 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from ...towers.anatomy import parent
 from ...towers.calls import hidden_states_of
 from ..tokens import cut_tokens
+from .base import LayerHooks
 
-if TYPE_CHECKING:
-    from ...towers.tower import Tower
-
-__all__ = ["MethodHooks"]
+__all__ = ["MethodCall", "MethodHooks"]
 
 #: Keys of outputs that hold whole sequences, and the tokens before the patches.
 _SEQUENCE_KEYS = ("x_prenorm",)
 _PREFIX_KEYS = ("image_intermediates_prefix", "x_norm_regtokens")
 
 
-class MethodHooks:
+class MethodCall:
+    """One call of a method that counts registers among the tower's prefix tokens.
+
+    It runs on a stand-in for the tower: an object of the tower's class with the very same modules and parameters, but
+    a count of its own. On the tower itself other threads would read it.
+
+    Args:
+        module: The tower.
+        counter: Attribute with the number of its prefix tokens.
+    """
+
+    def __init__(self, module: nn.Module, counter: str) -> None:
+        self.counter = counter
+        self.stand_in: Any = object.__new__(type(module))
+        self.stand_in.__dict__.update(module.__dict__)
+        self.length = 0
+
+    def enter(self, length: int, count: int) -> None:
+        """``count`` registers enter a sequence of ``length`` tokens: from here on they count as prefix tokens.
+
+        Not before: timm resamples its position embeddings by the same count.
+        """
+        self.length = length
+        self.stand_in.__dict__[self.counter] += count
+
+
+class MethodHooks(LayerHooks):
     """What a :class:`RegisterLayer` does to such methods; mixed into it."""
-
-    tower: Tower
-    prefix: int
-    _inside_method: bool = False
-    _length: int
-    _cut: Callable[[Any, int, list[int]], Any]
-    count_at: Callable[[int], int]
-
-    @property
-    def _counts(self) -> list[int]:
-        raise NotImplementedError
-
-    @property
-    def num_active(self) -> int:
-        """Number of registers in the sequence when it leaves the last block."""
-        raise NotImplementedError
 
     @property
     def _methods(self) -> tuple[str, ...]:
-        return (*self.tower.anatomy.methods, *self.tower.anatomy.counted_methods)
+        anatomy = self.tower.anatomy
+        return (*anatomy.pass_methods, *anatomy.methods, *anatomy.counted_methods)
 
     def _wrap_methods(self) -> None:
         for path in self._methods:
@@ -61,33 +71,45 @@ class MethodHooks:
             owner.__dict__.pop(name, None)
 
     def _call_method(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        if self.call.segments is not None:  # part of a pass
+            return self._run_method(path, args, kwargs)
+        self._begin_pass()
+        try:
+            return self._run_method(path, args, kwargs)
+        finally:
+            self._end_pass()
+
+    def _run_method(self, path: str, args: Any, kwargs: Any) -> Any:
+        anatomy = self.tower.anatomy
         owner, name = parent(self.tower.module, path)
-        original = partial(getattr(type(owner), name), owner, *args, **kwargs)
+        method = getattr(type(owner), name)
         counts = self._counts
-        if not counts or self._inside_method:
-            return original()
+        if path in anatomy.pass_methods:
+            output = method(owner, *args, **kwargs)
+            self._check_left()
+            return output
+        if not counts or self.call.method is not None:
+            return method(owner, *args, **kwargs)
         self._check_call(name, args)
-        if path in self.tower.anatomy.counted_methods:
-            return self._counted(original)
-        result = original()
+        if path in anatomy.counted_methods:
+            return self._counted(lambda tower: method(tower, *args, **kwargs))
+        result = method(owner, *args, **kwargs)
         if isinstance(result, dict):
             whole = {key: result[key] for key in _SEQUENCE_KEYS if key in result}
             return {**result, **{key: self._cut(x, x.shape[1] - counts[-1], counts) for key, x in whole.items()}}
         # A sequence came in.
         return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0), counts)
 
-    def _counted(self, method: Callable[[], Any]) -> Any:
-        """Call a method that counts the registers among the tower's prefix tokens; see ``_count_registers``."""
-        module, counter, count = self.tower.module, self.tower.anatomy.method_counter, self.num_active
+    def _counted(self, method: Callable[[Any], Any]) -> Any:
+        """Call a method on a stand-in for the tower that counts the registers among its prefix tokens."""
+        counter, count = self.tower.anatomy.method_counter, self.num_active
         assert counter is not None
-        before = getattr(module, counter)
-        self._inside_method = True
+        self.call.method = running = MethodCall(self.tower.module, counter)
         try:
-            result = method()
+            result = method(running.stand_in)
         finally:
-            setattr(module, counter, before)
-            self._inside_method = False
-        whole = self._length + count
+            self.call.method = None
+        before, whole = getattr(self.tower.module, counter), running.length + count
         return _without_registers(result, count, before, lambda value: cut_tokens(value, self.prefix, count, whole))
 
     def _check_call(self, name: str, args: Any) -> None:
@@ -106,16 +128,6 @@ class MethodHooks:
                 "the backward pass would not know that it recomputes this method. Call set_grad_checkpointing(False), "
                 "or use insert_layer=0."
             )
-
-    def _count_registers(self, length: int) -> None:
-        """Registers enter a sequence of ``length`` tokens: from here on the tower counts them among its prefix tokens.
-
-        Not before: timm resamples its position embeddings by the same count.
-        """
-        self._length = length
-        counter = self.tower.anatomy.method_counter
-        assert counter is not None
-        setattr(self.tower.module, counter, getattr(self.tower.module, counter) + self.num_active)
 
 
 def _without_registers(value: Any, count: int, before: int, cut: Callable[[Any], Any], prefix: bool = False) -> Any:

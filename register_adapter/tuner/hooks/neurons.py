@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ...towers.calls import hidden_states_of
 from ..tokens import visible_to
-
-if TYPE_CHECKING:
-    from ...towers.tower import Tower
-    from ..registers import Segment
+from .base import LayerHooks
 
 __all__ = ["NeuronHooks"]
 
 
-class NeuronHooks:
+class NeuronHooks(LayerHooks):
     """What a :class:`RegisterLayer` does inside MLPs; mixed into it."""
-
-    tower: Tower
-    prefix: int
-    #: ``(B, N)`` bool, what a register sees in the block that is running; ``None`` without a mask.
-    _visible: torch.Tensor | None = None
-
-    @property
-    def segments(self) -> list[Segment]:
-        """What takes part in the forward pass."""
-        raise NotImplementedError
 
     def _neuron_hooks(self, blocks: set[int]) -> list[Any]:
         """Register the hooks on the blocks that have register neurons."""
@@ -41,11 +28,17 @@ class NeuronHooks:
             handles.append(module.register_forward_pre_hook(self._visible_hook, with_kwargs=True))
         return handles
 
+    def _neuron_points(self, blocks: set[int]) -> list[Any]:
+        """As ``_hook_points``, for these hooks."""
+        parts = self.tower.part("blocks")
+        places = [block for block in sorted(blocks) if block < len(parts)]
+        return [*(parts[block] for block in places), *(self.tower.block_part(block, "mlp_out") for block in places)]
+
     def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         visible = visible_to(self.prefix, hidden_states_of(args, kwargs), [*args[1:], *kwargs.values()])
         # Only where it changes: an assignment is a mutation that a compiled graph has to keep.
-        if visible is not self._visible:
-            self._visible = visible
+        if visible is not self.call.visible:
+            self.call.visible = visible
 
     def _shift_hook(self, block: int, module: nn.Module, args: Any) -> Any:
         activations = cast(torch.Tensor, args[0])
@@ -54,6 +47,6 @@ class NeuronHooks:
         for segment in self.segments:
             present = not segment.placement.key_value and segment.placement.insert_layer <= block
             count = segment.count if present else 0
-            shifted = segment.shift(shifted, block, start, count, self._visible)
+            shifted = segment.shift(shifted, block, start, count, self.call.visible)
             start += count
         return None if shifted is activations else (shifted, *args[1:])

@@ -6,65 +6,30 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ...towers.anatomy import parent
 from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
-from ..registers import Segment
 from ..tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .attention import grow_block_mask, is_block_mask
-
-if TYPE_CHECKING:
-    from ...towers.tower import Tower
+from .base import LayerHooks, refuse_tracing
 
 __all__ = ["SequenceHooks"]
 
 
-class SequenceHooks:
+class SequenceHooks(LayerHooks):
     """What a :class:`RegisterLayer` does to the sequence; mixed into it."""
 
-    tower: Tower
-    prefix: int
-    #: Inside a method that users call past the tower's forward, which counts registers among the prefix tokens.
-    _inside_method: bool = False
-    _count_registers: Callable[[int], None]
-    _mask_position: int | None
-
-    @property
-    def _cuts_attentions(self) -> bool:
-        raise NotImplementedError
-
-    @property
-    def segments(self) -> list[Segment]:
-        """What takes part in the forward pass."""
-        raise NotImplementedError
-
-    @property
-    def sequence(self) -> list[Segment]:
-        """The segments that are tokens in the sequence, in their order there."""
-        raise NotImplementedError
-
-    @property
-    def num_active(self) -> int:
-        """Number of registers in the sequence when it leaves the last block."""
-        counts = self._counts
-        return counts[-1] if counts else 0
-
-    def count_at(self, block: int) -> int:
-        """Number of registers in the sequence inside block ``block``; 0 stands for the embeddings' output too."""
-        return _count_at(self.sequence, block)
-
-    def _sequence_hooks(self, by_block: bool) -> list[Any]:
+    def _sequence_hooks(self) -> list[Any]:
         """Register the hooks; those on blocks only where an adapter or the family needs them."""
         module, anatomy = self.tower.module, self.tower.anatomy
         embeddings: nn.Module = self.tower.part("embeddings")
         remove: nn.Module = self.tower.part("remove")
         handles: list[Any] = [
+            module.register_forward_pre_hook(self._tower_input_hook, with_kwargs=True),
             embeddings.register_forward_pre_hook(self._insert_into_input_hook, with_kwargs=True)
             if anatomy.insert_at == "input"
             else embeddings.register_forward_hook(self._insert_into_output_hook),
@@ -72,8 +37,6 @@ class SequenceHooks:
             if anatomy.remove_from == "input"
             else remove.register_forward_hook(self._remove_from_output_hook),
         ]
-        if anatomy.insert_at == "output":  # else the mask grows where registers join
-            handles.append(module.register_forward_pre_hook(self._grow_mask_hook, with_kwargs=True))
         if remove is not module:  # a tower that ends where registers leave needs no second cut
             handles.append(module.register_forward_hook(self._tower_output_hook))
         for block, bias in self.tower.parts("position_bias"):
@@ -91,19 +54,43 @@ class SequenceHooks:
                 place = list(inspect.signature(type(block).forward).parameters).index(anatomy.rotary) - 1
                 hook = partial(self._rotary_hook, index, place)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        if by_block or anatomy.prefix_counter:
+        if self._by_block:
             for index, block in enumerate(self.tower.part("blocks")):
                 hook = partial(self._block_hook, index)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
                 if anatomy.method_counter:
                     handles.append(block.register_forward_hook(partial(self._fill_up_hook, index)))
+        handles.append(module.register_forward_hook(self._end_pass_hook, always_call=True))
         return handles
 
+    def _hook_points(self) -> list[Any]:
+        """Where hooks are, or should be, in the tower as it is now."""
+        tower, anatomy = self.tower, self.tower.anatomy
+        points = [tower.part("embeddings"), tower.part("remove")]
+        if anatomy.position_bias:
+            points += [module for _, module in tower.parts("position_bias")]
+        if anatomy.positions_between:
+            points += [module for _, module in tower.parts("positions_between")]
+        if self._by_block or anatomy.rotary or anatomy.position_bias:
+            points += tower.part("blocks")
+        return points
+
+    def _tower_input_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        # One hook for both: the pass may begin with new hooks, and torch would go on with those that it has listed.
+        self._begin_pass()
+        # Elsewhere the mask grows where registers join.
+        return self._grow_mask(args, kwargs) if self.tower.anatomy.insert_at == "output" else None
+
+    def _end_pass_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._end_pass()
+
     def _insert(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        if self._inside_method:
-            self._count_registers(hidden_states.shape[1])
+        refuse_tracing(hidden_states)
+        if self.call.method is not None:
+            self.call.method.enter(hidden_states.shape[1], self.num_active)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
         if tokens:
+            self.call.entered = True
             hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
         if self._loses_gradients(hidden_states):
             return hidden_states.detach().requires_grad_()
@@ -141,16 +128,17 @@ class SequenceHooks:
 
     def _block_hook(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Registers that start at this block, fresh ones of deep adapters, and masks made for another length."""
+        hidden = given = hidden_states_of(args, kwargs)
+        refuse_tracing(hidden)
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
-        self._count_prefix(module, count)
-        hidden = given = hidden_states_of(args, kwargs)
         if index > 0:
             hidden = self.without_placeholders(hidden, index - 1)
         start = self.prefix
         for segment in segments:
             first = segment.placement.insert_layer
             if first == index and index > 0:
+                self.call.entered = True
                 hidden = insert_tokens(hidden, [segment.draw(hidden, index)], start)
             elif segment.placement.deep and first < index:
                 fresh = segment.draw(hidden, index)
@@ -166,15 +154,26 @@ class SequenceHooks:
     def _rotary_hook(self, index: int, place: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Rotary tables with a row for every token: registers have no position, and stay as they are."""
         count, name = self.count_at(index), cast(str, self.tower.anatomy.rotary)
-        if not count:
+        tables = kwargs.get(name, args[place] if place < len(args) else None)
+        if not count or tables is None:
             return None
+        grown = self._grown_rotary(tables, count)
         if name in kwargs:
-            return args, {**kwargs, name: grow_rotary(kwargs[name], self.prefix, count)}
-        return (*args[:place], grow_rotary(args[place], self.prefix, count), *args[place + 1 :]), kwargs
+            return args, {**kwargs, name: grown}
+        return (*args[:place], grown, *args[place + 1 :]), kwargs
+
+    def _grown_rotary(self, tables: Any, count: int) -> Any:
+        """The tables with rows for registers; blocks that share tables share these too."""
+        if torch.compiler.is_compiling():
+            return grow_rotary(tables, self.prefix, count)
+        known = self.call.rotary
+        if known is None or known[0] is not tables or known[1] != count:
+            self.call.rotary = known = (tables, count, grow_rotary(tables, self.prefix, count))
+        return known[2]
 
     def _fill_up_hook(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         """Inside a method every block returns the same number of tokens: zeros for registers that start later."""
-        missing = self.num_active - self.count_at(index) if self._inside_method else 0
+        missing = self.num_active - self.count_at(index) if self.call.method is not None else 0
         if not missing:
             return None
         hidden = first_of(output)
@@ -184,48 +183,27 @@ class SequenceHooks:
     def without_placeholders(self, hidden_states: torch.Tensor, block: int) -> torch.Tensor:
         """What block ``block`` returned ``(B, N, D)``, without what stands there for registers that start later."""
         present = self.count_at(block)
-        missing = self.num_active - present if self._inside_method else 0
+        missing = self.num_active - present if self.call.method is not None else 0
         if not missing:
             return hidden_states
         return cast(torch.Tensor, cut_tokens(hidden_states, self.prefix + present, missing, hidden_states.shape[1]))
 
-    def _count_prefix(self, block: nn.Module, count: int) -> None:
-        """Tell a block how many tokens stand before the patches."""
-        if self.tower.anatomy.prefix_counter:
-            owner, name = parent(block, self.tower.anatomy.prefix_counter)
-            # Only where it changes: an assignment is a mutation that a compiled graph has to keep.
-            if getattr(owner, name) != self.prefix + count:
-                setattr(owner, name, self.prefix + count)
-
-    @property
-    def _counts(self) -> list[int]:
-        """Numbers of registers in the sequence on its way, ascending, the last one behind the last block."""
-        sequence = self.sequence
-        if len(sequence) < 2:
-            return [segment.count for segment in sequence]
-        return sorted({_count_at(sequence, segment.placement.insert_layer) for segment in sequence})
-
-    def _cut(self, value: Any, length: int, counts: list[int]) -> Any:
-        """Take the registers out of everything; ``length`` is that of a sequence without them.
-
-        What was recorded on the way has the registers of the block it comes from: one of ``counts``.
-        """
-        for count in counts:
-            value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
-        return value
-
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
-        counts = [] if self._inside_method else self._counts
+        refuse_tracing(args[0])
+        counts = [] if self.call.method is not None else self._counts
+        self.call.entered = False
         return self._cut(args, args[0].shape[1] - counts[-1], counts) if counts else None
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        counts = [] if self._inside_method else self._counts
+        counts = [] if self.call.method is not None else self._counts
+        self.call.entered = False
         if not counts:
             return None
         hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
         return self._cut(output, hidden.shape[1] - counts[-1], counts)
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._check_left()
         counts = self._counts
         if not counts:
             return None
@@ -276,7 +254,7 @@ class SequenceHooks:
         count = self.count_at(index or 0)
         return grow_bias(output, self.prefix, count) if count else None
 
-    def _grow_mask_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _grow_mask(self, args: Any, kwargs: Any) -> Any:
         position = self._mask_position
         positional = args[position] if position is not None and len(args) > position else None
         mask = kwargs.get("attention_mask", positional)
@@ -287,10 +265,6 @@ class SequenceHooks:
         if position is None or "attention_mask" in kwargs:
             return args, {**kwargs, "attention_mask": grown}
         return (*args[:position], grown, *args[position + 1 :]), kwargs
-
-
-def _count_at(sequence: list[Segment], block: int) -> int:
-    return sum(segment.count for segment in sequence if segment.placement.insert_layer <= block)
 
 
 def _entries(output: Any) -> list[Any]:

@@ -1,0 +1,167 @@
+"""What the hooks of a register layer share: its tower, what takes part in a forward pass, and the state of one call."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...errors import UnsupportedModelError
+from ..registers import Segment
+from ..tokens import cut_tokens
+
+if TYPE_CHECKING:
+    from ...towers.tower import Tower
+    from .methods import MethodCall
+
+__all__ = ["CallState", "LayerHooks", "refuse_tracing"]
+
+#: Called with a block's index, keys and values ``(B, H, N, d)``.
+RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class CallState(threading.local):
+    """What one thread has asked of a layer, and what its running forward pass needs to remember.
+
+    Every thread has values of its own, so that passes in several threads do not see each other's. Plain attributes
+    that are set in ``__init__``: the graph compiler guards those, as it would not guard a context variable in every
+    supported torch.
+
+    Attributes:
+        images: Adapter of each image of the batches, ``"__base__"`` for none; ``None`` for the active adapters.
+        without: Names of adapters that take no part.
+        whole_attentions: Attention maps keep the columns of key/value pairs.
+        record: Gets the keys and values of every block.
+        segments: What takes part in the running pass; ``None`` outside of one.
+        entered: Registers are in the sequence of the running pass.
+        method: The running method that is called past the tower's forward, if it counts registers.
+        visible: ``(B, N)`` bool, what a register sees in the running block; ``None`` without a mask.
+        rotary: Rotary tables as the blocks were given them, a number of registers, and the tables with rows for these.
+    """
+
+    def __init__(self) -> None:
+        self.images: list[str] | None = None
+        self.without: frozenset[str] = frozenset()
+        self.whole_attentions: bool = False
+        self.record: RecordPairs | None = None
+        self.segments: list[Segment] | None = None
+        self.entered: bool = False
+        self.method: MethodCall | None = None
+        self.visible: torch.Tensor | None = None
+        self.rotary: tuple[Any, int, Any] | None = None
+
+    def __deepcopy__(self, memo: Any) -> CallState:
+        return CallState()
+
+    def __reduce__(self) -> Any:
+        return CallState, ()
+
+
+class LayerHooks:
+    """The part of a :class:`RegisterLayer` that its hooks work with."""
+
+    tower: Tower
+    prefix: int
+    call: CallState
+    #: Place of ``attention_mask`` among the tower's positional arguments.
+    _mask_position: int | None
+    #: Attention modules and the configs that stand-ins have replaced.
+    _configs: list[tuple[Any, Any]]
+
+    @property
+    @abstractmethod
+    def segments(self) -> list[Segment]:
+        """What takes part in the forward pass, in the order of entry."""
+
+    @property
+    @abstractmethod
+    def _by_block(self) -> bool:
+        """Whether an adapter does something at single blocks."""
+
+    @abstractmethod
+    def _renew_hooks(self) -> None:
+        """Put the hooks on the modules that are now where hooked ones were, if somebody has replaced any."""
+
+    @property
+    @abstractmethod
+    def _cuts_attentions(self) -> bool:
+        """Whether registers are cut out of attention maps."""
+
+    def _begin_pass(self) -> None:
+        """Look up once what takes part in the pass that begins, so that it stays the same up to its end."""
+        self._end_pass()  # of one that has failed
+        # Not in a graph: part of it may be run by another pass, with other objects.
+        if not torch.compiler.is_compiling():
+            self._renew_hooks()
+            self.call.segments = self.segments
+
+    def _end_pass(self) -> None:
+        self.call.segments = self.call.visible = self.call.rotary = None
+        self.call.entered = False
+
+    def _check_left(self) -> None:
+        """Registers that went in have come out again.
+
+        Raises:
+            UnsupportedModelError: They have not: the module with the hook that takes them out was not called.
+        """
+        if self.call.entered:
+            anatomy = self.tower.anatomy
+            raise UnsupportedModelError(
+                f"registers entered {type(self.tower.module).__name__} at {anatomy.embeddings!r} and did not leave it "
+                f"at {anatomy.remove!r}, which this forward pass did not call. Was that module replaced after the "
+                "registers were added, and the model compiled or called in parts since? Call the whole model once."
+            )
+
+    @property
+    def sequence(self) -> list[Segment]:
+        """The segments that are tokens in the sequence, in their order there."""
+        return [segment for segment in self.segments if not segment.placement.key_value]
+
+    def count_at(self, block: int) -> int:
+        """Number of registers in the sequence inside block ``block``; 0 stands for the embeddings' output too."""
+        return _count_at(self.sequence, block)
+
+    @property
+    def num_active(self) -> int:
+        """Number of registers in the sequence when it leaves the last block."""
+        counts = self._counts
+        return counts[-1] if counts else 0
+
+    @property
+    def _counts(self) -> list[int]:
+        """Numbers of registers in the sequence on its way, ascending, the last one behind the last block."""
+        sequence = self.sequence
+        if len(sequence) < 2:
+            return [segment.count for segment in sequence]
+        return sorted({_count_at(sequence, segment.placement.insert_layer) for segment in sequence})
+
+    def _cut(self, value: Any, length: int, counts: list[int]) -> Any:
+        """Take the registers out of everything; ``length`` is that of a sequence without them.
+
+        What was recorded on the way has the registers of the block it comes from: one of ``counts``.
+        """
+        for count in counts:
+            value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
+        return value
+
+
+def refuse_tracing(value: Any) -> None:
+    """Refuse a pass that torch.fx traces: what it records has no hooks.
+
+    Raises:
+        UnsupportedModelError: ``value`` stands for a tensor.
+    """
+    if isinstance(value, torch.fx.Proxy):
+        raise UnsupportedModelError(
+            "torch.fx is tracing a model with register hooks (torchvision's create_feature_extractor? timm's "
+            "features_cls='fx'?), and what it records would leave the registers out, or in. Trace the base without "
+            "registers or export_native(model), use capture(model) for features, or torch.export for a graph."
+        )
+
+
+def _count_at(sequence: list[Segment], block: int) -> int:
+    return sum(segment.count for segment in sequence if segment.placement.insert_layer <= block)
