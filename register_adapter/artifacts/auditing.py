@@ -9,8 +9,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batches import ImageBatches
+from ..data.processors import source_of
 from ..features.layout import native_registers
-from ..features.running import place_of, source_of
+from ..features.running import place_of
 from ..towers.anatomy import Anatomy
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from ..towers.calls import as_named
-from .datasets import load_image_processor
 from .images import ImageFileError, image_name, load_image, walk_files
+from .processors import find_image_processor
 
 __all__ = ["Batch", "ImageBatches", "Labelled", "list_pictures"]
 
@@ -113,7 +113,7 @@ class ImageBatches:
         self._items = chain([first], items)
         self._process: Callable[[list[Image.Image]], Batch] | None = None
         if not self.ready:
-            self._process = _processing(image_processor or _own_processor(model_name))
+            self._process = _processing(image_processor or find_image_processor(model_name))
 
     def _count(self, images: Any) -> int | None:
         if self.ready and not isinstance(images, tuple):
@@ -256,15 +256,6 @@ def _first(batch: Batch, left: int, number: int) -> Batch:
         key: value[:left] if isinstance(value, torch.Tensor) and len(value) == number else value
         for key, value in batch.items()
     }
-
-
-def _own_processor(name: str | None) -> Any:
-    if not name:
-        raise ValueError(
-            "the model does not say where it was loaded from, so its image processor cannot be looked up: give "
-            "image_processor=, one of transformers or a function from a PIL image to a tensor (3, H, W)"
-        )
-    return load_image_processor(name)
 
 
 def _processing(processor: Any) -> Callable[[list[Image.Image]], Batch]:

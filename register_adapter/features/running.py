@@ -1,13 +1,12 @@
-"""Running a vision tower for its statistics: where images go, where the model came from."""
+"""Running a vision tower for its statistics: where images go."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..towers.tower import Tower
 
-__all__ = ["place_of", "source_of"]
+__all__ = ["place_of"]
 
 
 def place_of(tower: Tower) -> tuple[torch.device, torch.dtype]:
@@ -17,12 +16,3 @@ def place_of(tower: Tower) -> tuple[torch.device, torch.dtype]:
         if weight.is_floating_point() and weight.element_size() > 1:
             return weight.device, weight.dtype
     return (weights[0].device if weights else torch.device("cpu")), torch.float32
-
-
-def source_of(model: nn.Module, tower: Tower) -> str | None:
-    """Name or folder that the model was loaded from."""
-    for config in (getattr(model, "config", None), tower.config):
-        name = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
-        if name:
-            return str(name)
-    return None

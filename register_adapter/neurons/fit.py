@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from ..artifacts.rules.cut import Cut
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
 from ..data.batches import ImageBatches
+from ..data.processors import source_of
 from ..errors import NoArtifactsError, UnsupportedModelError
-from ..features.running import place_of, source_of
+from ..features.running import place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation

@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType, LoggerType, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from ..data.datasets import ProcessedDataset, load_image_processor
+from ..data.datasets import ProcessedDataset
+from ..data.processors import find_image_processor, source_of
 from ..errors import MissingExtraError
 from ..tuner._peft_compat import PREFIX
 from ..tuner.card import update_model_card
@@ -232,10 +233,7 @@ def _shard_by_block(accelerator: Accelerator, model: RegisterPeftModel) -> None:
 def _find_image_processor(model: RegisterPeftModel, dataset: Any) -> Any:
     if len(dataset) == 0 or "pixel_values" in dataset[0]:
         return None
-    name = getattr(model.get_base_model(), "name_or_path", None)
-    if not name:
-        raise ValueError("the items are pictures and the model does not say where it came from: give image_processor=")
-    return load_image_processor(name)
+    return find_image_processor(source_of(model.get_base_model()))
 
 
 def _processed(dataset: Any, image_processor: Any, name: str) -> Any:

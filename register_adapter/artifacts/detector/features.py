@@ -14,11 +14,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.batches import ImageBatches
+from ...data.processors import source_of
 from ...errors import UnsupportedModelError
 from ...features.attention_maps import record_attention_maps
 from ...features.grid import PatchGrid, watch_patches
 from ...features.layout import native_registers, tower_of
-from ...features.running import place_of, source_of
+from ...features.running import place_of
 from ...towers.modes import evaluating
 
 __all__ = ["KINDS", "attention_features", "reduce_map", "shape_of_attention"]

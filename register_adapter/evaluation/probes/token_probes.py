@@ -20,9 +20,9 @@ from torch import nn
 
 from ...artifacts.rules.cut import Cut
 from ...data.batches import ImageBatches
+from ...data.processors import source_of
 from ...features.layout import tower_of
 from ...features.passes import read_batches, resolve_layer
-from ...features.running import source_of
 from ...towers.anatomy import Anatomy
 from ...utils.environment import versions
 from .fitting import LOCAL, Probing, Task

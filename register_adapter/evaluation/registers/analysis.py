@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...data.batches import ImageBatches
+from ...data.processors import source_of
 from ...features.passes import Batch, read_batches
-from ...features.running import source_of
 from ...towers.anatomy import Anatomy
 from ...towers.modes import evaluating
 from ...utils.environment import versions
