@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batches import Batch as Inputs
-from ..data.batches import ImageBatches
+from ..data.batches import ImageBatches, slice_batch
 from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower
 from .running import place_of
@@ -33,14 +33,9 @@ class Batch(NamedTuple):
     def half(self, second: bool) -> Batch:
         """The first or the second half of the images."""
         part = slice(self.size // 2, None) if second else slice(self.size // 2)
-
-        def cut(value: Any) -> Any:
-            return value[part] if isinstance(value, torch.Tensor) and len(value) == self.size else value
-
-        inputs = self.inputs
-        inputs = cut(inputs) if isinstance(inputs, torch.Tensor) else {key: cut(value) for key, value in inputs.items()}
         size = self.size - self.size // 2 if second else self.size // 2
-        return Batch(inputs, size, None if self.labels is None else self.labels[part])
+        labels = None if self.labels is None else self.labels[part]
+        return Batch(slice_batch(self.inputs, part, self.size), size, labels)
 
 
 def read_batches(

@@ -15,14 +15,7 @@ from ..artifacts.statistics import collect_statistics
 from ..data.batches import Batch
 from ..towers.tower import Tower
 
-__all__ = ["View", "number_of"]
-
-
-def number_of(batch: Batch) -> int:
-    """Number of pictures in a batch."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch)
-    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
+__all__ = ["View"]
 
 
 @dataclass
