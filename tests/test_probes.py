@@ -17,14 +17,12 @@ from torch.nn import functional as F
 
 from register_adapter import MissingExtraError, UnsupportedModelError, add_registers, capture
 from register_adapter.artifacts import Cut
-from register_adapter.data import ImageBatches
 from register_adapter.evaluation import probe_tokens
 from register_adapter.evaluation.estimate import mean_over_images
 from register_adapter.evaluation.linear_models import PENALTIES, fit_classifier, fit_regression
 from register_adapter.evaluation.probes.fitting import _split
-from register_adapter.evaluation.probes.samples import draw_tokens
-from register_adapter.features.layout import tower_of
-from register_adapter.features.passes import read_batches
+from register_adapter.evaluation.probes.samples import TokenSampler
+from register_adapter.features.passes import open_pass
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 
 pytest.importorskip("sklearn")
@@ -93,8 +91,10 @@ def _batches(pictures: torch.Tensor, size: int = 32) -> Iterator[torch.Tensor]:
 
 
 def _draw(model: nn.Module, images: Any, *rest: Any) -> Any:
-    tower, layer = tower_of(model)
-    return draw_tokens(tower, layer, read_batches(ImageBatches(images), None, tower), *rest)
+    opened = open_pass(model, images, with_labels=True)
+    sampler = TokenSampler(opened.tower, opened.registers, *rest)
+    opened.run(sampler)
+    return sampler.samples()
 
 
 # Known answers
@@ -482,7 +482,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         probe(["a.png"])
     with pytest.raises(ValueError, match="numbers of classes"):
         probe([pictures], ["cat"] * 40)
-    with pytest.raises(ValueError, match="one a picture"):
+    with pytest.raises(ValueError, match="one per image"):
         probe([(pictures, labels[:3])])
     assert not hooks(model)
 

@@ -9,19 +9,17 @@ outliers are found on the first, units are ranked on the second, and their numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..artifacts.rules.cut import Cut
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
-from ..data.batches import ImageBatches
-from ..data.processors import source_of
 from ..errors import NoArtifactsError, UnsupportedModelError
-from ..features.running import place_of
+from ..features.passes import PassOptions, open_pass, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation
@@ -114,18 +112,16 @@ def fit_test_time_registers(
         )
     resolved = resolve_rule(rule)
     by_hand = {} if threshold is None or top_layer is None else {top_layer + 1: Cut("fixed", threshold, 0.0, True)}
-    device, dtype = place_of(tower)
-    source = ImageBatches(
-        images,
-        image_processor,
-        model_name=source_of(model, tower),
-        batch_size=batch_size or (8 if device.type == "cpu" else 32),
+    pass_options = PassOptions(
+        image_processor=image_processor,
+        batch_size=batch_size or (8 if place_of(tower)[0].type == "cpu" else 32),
         max_images=max_images,
         strict=strict,
+        progress=progress,
     )
-    bar = tqdm(total=source.total, desc="fitting registers", unit="image", disable=not progress)
-    with bar, evaluating(tower.module):
-        parts = Parts(source.on(device, dtype, tower.module), bar)
+    opened = open_pass(model, images, pass_options, target_modules=target_modules, title="fitting registers")
+    with closing(opened), opened.attached():
+        parts = Parts(batch.inputs for batch in opened)
         views = [View(size) for size in (image_sizes or (None,))]
         for view in views:
             view.detect(tower, parts.detect, resolved, by_hand)

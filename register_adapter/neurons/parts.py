@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -22,18 +21,16 @@ class Parts:
 
     Args:
         batches: Batches on the model's device.
-        bar: Moved on with every picture.
     """
 
-    def __init__(self, batches: Any, bar: Any) -> None:
+    def __init__(self, batches: Iterator[Batch]) -> None:
         self.detect: list[Batch] = []
         self.held_out: list[Batch] = []
         self.num_detect = self.num_held_out = self.num_ranked = 0
-        self._batches, self._bar = batches, bar
+        self._batches = batches
         #: What is over of the batch in which the first two parts end.
         self._rest: list[Batch] = []
         for batch in batches:
-            bar.update(batch_length(batch))
             self._take(batch)
             if self.num_held_out >= NUM_HELD_OUT:
                 break
@@ -64,7 +61,6 @@ class Parts:
             self.num_ranked += batch_length(batch)
             yield batch
         for batch in self._batches:
-            self._bar.update(batch_length(batch))
             self.num_ranked += batch_length(batch)
             yield batch
         if not self.num_ranked:

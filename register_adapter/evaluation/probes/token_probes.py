@@ -19,15 +19,13 @@ from typing import Any, Literal
 from torch import nn
 
 from ...artifacts.rules.cut import Cut
-from ...data.batches import ImageBatches
-from ...data.processors import source_of
 from ...features.layout import tower_of
-from ...features.passes import read_batches, resolve_layer
+from ...features.passes import PassOptions, open_pass, resolve_layer
 from ...towers.anatomy import Anatomy
 from ...utils.environment import versions
 from .fitting import LOCAL, Probing, Task
 from .report import ProbeReport
-from .samples import draw_tokens
+from .samples import TokenSampler
 
 __all__ = ["probe_tokens"]
 
@@ -121,17 +119,27 @@ def probe_tokens(
             f"max_samples={max_samples} at least min_images, test_share={test_share} between 0 and 1"
         )
     places = tasks is None or bool(set(tasks) & set(LOCAL))
-    pictures = ImageBatches(
-        images,
-        image_processor,
-        model_name=source_of(model, tower),
+    options = PassOptions(
+        image_processor=image_processor,
         batch_size=batch_size,
         max_images=max_images,
-        strict=strict,
         num_workers=num_workers,
+        strict=strict,
+        progress=progress,
     )
-    batches = read_batches(pictures, labels, tower, "probes" if progress else None)
-    samples = draw_tokens(tower, registers, batches, cut, index, places, tokens_per_image, max_samples, seed)
+    opened = open_pass(
+        model,
+        images,
+        options,
+        labels=labels,
+        with_labels=True,
+        target_modules=target_modules,
+        anatomy=anatomy,
+        title="probes",
+    )
+    sampler = TokenSampler(tower, registers, cut, index, places, tokens_per_image, max_samples, seed)
+    opened.run(sampler)
+    samples = sampler.samples()
     enough = len(samples.with_both) >= min_images
     drawn = samples.with_both if enough else samples.with_both + samples.plain
     drawn = sorted(drawn, key=lambda one: one.image)
@@ -156,7 +164,7 @@ def probe_tokens(
         num_images_with_outliers=samples.num_images_with_both,
         local_probe=local_probe,
         seed=seed,
-        skipped=pictures.skipped,
+        skipped=opened.skipped,
         definitions=DEFINITIONS,
         versions=versions(),
     )
