@@ -176,7 +176,7 @@ def _consumers(model: Any, opened: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _eager() -> Any:
-    """Under fused attention, tokens read beside attention maps would differ in the last digits from those read alone."""
+    """With fused attention, tokens read beside attention maps differ in the last digits from those read alone."""
     model = build("vit")
     model.set_attn_implementation("eager")
     return model

@@ -146,7 +146,7 @@ def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdi
     """The verdict, the first layer of the outliers, and why, from all layers but the first."""
     runs: list[list[int]] = []
     for one in layers[1:]:  # at the input of the first block norms follow the contrast of the patch
-        if one.cut.separated:
+        if one.threshold.separated:
             if runs and runs[-1][-1] == one.layer - 1:
                 runs[-1].append(one.layer)
             else:
@@ -162,15 +162,15 @@ def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdi
         where = f"From layer {longest[0]} to {longest[-1]}, and not at the last ({last})"
         return "present inside only", longest[0], f"{where}: {said}."
     alone = f" (but at layer {', '.join(str(run[0]) for run in runs)} alone, which does not count)" if runs else ""
-    return "none", None, f"At layers 1 to {last}{alone}: at the last, {layers[last].cut.reason}."
+    return "none", None, f"At layers 1 to {last}{alone}: at the last, {layers[last].threshold.reason}."
 
 
 def _said(layer: LayerReport, statistics: Statistics) -> str:
-    edges = Edges(layer.cut)
+    edges = Edges(layer.threshold)
     ratio = ratio_of_medians(statistics.patches[layer.layer], edges.outlying)
     return (
         f"at layer {layer.layer}, {layer.outlier_share:.2%} of the patches lie beyond the line, their median L2 norm "
-        f"{ratio:.2g} times the others' (rule {layer.cut.rule}: {layer.cut.reason})"
+        f"{ratio:.2g} times the others' (rule {layer.threshold.rule}: {layer.threshold.reason})"
     )
 
 

@@ -265,7 +265,7 @@ def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statis
         >>> with collect_statistics(find_tower(model), attentions=False) as statistics:
         ...     for pixel_values in batches:
         ...         model(pixel_values=pixel_values)
-        >>> cut = RULES["auto"](*statistics.norms(8))
+        >>> threshold = RULES["auto"](*statistics.norms(8))
     """
     statistics = Statistics(tower, attentions)
     with statistics.attach():

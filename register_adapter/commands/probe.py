@@ -115,7 +115,7 @@ def run_probes(args: ProbeArguments) -> list[Probed]:
         probes = probe_tokens(
             model,
             _Items(source, order[num_cut:], own),
-            cut=seen.layers[args.layer].cut if -len(seen.layers) <= args.layer < len(seen.layers) else None,
+            threshold=seen.layers[args.layer].threshold if -len(seen.layers) <= args.layer < len(seen.layers) else None,
             layer=args.layer,
             min_images=args.min_images,
             seed=args.seed,
@@ -182,8 +182,8 @@ def print_probes(found: list[Probed], output_dir: str) -> None:
         for row in probes.rows:
             if row.note:
                 console.print(f"{row.tokens}: {row.note}", markup=False)
-        if probes.cut is not None:
-            console.print(f"Outliers by the rule {probes.cut.rule}: {probes.cut.reason}", markup=False)
+        if probes.threshold is not None:
+            console.print(f"Outliers by the rule {probes.threshold.rule}: {probes.threshold.reason}", markup=False)
         if probes.skipped:
             console.print(f"{len(probes.skipped)} bad pictures were skipped; probes.json names them.")
         if registers is None:

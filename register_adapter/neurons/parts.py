@@ -51,9 +51,9 @@ class Parts:
         singles = [one for batch in [*self.detect, *self.held_out] for one in _one_by_one(batch)]
         if len(singles) < 3:
             raise ValueError(f"fitting needs at least three pictures, and {len(singles)} came")
-        cut = len(singles) - max(len(singles) // 4, 1)
-        self.detect, self.held_out = _joined(singles[:cut]), _joined(singles[cut:])
-        self.num_detect, self.num_held_out = cut, len(singles) - cut
+        num_detect = len(singles) - max(len(singles) // 4, 1)
+        self.detect, self.held_out = _joined(singles[:num_detect]), _joined(singles[num_detect:])
+        self.num_detect, self.num_held_out = num_detect, len(singles) - num_detect
 
     def ranking(self) -> Iterator[Batch]:
         """The batches that rank units: the rest, or those of the first part if nothing is left."""

@@ -155,8 +155,8 @@ def plot_norm_histograms(
                 continue
             colour = f"C{number}"
             axis.stairs(norms.counts, norms.edges, fill=True, alpha=0.5, color=colour, label=report.name)
-            for cut in (found.cut.low, found.cut.high):
-                if found.cut.separated and 0 < cut < float("inf"):
+            for cut in (found.threshold.low, found.threshold.high):
+                if found.threshold.separated and 0 < cut < float("inf"):
                     axis.axvline(cut, color=colour, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.set_yscale("log")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...artifacts.rules.cut import Cut
+from ...artifacts.rules.threshold import Threshold
 from ...errors import UnsupportedModelError
 from ...features.grid import PatchGrid, watch_patches
 from ...features.layout import TokenLayout, find_layout
@@ -99,7 +99,7 @@ class TokenSampler:
     Args:
         tower: The tower.
         registers: Its register layer, if there is one.
-        cut: Which patch tokens are outliers; ``None`` for none.
+        threshold: Which patch tokens are outliers; ``None`` for none.
         layer: Index into ``hidden_states``, counted from the front.
         places: Keep places and pixels of the patches.
         tokens_per_image: Patches of each kind that are kept of an image, at most.
@@ -111,14 +111,14 @@ class TokenSampler:
         self,
         tower: Tower,
         registers: RegisterLayer | None,
-        cut: Cut | None,
+        threshold: Threshold | None,
         layer: int,
         places: bool,
         tokens_per_image: int,
         max_samples: int,
         seed: int,
     ) -> None:
-        self._tower, self._cut, self._layer, self._places = tower, cut, layer, places
+        self._tower, self._threshold, self._layer, self._places = tower, threshold, layer, places
         self._tokens_per_image, self._seed = tokens_per_image, seed
         self._layout = find_layout(tower, registers, layer)
         self._both, self._plain = _Reservoir(max_samples), _Reservoir(max_samples)
@@ -147,8 +147,8 @@ class TokenSampler:
             patches = patches[:, : self._settle_grid(self._grid, batch, patches.shape[1])]
             pixels = self._grid.pixels()
         outlying = np.zeros(patches.shape[:2], bool)
-        if self._cut is not None:
-            outlying = self._cut.mask(patches).cpu().numpy()
+        if self._threshold is not None:
+            outlying = self._threshold.mask(patches).cpu().numpy()
         for row, reservoir, slot, drawn in self._draw(outlying):
             reservoir.put(slot, _image_tokens(batch, row, samples.num_images, hidden, self._layout, drawn, pixels))
         samples.num_images += batch.size

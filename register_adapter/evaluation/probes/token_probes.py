@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ...artifacts.rules.cut import Cut
+from ...artifacts.rules.threshold import Threshold
 from ...features.layout import tower_of
 from ...features.passes import PassOptions, open_pass, resolve_layer
 from ...towers.anatomy import Anatomy
@@ -34,7 +34,7 @@ _FEWEST = 10
 
 DEFINITIONS = {
     "tokens": "states of one layer, before the final LayerNorm, each feature scaled to mean 0 and variance 1",
-    "outlier": "patch tokens whose L2 norm lies beyond the cut",
+    "outlier": "patch tokens whose L2 norm lies beyond the threshold",
     "images": "normal and outlying tokens are drawn from the same images, those with both, as many of each; CLS and "
     "registers are read in the same images. Without enough outliers all images are used",
     "position_top1": "multinomial logistic regression over all places of the grid; share of hits",
@@ -53,7 +53,7 @@ def probe_tokens(
     labels: Sequence[int] | None = None,
     *,
     image_processor: Any = None,
-    cut: Cut | None = None,
+    threshold: Threshold | None = None,
     layer: int = -1,
     tasks: Sequence[Task] | None = None,
     local_probe: Literal["own", "shared"] = "own",
@@ -81,9 +81,9 @@ def probe_tokens(
             items of a data set, under ``"labels"`` in ready batches, or as the second of a pair ``(inputs, labels)``.
         labels: Number of the class of every image, bad pictures included, in their order, if they come apart.
         image_processor: As for the audit.
-        cut: Which patch tokens are outliers. Choose it on other images. ``None``: there are no outliers.
+        threshold: Which patch tokens are outliers. Choose it on other images. ``None``: there are no outliers.
         layer: Index into ``hidden_states``: 0 is the input of the first block, -1 the output of the last, before the
-            final LayerNorm. The cut must be for the same layer.
+            final LayerNorm. The threshold must be for the same layer.
         tasks: ``"position"``, ``"reconstruction"``, ``"classification"``; ``None`` for all that the inputs allow.
         local_probe: See the module's docstring.
         tokens_per_image: Patch tokens of each kind that position and pixels are learned from, at most.
@@ -137,7 +137,7 @@ def probe_tokens(
         anatomy=anatomy,
         title="probes",
     )
-    sampler = TokenSampler(tower, registers, cut, index, places, tokens_per_image, max_samples, seed)
+    sampler = TokenSampler(tower, registers, threshold, index, places, tokens_per_image, max_samples, seed)
     opened.run(sampler)
     samples = sampler.samples()
     enough = len(samples.with_both) >= min_images
@@ -156,7 +156,7 @@ def probe_tokens(
         layer=index,
         num_layers=len(tower.part("blocks")) + 1,
         family=tower.anatomy.family,
-        cut=cut,
+        threshold=threshold,
         grid=samples.grid,
         num_images=samples.num_images,
         num_patches=samples.num_patches,
