@@ -161,8 +161,14 @@ def norm_rules(
         "fixed 3 x median", [(a > FACTOR * m, b > FACTOR * m) for a, b, m in zip(chosen, tested, usual, strict=True)]
     )
     for rule in RULES:
-        cuts = [apply_rule(rule, layer) for layer in chosen]
-        decide(rule, [(cut.outliers(a), cut.outliers(b)) for cut, a, b in zip(cuts, chosen, tested, strict=True)])
+        thresholds = [apply_rule(rule, layer) for layer in chosen]
+        decide(
+            rule,
+            [
+                (threshold.outliers(a), threshold.outliers(b))
+                for threshold, a, b in zip(thresholds, chosen, tested, strict=True)
+            ],
+        )
     return results
 
 

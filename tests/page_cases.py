@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from register_adapter import ArtifactReport
-from register_adapter.artifacts import Cut, LayerReport
+from register_adapter.artifacts import LayerReport, Threshold
 from register_adapter.artifacts.report import AttentionShares, MassiveChannel, NormDistribution
 
 __all__ = ["distribution", "make_layer", "make_report"]
@@ -28,10 +28,12 @@ def distribution(norms: Any, bins_per_octave: int = 32) -> NormDistribution:
     return NormDistribution(len(norms), norms.mean(), norms.std(), quantiles, edges.tolist(), counts.tolist())
 
 
-def make_layer(index: int, norms: Any, cut: Cut, grid: tuple[int, int], last: bool, registers: int = 0) -> LayerReport:
+def make_layer(
+    index: int, norms: Any, threshold: Threshold, grid: tuple[int, int], last: bool, registers: int = 0
+) -> LayerReport:
     """One layer with ``(images, h * w)`` patch norms; what is not norms is plausible."""
     norms = np.asarray(norms)
-    hits = cut.outliers(norms) if cut.separated else np.zeros(norms.shape, bool)
+    hits = threshold.outliers(norms) if threshold.separated else np.zeros(norms.shape, bool)
     share = float(hits.mean())
     kinds = {"patch": distribution(norms), "cls": distribution(norms.mean(1) * 1.5)}
     if registers:
@@ -42,7 +44,7 @@ def make_layer(index: int, norms: Any, cut: Cut, grid: tuple[int, int], last: bo
     return LayerReport(
         layer=index,
         norms=kinds,
-        cut=cut,
+        threshold=threshold,
         outlier_share=share,
         low_share=0.0,
         images_with_outliers=float(hits.any(1).mean()),
@@ -68,10 +70,10 @@ def make_report(
         norms = 10 * 1.3**index * np.exp(0.1 * rng.standard_normal((images, grid[0] * grid[1])))
         if first is not None and index >= first:
             norms = np.where(hits, norms * strength, norms)
-            cut = Cut("mad", high=30 * 1.3**index, separated=True, reason="two kinds of tokens")
+            threshold = Threshold("mad", high=30 * 1.3**index, separated=True, reason="two kinds of tokens")
         else:
-            cut = Cut("mad", reason="one kind of tokens")
-        found.append(make_layer(index, norms, cut, grid, index == layers - 1, registers))
+            threshold = Threshold("mad", reason="one kind of tokens")
+        found.append(make_layer(index, norms, threshold, grid, index == layers - 1, registers))
     return ArtifactReport(
         name=name,
         verdict="none" if first is None else "present",
@@ -87,6 +89,9 @@ def make_report(
         native_registers=0,
         grid=grid,
         relative_error=0.011,
-        definitions={"norm": "L2 norm of a token before the final LayerNorm.", "cut": "Where the rule draws the line."},
+        definitions={
+            "norm": "L2 norm of a token before the final LayerNorm.",
+            "threshold": "Where the rule draws the line.",
+        },
         environment={"versions": {"torch": "2.15.0"}, "seconds": 1.25},
     )

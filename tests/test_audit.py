@@ -24,7 +24,7 @@ from register_adapter import (
     capture,
     find_tower,
 )
-from register_adapter.artifacts import Cut, collect_statistics, neighbour_similarity, resolve_rule
+from register_adapter.artifacts import Threshold, collect_statistics, neighbour_similarity, resolve_rule
 from register_adapter.artifacts.auditing import build_report
 from register_adapter.commands.runs import AuditArguments, run_audit
 from register_adapter.testbed import (
@@ -57,7 +57,7 @@ def f1(found, expected):
 def found_at(model, images, report, layer=-1):
     with torch.no_grad(), capture(model, attentions=False) as trace:
         find_tower(model).run(images)
-    return report.layers[layer].cut.mask(trace.patches(layer))
+    return report.layers[layer].threshold.mask(trace.patches(layer))
 
 
 # The verdict
@@ -72,7 +72,7 @@ def test_the_shipped_artifacts_are_found(planting, held_out):
         assert f1(found_at(planting.model, held_out, report, layer), hits) >= 0.95
     assert report.layers[-1].outlier_share == pytest.approx(hits.float().mean().item(), rel=0.1)
     assert all(part in report.reason for part in ("layer 4", "layer 8", f"{report.layers[-1].outlier_share:.2%}"))
-    assert not any(layer.cut.separated for layer in report.layers[1 : planting.layer + 1])
+    assert not any(layer.threshold.separated for layer in report.layers[1 : planting.layer + 1])
 
 
 def photo_crops(count=60, size=80):
@@ -101,7 +101,7 @@ def test_the_clean_twin_has_none(kind):
     report = look(load_vit(), images, attentions=False)
     assert report.verdict == "none", report.reason
     assert report.first_layer is None
-    assert not any(layer.cut.separated for layer in report.layers[1:])
+    assert not any(layer.threshold.separated for layer in report.layers[1:])
     assert report.layers[-1].outlier_share == 0
 
 
@@ -161,12 +161,12 @@ def test_artifacts_of_low_norm_are_found(held_out, places, factor):
     report = look(model, held_out, attentions=False, batch_size=len(held_out))
     last = report.layers[-1]
     assert (report.verdict, report.first_layer) == ("present", 8)
-    assert last.cut.low > 0
-    assert last.cut.high == float("inf")
+    assert last.threshold.low > 0
+    assert last.threshold.high == float("inf")
     assert last.low_share == last.outlier_share == pytest.approx(places.float().mean().item(), rel=0.05)
     with torch.no_grad(), capture(model, attentions=False) as trace:
         model(held_out)
-    assert f1(last.cut.mask(trace.patches()), places) >= 0.95
+    assert f1(last.threshold.mask(trace.patches()), places) >= 0.95
     one_sided = look(model, held_out, attentions=False, batch_size=len(held_out), rule="sigma")
     assert not one_sided.layers[-1].low_share
 
@@ -178,20 +178,20 @@ def test_artifacts_that_are_gone_at_the_last_layer_are_inside_only(held_out, pla
     scale(blocks[6], places, 1 / 9.0)
     report = look(model, held_out, attentions=False, batch_size=len(held_out))
     assert (report.verdict, report.first_layer) == ("present inside only", 4)
-    assert [layer.layer for layer in report.layers[1:] if layer.cut.separated] == [4, 5, 6]
+    assert [layer.layer for layer in report.layers[1:] if layer.threshold.separated] == [4, 5, 6]
     assert "not at the last" in report.reason
 
 
 # Figures
 
 
-def naive_figures(model, tower, images, layer, cut):
+def naive_figures(model, tower, images, layer, threshold):
     """The report's figures from stored tokens, each by its definition."""
     with torch.no_grad(), capture(model) as trace:
         tower.run(images)
     patches = trace.patches(layer)
     norms = patches.norm(dim=-1)
-    outlier = cut.outliers(norms)
+    outlier = threshold.outliers(norms)
     side = int(norms.shape[1] ** 0.5)
     grid = outlier.reshape(-1, side, side).float()
     number = outlier.sum(1).double()
@@ -217,7 +217,7 @@ def naive_figures(model, tower, images, layer, cut):
         }
     return {
         "share": share,
-        "low": (norms < cut.low).double().mean(),
+        "low": (norms < threshold.low).double().mean(),
         "images": outlier.any(1).double().mean(),
         "mean": number.mean(),
         "std": number.std(correction=0),
@@ -244,10 +244,10 @@ def test_every_figure_is_that_of_its_definition_on_stored_tokens(planting, held_
     tower = find_tower(model)
     assert (report.num_images, report.grid, report.num_registers) == (40, (10, 10), registers)
     for layer in report.layers:
-        expected = naive_figures(model, tower, images, layer.layer, layer.cut)
+        expected = naive_figures(model, tower, images, layer.layer, layer.threshold)
         assert layer.outlier_share == pytest.approx(expected["share"].item(), abs=1e-12)
         assert layer.low_share == pytest.approx(expected["low"].item(), abs=1e-12)
-        two_sided = layer.cut.low > 0 and layer.cut.high < float("inf")
+        two_sided = layer.threshold.low > 0 and layer.threshold.high < float("inf")
         assert layer.images_with_outliers == pytest.approx(expected["images"].item(), abs=0.03 if two_sided else 1e-9)
         assert layer.per_image_mean == pytest.approx(expected["mean"].item())
         assert layer.per_image_std == pytest.approx(expected["std"].item(), rel=0.03 if two_sided else 1e-6)
@@ -319,7 +319,7 @@ def test_several_rules_can_be_applied_to_one_pass(planting, held_out):
     shares = {}
     for rule in ("auto", "percentile", "fixed:100"):
         report = build_report(statistics, resolve_rule(rule), rule, "planted")
-        assert report.layers[-1].cut.rule == rule.partition(":")[0]
+        assert report.layers[-1].threshold.rule == rule.partition(":")[0]
         shares[rule] = [report.layers[layer].outlier_share for layer in (2, -1)]
     assert shares["percentile"][0] == pytest.approx(0.02, abs=0.007)  # to a bin
     assert shares["auto"] == [0, pytest.approx(shares["fixed:100"][1], rel=0.1)]
@@ -346,9 +346,9 @@ def test_a_report_survives_json(planting, held_out, tmp_path):
     path = report.save(tmp_path / "new" / "report.json")
     assert ArtifactReport.load(path) == report
     assert "Infinity" not in path.read_text()
-    assert json.loads(path.read_text())["layers"][1]["cut"]["high"] is None
+    assert json.loads(path.read_text())["layers"][1]["threshold"]["high"] is None
     assert {"versions", "hardware", "seconds"} <= set(report.environment)
-    figures = {"norms", "cut", "similarity", "border_distance", "position_map", "recurrence", "massive_channels"}
+    figures = {"norms", "threshold", "similarity", "border_distance", "position_map", "recurrence", "massive_channels"}
     assert figures | {"outlier_share", "attention", "verdict", "first_layer"} <= set(report.definitions)
 
 
@@ -534,10 +534,10 @@ def test_a_half_precision_model(planting, held_out):
 
 def test_a_rule_of_ones_own(planting, held_out):
     def above_a_hundred(values, weights):
-        return Cut("mine", high=100.0, separated=bool(weights[values > 100].sum()))
+        return Threshold("mine", high=100.0, separated=bool(weights[values > 100].sum()))
 
     report = look(planting.model, held_out[:16], rule=above_a_hundred, attentions=False)
-    assert (report.rule, report.layers[-1].cut.rule) == ("above_a_hundred", "mine")
+    assert (report.rule, report.layers[-1].threshold.rule) == ("above_a_hundred", "mine")
     assert report.verdict == "present"
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from register_adapter.data import ImageBatches, ImageFileError, list_pictures
+from register_adapter.data.batches import batch_length, slice_batch
 from register_adapter.testbed import SceneDataset, load_image_processor
 
 
@@ -110,6 +111,17 @@ def test_ready_batches_keep_their_size_and_lose_what_the_tower_does_not_take():
     assert torch.equal(found[0], pictures)
     _, found = read([(pictures, torch.zeros(5))], max_images=3)
     assert torch.equal(found[0], pictures[:3])
+
+
+def test_a_slice_of_a_batch_takes_what_there_is_one_of_for_each_image():
+    pixels = torch.rand(5, 3, 8, 8)
+    assert torch.equal(slice_batch(pixels, slice(1, 3)), pixels[1:3])
+    batch = {"pixel_values": pixels, "shape": torch.tensor([8, 8]), "scale": torch.tensor(2.0), "name": "five"}
+    part = slice_batch(batch, slice(3, None))
+    assert torch.equal(part["pixel_values"], pixels[3:])
+    assert all(part[key] is batch[key] for key in ("shape", "scale", "name"))
+    assert batch_length(part) == 2
+    assert batch_length(slice_batch(batch, slice(0))) == 0
 
 
 def test_max_images_stops_early():

@@ -17,7 +17,7 @@ from families import build
 from page_cases import make_report
 
 from register_adapter import add_registers, audit
-from register_adapter.artifacts import Cut
+from register_adapter.artifacts import Threshold
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 from register_adapter.viz import Example, read_examples, write_page
 from register_adapter.viz.page.tables import Table, show_table
@@ -134,7 +134,7 @@ def test_reports_that_lack_what_was_not_measured(verdict: Any, tmp_path: Path) -
     bare = replace(
         layer,
         norms={"patch": layer.norms["patch"]},
-        cut=Cut("mad"),
+        threshold=Threshold("mad"),
         massive_channels=[],
         similarity=None,
         border_distance=None,

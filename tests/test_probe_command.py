@@ -39,8 +39,8 @@ def test_on_a_model_an_adapter_and_images_of_ones_own(folder: Path, tmp_path: Pa
     base = probes[names[0]]
     # A fifth of the 151 files is for the rule, and one is not an image.
     assert 119 <= base["num_images"] <= 121
-    assert base["cut"]["rule"] == "auto"
-    assert base["cut"]["separated"]
+    assert base["threshold"]["rule"] == "auto"
+    assert base["threshold"]["separated"]
     assert 0 < base["num_outliers"] < 0.1 * base["num_patches"]
     assert base["rows"][1]["classification"]["estimate"]["value"] >= 0
     registers = json.loads((out / "registers.json").read_text())

@@ -16,15 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from register_adapter import MissingExtraError, UnsupportedModelError, add_registers, capture
-from register_adapter.artifacts import Cut
-from register_adapter.data import ImageBatches
+from register_adapter.artifacts import Threshold
 from register_adapter.evaluation import probe_tokens
 from register_adapter.evaluation.estimate import mean_over_images
 from register_adapter.evaluation.linear_models import PENALTIES, fit_classifier, fit_regression
 from register_adapter.evaluation.probes.fitting import _split
-from register_adapter.evaluation.probes.samples import draw_tokens
-from register_adapter.features.layout import tower_of
-from register_adapter.features.passes import read_batches
+from register_adapter.evaluation.probes.samples import TokenSampler
+from register_adapter.features.passes import open_pass
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 
 pytest.importorskip("sklearn")
@@ -75,7 +73,7 @@ class ViTModel(nn.Module):
         return self.layernorm(hidden)
 
 
-CUT = Cut("fixed", high=15.0, separated=True)
+THRESHOLD = Threshold("fixed", high=15.0, separated=True)
 
 
 def _pictures(count: int, seed: int = 0, outliers: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,8 +91,10 @@ def _batches(pictures: torch.Tensor, size: int = 32) -> Iterator[torch.Tensor]:
 
 
 def _draw(model: nn.Module, images: Any, *rest: Any) -> Any:
-    tower, layer = tower_of(model)
-    return draw_tokens(tower, layer, read_batches(ImageBatches(images), None, tower), *rest)
+    opened = open_pass(model, images, with_labels=True)
+    sampler = TokenSampler(opened.tower, opened.registers, *rest)
+    opened.run(sampler)
+    return sampler.samples()
 
 
 # Known answers
@@ -103,7 +103,7 @@ def _draw(model: nn.Module, images: Any, *rest: Any) -> Any:
 @pytest.fixture(scope="module")
 def known() -> Any:
     pictures, labels = _pictures(400)
-    return probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=CUT)
+    return probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD)
 
 
 def test_tokens_that_hold_their_place_exactly_are_found_there(known: Any) -> None:
@@ -150,7 +150,7 @@ def test_counts_are_equal_and_in_the_table(known: Any) -> None:
 def test_a_shared_probe_is_learned_from_all_tokens_in_their_proportion() -> None:
     pictures, labels = _pictures(200)
     report = probe_tokens(
-        ViTModel(), _batches(pictures), labels.tolist(), cut=CUT, local_probe="shared", tasks=("position",)
+        ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD, local_probe="shared", tasks=("position",)
     )
     normal, outlier = (report.row(name).position_top1 for name in ("normal", "outlier"))
     # 2 of 16 patches are outliers: 280 normal training tokens go with 40 of them.
@@ -163,27 +163,29 @@ def test_the_size_of_batches_and_a_second_run_make_no_difference() -> None:
     pictures, labels = _pictures(60)
 
     def run(size: int) -> Any:
-        options: dict[str, Any] = {"cut": CUT, "min_images": 20, "max_samples": 40, "seed": 3}
+        options: dict[str, Any] = {"threshold": THRESHOLD, "min_images": 20, "max_samples": 40, "seed": 3}
         return probe_tokens(ViTModel(), _batches(pictures, size), labels.tolist(), **options).to_dict()
 
     first = run(7)
     assert first == run(7) == run(60)
     pictures, labels = _pictures(60, outliers=True)
-    other = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=CUT, min_images=20, seed=4).to_dict()
+    other = probe_tokens(
+        ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD, min_images=20, seed=4
+    ).to_dict()
     assert other["rows"] != first["rows"]
 
 
 # Outliers that are too few
 
 
-@pytest.mark.parametrize("cut", [CUT, None])
-def test_too_few_outliers_give_a_sentence_and_no_figure(cut: Cut | None) -> None:
+@pytest.mark.parametrize("threshold", [THRESHOLD, None])
+def test_too_few_outliers_give_a_sentence_and_no_figure(threshold: Threshold | None) -> None:
     pictures, labels = _pictures(60, outliers=False)
     pictures[:5, 0, 1, -1] = 3.0
-    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=cut, min_images=20)
+    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), threshold=threshold, min_images=20)
     row = report.row("outlier")
     assert row.classification is row.position_top1 is row.reconstruction_l2 is None
-    found = 5 if cut else 0
+    found = 5 if threshold else 0
     assert row.note == f"not enough outlier tokens ({found} found, in {found} images; 20 images with some needed)"
     assert report.row("normal").num_images == 60
     assert report.row("CLS").classification.value > 0.9
@@ -194,7 +196,7 @@ def test_too_few_outliers_give_a_sentence_and_no_figure(cut: Cut | None) -> None
 def test_images_without_outliers_are_left_out_of_every_row() -> None:
     pictures, labels = _pictures(60)
     pictures[20:, 0, 1:3, -1] = -1
-    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), cut=CUT, min_images=20)
+    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD, min_images=20)
     assert report.num_images_with_outliers == 20
     assert {row.num_images for row in report.rows} == {20}
 
@@ -209,9 +211,9 @@ def test_what_is_kept_of_an_image_is_what_the_model_computed() -> None:
     with torch.no_grad(), capture(planted, attentions=False) as trace:
         planted(pixel_values=pixels)
     norms = trace.patches(6).norm(dim=-1)
-    cut = Cut("fixed", high=3 * norms.median().item())
-    samples = _draw(planted, _batches(pixels, 24), cut, 6, True, 2, 100, 0)
-    mask = norms > cut.high
+    threshold = Threshold("fixed", high=3 * norms.median().item())
+    samples = _draw(planted, _batches(pixels, 24), threshold, 6, True, 2, 100, 0)
+    mask = norms > threshold.high
     assert samples.num_outliers == int(mask.sum()) > 0
     assert samples.num_images_with_both == int(mask.any(1).sum())
     assert {one.image for one in samples.with_both} == set(mask.any(1).nonzero().flatten().tolist())
@@ -231,7 +233,7 @@ def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
     pictures, _ = _pictures(300)
     counts = np.zeros(300)
     for seed in range(40):
-        samples = _draw(ViTModel(), _batches(pictures, 100), CUT, 2, False, 1, 30, seed)
+        samples = _draw(ViTModel(), _batches(pictures, 100), THRESHOLD, 2, False, 1, 30, seed)
         assert len(samples.with_both) == 30
         assert samples.num_images_with_both == 300
         images = [one.image for one in samples.with_both]
@@ -363,9 +365,9 @@ def test_every_kind_of_token_of_a_real_model_has_a_row(name: str, registers: int
         model = add_registers(model, registers).eval()
     pixels = families.make_inputs(name, batch=24)["pixel_values"]
     before = hooks(model)
-    cut = Cut("fixed", high=float(_norms(model, pixels).median()))
+    threshold = Threshold("fixed", high=float(_norms(model, pixels).median()))
     batches = [{"pixel_values": part, "labels": torch.arange(12) % 2} for part in pixels.split(12)]
-    report = probe_tokens(model, batches, cut=cut, min_images=10)
+    report = probe_tokens(model, batches, threshold=threshold, min_images=10)
     native = families.CASES[name].family in ("dinov2_with_registers", "dinov3_vit")
     expected = CASES[name] if native or "native" not in str(CASES[name]) else CASES[name][:1]
     names = ["normal", "outlier", *expected, *(f"register {number}" for number in range(registers))]
@@ -411,9 +413,11 @@ def test_the_planted_vit() -> None:
     parts = [scenes[:60], scenes[60:160], scenes[160:]]
     pixels = [processor([item["image"] for item in part], return_tensors="pt")["pixel_values"] for part in parts]
     labels = [torch.tensor([item["label"] for item in part]) for part in parts]
-    cut = Cut("fixed", high=3 * float(_norms(model, pixels[0]).median()))  # on pictures that are not probed
+    threshold = Threshold("fixed", high=3 * float(_norms(model, pixels[0]).median()))  # on pictures that are not probed
     snapshot = Snapshot(model, {"pixel_values": pixels[0][:2]})
-    report = probe_tokens(model.train(), list(zip(pixels[1:], labels[1:], strict=True)), cut=cut, min_images=50)
+    report = probe_tokens(
+        model.train(), list(zip(pixels[1:], labels[1:], strict=True)), threshold=threshold, min_images=50
+    )
     assert model.training
     model.eval()
     snapshot.check()
@@ -482,7 +486,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         probe(["a.png"])
     with pytest.raises(ValueError, match="numbers of classes"):
         probe([pictures], ["cat"] * 40)
-    with pytest.raises(ValueError, match="one a picture"):
+    with pytest.raises(ValueError, match="one per image"):
         probe([(pictures, labels[:3])])
     assert not hooks(model)
 

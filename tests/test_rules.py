@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from register_adapter.artifacts import RULES, Cut, apply_rule, resolve_rule
+from register_adapter.artifacts import RULES, Threshold, apply_rule, resolve_rule
 from register_adapter.artifacts.rules.histogram import (
     BINS,
     RELATIVE_ERROR,
@@ -63,9 +63,9 @@ SIMPLE = (
 def test_the_same_tokens_are_outliers_as_by_the_definition(rule, kind):
     values = norms(kind)
     expected = naive(rule, values)
-    cut = apply_rule(rule, torch.from_numpy(values).reshape(100, -1))
-    assert np.array_equal(cut.outliers(values.astype(np.float64)), expected)
-    assert cut.separated == bool(expected.any())
+    threshold = apply_rule(rule, torch.from_numpy(values).reshape(100, -1))
+    assert np.array_equal(threshold.outliers(values.astype(np.float64)), expected)
+    assert threshold.separated == bool(expected.any())
 
 
 @pytest.mark.parametrize("kind", ["plain", "high", "low", "tail"])
@@ -119,30 +119,30 @@ def test_a_weighted_quantile_is_numpys_of_the_repeated_values(q):
 @pytest.mark.parametrize("size", [300, 5000, 100_000])
 def test_one_kind_of_token_is_not_taken_for_two(kind, rule, size):
     for seed in range(5):
-        cut = apply_rule(rule, norms(kind, size, seed))
-        assert not cut.separated, cut.reason
-        assert (cut.low, cut.high) == (0, float("inf"))
-        assert cut.reason
+        threshold = apply_rule(rule, norms(kind, size, seed))
+        assert not threshold.separated, threshold.reason
+        assert (threshold.low, threshold.high) == (0, float("inf"))
+        assert threshold.reason
 
 
 @pytest.mark.parametrize("size", [1000, 50_000])
 @pytest.mark.parametrize("kind", ["high", "low", "both"])
 def test_a_second_mode_is_found_on_its_side(kind, size):
     values = norms(kind, size)
-    cut = apply_rule("auto", values)
-    assert cut.separated
-    assert (cut.high < float("inf"), cut.low > 0) == (kind != "low", kind != "high")
-    assert (values > cut.high).sum() == pytest.approx(size // 50 if kind != "low" else 0, rel=0.02)
-    assert (values < cut.low).sum() == pytest.approx(size // 40 if kind != "high" else 0, rel=0.02)
+    threshold = apply_rule("auto", values)
+    assert threshold.separated
+    assert (threshold.high < float("inf"), threshold.low > 0) == (kind != "low", kind != "high")
+    assert (values > threshold.high).sum() == pytest.approx(size // 50 if kind != "low" else 0, rel=0.02)
+    assert (values < threshold.low).sum() == pytest.approx(size // 40 if kind != "high" else 0, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["high", "low"])
 def test_the_mixture_finds_a_second_mode_too(kind):
     values = norms(kind)
-    cut = apply_rule("mixture", values)
-    assert cut.separated, cut.reason
+    threshold = apply_rule("mixture", values)
+    assert threshold.separated, threshold.reason
     expected = len(values) // (50 if kind == "high" else 40)
-    assert cut.outliers(values).sum() == pytest.approx(expected, abs=0.02 * expected)
+    assert threshold.outliers(values).sum() == pytest.approx(expected, abs=0.02 * expected)
 
 
 def test_the_mixture_is_scikit_learns():
@@ -160,11 +160,11 @@ def test_the_mixture_is_scikit_learns():
 @pytest.mark.parametrize("values", [[3.0], [2.0] * 50, [0.0] * 9, [0.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
 @pytest.mark.parametrize("rule", list(RULES))
 def test_no_rule_stumbles_over_odd_norms(rule, values):
-    cut = apply_rule(rule, np.array(values))
-    assert isinstance(cut, Cut)
-    assert cut.low <= cut.high
+    threshold = apply_rule(rule, np.array(values))
+    assert isinstance(threshold, Threshold)
+    assert threshold.low <= threshold.high
     if rule in ("auto", "mixture"):
-        assert not cut.separated
+        assert not threshold.separated
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,6 @@ def test_wrong_rules_are_refused(rule, message):
 
 def test_a_rule_of_ones_own():
     def mine(values, weights):
-        return Cut("mine", high=float(values[-1]) / 2, separated=True)
+        return Threshold("mine", high=float(values[-1]) / 2, separated=True)
 
     assert apply_rule(mine, np.array([1.0, 8.0])).high == 4

@@ -29,7 +29,7 @@ from register_adapter import (
     find_tower,
     fit_test_time_registers,
 )
-from register_adapter.artifacts import RULES, Cut, collect_statistics
+from register_adapter.artifacts import RULES, Threshold, collect_statistics
 from register_adapter.neurons.repair import Repair
 from register_adapter.neurons.scores import NeuronScores
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit, plant_artifacts
@@ -61,16 +61,16 @@ def look(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor |
     return trace.patches(), getattr(output, "logits", None)
 
 
-def planted_share(model: Any, pixels: torch.Tensor, cuts: dict[int, Cut]) -> float:
-    """Largest share of outliers over the layers of a fit's cuts."""
+def planted_share(model: Any, pixels: torch.Tensor, thresholds: dict[int, Threshold]) -> float:
+    """Largest share of outliers over the layers of a fit's thresholds."""
     with torch.no_grad(), capture(model, attentions=False) as trace:
         model(pixel_values=pixels)
-    return max(float(cut.mask(trace.patches(layer)).float().mean()) for layer, cut in cuts.items())
+    return max(float(threshold.mask(trace.patches(layer)).float().mean()) for layer, threshold in thresholds.items())
 
 
-def cuts_of(model: Any) -> dict[int, Cut]:
-    (found,) = model.peft_config["default"].test_time_fit["cuts"]
-    return {int(layer): Cut("auto", high, low, True) for layer, (low, high) in found.items()}
+def thresholds_of(model: Any) -> dict[int, Threshold]:
+    (found,) = model.peft_config["default"].test_time_fit["thresholds"]
+    return {int(layer): Threshold("auto", high, low, True) for layer, (low, high) in found.items()}
 
 
 # --- the shipped ViT, planted anew ------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
         with torch.no_grad(), capture(one, attentions=False) as trace:
             logits.append(one(pixel_values=held_out).logits)
         traces.append(trace)
-    for layer, cut in cuts_of(model).items():
-        shares = [float(cut.mask(trace.patches(layer)).float().mean()) for trace in traces]
+    for layer, threshold in thresholds_of(model).items():
+        shares = [float(threshold.mask(trace.patches(layer)).float().mean()) for trace in traces]
         assert shares[0] == shares[2] == 0
         assert shares[1] > 0.002
     twin, before, after = (trace.patches()[hits] for trace in traces)
@@ -136,7 +136,7 @@ def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attent
     for attention_bias in (False, True):
         model = fit(load_planted_vit().model, scenes(128, 555, "train")[0], attention_bias=attention_bias)
         assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
-        assert planted_share(model, held_out, cuts_of(model)) == 0
+        assert planted_share(model, held_out, thresholds_of(model)) == 0
         after, logits = look(model, held_out)
         right.append((logits.argmax(-1) == labels).float().mean())
         cosine.append(F.cosine_similarity(after[hits], twin[hits], dim=-1).mean())
@@ -191,8 +191,10 @@ def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -
     """All neurons and no others, no outlier left, and patch tokens as the twin has them."""
     assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
     hits = planted.hits(held_out)
-    for layer, cut in cuts_of(model).items():
-        found = [cut.mask(patches_of(one, held_out, layer)).float().mean() for one in (planted.model, model, clean)]
+    for layer, threshold in thresholds_of(model).items():
+        found = [
+            threshold.mask(patches_of(one, held_out, layer)).float().mean() for one in (planted.model, model, clean)
+        ]
         assert found[0] >= 0.9 * hits.float().mean()
         assert found[1] == found[2] == 0
     twin = patches_of(clean, held_out)
@@ -312,7 +314,7 @@ def test_everything_by_hand() -> None:
     assert found["top_layer"] == planted.layer
     assert len(neurons_of(model)[planted.layer]) == found["num_neurons"] == 2
     assert set(neurons_of(model)[planted.layer]) < set(planted.neurons)
-    assert cuts_of(model)[planted.layer + 1].high == 150.0
+    assert thresholds_of(model)[planted.layer + 1].high == 150.0
     many = fit(load_planted_vit().model, pixels, num_neurons=12)
     assert sum(len(units) for units in neurons_of(many).values()) == 12
 
@@ -390,7 +392,7 @@ def test_several_sizes_are_pooled() -> None:
     model = fit(load_planted_vit().model, pixels, image_sizes=(80, 112))
     found = model.peft_config["default"].test_time_fit
     assert found["image_sizes"] == [80, 112]
-    assert len(found["cuts"]) == 2
+    assert len(found["thresholds"]) == 2
     assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
 
 
@@ -400,7 +402,7 @@ def test_half_precision() -> None:
     assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
     after, logits = look(model, pixels.bfloat16())
     assert logits.dtype == after.dtype == torch.bfloat16
-    assert planted_share(model, pixels.bfloat16(), cuts_of(model)) == 0
+    assert planted_share(model, pixels.bfloat16(), thresholds_of(model)) == 0
 
 
 @pytest.mark.parametrize(
@@ -473,7 +475,7 @@ base = ViTForImageClassification.from_pretrained({str(base)!r})
 folder = {str(tmp_path / "fitted")!r}
 for model in (AutoPeftModel.from_pretrained(folder), PeftModel.from_pretrained(base, folder)):
     found = model.eval().peft_config["default"].test_time_fit
-    assert found == fit and found["curve"][str(found["num_neurons"])] == 0 and found["cuts"]
+    assert found == fit and found["curve"][str(found["num_neurons"])] == 0 and found["thresholds"]
     assert torch.equal(model(pixel_values=expected["pixels"]).logits, expected["logits"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
@@ -572,14 +574,14 @@ def test_weights_that_cannot_be_read_are_asked_through_their_layer() -> None:
         last = tower.block_part(block, "mlp_out")
         parent, _, name = next(path for path, module in model.named_modules() if module is last).rpartition(".")
         setattr(model.get_submodule(parent), name, Quantised(last))
-    scores = NeuronScores(tower, Cut("fixed", 150.0, 0.0, True), planted.layer)
+    scores = NeuronScores(tower, Threshold("fixed", 150.0, 0.0, True), planted.layer)
     scores.add(pixels)
     assert {(neuron.block, neuron.unit) for neuron in scores.ranked(4)} == {(planted.layer, u) for u in planted.neurons}
 
 
 def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
-    scores = NeuronScores(find_tower(planted.model), Cut("fixed", 150.0, 0.0, True), planted.layer)
+    scores = NeuronScores(find_tower(planted.model), Threshold("fixed", 150.0, 0.0, True), planted.layer)
 
     def size() -> int:
         sums = [*scores._outliers.values(), *scores._all.values()]

@@ -464,7 +464,7 @@ def test_histograms_draw_cuts_and_counts() -> None:
     drawn = [axis for axis in figure.axes if axis.get_visible()]
     assert [len(axis.lines) for axis in drawn] == [0, 0, 1]
     report = make_report(layers=3, first=2)
-    assert drawn[2].lines[0].get_xdata()[0] == report.layers[2].cut.high
+    assert drawn[2].lines[0].get_xdata()[0] == report.layers[2].threshold.high
     assert drawn[0].patches[0].get_data().values.sum() == report.layers[0].norms["patch"].count
 
 

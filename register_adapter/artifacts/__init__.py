@@ -4,17 +4,17 @@ from .auditing import audit
 from .detector import AttentionDetector, train_detector
 from .norms import NormSummary, neighbour_similarity, patch_norms, summarise_norms
 from .report import ArtifactReport, LayerReport
-from .rules import RULES, Cut, apply_rule, resolve_rule
+from .rules import RULES, Threshold, apply_rule, resolve_rule
 from .statistics import Statistics, collect_statistics
 
 __all__ = [
     "RULES",
     "ArtifactReport",
     "AttentionDetector",
-    "Cut",
     "LayerReport",
     "NormSummary",
     "Statistics",
+    "Threshold",
     "apply_rule",
     "audit",
     "collect_statistics",

@@ -81,7 +81,7 @@ class AttentionSketch:
         self.num_images += batch
 
     def shares(self, edges: Edges) -> AttentionShares:
-        """Share of the attention by kind of token, for one cut."""
+        """Share of the attention by kind of token, for one threshold."""
         number = max(self.num_images, 1)
         patches = self.patches.cpu().double().numpy() / number
         others = self.others.cpu().double().numpy() / number

@@ -6,14 +6,12 @@ import time
 from typing import Any, cast
 
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..data.batches import ImageBatches
+from ..data.processors import source_of
 from ..features.layout import native_registers
-from ..features.running import place_of, source_of
+from ..features.passes import PassOptions, open_pass
 from ..towers.anatomy import Anatomy
-from ..towers.modes import evaluating
-from ..towers.tower import Tower, find_tower
+from ..towers.tower import Tower
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, machine, versions
 from .layer_report import DEFINITIONS, ratio_of_medians, summarise_layer
@@ -21,7 +19,7 @@ from .patch_sketch import Edges
 from .report import ArtifactReport, LayerReport, Verdict
 from .rules.histogram import RELATIVE_ERROR
 from .rules.rules import Rule, resolve_rule, rule_name
-from .statistics import Statistics, collect_statistics
+from .statistics import Statistics
 
 __all__ = ["audit", "build_report", "verdict_of"]
 
@@ -81,37 +79,30 @@ def audit(
         >>> report.verdict, report.reason
     """
     chosen = resolve_rule(rule)
-    layer = find_register_layer(model)
-    tower = layer.tower if layer is not None else find_tower(model, target_modules, anatomy)
-    batches = ImageBatches(
-        images,
-        image_processor,
-        model_name=source_of(model, tower),
+    options = PassOptions(
+        image_processor=image_processor,
         batch_size=batch_size,
         max_images=max_images,
-        strict=strict,
         num_workers=num_workers,
+        strict=strict,
+        progress=progress,
     )
+    opened = open_pass(model, images, options, target_modules=target_modules, anatomy=anatomy, title="audit")
     start = time.perf_counter()
-    device, dtype = place_of(tower)
-    bar = tqdm(total=batches.total, desc="audit", unit="image", disable=not progress)
-    with bar, evaluating(tower.module), collect_statistics(tower, attentions) as statistics:
-        for batch in batches.on(device, dtype, tower.module):
-            before = statistics.num_images
-            tower.run(batch)
-            bar.update(statistics.num_images - before)
+    statistics = Statistics(opened.tower, attentions)
+    opened.run(statistics)
     if not statistics.num_images:
-        raise ValueError("an audit needs at least one picture, and none came")
-    report = build_report(statistics, chosen, rule_name(rule), name or _called(model, tower))
+        raise ValueError("an audit needs at least one image, and none came")
+    report = build_report(statistics, chosen, rule_name(rule), name or _called(model, opened.tower))
     report.environment.update(
         versions=versions(),
-        hardware=machine(device),
+        hardware=machine(opened.device),
         commit=git_commit(),
         seconds=round(time.perf_counter() - start, 3),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(opened.dtype).removeprefix("torch."),
         batch_size=batch_size,
         attentions=attentions,
-        skipped=batches.skipped,
+        skipped=opened.skipped,
     )
     return report
 
@@ -155,7 +146,7 @@ def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdi
     """The verdict, the first layer of the outliers, and why, from all layers but the first."""
     runs: list[list[int]] = []
     for one in layers[1:]:  # at the input of the first block norms follow the contrast of the patch
-        if one.cut.separated:
+        if one.threshold.separated:
             if runs and runs[-1][-1] == one.layer - 1:
                 runs[-1].append(one.layer)
             else:
@@ -171,15 +162,15 @@ def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdi
         where = f"From layer {longest[0]} to {longest[-1]}, and not at the last ({last})"
         return "present inside only", longest[0], f"{where}: {said}."
     alone = f" (but at layer {', '.join(str(run[0]) for run in runs)} alone, which does not count)" if runs else ""
-    return "none", None, f"At layers 1 to {last}{alone}: at the last, {layers[last].cut.reason}."
+    return "none", None, f"At layers 1 to {last}{alone}: at the last, {layers[last].threshold.reason}."
 
 
 def _said(layer: LayerReport, statistics: Statistics) -> str:
-    edges = Edges(layer.cut)
+    edges = Edges(layer.threshold)
     ratio = ratio_of_medians(statistics.patches[layer.layer], edges.outlying)
     return (
         f"at layer {layer.layer}, {layer.outlier_share:.2%} of the patches lie beyond the line, their median L2 norm "
-        f"{ratio:.2g} times the others' (rule {layer.cut.rule}: {layer.cut.reason})"
+        f"{ratio:.2g} times the others' (rule {layer.threshold.rule}: {layer.threshold.reason})"
     )
 
 

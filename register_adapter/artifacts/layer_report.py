@@ -9,12 +9,12 @@ import numpy as np
 from ..errors import RegisterAdapterError
 from .patch_sketch import Array, Edges, PatchSketch
 from .report import LayerReport, MassiveChannel, NormDistribution
-from .rules.cut import Cut
 from .rules.histogram import RELATIVE_ERROR, bin_centres, bin_edges, nearest_edge, weighted_quantile
 from .rules.rules import Rule
+from .rules.threshold import Threshold
 from .statistics import Statistics
 
-__all__ = ["DEFINITIONS", "cut_at", "ratio_of_medians", "summarise_layer"]
+__all__ = ["DEFINITIONS", "ratio_of_medians", "summarise_layer", "threshold_at"]
 
 _CHANNELS = 8
 
@@ -25,9 +25,9 @@ DEFINITIONS = {
     "norms": "L2 norm of a token's hidden state, taken in float32, by kind: patches, CLS (and distillation token), "
     "registers (native ones and adapters'). Mean, standard deviation, smallest and largest are exact; quantiles are "
     f"those of a histogram with 32 bins an octave, so they are within {RELATIVE_ERROR:.2%}.",
-    "cut": "The report's rule, applied to the norms of all patches of all pictures at this layer. Norms above high or "
-    f"below low are outliers. A line is moved to the nearest edge of the histogram, by at most {RELATIVE_ERROR:.2%}; "
-    "every share below is exact for the line as it is given here.",
+    "threshold": "The report's rule, applied to the norms of all patches of all images at this layer. Norms above high "
+    "or below low are outliers. Either is moved to the nearest edge of the histogram, by at most "
+    f"{RELATIVE_ERROR:.2%}; every share below is exact for the threshold as it is given here.",
     "outlier_share": "Outliers over all patch tokens of the layer; low_share: those below the lower line.",
     "images_with_outliers": "Share of the images with at least one outlier at this layer; where there are outliers on "
     "both sides, the number of images with both is interpolated between lines an eighth of an octave apart.",
@@ -50,11 +50,13 @@ DEFINITIONS = {
 }
 
 
-def cut_at(statistics: Statistics, layer: int, rule: Rule) -> Cut:
+def threshold_at(statistics: Statistics, layer: int, rule: Rule) -> Threshold:
     """What a rule says about one layer, its lines moved to the nearest edges of the histogram."""
-    cut = rule(*statistics.norms(layer))
+    threshold = rule(*statistics.norms(layer))
     edges = bin_edges()
-    return replace(cut, high=float(edges[nearest_edge(cut.high)]), low=float(edges[nearest_edge(cut.low)]))
+    return replace(
+        threshold, high=float(edges[nearest_edge(threshold.high)]), low=float(edges[nearest_edge(threshold.low)])
+    )
 
 
 def ratio_of_medians(patches: PatchSketch, outlying: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> float:
@@ -79,8 +81,8 @@ def summarise_layer(statistics: Statistics, layer: int, rule: Rule) -> LayerRepo
             "are "
             "damaged. Audit it in bfloat16 or float32."
         )
-    cut = cut_at(statistics, layer, rule)
-    edges = Edges(cut)
+    threshold = threshold_at(statistics, layer, rule)
+    edges = Edges(threshold)
     counts = patches.counts()
     histograms = {"patch": patches.histogram, **statistics.others[layer]}
     outliers, total = float(counts[edges.outlying].sum()), float(counts.sum())
@@ -89,7 +91,7 @@ def summarise_layer(statistics: Statistics, layer: int, rule: Rule) -> LayerRepo
     return LayerReport(
         layer=layer,
         norms={kind: NormDistribution(**histogram.summary()) for kind, histogram in histograms.items()},
-        cut=cut,
+        threshold=threshold,
         outlier_share=outliers / total,
         low_share=float(counts[: edges.low].sum()) / total,
         images_with_outliers=patches.images_with_outliers(edges),

@@ -1,7 +1,7 @@
 """L2 norms of patch tokens, and how many of them are outliers.
 
 "Vision Transformers Need Registers" (arXiv 2309.16588) calls a patch token an artifact when its L2 norm is about ten
-times the others'; the distribution is bimodal, so where between the modes the cut lies hardly matters.
+times the others'; the distribution is bimodal, so where between the modes the threshold lies hardly matters.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class NormSummary:
         share: Share of patch tokens whose norm is over ``factor`` times the median.
         largest: Largest norm over the median.
         median: Median norm over all patches of all pictures.
-        factor: The cut.
+        factor: The threshold.
     """
 
     share: float

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .rules.cut import Cut
 from .rules.histogram import BINS, NormHistogram, accumulator_dtype, nearest_edge
+from .rules.threshold import Threshold
 
 __all__ = ["Edges", "PatchSketch"]
 
@@ -25,10 +25,10 @@ _COARSE = 4
 
 
 class Edges:
-    """A cut as edges of the histogram: bins from ``high`` on, and those below ``low``, hold outliers."""
+    """A threshold as edges of the histogram: bins from ``high`` on, and those below ``low``, hold outliers."""
 
-    def __init__(self, cut: Cut) -> None:
-        self.high, self.low = nearest_edge(cut.high), nearest_edge(cut.low)
+    def __init__(self, threshold: Threshold) -> None:
+        self.high, self.low = nearest_edge(threshold.high), nearest_edge(threshold.low)
 
     @property
     def outlying(self) -> npt.NDArray[np.bool_]:

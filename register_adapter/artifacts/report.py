@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .rules.cut import Cut
+from .rules.threshold import Threshold
 
 __all__ = [
     "ArtifactReport",
@@ -84,9 +84,9 @@ class LayerReport:
     Attributes:
         layer: The index, as into ``hidden_states``.
         norms: One entry a kind of token that the model has.
-        cut: What the audit's rule says about the patch norms here.
-        outlier_share: Share of all patch tokens that are outliers by ``cut``.
-        low_share: Share of them below ``cut.low``; the rest is above ``cut.high``.
+        threshold: What the audit's rule says about the patch norms here.
+        outlier_share: Share of all patch tokens that are outliers by ``threshold``.
+        low_share: Share of them below ``threshold.low``; the rest is above ``threshold.high``.
         images_with_outliers: Share of the images with at least one.
         per_image_mean: Mean over images of the number of outliers.
         per_image_std: Standard deviation over images of that number.
@@ -103,7 +103,7 @@ class LayerReport:
 
     layer: int
     norms: dict[str, NormDistribution]
-    cut: Cut
+    threshold: Threshold
     outlier_share: float
     low_share: float
     images_with_outliers: float
@@ -127,7 +127,7 @@ class ArtifactReport:
         reason: Why, in a sentence or two.
         first_layer: First layer where outliers separate and stay, ``None`` without any.
         layers: One entry a layer, input of the first block first.
-        rule: The rule that the cuts are from.
+        rule: The rule that the thresholds are from.
         family: Family of the vision tower.
         num_images: Number of pictures.
         num_registers: Registers of active adapters.
@@ -154,11 +154,11 @@ class ArtifactReport:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain lists and dictionaries, ready for strict JSON: a cut at infinity becomes ``None``."""
+        """All of it as plain lists and dictionaries, ready for strict JSON: an infinite threshold becomes ``None``."""
         values = asdict(self)
         for layer in values["layers"]:
-            if math.isinf(layer["cut"]["high"]):
-                layer["cut"]["high"] = None
+            if math.isinf(layer["threshold"]["high"]):
+                layer["threshold"]["high"] = None
         return values
 
     @classmethod
@@ -192,14 +192,14 @@ class ArtifactReport:
 
 
 def _layer(values: dict[str, Any]) -> LayerReport:
-    cut, attention = dict(values["cut"]), values["attention"]
-    if cut["high"] is None:
-        cut["high"] = math.inf
+    threshold, attention = dict(values["threshold"]), values["attention"]
+    if threshold["high"] is None:
+        threshold["high"] = math.inf
     return LayerReport(
         **{
             **values,
             "norms": {kind: NormDistribution(**norms) for kind, norms in values["norms"].items()},
-            "cut": Cut(**cut),
+            "threshold": Threshold(**threshold),
             "massive_channels": [MassiveChannel(**channel) for channel in values["massive_channels"]],
             "attention": None if attention is None else AttentionShares(**attention),
         }

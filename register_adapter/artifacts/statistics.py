@@ -17,6 +17,7 @@ from torch import nn
 
 from ..features.attention_maps import record_attention_maps
 from ..features.layout import native_registers
+from ..features.passes import Batch
 from ..towers.anatomy import resolve
 from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower
@@ -35,7 +36,14 @@ _MASKS = ("pixel_attention_mask", "patch_attention_mask", "attention_mask")
 
 
 class Statistics:
-    """What forward passes inside :func:`collect_statistics` left behind; its size does not grow with their number.
+    """What an audit needs of the forward passes of a tower, summed; its size does not grow with their number.
+
+    It is a consumer of a pass over images (:func:`register_adapter.features.passes.open_pass`), and what
+    :func:`collect_statistics` gives.
+
+    Args:
+        tower: A vision tower, with or without registers.
+        attentions: Sum attention maps too.
 
     Attributes:
         tower: The vision tower.
@@ -47,7 +55,7 @@ class Statistics:
         no_grid: Why not, ``""`` where they are.
     """
 
-    def __init__(self, tower: Tower, layer: RegisterLayer | None) -> None:
+    def __init__(self, tower: Tower, attentions: bool = True) -> None:
         self.tower = tower
         self.num_images = 0
         self.patches: dict[int, PatchSketch] = {}
@@ -55,9 +63,31 @@ class Statistics:
         self.attentions: dict[int, AttentionSketch] = {}
         self.grid: tuple[int, int] | None = None
         self.no_grid = ""
-        self._layer = layer
+        registers = getattr(tower.module, "registers", None)
+        self._layer = registers if isinstance(registers, RegisterLayer) else None
+        self._attentions = attentions
         self._cls = tower.prefix - native_registers(tower)
         self._batch = _Batch()
+
+    @contextmanager
+    def attach(self) -> Iterator[None]:
+        """Add what every forward pass of the tower shows inside; see :func:`collect_statistics`."""
+        embedding = self.tower.part("patch_embedding") or resolve(self.tower.module, _LINEAR)
+        blocks: nn.ModuleList = self.tower.part("blocks")
+        with ExitStack() as stack:
+            stack.callback(self.tower.module.register_forward_pre_hook(self._start, with_kwargs=True).remove)
+            if isinstance(embedding, nn.Module):
+                stack.callback(embedding.register_forward_hook(self._embedded).remove)
+            stack.callback(blocks[0].register_forward_pre_hook(self._first, with_kwargs=True).remove)
+            for index, block in enumerate(blocks):
+                hook = partial(self._after, index)
+                stack.callback(block.register_forward_hook(hook, prepend=True).remove)
+            if self._attentions:
+                stack.enter_context(record_attention_maps(self.tower, _Reducing(self._attend)))
+            yield
+
+    def take(self, batch: Batch) -> None:
+        """Nothing is left to do after a forward pass: all is summed during it."""
 
     @property
     def nbytes(self) -> int:
@@ -235,20 +265,8 @@ def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statis
         >>> with collect_statistics(find_tower(model), attentions=False) as statistics:
         ...     for pixel_values in batches:
         ...         model(pixel_values=pixel_values)
-        >>> cut = RULES["auto"](*statistics.norms(8))
+        >>> threshold = RULES["auto"](*statistics.norms(8))
     """
-    found = getattr(tower.module, "registers", None)
-    statistics = Statistics(tower, found if isinstance(found, RegisterLayer) else None)
-    embedding = tower.part("patch_embedding") or resolve(tower.module, _LINEAR)
-    blocks: nn.ModuleList = tower.part("blocks")
-    with ExitStack() as stack:
-        stack.callback(tower.module.register_forward_pre_hook(statistics._start, with_kwargs=True).remove)
-        if isinstance(embedding, nn.Module):
-            stack.callback(embedding.register_forward_hook(statistics._embedded).remove)
-        stack.callback(blocks[0].register_forward_pre_hook(statistics._first, with_kwargs=True).remove)
-        for index, block in enumerate(blocks):
-            hook = partial(statistics._after, index)
-            stack.callback(block.register_forward_hook(hook, prepend=True).remove)
-        if attentions:
-            stack.enter_context(record_attention_maps(tower, _Reducing(statistics._attend)))
+    statistics = Statistics(tower, attentions)
+    with statistics.attach():
         yield statistics

@@ -77,7 +77,7 @@ def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str
         for heading in ("median norm", "largest / median", "outlier patches", "threshold", "attention to outliers"):
             table.add_column(heading, justify="right")
         for layer in report.layers:
-            table.add_row(*_cells(layer), style="bold" if layer.cut.separated and layer.layer else None)
+            table.add_row(*_cells(layer), style="bold" if layer.threshold.separated and layer.layer else None)
         console.print(table)
         console.print(f"Verdict: [bold]{report.verdict}[/bold]")
         console.print(report.reason, markup=False)
@@ -96,8 +96,8 @@ def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     quantiles = layer.norms["patch"].quantiles
     median = quantiles["0.5"]
-    limits = [f"> {layer.cut.high:.4g}"] if layer.cut.high != float("inf") else []
-    limits += [f"< {layer.cut.low:.4g}"] if layer.cut.low else []
+    limits = [f"> {layer.threshold.high:.4g}"] if layer.threshold.high != float("inf") else []
+    limits += [f"< {layer.threshold.low:.4g}"] if layer.threshold.low else []
     attention = "-"
     if layer.attention is not None:
         shares = layer.attention.from_all["outlier"]

@@ -87,8 +87,8 @@ def print_probes(probed: Sequence[Probed], output_dir: str) -> None:
         for row in probes.rows:
             if row.note:
                 console.print(f"{row.tokens}: {row.note}", markup=False)
-        if probes.cut is not None:
-            console.print(f"Outliers by the rule {probes.cut.rule}: {probes.cut.reason}", markup=False)
+        if probes.threshold is not None:
+            console.print(f"Outliers by the rule {probes.threshold.rule}: {probes.threshold.reason}", markup=False)
         if probes.skipped:
             console.print(f"{len(probes.skipped)} bad images were skipped; probes.json names them.")
         if registers is None:

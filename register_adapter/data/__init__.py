@@ -1,8 +1,9 @@
 """Images from wherever they are: single files, batches for a tower, labelled data sets."""
 
 from .batches import ImageBatches, list_pictures
-from .datasets import Data, DataArguments, ProcessedDataset, load_data, load_image_processor, read_image_folder
+from .datasets import Data, DataArguments, ProcessedDataset, load_data, read_image_folder
 from .images import ImageFileError, check_image, load_image
+from .processors import load_image_processor
 
 __all__ = [
     "Data",

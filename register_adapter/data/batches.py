@@ -16,16 +16,42 @@ from PIL import Image
 from torch import nn
 
 from ..towers.calls import as_named
-from .datasets import load_image_processor
 from .images import ImageFileError, image_name, load_image, walk_files
+from .processors import find_image_processor
 
-__all__ = ["Batch", "ImageBatches", "Labelled", "list_pictures"]
+__all__ = ["Batch", "ImageBatches", "Labelled", "batch_length", "list_pictures", "slice_batch"]
 
 logger = logging.getLogger(__name__)
 #: What a tower is called with: pixel values ``(B, 3, H, W)``, or its keywords.
 Batch = torch.Tensor | dict[str, Any]
 _SHOWN = 20
 _LABELS = ("labels", "label")
+
+
+def batch_length(batch: Batch) -> int:
+    """Number of images in a batch."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
+
+
+def slice_batch(batch: Batch, part: slice, length: int | None = None) -> Batch:
+    """Some of the images of a batch, possibly none; what is not given image by image stays whole.
+
+    Args:
+        batch: The batch.
+        part: Which images.
+        length: Number of images in the batch, if it is known.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch[part]
+    total = batch_length(batch) if length is None else length
+
+    def sliced(value: Any) -> Any:
+        per_image = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == total
+        return value[part] if per_image else value
+
+    return {key: sliced(value) for key, value in batch.items()}
 
 
 class Labelled(NamedTuple):
@@ -113,7 +139,7 @@ class ImageBatches:
         self._items = chain([first], items)
         self._process: Callable[[list[Image.Image]], Batch] | None = None
         if not self.ready:
-            self._process = _processing(image_processor or _own_processor(model_name))
+            self._process = _processing(image_processor or find_image_processor(model_name))
 
     def _count(self, images: Any) -> int | None:
         if self.ready and not isinstance(images, tuple):
@@ -168,10 +194,14 @@ class ImageBatches:
                 raise ValueError(f"a batch must be a tensor or a dictionary of tensors, found {type(batch).__name__}")
             batch = batch if isinstance(batch, torch.Tensor) else dict(batch)
             labels = _label_of(batch) if labels is None else labels
-            number = _length(batch)
+            number = batch_length(batch)
             if self.max_images is not None and start + number > self.max_images:
                 left = self.max_images - start
-                batch, labels, number = _first(batch, left, number), None if labels is None else labels[:left], left
+                batch, labels, number = (
+                    slice_batch(batch, slice(left), number),
+                    None if labels is None else labels[:left],
+                    left,
+                )
             yield Labelled(batch, range(start, start + number), labels)
             start += number
 
@@ -241,30 +271,6 @@ def _label_of(item: Any) -> Any:
     if not isinstance(item, Mapping):
         return None
     return next((item[name] for name in _LABELS if item.get(name) is not None), None)
-
-
-def _length(batch: Batch) -> int:
-    if isinstance(batch, torch.Tensor):
-        return len(batch)
-    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
-
-
-def _first(batch: Batch, left: int, number: int) -> Batch:
-    if isinstance(batch, torch.Tensor):
-        return batch[:left]
-    return {
-        key: value[:left] if isinstance(value, torch.Tensor) and len(value) == number else value
-        for key, value in batch.items()
-    }
-
-
-def _own_processor(name: str | None) -> Any:
-    if not name:
-        raise ValueError(
-            "the model does not say where it was loaded from, so its image processor cannot be looked up: give "
-            "image_processor=, one of transformers or a function from a PIL image to a tensor (3, H, W)"
-        )
-    return load_image_processor(name)
 
 
 def _processing(processor: Any) -> Callable[[list[Image.Image]], Batch]:

@@ -14,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor
 
 from .images import ImageFileError, check_image, image_name, load_image, walk_files
 
@@ -23,7 +22,6 @@ __all__ = [
     "DataArguments",
     "ProcessedDataset",
     "load_data",
-    "load_image_processor",
     "read_image_folder",
     "skip_bad",
 ]
@@ -104,21 +102,6 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         image = load_image(item["image"], _item_name(item["image"], index))
         pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": int(label)}
-
-
-def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
-    """The image processor of a model; ``kwargs`` go to ``AutoImageProcessor.from_pretrained``.
-
-    Raises:
-        ValueError: The folder or repository holds none.
-    """
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
-    except OSError as error:
-        raise ValueError(
-            f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "
-            f"--image_processor_name ({type(error).__name__})"
-        ) from error
 
 
 def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -> Dataset:

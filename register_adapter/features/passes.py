@@ -1,11 +1,16 @@
-"""Labelled batches, and the state of one layer in a forward pass over them."""
+"""One pass of a vision tower over images, and what is read from it.
+
+:func:`open_pass` resolves all that a pass needs (the tower, the batches, their device and dtype, evaluation mode, a
+progress bar), and consumers read from its forward passes: one pass can feed several of them.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,73 +20,234 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.batches import Batch as Inputs
-from ..data.batches import ImageBatches
+from ..data.batches import ImageBatches, slice_batch
+from ..data.processors import source_of
+from ..towers.anatomy import Anatomy
 from ..towers.calls import first_of, hidden_states_of
+from ..towers.modes import evaluating
 from ..towers.tower import Tower
-from .running import place_of
+from ..tuner.layer import RegisterLayer
+from .layout import tower_of
 
-__all__ = ["Batch", "keep_layer", "read_batches", "resolve_layer", "run_whole"]
+__all__ = [
+    "Batch",
+    "Consumer",
+    "ImagePass",
+    "PassOptions",
+    "keep_layer",
+    "open_pass",
+    "place_of",
+    "resolve_layer",
+    "run_whole",
+]
+
+_Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How images are read, and how they enter the tower.
+
+    Attributes:
+        image_processor: One of transformers, or a function from a PIL image to ``(3, H, W)``; ``None`` looks up the
+            model's own, if the images need one.
+        batch_size: Number of images in a batch; ready batches stay as they are.
+        max_images: Use at most this many images, the first ones.
+        num_workers: Number of threads that read images.
+        strict: Refuse bad images instead of skipping them with a warning.
+        progress: Show a progress bar.
+        dtype: Of floating point inputs; ``None`` takes that of the tower's weights.
+    """
+
+    image_processor: Any = None
+    batch_size: int = 32
+    max_images: int | None = None
+    num_workers: int = 2
+    strict: bool = False
+    progress: bool = False
+    dtype: torch.dtype | None = None
 
 
 class Batch(NamedTuple):
-    """What goes into the model, how many images it is, and their labels ``(B,)`` int64."""
+    """What goes into the tower, the number B of its images, and their labels ``(B,)`` int64."""
 
     inputs: Inputs
     size: int
-    labels: npt.NDArray[np.int64] | None
+    labels: _Labels | None
 
     def half(self, second: bool) -> Batch:
         """The first or the second half of the images."""
         part = slice(self.size // 2, None) if second else slice(self.size // 2)
-
-        def cut(value: Any) -> Any:
-            return value[part] if isinstance(value, torch.Tensor) and len(value) == self.size else value
-
-        inputs = self.inputs
-        inputs = cut(inputs) if isinstance(inputs, torch.Tensor) else {key: cut(value) for key, value in inputs.items()}
         size = self.size - self.size // 2 if second else self.size // 2
-        return Batch(inputs, size, None if self.labels is None else self.labels[part])
+        labels = None if self.labels is None else self.labels[part]
+        return Batch(slice_batch(self.inputs, part, self.size), size, labels)
 
 
-def read_batches(
-    images: ImageBatches, labels: Sequence[int] | npt.ArrayLike | None, tower: Tower, progress: str | None = None
-) -> Iterator[Batch]:
-    """The batches, on the tower's device, with their labels.
+class Consumer(Protocol):
+    """Reads what it needs from the forward passes of one tower, which it is made for."""
+
+    def attach(self) -> AbstractContextManager[object]:
+        """A context that has hooks on the tower; they are gone on the way out, also after an exception."""
+
+    def take(self, batch: Batch) -> None:
+        """Called after each forward pass, with the batch that went through the tower."""
+
+
+class ImagePass:
+    """One pass over images; see :func:`open_pass`.
+
+    Iterating gives the batches one after the other, on the tower's device, without running it; a second loop goes on
+    where the first one stopped.
+
+    Attributes:
+        tower: The vision tower.
+        registers: Its register layer, if it has one.
+        device: Where the batches are placed.
+        dtype: Their floating point dtype.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        registers: RegisterLayer | None,
+        images: ImageBatches,
+        options: PassOptions,
+        labels: _Labels | None,
+        with_labels: bool,
+        title: str,
+    ) -> None:
+        self.tower, self.registers = tower, registers
+        self.device, dtype = place_of(tower)
+        self.dtype = options.dtype or dtype
+        self._images = images
+        self._labels, self._with_labels = labels, with_labels
+        self._title, self._progress = title, options.progress
+        self._batches: Generator[Batch, None, None] = self._read()
+
+    @property
+    def skipped(self) -> list[str]:
+        """A line for each image that was left out so far: its name and what is wrong with it."""
+        return self._images.skipped
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches
+
+    def close(self) -> None:
+        """Stop reading images; nothing is left of the pass."""
+        self._batches.close()
+
+    def run(self, *consumers: Consumer) -> None:
+        """Run the tower over all images that are left, and feed the consumers."""
+        with closing(self), self.attached(*consumers):
+            for batch in self:
+                self.feed(batch, *consumers)
+
+    @contextmanager
+    def attached(self, *consumers: Consumer) -> Iterator[None]:
+        """The tower in evaluation mode and without gradients, with the hooks of all consumers.
+
+        The tower's mode, torch's random state and all hooks are as before on the way out, also after an exception.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.tower.module))
+            for consumer in consumers:
+                stack.enter_context(consumer.attach())
+            yield
+
+    def feed(self, batch: Batch, *consumers: Consumer) -> None:
+        """Run the tower over one batch, inside :meth:`attached`, and hand the batch to the consumers."""
+        self.tower.run(batch.inputs)
+        for consumer in consumers:
+            consumer.take(batch)
+
+    def _read(self) -> Generator[Batch, None, None]:
+        shown = tqdm(total=self._images.total, desc=self._title, unit="image", disable=not self._progress)
+        with shown as bar:
+            for inputs, numbers, own in self._images.labelled(self.device, self.dtype, self.tower.module):
+                labels = self._labels_of(numbers, own) if self._with_labels else None
+                yield Batch(inputs, len(numbers), labels)
+                bar.update(len(numbers))
+
+    def _labels_of(self, numbers: range | list[int], own: Any) -> _Labels | None:
+        """The labels of one batch: those given for all images, or those that came with it."""
+        size = len(numbers)
+        if own is not None and self._labels is not None:
+            raise ValueError("labels were given twice: as labels= and with the images")
+        if self._labels is None:
+            labels = None if own is None else _whole_numbers(own)
+        elif size and len(self._labels) <= numbers[-1]:
+            raise ValueError(f"labels has {len(self._labels)} entries, and there are at least {numbers[-1] + 1} images")
+        else:
+            labels = self._labels[numbers]
+        if labels is not None and labels.shape != (size,):
+            raise ValueError(f"a batch of {size} images has labels of shape {labels.shape}; one per image is needed")
+        return labels
+
+
+def open_pass(
+    model: nn.Module,
+    images: Any,
+    options: PassOptions | None = None,
+    *,
+    labels: Sequence[int] | npt.ArrayLike | None = None,
+    with_labels: bool = False,
+    target_modules: str | None = None,
+    anatomy: Anatomy | None = None,
+    title: str = "",
+) -> ImagePass:
+    """Prepare one pass of a model's vision tower over images; nothing is run yet.
 
     Args:
-        images: The pictures.
-        labels: Labels of all images in their order, of the bad ones too; ``None`` takes those that come with them.
-        tower: The tower.
-        progress: What a progress bar is called; ``None`` for none.
+        model: A base model, a model with a head, or one with registers.
+        images: Images or ready batches, see :func:`register_adapter.artifacts.audit`.
+        options: How they are read.
+        labels: Class of every image in their order, bad images included, if they come apart from the images.
+        with_labels: Hand labels on, those in ``labels`` or those that come with the images. Otherwise labels are not
+            looked at.
+        target_modules: Name of the vision tower, where there are several.
+        anatomy: Description of a model that the table does not have.
+        title: What the progress bar is called.
 
     Raises:
-        ValueError: There are fewer labels than images, labels come both ways, or they are no whole numbers.
+        UnsupportedModelError: The model has no vision tower, or several and none has registers.
+        ValueError: No images, no image processor, a number out of range, or labels that are not whole numbers. While
+            iterating: fewer labels than images, or labels given twice.
+        ImageFileError: While iterating: ``strict`` and an image is bad, or none is good.
+
+    Example:
+        >>> opened = open_pass(model, "photos/", PassOptions(batch_size=64))
+        >>> statistics = Statistics(opened.tower)
+        >>> opened.run(statistics)
     """
-    device, dtype = place_of(tower)
+    options = options or PassOptions()
+    tower, registers = tower_of(model, target_modules, anatomy)
     given = None if labels is None else _whole_numbers(labels)
-    with tqdm(total=images.total, desc=progress, unit="image", disable=progress is None) as bar:
-        for inputs, numbers, own in images.labelled(device, dtype, tower.module):
-            size = len(numbers)
-            if own is not None and given is not None:
-                raise ValueError("labels were given twice: as labels= and with the images")
-            found = None if own is None else _whole_numbers(own)
-            if given is not None:
-                if size and len(given) <= numbers[-1]:
-                    raise ValueError(
-                        f"labels has {len(given)} entries, and there are at least {numbers[-1] + 1} images"
-                    )
-                found = given[numbers]
-            if found is not None and found.shape != (size,):
-                raise ValueError(f"a batch of {size} images has labels of shape {found.shape}; one a picture is needed")
-            yield Batch(inputs, size, found)
-            bar.update(size)
+    batches = ImageBatches(
+        images,
+        options.image_processor,
+        model_name=source_of(model, tower),
+        batch_size=options.batch_size,
+        max_images=options.max_images,
+        strict=options.strict,
+        num_workers=options.num_workers,
+    )
+    return ImagePass(tower, registers, batches, options, given, with_labels, title)
 
 
-def _whole_numbers(labels: Any) -> npt.NDArray[np.int64]:
-    found = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
-    if found.dtype.kind not in "iu":
-        raise ValueError(f"labels must be numbers of classes, found {found.dtype} such as {found.flat[0]!r}")
-    return found.astype(np.int64)
+def place_of(tower: Tower) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the images: those of the tower's first floating point weight."""
+    weights = [*tower.module.parameters(), *tower.module.buffers()]
+    for weight in weights:
+        if weight.is_floating_point() and weight.element_size() > 1:
+            return weight.device, weight.dtype
+    return (weights[0].device if weights else torch.device("cpu")), torch.float32
+
+
+def _whole_numbers(labels: Any) -> _Labels:
+    values = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"labels must be numbers of classes, found {values.dtype} such as {values.flat[0]!r}")
+    return values.astype(np.int64)
 
 
 def resolve_layer(tower: Tower, layer: int) -> int:

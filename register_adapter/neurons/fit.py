@@ -9,18 +9,17 @@ outliers are found on the first, units are ranked on the second, and their numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..artifacts.rules.cut import Cut
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
-from ..data.batches import ImageBatches
+from ..artifacts.rules.threshold import Threshold
 from ..errors import NoArtifactsError, UnsupportedModelError
-from ..features.running import place_of, source_of
+from ..features.passes import PassOptions, open_pass, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation
@@ -89,8 +88,9 @@ def fit_test_time_registers(
 
     Returns:
         The model with the adapter; ``model.peft_config[adapter_name].test_time_fit`` says what was found: the block,
-        the cuts, the share of outliers left by number of neurons on the held-out pictures (``curve``, behind the block
-        where they appear), and before and after at the layer where it is largest (L2 norms before the final LayerNorm).
+        the thresholds, the share of outliers left by number of neurons on the held-out images (``curve``, behind the
+        block where they appear), and before and after at the layer where it is largest (L2 norms
+        before the final LayerNorm).
 
     Raises:
         NoArtifactsError: The rule finds no outliers; nothing is to be done, and nothing was changed.
@@ -112,30 +112,30 @@ def fit_test_time_registers(
             f"of {type(tower.module).__name__} do not. Use a register in the sequence (attention_bias=False)."
         )
     resolved = resolve_rule(rule)
-    by_hand = {} if threshold is None or top_layer is None else {top_layer + 1: Cut("fixed", threshold, 0.0, True)}
-    device, dtype = place_of(tower)
-    source = ImageBatches(
-        images,
-        image_processor,
-        model_name=source_of(model, tower),
-        batch_size=batch_size or (8 if device.type == "cpu" else 32),
+    by_hand = (
+        {} if threshold is None or top_layer is None else {top_layer + 1: Threshold("fixed", threshold, 0.0, True)}
+    )
+    pass_options = PassOptions(
+        image_processor=image_processor,
+        batch_size=batch_size or (8 if place_of(tower)[0].type == "cpu" else 32),
         max_images=max_images,
         strict=strict,
+        progress=progress,
     )
-    bar = tqdm(total=source.total, desc="fitting registers", unit="image", disable=not progress)
-    with bar, evaluating(tower.module):
-        parts = Parts(source.on(device, dtype, tower.module), bar)
+    opened = open_pass(model, images, pass_options, target_modules=target_modules, title="fitting registers")
+    with closing(opened), opened.attached():
+        parts = Parts(batch.inputs for batch in opened)
         views = [View(size) for size in (image_sizes or (None,))]
         for view in views:
             view.detect(tower, parts.detect, resolved, by_hand)
-        found = [view for view in views if view.cuts]
+        found = [view for view in views if view.thresholds]
         if not found:
             raise NoArtifactsError(
                 f"{type(tower.module).__name__} needs no registers: the rule {rule_name(rule)!r} finds no artifacts on "
                 f"{parts.num_detect} pictures ({views[0].reason}). Nothing was changed. To go on all the same, give "
                 "threshold= and top_layer=."
             )
-        top = top_layer if top_layer is not None else max(min(view.cuts) for view in found) - 1
+        top = top_layer if top_layer is not None else max(min(view.thresholds) for view in found) - 1
         candidates = _rank(tower, found, top, parts, num_neurons or max_neurons)
     neurons, ranks = order_by_block(candidates)
     options: dict[str, Any] = {"init": "test_time", "remove": remove, "target_modules": target_modules}
@@ -145,7 +145,7 @@ def fit_test_time_registers(
         layer = find_register_layer(tried)
         assert layer is not None
         _set_usual(layer.tokens(adapter_name), candidates, ranks)
-        pictures = [(view.cuts, [view.resized(batch) for batch in parts.held_out]) for view in found]
+        pictures = [(view.thresholds, [view.resized(batch) for batch in parts.held_out]) for view in found]
         with evaluating(tower.module):
             repair = Repair(layer, adapter_name, ranks, pictures)
             number = len(candidates)
@@ -168,7 +168,10 @@ def fit_test_time_registers(
         "top_layer": top,
         "num_neurons": number,
         "image_sizes": [view.size for view in found],
-        "cuts": [{str(index): [cut.low, cut.high] for index, cut in view.cuts.items()} for view in found],
+        "thresholds": [
+            {str(index): [threshold.low, threshold.high] for index, threshold in view.thresholds.items()}
+            for view in found
+        ],
         "num_images": {"detect": parts.num_detect, "rank": parts.num_ranked, "held_out": parts.num_held_out},
         "share_before": before,
         "share_after": after,
@@ -214,14 +217,14 @@ def _check(
 
 def _rank(tower: Tower, views: list[View], top: int, parts: Parts, most: int) -> list[Neuron]:
     """The units that add most to the outliers, over all views."""
-    scores = [NeuronScores(tower, view.cut_behind(top), top) for view in views]
+    scores = [NeuronScores(tower, view.threshold_behind(top), top) for view in views]
     for batch in parts.ranking():
         for view, one in zip(views, scores, strict=True):
             one.add(view.resized(batch))
     if not any(one.num_outliers for one in scores):
         raise NoArtifactsError(
-            f"no patch of {parts.num_ranked} pictures is an outlier behind block {top} ({views[0].cut_behind(top)}); "
-            "give more pictures, or another threshold"
+            f"no patch of {parts.num_ranked} images is an outlier behind block {top} "
+            f"({views[0].threshold_behind(top)}); give more images, or another threshold"
         )
     return pool([one.ranked(most) for one in scores if one.num_outliers], most)
 

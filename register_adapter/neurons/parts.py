@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from ..data.batches import Batch
-from .views import number_of
+from ..data.batches import Batch, batch_length, slice_batch
 
 __all__ = ["NUM_DETECT", "NUM_HELD_OUT", "Parts"]
 
@@ -23,18 +21,16 @@ class Parts:
 
     Args:
         batches: Batches on the model's device.
-        bar: Moved on with every picture.
     """
 
-    def __init__(self, batches: Any, bar: Any) -> None:
+    def __init__(self, batches: Iterator[Batch]) -> None:
         self.detect: list[Batch] = []
         self.held_out: list[Batch] = []
         self.num_detect = self.num_held_out = self.num_ranked = 0
-        self._batches, self._bar = batches, bar
+        self._batches = batches
         #: What is over of the batch in which the first two parts end.
         self._rest: list[Batch] = []
         for batch in batches:
-            bar.update(number_of(batch))
             self._take(batch)
             if self.num_held_out >= NUM_HELD_OUT:
                 break
@@ -43,51 +39,43 @@ class Parts:
 
     def _take(self, batch: Batch) -> None:
         """Fill the first part, then the second."""
-        first, batch = _cut(batch, NUM_DETECT - self.num_detect)
-        second, batch = _cut(batch, NUM_HELD_OUT - self.num_held_out)
-        self.detect += [first] if number_of(first) else []
-        self.held_out += [second] if number_of(second) else []
-        self._rest += [batch] if number_of(batch) else []
-        self.num_detect += number_of(first)
-        self.num_held_out += number_of(second)
+        first, batch = _divided(batch, NUM_DETECT - self.num_detect)
+        second, batch = _divided(batch, NUM_HELD_OUT - self.num_held_out)
+        self.detect += [first] if batch_length(first) else []
+        self.held_out += [second] if batch_length(second) else []
+        self._rest += [batch] if batch_length(batch) else []
+        self.num_detect += batch_length(first)
+        self.num_held_out += batch_length(second)
 
     def _share(self) -> None:
-        singles = [one for batch in [*self.detect, *self.held_out] for one in _split(batch)]
+        singles = [one for batch in [*self.detect, *self.held_out] for one in _one_by_one(batch)]
         if len(singles) < 3:
             raise ValueError(f"fitting needs at least three pictures, and {len(singles)} came")
-        cut = len(singles) - max(len(singles) // 4, 1)
-        self.detect, self.held_out = _joined(singles[:cut]), _joined(singles[cut:])
-        self.num_detect, self.num_held_out = cut, len(singles) - cut
+        num_detect = len(singles) - max(len(singles) // 4, 1)
+        self.detect, self.held_out = _joined(singles[:num_detect]), _joined(singles[num_detect:])
+        self.num_detect, self.num_held_out = num_detect, len(singles) - num_detect
 
     def ranking(self) -> Iterator[Batch]:
         """The batches that rank units: the rest, or those of the first part if nothing is left."""
         for batch in self._rest:
-            self.num_ranked += number_of(batch)
+            self.num_ranked += batch_length(batch)
             yield batch
         for batch in self._batches:
-            self._bar.update(number_of(batch))
-            self.num_ranked += number_of(batch)
+            self.num_ranked += batch_length(batch)
             yield batch
         if not self.num_ranked:
             self.num_ranked = self.num_detect
             yield from self.detect
 
 
-def _cut(batch: Batch, number: int) -> tuple[Batch, Batch]:
-    """The first ``number`` pictures of a batch, and the others; either may be empty."""
-    total = number_of(batch)
-    if isinstance(batch, torch.Tensor):
-        return batch[:number], batch[number:]
-
-    def part(chosen: slice) -> Batch:
-        return {k: v[chosen] if isinstance(v, torch.Tensor) and len(v) == total else v for k, v in batch.items()}
-
-    return part(slice(number)), part(slice(number, None))
+def _divided(batch: Batch, number: int) -> tuple[Batch, Batch]:
+    """The first ``number`` images of a batch, and the others; either may be empty."""
+    return slice_batch(batch, slice(number)), slice_batch(batch, slice(number, None))
 
 
-def _split(batch: Batch) -> list[Batch]:
-    """One batch a picture."""
-    return [_cut(_cut(batch, index + 1)[0], index)[1] for index in range(number_of(batch))]
+def _one_by_one(batch: Batch) -> list[Batch]:
+    """A batch for each image."""
+    return [slice_batch(batch, slice(index, index + 1)) for index in range(batch_length(batch))]
 
 
 def _joined(singles: list[Batch]) -> list[Batch]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifacts.rules.cut import Cut
+from ..artifacts.rules.threshold import Threshold
 from ..data.batches import Batch
 from ..towers.calls import first_of
 from ..towers.tower import Tower
@@ -43,7 +43,7 @@ class Repair:
         layer: The registers, with all candidates.
         adapter_name: Name of the adapter.
         ranks: ``(K,)``: place of each candidate, the best first.
-        pictures: For every view: its cuts by layer, and batches.
+        pictures: For every view: its thresholds by layer, and batches.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Repair:
         layer: RegisterLayer,
         adapter_name: str,
         ranks: torch.Tensor,
-        pictures: list[tuple[dict[int, Cut], list[Batch]]],
+        pictures: list[tuple[dict[int, Threshold], list[Batch]]],
     ) -> None:
         self.layer, self.ranks, self.pictures = layer, ranks, pictures
         self.tokens = layer.tokens(adapter_name)
@@ -87,9 +87,9 @@ class Repair:
     def _look(self, number: int, whole: bool) -> None:
         self.shift(number)
         first, largest = 0.0, 0.0
-        for cuts, batches in self.pictures:
-            start = min(cuts)
-            shares, patches = _shares(self.layer, cuts if whole else {start: cuts[start]}, batches)
+        for thresholds, batches in self.pictures:
+            start = min(thresholds)
+            shares, patches = _shares(self.layer, thresholds if whole else {start: thresholds[start]}, batches)
             first, largest = max(first, shares[start]), max(largest, *shares.values())
             self.patches = min(self.patches or patches, patches)
         self.curve[number] = first
@@ -160,24 +160,26 @@ def _steepest(scores: Sequence[float]) -> int:
 
 
 @torch.no_grad()
-def _shares(layer: RegisterLayer, cuts: dict[int, Cut], batches: list[Batch]) -> tuple[dict[int, float], int]:
-    """Share of outlier patches at every layer of ``cuts``, and the number of patches."""
+def _shares(
+    layer: RegisterLayer, thresholds: dict[int, Threshold], batches: list[Batch]
+) -> tuple[dict[int, float], int]:
+    """Share of outlier patches at every layer of ``thresholds``, and the number of patches."""
     tower: Tower = layer.tower
-    found: dict[int, Any] = dict.fromkeys(cuts, 0)
+    found: dict[int, Any] = dict.fromkeys(thresholds, 0)
     patches = 0
 
-    def count(index: int, cut: Cut, module: nn.Module, args: Any, output: Any) -> None:
+    def count(index: int, threshold: Threshold, module: nn.Module, args: Any, output: Any) -> None:
         hidden = first_of(output)
         tokens = hidden[:, tower.prefix + layer.count_at(index - 1) :]
         nonlocal patches
-        patches += tokens.shape[0] * tokens.shape[1] if index == max(cuts) else 0
-        found[index] = found[index] + cut.mask(tokens).sum()
+        patches += tokens.shape[0] * tokens.shape[1] if index == max(thresholds) else 0
+        found[index] = found[index] + threshold.mask(tokens).sum()
 
     with ExitStack() as stack:
         blocks = tower.part("blocks")
-        for index, cut in cuts.items():
-            hook = partial(count, index, cut)
+        for index, threshold in thresholds.items():
+            hook = partial(count, index, threshold)
             stack.callback(blocks[index - 1].register_forward_hook(hook, prepend=True).remove)
         for batch in batches:
-            run_up_to(tower, max(cuts) - 1, batch)
+            run_up_to(tower, max(thresholds) - 1, batch)
     return {index: float(number) / max(patches, 1) for index, number in found.items()}, patches

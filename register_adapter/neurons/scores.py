@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..artifacts.rules.cut import Cut
+from ..artifacts.rules.threshold import Threshold
 from ..towers.calls import first_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
@@ -108,13 +108,13 @@ class NeuronScores:
 
     Args:
         tower: The vision tower, with or without registers.
-        cut: Which patches are outliers, by their norm behind block ``top``.
+        threshold: Which patches are outliers, by their norm behind block ``top``.
         top: Index of the block behind which outliers appear.
         first: Index of the first block to look at.
     """
 
-    def __init__(self, tower: Tower, cut: Cut, top: int, first: int = 0) -> None:
-        self.tower, self.cut, self.top = tower, cut, top
+    def __init__(self, tower: Tower, threshold: Threshold, top: int, first: int = 0) -> None:
+        self.tower, self.threshold, self.top = tower, threshold, top
         self.blocks = [block for block in range(first, top + 1) if tower.block_part(block, "mlp_out") is not None]
         self._outliers = {block: _Sums() for block in [*self.blocks, -1]}
         self._all = {block: _Sums() for block in [*self.blocks, -1]}
@@ -144,7 +144,7 @@ class NeuronScores:
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = self._patches(self.top, first_of(output)).float()
-        pictures, places = self.cut.mask(hidden).nonzero(as_tuple=True)
+        pictures, places = self.threshold.mask(hidden).nonzero(as_tuple=True)
         self.num_images += len(hidden)
         for block, values in [*self._seen.items(), (-1, hidden)]:
             tokens = self._patches(block, values).float() if block >= 0 else values

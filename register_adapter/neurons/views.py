@@ -9,20 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from ..artifacts.auditing import build_report
-from ..artifacts.rules.cut import Cut
 from ..artifacts.rules.rules import Rule, rule_name
+from ..artifacts.rules.threshold import Threshold
 from ..artifacts.statistics import collect_statistics
 from ..data.batches import Batch
 from ..towers.tower import Tower
 
-__all__ = ["View", "number_of"]
-
-
-def number_of(batch: Batch) -> int:
-    """Number of pictures in a batch."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch)
-    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
+__all__ = ["View"]
 
 
 @dataclass
@@ -30,29 +23,29 @@ class View:
     """Pictures of one size.
 
     Attributes:
-        size: Side in pixels, ``None`` for the pictures as they come.
-        cuts: Layer to its cut, for the layers where outliers separate, from the first one where they do and stay.
+        size: Side in pixels, ``None`` for the images as they come.
+        thresholds: By layer, for the layers where outliers separate, from the first one where they do and stay.
         verdict: The audit's.
         reason: Why.
     """
 
     size: int | None
-    cuts: dict[int, Cut] = field(default_factory=dict)
+    thresholds: dict[int, Threshold] = field(default_factory=dict)
     verdict: str = "none"
     reason: str = ""
 
-    def cut_behind(self, block: int) -> Cut:
-        """The cut behind a block.
+    def threshold_behind(self, block: int) -> Threshold:
+        """The threshold behind a block.
 
         Raises:
             ValueError: Outliers do not separate there.
         """
-        if block + 1 not in self.cuts:
+        if block + 1 not in self.thresholds:
             raise ValueError(
-                f"outliers do not separate behind block {block}; they do behind {[layer - 1 for layer in self.cuts]}. "
-                "Choose top_layer among those, or give threshold= too"
+                f"outliers do not separate behind block {block}; they do behind "
+                f"{[layer - 1 for layer in self.thresholds]}. Choose top_layer among those, or give threshold= too"
             )
-        return self.cuts[block + 1]
+        return self.thresholds[block + 1]
 
     def resized(self, batch: Batch) -> Batch:
         """The batch with its pictures ``(B, 3, H, W)`` at this view's size."""
@@ -68,23 +61,23 @@ class View:
             )
         return {**batch, "pixel_values": self.resized(pixels)}
 
-    def detect(self, tower: Tower, batches: Iterable[Batch], rule: Rule, by_hand: dict[int, Cut]) -> None:
+    def detect(self, tower: Tower, batches: Iterable[Batch], rule: Rule, by_hand: dict[int, Threshold]) -> None:
         """Find the layers where outliers separate.
 
         Args:
             tower: The tower, without registers.
             batches: Pictures, of any size.
             rule: The audit's rule.
-            by_hand: Layer to a cut that is given and not found.
+            by_hand: Layer to a threshold that is given and not found.
         """
         with collect_statistics(tower, attentions=False) as statistics:
             for batch in batches:
                 tower.run(self.resized(batch))
         report = build_report(statistics, rule, rule_name(rule), "")
-        self.verdict, self.reason, self.cuts = report.verdict, report.reason, dict(by_hand)
+        self.verdict, self.reason, self.thresholds = report.verdict, report.reason, dict(by_hand)
         if not by_hand and report.first_layer is not None:
-            self.cuts = {
-                layer.layer: layer.cut
+            self.thresholds = {
+                layer.layer: layer.threshold
                 for layer in report.layers
-                if layer.layer >= report.first_layer and layer.cut.separated
+                if layer.layer >= report.first_layer and layer.threshold.separated
             }

@@ -17,7 +17,8 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import HfArgumentParser
 
-from ..data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
+from ..data.datasets import DataArguments, ProcessedDataset, load_data
+from ..data.processors import load_image_processor
 from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
 from ..tuner.layer import find_register_layer

@@ -11,7 +11,8 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType
 
-from ..data.datasets import ProcessedDataset, load_image_processor
+from ..data.datasets import ProcessedDataset
+from ..data.processors import find_image_processor, source_of
 from ..errors import MissingExtraError
 from ..tuner._peft_compat import PREFIX
 from ..tuner.layer import find_register_layer
@@ -20,7 +21,7 @@ from .arguments import TrainArguments
 from .objectives import Objective
 
 __all__ = [
-    "find_image_processor",
+    "image_processor_for",
     "make_accelerator",
     "parameter_groups",
     "processed",
@@ -82,7 +83,7 @@ def shard_by_block(accelerator: Accelerator, model: RegisterPeftModel) -> None:
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in layer.tower.part("blocks")})
 
 
-def find_image_processor(model: RegisterPeftModel, dataset: Any) -> Any:
+def image_processor_for(model: RegisterPeftModel, dataset: Any) -> Any:
     """The image processor of the base model's folder or repository, ``None`` if the items are ready without one.
 
     Raises:
@@ -90,10 +91,7 @@ def find_image_processor(model: RegisterPeftModel, dataset: Any) -> Any:
     """
     if len(dataset) == 0 or "pixel_values" in dataset[0]:
         return None
-    name = getattr(model.get_base_model(), "name_or_path", None)
-    if not name:
-        raise ValueError("the items are images and the model does not say where it came from: give image_processor=")
-    return load_image_processor(name)
+    return find_image_processor(source_of(model.get_base_model()))
 
 
 def processed(dataset: Any, image_processor: Any, name: str) -> Any:

@@ -24,7 +24,7 @@ from .loop import Loop, evaluate, number_of_steps
 from .objectives import Objective
 from .saving import check_finite, push_run, save_run
 from .setup import (
-    find_image_processor,
+    image_processor_for,
     make_accelerator,
     parameter_groups,
     processed,
@@ -80,7 +80,7 @@ def train(
     check_output_dir(args)
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
-    image_processor = image_processor or find_image_processor(model, train_dataset)
+    image_processor = image_processor or image_processor_for(model, train_dataset)
     train_data = processed(train_dataset, image_processor, "train_dataset")
     eval_data = processed(eval_dataset, image_processor, "eval_dataset") if eval_dataset is not None else None
     trainable = _trainable(model)

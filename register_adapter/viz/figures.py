@@ -157,8 +157,8 @@ def plot_norm_histograms(
                 continue
             colour = f"C{number}"
             axis.stairs(norms.counts, norms.edges, fill=True, alpha=0.5, color=colour, label=report.name)
-            for cut in (shown.cut.low, shown.cut.high):
-                if shown.cut.separated and 0 < cut < float("inf"):
+            for cut in (shown.threshold.low, shown.threshold.high):
+                if shown.threshold.separated and 0 < cut < float("inf"):
                     axis.axvline(cut, color=colour, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.set_yscale("log")

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.datasets import load_image_processor
 from ..data.images import load_image
+from ..data.processors import load_image_processor, source_of
 from ..errors import MissingExtraError, RegisterAdapterError
 from ..towers.tower import Tower
 
@@ -170,15 +170,13 @@ def _list(values: Any) -> list[float]:
 
 
 def _own_processor(model: nn.Module, tower: Tower) -> Any:
-    name = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
-        tower.config, "_name_or_path", None
-    )
-    if name:
+    source = source_of(model, tower)
+    if source:
         try:
-            return load_image_processor(str(name))
+            return load_image_processor(source)
         except ValueError as error:
             raise ImageInputError(
-                f"no image processor was found in {str(name)!r}, which the model is from; give image_processor=, or "
+                f"no image processor was found in {source!r}, which the model is from; give image_processor=, or "
                 "the image as a tensor"
             ) from error
     package = type(tower.module).__module__.partition(".")[0]

@@ -6,22 +6,20 @@ Every map ``(B, H, N, N)`` is reduced as soon as its block has made it, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from ...data.batches import ImageBatches
 from ...errors import UnsupportedModelError
 from ...features.attention_maps import record_attention_maps
 from ...features.grid import PatchGrid, watch_patches
 from ...features.layout import native_registers, tower_of
-from ...features.running import place_of, source_of
-from ...towers.modes import evaluating
+from ...features.passes import Batch, PassOptions, open_pass
 
-__all__ = ["KINDS", "attention_features", "reduce_map", "shape_of_attention"]
+__all__ = ["KINDS", "AttentionFeatures", "attention_features", "reduce_map", "shape_of_attention"]
 
 #: What is read from a patch's row (what it gives) and column (what it gets), in this order.
 KINDS: tuple[str, ...] = ("from_patches", "from_cls", "to_itself", "to_prefix", "entropy")
@@ -108,6 +106,52 @@ class _Reduced(dict[int, torch.Tensor]):
         super().__setitem__(block, reduced)
 
 
+class AttentionFeatures:
+    """Attention values of every patch, from the maps of each forward pass; a consumer of a pass over images.
+
+    Args:
+        model: A base model, or one with registers, whose patches lie on a grid.
+        on_features: Gets ``(B, h, w, L, H, K)`` float32 on the model's device after each forward pass, for L blocks
+            and H heads; see :func:`reduce_map` for K.
+    """
+
+    def __init__(self, model: nn.Module, on_features: Callable[[torch.Tensor], None]) -> None:
+        self._maps, self._on_features = _Reduced(model), on_features
+
+    @contextmanager
+    def attach(self) -> Iterator[None]:
+        """Hooks that read and reduce the attention maps."""
+        tower = self._maps.tower
+
+        def start(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._maps.clear()
+            self._maps.inputs = dict(kwargs)
+
+        handle = tower.module.register_forward_pre_hook(start, with_kwargs=True)
+        try:
+            with watch_patches(tower) as grid, record_attention_maps(tower, self._maps):
+                self._maps.watched = grid
+                yield
+        finally:
+            handle.remove()
+
+    def take(self, batch: Batch) -> None:
+        """Hand on what the maps of the last forward pass say.
+
+        Raises:
+            UnsupportedModelError: Blocks have different numbers of heads.
+        """
+        maps = self._maps
+        blocks = [maps[index].to(maps[0].device) for index in sorted(maps)]
+        if len(shapes := {tuple(part.shape[2:]) for part in blocks}) != 1:
+            raise UnsupportedModelError(
+                f"blocks of {type(maps.tower.module).__name__} have different numbers of heads: (heads, kinds) "
+                f"{sorted(shapes)}"
+            )
+        stacked = torch.stack(blocks, 2)
+        self._on_features(stacked.view(len(stacked), *maps.grid, *stacked.shape[2:]))
+
+
 def attention_features(
     model: nn.Module,
     images: Any,
@@ -138,34 +182,14 @@ def attention_features(
             different numbers of heads.
         ValueError: No pictures, or no image processor.
     """
-    maps = _Reduced(model)
-    tower = maps.tower
-    batches = ImageBatches(
-        images,
-        image_processor,
-        model_name=source_of(model, tower),
-        batch_size=batch_size,
-        max_images=max_images,
+    options = PassOptions(
+        image_processor=image_processor, batch_size=batch_size, max_images=max_images, progress=progress
     )
-    device, dtype = place_of(tower)
-    with tqdm(total=batches.total, desc="reading attention", unit="image", disable=not progress) as bar:
-        for inputs in batches.on(device, dtype, tower.module):
-            features = _features(maps, inputs, device)
-            bar.update(len(features))
-            yield features
-
-
-def _features(maps: _Reduced, inputs: torch.Tensor | dict[str, Any], device: torch.device) -> torch.Tensor:
-    """One batch; all hooks are gone before anybody sees it."""
-    tower = maps.tower
-    maps.clear()
-    with evaluating(tower.module), watch_patches(tower) as grid, record_attention_maps(tower, maps):
-        maps.watched, maps.inputs = grid, inputs
-        tower.run(inputs)
-    blocks = [maps[index].to(maps[0].device) for index in sorted(maps)]
-    if len(shapes := {tuple(part.shape[2:]) for part in blocks}) != 1:
-        raise UnsupportedModelError(
-            f"blocks of {type(tower.module).__name__} have different numbers of heads: (heads, kinds) {sorted(shapes)}"
-        )
-    stacked = torch.stack(blocks, 2)
-    return stacked.view(len(stacked), *maps.grid, *stacked.shape[2:])
+    opened = open_pass(model, images, options, title="reading attention")
+    features: list[torch.Tensor] = []
+    consumer = AttentionFeatures(model, features.append)
+    with closing(opened):
+        for batch in opened:
+            with opened.attached(consumer):  # for this batch alone: callers run what they like before the next one
+                opened.feed(batch, consumer)
+            yield features.pop()

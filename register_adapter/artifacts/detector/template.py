@@ -159,8 +159,8 @@ class _Direction(NamedTuple):
 
     def beyond(self, rule: str | Rule) -> torch.Tensor:
         """``(n,)`` bool: patches beyond the rule's line, none where there is one kind of patch."""
-        cut = apply_rule(rule, self.ranking)
-        return (self.ranking > cut.high) & cut.separated
+        threshold = apply_rule(rule, self.ranking)
+        return (self.ranking > threshold.high) & threshold.separated
 
     def on(self, values: torch.Tensor) -> _Direction:
         """The same direction with the patches of other pictures ``(n', C)``."""

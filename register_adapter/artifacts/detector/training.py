@@ -117,9 +117,9 @@ def calibrate(detector: AttentionDetector, scores: torch.Tensor, rule: str | Rul
     Returns:
         The same detector.
     """
-    cut = apply_rule(rule, scores)
-    threshold = cut.high if cut.separated else float("inf")
-    detector.config = replace(detector.config, threshold=threshold, rule=f"{rule_name(rule)}: {cut.reason}")
+    drawn = apply_rule(rule, scores)
+    threshold = drawn.high if drawn.separated else float("inf")
+    detector.config = replace(detector.config, threshold=threshold, rule=f"{rule_name(rule)}: {drawn.reason}")
     return detector
 
 

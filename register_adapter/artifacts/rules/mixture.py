@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cut import Cut
 from .histogram import BINS_PER_OCTAVE, Array
+from .threshold import Threshold
 
 __all__ = ["Components", "fit_mixture", "mixture_rule"]
 
@@ -82,7 +82,7 @@ def fit_mixture(logs: Array, weights: Array, components: int = 2, steps: int = 3
     return best
 
 
-def mixture_rule(values: Array, weights: Array) -> Cut:
+def mixture_rule(values: Array, weights: Array) -> Threshold:
     """Two normal distributions of log-norms, if the BIC and the sizes of the effects say that there are two.
 
     The line is where a token belongs to either with the same probability. A lower BIC alone means little: among many
@@ -91,14 +91,14 @@ def mixture_rule(values: Array, weights: Array) -> Cut:
     """
     kept = (values > 0) & (weights > 0)
     if weights[kept].sum() < 3:
-        return Cut("mixture", reason="too few norms")
+        return Threshold("mixture", reason="too few norms")
     logs, counts = np.log(values[kept]), weights[kept]
     if len(logs) > _MANY:  # a tenth of a per cent is finer than any spread that counts
         logs, place = np.unique(logs.round(3), return_inverse=True)
         counts = np.bincount(place, weights=counts).astype(np.float64)
     one, two = (fit_mixture(logs, counts, number) for number in (1, 2))
     if len(two.means) < 2:
-        return Cut("mixture", reason="all norms are the same")
+        return Threshold("mixture", reason="all norms are the same")
     minority = int(np.argmin(two.shares))
     (low, high), share = two.means, float(two.shares[minority])
     separation = float((high - low) / np.sqrt((two.stds**2).mean()))
@@ -119,11 +119,11 @@ def mixture_rule(values: Array, weights: Array) -> Cut:
         and depth <= MAX_VALLEY
     )
     if not holds:
-        return Cut("mixture", reason=f"not two kinds of tokens: {said}")
+        return Threshold("mixture", reason=f"not two kinds of tokens: {said}")
     crossing = int(np.argmin(np.abs(np.log(parts[0].clip(1e-300)) - np.log(parts[1].clip(1e-300)))))
     line = float(np.exp(path[crossing]))
     return (
-        Cut("mixture", low=line, separated=True, reason=said)
+        Threshold("mixture", low=line, separated=True, reason=said)
         if minority == 0
-        else Cut("mixture", line, 0.0, True, said)
+        else Threshold("mixture", line, 0.0, True, said)
     )

@@ -2,7 +2,7 @@
 
 A rule takes the norms of the patch tokens at one layer, as ``values`` in ascending order and ``weights``, how often
 each is there. Exact norms have weights of one; the bins of a :class:`~register_adapter.artifacts.NormHistogram` stand
-for their centres. It returns a :class:`~register_adapter.artifacts.Cut`. The fixed threshold and its size (150 for
+for their centres. It returns a :class:`~register_adapter.artifacts.Threshold`. The fixed norm and its size (150 for
 DINOv2-g) are those of arXiv 2309.16588, mean + 3 standard deviations that of arXiv 2506.08010.
 """
 
@@ -14,26 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from .cut import Cut
 from .histogram import Array, weighted_quantile
 from .mixture import mixture_rule
+from .threshold import Threshold
 from .valley import valley_rule
 
 __all__ = ["RULES", "Rule", "apply_rule", "resolve_rule", "rule_name"]
 
-#: ``(values, weights) -> Cut``; both ``(n,)`` float64, values in ascending order.
-Rule = Callable[[Array, Array], Cut]
+#: ``(values, weights) -> Threshold``; both ``(n,)`` float64, values in ascending order.
+Rule = Callable[[Array, Array], Threshold]
 
 # Median absolute deviation of a normal distribution, in units of its standard deviation.
 _NORMAL = 1.4826
 
 
-def fixed(values: Array, weights: Array, threshold: float = 150.0) -> Cut:
+def fixed(values: Array, weights: Array, threshold: float = 150.0) -> Threshold:
     """Norms above a threshold given by hand."""
     return _beyond("fixed", values, weights, high=threshold, why=f"threshold {threshold:g}, given")
 
 
-def sigma(values: Array, weights: Array, k: float = 3.0, two_sided: bool = False) -> Cut:
+def sigma(values: Array, weights: Array, k: float = 3.0, two_sided: bool = False) -> Threshold:
     """Norms above the mean plus ``k`` standard deviations, and below the mean minus as many."""
     mean = float(np.average(values, weights=weights))
     std = float(np.sqrt(np.average((values - mean) ** 2, weights=weights)))
@@ -42,7 +42,7 @@ def sigma(values: Array, weights: Array, k: float = 3.0, two_sided: bool = False
     return _beyond(_sided("sigma", two_sided), values, weights, mean + k * std, low, why)
 
 
-def percentile(values: Array, weights: Array, percent: float = 98.0, two_sided: bool = False) -> Cut:
+def percentile(values: Array, weights: Array, percent: float = 98.0, two_sided: bool = False) -> Threshold:
     """Norms above a percentile, or half of the rest at either end; there are always as many."""
     rest = (100.0 - percent) / (2 if two_sided else 1)
     high = weighted_quantile(values, weights, (100.0 - rest) / 100)
@@ -51,12 +51,12 @@ def percentile(values: Array, weights: Array, percent: float = 98.0, two_sided: 
     return _beyond(_sided("percentile", two_sided), values, weights, high, low, f"{said} of all norms")
 
 
-def mad(values: Array, weights: Array, k: float = 6.0, two_sided: bool = False) -> Cut:
+def mad(values: Array, weights: Array, k: float = 6.0, two_sided: bool = False) -> Threshold:
     """Log-norms above the median plus ``k`` times 1.4826 MAD, and below the median minus as much."""
     kept = values > 0
     logs, counts = np.log(values[kept]), weights[kept]
     if not counts.sum():
-        return Cut(_sided("mad", two_sided), reason="all norms are zero")
+        return Threshold(_sided("mad", two_sided), reason="all norms are zero")
     median = weighted_quantile(logs, counts, 0.5)
     away = np.abs(logs - median)
     order = np.argsort(away, kind="stable")
@@ -70,11 +70,11 @@ def _sided(name: str, two_sided: bool) -> str:
     return f"two_sided_{name}" if two_sided else name
 
 
-def _beyond(name: str, values: Array, weights: Array, high: float, low: float = 0.0, why: str = "") -> Cut:
-    """The cut of a rule without a test for two kinds of tokens: separated wherever something lies beyond the line."""
-    cut = Cut(name, high, low)
-    share = float(weights[cut.outliers(values)].sum() / weights.sum())
-    return Cut(name, high, low, share > 0, f"{why}: {share:.2%} of the patches lie beyond")
+def _beyond(name: str, values: Array, weights: Array, high: float, low: float = 0.0, why: str = "") -> Threshold:
+    """The threshold of a rule without a test for two kinds of tokens: separated wherever something lies beyond it."""
+    threshold = Threshold(name, high, low)
+    share = float(weights[threshold.outliers(values)].sum() / weights.sum())
+    return Threshold(name, high, low, share > 0, f"{why}: {share:.2%} of the patches lie beyond")
 
 
 #: Name -> rule. ``"auto"`` is the audit's own, see :mod:`register_adapter.artifacts.rules.valley`.
@@ -126,7 +126,7 @@ def rule_name(rule: str | Rule) -> str:
     return str(getattr(rule, "__name__", None) or type(rule).__name__)
 
 
-def apply_rule(rule: str | Rule, norms: Any) -> Cut:
+def apply_rule(rule: str | Rule, norms: Any) -> Threshold:
     """Apply a rule to exact norms, a tensor or an array of any shape."""
     detach = getattr(norms, "detach", None)
     values = np.sort(np.asarray(detach().float().cpu() if detach else norms, dtype=np.float64).ravel())

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cut import Cut
 from .histogram import BINS_PER_OCTAVE, Array
+from .threshold import Threshold
 
 __all__ = ["Split", "best_split", "valley_rule"]
 
@@ -38,7 +38,7 @@ class Split:
     """A valley of the log-norms' distribution, with what lies beyond it.
 
     Attributes:
-        cut: The norm in the valley.
+        norm: The norm in the valley.
         share: Share of the patches beyond it.
         count: Number of them.
         ratio: Geometric mean of the norms beyond over that of the rest; above 1 also on the low side.
@@ -46,7 +46,7 @@ class Split:
         separation: Ashman's D.
     """
 
-    cut: float
+    norm: float
     share: float
     count: float
     ratio: float
@@ -73,7 +73,7 @@ class Split:
         )
 
 
-def valley_rule(values: Array, weights: Array) -> Cut:
+def valley_rule(values: Array, weights: Array) -> Threshold:
     """Draw the line in the valley between the bulk and a few far off, on either side; none where there is no valley."""
     sides = {}
     for name, sign in (("high", 1.0), ("low", -1.0)):
@@ -82,12 +82,12 @@ def valley_rule(values: Array, weights: Array) -> Cut:
     if not found:
         rest = [f"{name}: {split.said}" for name, split in sides.items() if split is not None]
         why = f"; the nearest to it, {'; '.join(rest)}" if rest else ""
-        return Cut("auto", reason=f"the norms have no second mode behind a valley{why}")
+        return Threshold("auto", reason=f"the norms have no second mode behind a valley{why}")
     high, low = found.get("high"), found.get("low")
-    return Cut(
+    return Threshold(
         "auto",
-        high.cut if high else float("inf"),
-        low.cut if low else 0.0,
+        high.norm if high else float("inf"),
+        low.norm if low else 0.0,
         True,
         "; ".join(f"{name}: {split.said}" for name, split in found.items()),
     )

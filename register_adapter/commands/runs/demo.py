@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ...artifacts.norms import patch_norms
-from ...data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
+from ...data.datasets import DataArguments, ProcessedDataset, load_data
 from ...data.images import load_image
+from ...data.processors import load_image_processor
 from ...errors import NoArtifactsError
 from ...evaluation.measure import Measured, Reference, measure_model
 from ...neurons import fit_test_time_registers, start_from

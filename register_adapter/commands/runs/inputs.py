@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from ...data.batches import list_pictures
-from ...data.datasets import load_image_processor
+from ...data.processors import load_image_processor
 from ...testbed import SceneDataset, load_planted_vit, load_vit
 from ...testbed import load_image_processor as load_scene_processor
 from ...tuner import load_adapters

@@ -138,7 +138,7 @@ def _probe(name: str, model: nn.Module, data: _Data, processor: Any, args: Probe
     probes = probe_tokens(
         model,
         _Items(data.source, data.rest, {number: number for number in range(len(data.classes))} or None),
-        cut=layers[args.layer].cut if -len(layers) <= args.layer < len(layers) else None,
+        threshold=layers[args.layer].threshold if -len(layers) <= args.layer < len(layers) else None,
         layer=args.layer,
         min_images=args.min_images,
         seed=args.seed,

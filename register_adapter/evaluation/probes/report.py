@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ...artifacts.rules.cut import Cut
+from ...artifacts.rules.threshold import Threshold
 from ..estimate import Estimate
 
 __all__ = ["COLUMNS", "ProbeReport", "ProbeRow", "Score"]
@@ -81,7 +81,7 @@ class ProbeReport:
         layer: Index into ``hidden_states``: the tokens are read there, before the final LayerNorm.
         num_layers: Number of layers, the input of the first block among them.
         family: Family of the vision tower.
-        cut: Which patch tokens are outliers, by their L2 norm.
+        threshold: Which patch tokens are outliers, by their L2 norm.
         grid: ``(h, w)`` patches, ``None`` where places were not asked for.
         num_images: Number of images that were seen.
         num_patches: Number of their patch tokens.
@@ -99,7 +99,7 @@ class ProbeReport:
     layer: int
     num_layers: int
     family: str
-    cut: Cut | None
+    threshold: Threshold | None
     grid: tuple[int, int] | None
     num_images: int
     num_patches: int

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...artifacts.rules.cut import Cut
+from ...artifacts.rules.threshold import Threshold
 from ...errors import UnsupportedModelError
 from ...features.grid import PatchGrid, watch_patches
 from ...features.layout import TokenLayout, find_layout
 from ...features.passes import Batch, keep_layer
-from ...towers.modes import evaluating
 from ...towers.tower import Tower
 from ...tuner.layer import RegisterLayer
 
-__all__ = ["ImageTokens", "TokenSamples", "draw_tokens"]
+__all__ = ["ImageTokens", "TokenSampler", "TokenSamples"]
 
 _Floats = npt.NDArray[np.float32]
+_Places = dict[str, npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ImageTokens:
     label: int | None
     prefix: _Floats
     patches: dict[str, _Floats]
-    places: dict[str, npt.NDArray[np.int64]]
+    places: _Places
     pixels: dict[str, _Floats]
 
 
@@ -90,85 +91,110 @@ class TokenSamples:
     plain: list[ImageTokens] = field(default_factory=list)
 
 
-def draw_tokens(
-    tower: Tower,
-    registers: RegisterLayer | None,
-    batches: Iterable[Batch],
-    cut: Cut | None,
-    layer: int,
-    places: bool,
-    tokens_per_image: int,
-    max_samples: int,
-    seed: int,
-) -> TokenSamples:
-    """Run the tower over all images and keep a few tokens of each; nothing else is stored.
+class TokenSampler:
+    """Keeps a few tokens of each image and nothing else; a consumer of a pass over images.
 
     The draw depends on the seed and the image's number in the stream alone, not on the size of the batches.
 
     Args:
-        tower: The tower; it is left as it was.
+        tower: The tower.
         registers: Its register layer, if there is one.
-        batches: The images.
-        cut: Which patch tokens are outliers; ``None`` for none.
+        threshold: Which patch tokens are outliers; ``None`` for none.
         layer: Index into ``hidden_states``, counted from the front.
         places: Keep places and pixels of the patches.
         tokens_per_image: Patches of each kind that are kept of an image, at most.
         max_samples: Images with outliers that are kept, and as many without; a uniform sample if there are more.
         seed: Seed of the draw.
-
-    Raises:
-        UnsupportedModelError: Places are asked for and not known.
-        ValueError: Pictures of several sizes come in the stream.
     """
-    layout = find_layout(tower, registers, layer)
-    samples = TokenSamples(layout)
-    both, plain = _Reservoir(max_samples), _Reservoir(max_samples)
-    running = evaluating(tower.module)
-    with running, keep_layer(tower, layer) as kept, watch_patches(tower) as grid:
-        for batch in batches:
-            tower.run(batch.inputs)
-            hidden = kept[0]
-            patches = hidden[:, layout.first_patch :]
-            pixels = None
-            if places:
-                patches, pixels = patches[:, : _settle_grid(samples, grid, batch, patches.shape[1])], grid.pixels()
-            outlying = cut.mask(patches).cpu().numpy() if cut is not None else np.zeros(patches.shape[:2], bool)
-            chosen = []
-            for row, mask in enumerate(outlying):
-                rng = np.random.default_rng((seed, samples.num_images + row))
-                found, rest = np.flatnonzero(mask), np.flatnonzero(~mask)
-                if not len(rest):
-                    continue
-                count = min(len(found), len(rest), tokens_per_image)
-                reservoir = both if count else plain
-                if (slot := reservoir.slot(rng)) is None:
-                    continue
-                drawn = {"outlier": rng.permutation(found)[:count]} if count else {}
-                drawn["normal"] = rng.permutation(rest)[: count or tokens_per_image]
-                chosen.append((row, reservoir, slot, drawn))
-            for row, reservoir, slot, drawn in chosen:
-                reservoir.put(slot, _image_tokens(batch, row, samples.num_images, hidden, layout, drawn, pixels))
-            samples.num_images += batch.size
-            samples.num_patches += outlying.size
-            samples.num_outliers += int(outlying.sum())
-    samples.num_images_with_both = both.seen
-    samples.with_both, samples.plain = both.items, plain.items
-    return samples
 
+    def __init__(
+        self,
+        tower: Tower,
+        registers: RegisterLayer | None,
+        threshold: Threshold | None,
+        layer: int,
+        places: bool,
+        tokens_per_image: int,
+        max_samples: int,
+        seed: int,
+    ) -> None:
+        self._tower, self._threshold, self._layer, self._places = tower, threshold, layer, places
+        self._tokens_per_image, self._seed = tokens_per_image, seed
+        self._layout = find_layout(tower, registers, layer)
+        self._both, self._plain = _Reservoir(max_samples), _Reservoir(max_samples)
+        self._samples = TokenSamples(self._layout)
+        self._kept: list[torch.Tensor] = []
+        self._grid: PatchGrid | None = None
 
-def _settle_grid(samples: TokenSamples, grid: PatchGrid, batch: Batch, count: int) -> int:
-    """Number of patches, of ``count`` tokens behind CLS and registers."""
-    try:
-        shape = grid.shape(batch.size, count, batch.inputs)
-    except UnsupportedModelError as error:
-        hint = 'Only classification can be probed then: probe_tokens(..., tasks=("classification",))'
-        raise UnsupportedModelError(f"{error}. {hint}") from error
-    if samples.grid not in (None, shape):
-        raise ValueError(
-            f"pictures of several sizes: {samples.grid} patches, then {shape}; a probe of places needs one grid"
+    @contextmanager
+    def attach(self) -> Iterator[None]:
+        """Hooks that keep the states of the layer, and what the patches are embedded from."""
+        with keep_layer(self._tower, self._layer) as self._kept, watch_patches(self._tower) as self._grid:
+            yield
+
+    def take(self, batch: Batch) -> None:
+        """Draw tokens of the images that went through the tower last.
+
+        Raises:
+            UnsupportedModelError: Places are asked for and not known.
+            ValueError: The images differ in size from those before.
+        """
+        hidden, samples = self._kept[0], self._samples
+        patches = hidden[:, self._layout.first_patch :]
+        pixels = None
+        if self._places:
+            assert self._grid is not None
+            patches = patches[:, : self._settle_grid(self._grid, batch, patches.shape[1])]
+            pixels = self._grid.pixels()
+        outlying = np.zeros(patches.shape[:2], bool)
+        if self._threshold is not None:
+            outlying = self._threshold.mask(patches).cpu().numpy()
+        for row, reservoir, slot, drawn in self._draw(outlying):
+            reservoir.put(slot, _image_tokens(batch, row, samples.num_images, hidden, self._layout, drawn, pixels))
+        samples.num_images += batch.size
+        samples.num_patches += outlying.size
+        samples.num_outliers += int(outlying.sum())
+
+    def samples(self) -> TokenSamples:
+        """What was drawn."""
+        return replace(
+            self._samples,
+            num_images_with_both=self._both.seen,
+            with_both=self._both.items,
+            plain=self._plain.items,
         )
-    samples.grid = shape
-    return shape[0] * shape[1]
+
+    def _draw(self, outlying: npt.NDArray[np.bool_]) -> list[tuple[int, _Reservoir, int, _Places]]:
+        """The rows of a batch whose tokens are kept: in which reservoir, at which slot, and which patches."""
+        chosen = []
+        for row, mask in enumerate(outlying):
+            rng = np.random.default_rng((self._seed, self._samples.num_images + row))
+            outliers, normal = np.flatnonzero(mask), np.flatnonzero(~mask)
+            if not len(normal):
+                continue
+            count = min(len(outliers), len(normal), self._tokens_per_image)
+            reservoir = self._both if count else self._plain
+            if (slot := reservoir.slot(rng)) is None:
+                continue
+            drawn = {"outlier": rng.permutation(outliers)[:count]} if count else {}
+            drawn["normal"] = rng.permutation(normal)[: count or self._tokens_per_image]
+            chosen.append((row, reservoir, slot, drawn))
+        return chosen
+
+    def _settle_grid(self, grid: PatchGrid, batch: Batch, count: int) -> int:
+        """Number of patches, of ``count`` tokens behind CLS and registers."""
+        try:
+            shape = grid.shape(batch.size, count, batch.inputs)
+        except UnsupportedModelError as error:
+            hint = 'Only classification can be probed then: probe_tokens(..., tasks=("classification",))'
+            raise UnsupportedModelError(f"{error}. {hint}") from error
+        known = self._samples.grid
+        if known not in (None, shape):
+            raise ValueError(
+                f"images of several sizes: {known} patches, then {shape}; a probe of places needs one grid"
+            )
+        self._samples.grid = shape
+        return shape[0] * shape[1]
 
 
 def _image_tokens(
@@ -177,7 +203,7 @@ def _image_tokens(
     start: int,
     hidden: torch.Tensor,
     layout: TokenLayout,
-    drawn: dict[str, npt.NDArray[np.int64]],
+    drawn: _Places,
     pixels: torch.Tensor | None,
 ) -> ImageTokens:
     def array(values: torch.Tensor) -> _Floats:

@@ -18,16 +18,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ...artifacts.rules.cut import Cut
-from ...data.batches import ImageBatches
+from ...artifacts.rules.threshold import Threshold
 from ...features.layout import tower_of
-from ...features.passes import read_batches, resolve_layer
-from ...features.running import source_of
+from ...features.passes import PassOptions, open_pass, resolve_layer
 from ...towers.anatomy import Anatomy
 from ...utils.environment import versions
 from .fitting import LOCAL, Probing, Task
 from .report import ProbeReport
-from .samples import draw_tokens
+from .samples import TokenSampler
 
 __all__ = ["probe_tokens"]
 
@@ -36,7 +34,7 @@ _FEWEST = 10
 
 DEFINITIONS = {
     "tokens": "states of one layer, before the final LayerNorm, each feature scaled to mean 0 and variance 1",
-    "outlier": "patch tokens whose L2 norm lies beyond the cut",
+    "outlier": "patch tokens whose L2 norm lies beyond the threshold",
     "images": "normal and outlying tokens are drawn from the same images, those with both, as many of each; CLS and "
     "registers are read in the same images. Without enough outliers all images are used",
     "position_top1": "multinomial logistic regression over all places of the grid; share of hits",
@@ -55,7 +53,7 @@ def probe_tokens(
     labels: Sequence[int] | None = None,
     *,
     image_processor: Any = None,
-    cut: Cut | None = None,
+    threshold: Threshold | None = None,
     layer: int = -1,
     tasks: Sequence[Task] | None = None,
     local_probe: Literal["own", "shared"] = "own",
@@ -83,9 +81,9 @@ def probe_tokens(
             items of a data set, under ``"labels"`` in ready batches, or as the second of a pair ``(inputs, labels)``.
         labels: Number of the class of every image, bad pictures included, in their order, if they come apart.
         image_processor: As for the audit.
-        cut: Which patch tokens are outliers. Choose it on other images. ``None``: there are no outliers.
+        threshold: Which patch tokens are outliers. Choose it on other images. ``None``: there are no outliers.
         layer: Index into ``hidden_states``: 0 is the input of the first block, -1 the output of the last, before the
-            final LayerNorm. The cut must be for the same layer.
+            final LayerNorm. The threshold must be for the same layer.
         tasks: ``"position"``, ``"reconstruction"``, ``"classification"``; ``None`` for all that the inputs allow.
         local_probe: See the module's docstring.
         tokens_per_image: Patch tokens of each kind that position and pixels are learned from, at most.
@@ -121,17 +119,27 @@ def probe_tokens(
             f"max_samples={max_samples} at least min_images, test_share={test_share} between 0 and 1"
         )
     places = tasks is None or bool(set(tasks) & set(LOCAL))
-    pictures = ImageBatches(
-        images,
-        image_processor,
-        model_name=source_of(model, tower),
+    options = PassOptions(
+        image_processor=image_processor,
         batch_size=batch_size,
         max_images=max_images,
-        strict=strict,
         num_workers=num_workers,
+        strict=strict,
+        progress=progress,
     )
-    batches = read_batches(pictures, labels, tower, "probes" if progress else None)
-    samples = draw_tokens(tower, registers, batches, cut, index, places, tokens_per_image, max_samples, seed)
+    opened = open_pass(
+        model,
+        images,
+        options,
+        labels=labels,
+        with_labels=True,
+        target_modules=target_modules,
+        anatomy=anatomy,
+        title="probes",
+    )
+    sampler = TokenSampler(tower, registers, threshold, index, places, tokens_per_image, max_samples, seed)
+    opened.run(sampler)
+    samples = sampler.samples()
     enough = len(samples.with_both) >= min_images
     drawn = samples.with_both if enough else samples.with_both + samples.plain
     drawn = sorted(drawn, key=lambda one: one.image)
@@ -148,7 +156,7 @@ def probe_tokens(
         layer=index,
         num_layers=len(tower.part("blocks")) + 1,
         family=tower.anatomy.family,
-        cut=cut,
+        threshold=threshold,
         grid=samples.grid,
         num_images=samples.num_images,
         num_patches=samples.num_patches,
@@ -156,7 +164,7 @@ def probe_tokens(
         num_images_with_outliers=samples.num_images_with_both,
         local_probe=local_probe,
         seed=seed,
-        skipped=pictures.skipped,
+        skipped=opened.skipped,
         definitions=DEFINITIONS,
         versions=versions(),
     )

@@ -12,9 +12,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...data.batches import ImageBatches
-from ...features.passes import Batch, read_batches
-from ...features.running import source_of
+from ...features.passes import Batch, PassOptions, open_pass
 from ...towers.anatomy import Anatomy
 from ...towers.modes import evaluating
 from ...utils.environment import versions
@@ -84,21 +82,28 @@ def analyse_registers(
     registers = find_registers(model, kind, target_modules, anatomy)
     tower = registers.tower
     index, blocks = _check_blocks(registers, block, ablate_blocks)
+    options = PassOptions(
+        image_processor=image_processor,
+        batch_size=batch_size,
+        max_images=max_images,
+        num_workers=num_workers,
+        strict=strict,
+    )
     skipped: list[str] = []
 
-    def read(given: Any, its_labels: Sequence[int] | None) -> list[Batch]:
-        pictures = ImageBatches(
-            given,
-            image_processor,
-            model_name=source_of(model, tower),
-            batch_size=batch_size,
-            max_images=max_images,
-            strict=strict,
-            num_workers=num_workers,
+    def read(source: Any, its_labels: Sequence[int] | None) -> list[Batch]:
+        opened = open_pass(
+            model,
+            source,
+            options,
+            labels=its_labels,
+            with_labels=True,
+            target_modules=target_modules,
+            anatomy=anatomy,
         )
-        found = list(read_batches(pictures, its_labels, tower))
-        skipped.extend(pictures.skipped)
-        return found
+        read_batches = list(opened)
+        skipped.extend(opened.skipped)
+        return read_batches
 
     batches = read(images, labels)
     batches, others = _divide(batches) if mean_images is None else (batches, read(mean_images, None))

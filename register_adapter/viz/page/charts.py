@@ -85,8 +85,8 @@ def histogram(layer: LayerReport, limits: tuple[float, float]) -> Markup:
             x = round(left + bar * step, 2)
             yield element("rect", x=x, y=bottom - tall, width=round(step * 0.92, 2), height=tall, class_=kind)
 
-    cuts = [cut for cut in (layer.cut.low, layer.cut.high) if limits[0] <= cut <= limits[1]]
-    kind = "cut" if layer.cut.separated else "cut unsure"
+    cuts = [cut for cut in (layer.threshold.low, layer.threshold.high) if limits[0] <= cut <= limits[1]]
+    kind = "cut" if layer.threshold.separated else "cut unsure"
     marks = [
         element("path", d=f"M{x} {bottom - 1}l4 -8h-8z", class_=f"mark {name}")
         for name in _KINDS
@@ -129,7 +129,7 @@ def _bars(layer: LayerReport, limits: tuple[float, float]) -> tuple[dict[int, in
         if count:
             centre = math.sqrt(max(low, 1e-12) * high) if math.isfinite(high) else low
             bar = min(int(index(centre)), _BARS - 1)
-            side = outlying if layer.cut.separated and layer.cut.outliers(centre) else usual
+            side = outlying if layer.threshold.separated and layer.threshold.outliers(centre) else usual
             side[bar] = side.get(bar, 0) + count
     return usual, outlying
 
@@ -152,12 +152,12 @@ def norm_profile(report: ArtifactReport) -> Markup:
     cuts = [
         _line(x(layer) - 0.4 * across, up(cut), x(layer) + 0.4 * across, up(cut), "cut")
         for layer in layers
-        if layer.cut.separated
-        for cut in (layer.cut.low, layer.cut.high)
+        if layer.threshold.separated
+        for cut in (layer.threshold.low, layer.threshold.high)
         if low <= cut <= high
     ]
     dots = [
-        element("circle", cx=at, cy=y, r=3.5, class_="dot outlier" if layer.cut.separated else "dot")
+        element("circle", cx=at, cy=y, r=3.5, class_="dot outlier" if layer.threshold.separated else "dot")
         for layer, (at, y) in zip(layers, points("1"), strict=True)
     ]
     every = max(1, len(report.layers) // 16)

@@ -137,14 +137,14 @@ def layer_table(report: ArtifactReport) -> Table:
         rows.append(
             [
                 *(layer.layer, median, _times(over_median(layer))),
-                *(layer.cut.low or None, layer.cut.high, "yes" if layer.cut.separated else "no"),
+                *(layer.threshold.low or None, layer.threshold.high, "yes" if layer.threshold.separated else "no"),
                 *(percent(layer.outlier_share), percent(layer.low_share), percent(layer.images_with_outliers)),
                 (layer.per_image_mean, f"{layer.per_image_mean:.2f} ± {layer.per_image_std:.2f}"),
                 *(layer.recurrence, similarity.get("outlier"), similarity.get("other")),
                 *(border.get("outlier"), border.get("other")),
                 *(percent(attention.get(name)) for name in ("outlier", "cls", "register", "other")),
                 percent(_mean_shares(layer, of_cls=True).get("outlier")),
-                layer.cut.reason,
+                layer.threshold.reason,
             ]
         )
     columns = (

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["Cut"]
+__all__ = ["Threshold"]
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """What a rule says about the norms of the patch tokens at one layer.
 
     Norms below ``low`` or above ``high`` are outliers.

@@ -1,0 +1,58 @@
+"""Image processors, looked up by the name or folder that a model was loaded from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoImageProcessor
+
+from ..towers.tower import Tower
+
+__all__ = ["find_image_processor", "load_image_processor", "source_of"]
+
+
+def source_of(model: nn.Module, tower: Tower | None = None) -> str | None:
+    """Name or folder that a model was loaded from, ``None`` if it does not say.
+
+    Args:
+        model: Whose config is asked first.
+        tower: Whose config is asked next.
+    """
+    for config in (getattr(model, "config", None), tower.config if tower is not None else None):
+        name = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+        if name:
+            return str(name)
+    return None
+
+
+def find_image_processor(source: str | None) -> Any:
+    """The image processor of a model whose user gave none.
+
+    Args:
+        source: Where the model was loaded from, see :func:`source_of`.
+
+    Raises:
+        ValueError: That is not known, or there is no image processor.
+    """
+    if not source:
+        raise ValueError(
+            "the model does not say where it was loaded from, so its image processor cannot be looked up: give "
+            "image_processor=, one of transformers or a function from a PIL image to a tensor (3, H, W)"
+        )
+    return load_image_processor(source)
+
+
+def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
+    """The image processor of a model; ``kwargs`` go to ``AutoImageProcessor.from_pretrained``.
+
+    Raises:
+        ValueError: The folder or repository holds none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "
+            f"--image_processor_name ({type(error).__name__})"
+        ) from error
