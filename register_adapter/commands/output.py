@@ -29,13 +29,12 @@ def print_result(result: Any, print_tables: Callable[[], None], *, as_json: bool
 
 def silence_libraries(quiet: bool) -> None:
     """Turn off messages of other libraries that tell a user nothing, and with ``quiet`` the bars of downloads too."""
-    import datasets
-    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
+
+    from ..utils.progress import disable_progress_bars
 
     # PEFT reads an attribute that transformers has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     logging.disable_progress_bar()
     if quiet:
-        datasets.disable_progress_bars()
         disable_progress_bars()

@@ -271,7 +271,7 @@ class SceneDataset:
         return (self[index] for index in range(self.length))
 
     def write(self, folder: str | Path) -> Path:
-        """Write the set as an image folder, one sub-folder a class, and return its path."""
+        """Write the set as an image folder, one sub-folder per class, and return its path."""
         for index in range(self.length):
             scene = self.scene(index)
             target = Path(folder) / LABELS[scene.label].replace(" ", "_")

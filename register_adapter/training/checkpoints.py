@@ -48,7 +48,7 @@ class TrainState:
     Attributes:
         global_step: Optimiser steps done.
         epoch: Epoch that the next batch belongs to.
-        step: Batches of that epoch done, a process.
+        step: Batches of that epoch done, per process.
         settings: What must be the same on resumption for the same result.
     """
 

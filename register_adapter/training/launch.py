@@ -23,6 +23,7 @@ from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
+from ..utils.progress import disable_progress_bars
 from .arguments import TrainArguments
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
 from .setup import use_cpu
@@ -54,7 +55,7 @@ class ModelArguments:
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of those."})
     adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "Adapter to go on from, such as a fitted one: folder, or name on the Hub."}
+        default=None, metadata={"help": "Adapter to continue from, such as a fitted one: folder, or name on the Hub."}
     )
     neurons: Literal["keep", "drop", "anneal"] = field(
         default="keep",
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
         SystemExit: An argument, the data or the model is unfit; the message on the standard error says why.
     """
     model_args, data_args, args, flags = _parse(_make_parser(prog), argv)
+    if args.quiet:
+        disable_progress_bars()
     state = PartialState(cpu=use_cpu(args))
     with _messages(state.is_main_process, args.quiet):
         try:

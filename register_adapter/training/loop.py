@@ -168,7 +168,7 @@ class Loop:
 
 
 def number_of_steps(args: TrainArguments, batches: int, accumulation: int) -> int:
-    """Optimiser steps of a run whose epochs have ``batches`` batches per process, ``accumulation`` of them a step."""
+    """Optimiser steps of a run whose epochs have ``batches`` batches per process, ``accumulation`` of them per step."""
     return args.max_train_steps or args.num_train_epochs * math.ceil(batches / accumulation)
 
 

@@ -129,7 +129,7 @@ def highest_norms(examples: Sequence[Example]) -> list[float]:
 
 
 def place_maps(report: ArtifactReport) -> Markup | None:
-    """Where outliers fall, one map a layer that has some; ``None`` without any."""
+    """Where outliers fall, one map per layer that has some; ``None`` without any."""
     layers = [layer for layer in report.layers if layer.position_map is not None and layer.outlier_share]
     if not layers:
         return None
