@@ -35,11 +35,11 @@ def test_on_a_model_and_pictures_of_one_s_own(options: tuple[str, ...], folder: 
     planting = load_planted_vit()
     model = AutoPeftModel.from_pretrained(out).eval()
     found = find_register_layer(model).tokens("default").neurons()
-    assert set(found) == {planting.layer}
+    assert set(found) == {planting.block}
     if "--num_neurons" in options:
-        assert len(found[planting.layer]) == 2
+        assert len(found[planting.block]) == 2
         return
-    assert sorted(found[planting.layer]) == list(planting.neurons)
+    assert sorted(found[planting.block]) == list(planting.neurons)
     scenes = SceneDataset(32, seed=77, split="test")
     pixels = load_image_processor()(images=[scenes.scene(index).pil for index in range(32)], return_tensors="pt")
     before, after = (patch_norms(one, [pixels["pixel_values"]]) for one in (planting.model, model))
@@ -59,8 +59,8 @@ def test_a_clean_model_is_left_alone(tmp_path: Path) -> None:
 
 def test_wrong_arguments_end_in_one_clear_line(folder: Path, tmp_path: Path) -> None:
     cases = {
-        "give top_layer": ("--threshold", "3"),
-        "block of the model": ("--top_layer", "99"),
+        "give top_block": ("--threshold", "3"),
+        "block of the model": ("--top-block", "99"),
         "unknown rule": ("--rule", "none"),
         "bad pictures": ("--strict",),
     }

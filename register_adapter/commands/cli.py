@@ -160,8 +160,8 @@ def _app() -> Any:
             False, "--attention_bias", help="Constant keys and values in place of a token."
         ),
         rule: str = typer.Option("auto", help="Rule for outliers, as in the audit."),
-        threshold: float | None = typer.Option(None, help="Norm of an outlier behind --top_layer, instead of a rule."),
-        top_layer: int | None = typer.Option(None, "--top_layer", min=0, help="Last block with register neurons."),
+        threshold: float | None = typer.Option(None, help="Norm of an outlier behind --top-block, instead of a rule."),
+        top_block: int | None = typer.Option(None, "--top-block", min=0, help="Last block with register neurons."),
         num_neurons: int | None = typer.Option(None, "--num_neurons", min=1, help="How many; default: chosen."),
         image_sizes: list[int] | None = typer.Option(  # noqa: B008 - typer's way
             None, "--image_sizes", min=1, help="Side to resize to; several are pooled."
@@ -188,7 +188,7 @@ def _app() -> Any:
             attention_bias=attention_bias,
             rule=rule,
             threshold=threshold,
-            top_layer=top_layer,
+            top_block=top_block,
             num_neurons=num_neurons,
             image_sizes=image_sizes or (),
             max_images=max_images,

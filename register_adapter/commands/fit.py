@@ -33,7 +33,7 @@ class FitArguments:
     attention_bias: bool = False
     rule: str = "auto"
     threshold: float | None = None
-    top_layer: int | None = None
+    top_block: int | None = None
     num_neurons: int | None = None
     image_sizes: Sequence[int] = ()
     max_images: int = 256
@@ -63,7 +63,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         attention_bias=args.attention_bias,
         rule=args.rule,
         threshold=args.threshold,
-        top_layer=args.top_layer,
+        top_block=args.top_block,
         num_neurons=args.num_neurons,
         image_sizes=args.image_sizes or None,
         max_images=args.max_images,
@@ -91,7 +91,7 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
     for block, units in neurons.items():
         console.print(f"Block {block}: hidden units {', '.join(map(str, units))}", markup=False)
     console.print(
-        f"Outliers appear behind block {fit['top_layer']} (rule {fit['rule']}). {fit['reason']}", markup=False
+        f"Outliers appear behind block {fit['top_block']} (rule {fit['rule']}). {fit['reason']}", markup=False
     )
     console.print(
         "Share of the patch tokens beyond the line, behind that block; L2 norms, before the final LayerNorm.",

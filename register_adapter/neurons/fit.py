@@ -49,7 +49,7 @@ def fit_test_time_registers(
     train_removal: bool = False,
     rule: str | Rule = "auto",
     threshold: float | None = None,
-    top_layer: int | None = None,
+    top_block: int | None = None,
     num_neurons: int | None = None,
     max_neurons: int = 64,
     max_images: int = 256,
@@ -73,8 +73,8 @@ def fit_test_time_registers(
             transformers' attention interface.
         train_removal: Give each neuron a trainable strength, for training from here.
         rule: The audit's rule for outliers, by name or itself.
-        threshold: L2 norm above which a patch is an outlier behind block ``top_layer``, in place of the rule.
-        top_layer: Index of the last block with register neurons; default: the one behind which outliers appear.
+        threshold: L2 norm above which a patch is an outlier behind block ``top_block``, in place of the rule.
+        top_block: Index of the last block with register neurons; default: the one behind which outliers appear.
         num_neurons: How many neurons; default: the fewest that repair the held-out pictures.
         max_neurons: The most to try.
         max_images: Use no more pictures.
@@ -101,11 +101,11 @@ def fit_test_time_registers(
         >>> model = fit_test_time_registers(AutoModel.from_pretrained("facebook/dinov2-large"), "my_pictures")
         >>> model.save_pretrained("registers")
     """
-    _check(model, num_neurons, max_neurons, threshold, top_layer)
+    _check(model, num_neurons, max_neurons, threshold, top_block)
     tower = find_tower(model, target_modules)
     blocks = len(tower.part("blocks"))
-    if top_layer is not None and not 0 <= top_layer < blocks:
-        raise ValueError(f"top_layer must be a block of the model, 0 to {blocks - 1}, got {top_layer}")
+    if top_block is not None and not 0 <= top_block < blocks:
+        raise ValueError(f"top_block must be a block of the model, 0 to {blocks - 1}, got {top_block}")
     if attention_bias and not reads_implementation(tower):
         raise UnsupportedModelError(
             "attention_bias needs a model whose attention goes through transformers' attention interface; the blocks "
@@ -113,7 +113,7 @@ def fit_test_time_registers(
         )
     resolved = resolve_rule(rule)
     by_hand = (
-        {} if threshold is None or top_layer is None else {top_layer + 1: Threshold("fixed", threshold, 0.0, True)}
+        {} if threshold is None or top_block is None else {top_block + 1: Threshold("fixed", threshold, 0.0, True)}
     )
     pass_options = PassOptions(
         image_processor=image_processor,
@@ -133,9 +133,9 @@ def fit_test_time_registers(
             raise NoArtifactsError(
                 f"{type(tower.module).__name__} needs no registers: the rule {rule_name(rule)!r} finds no artifacts on "
                 f"{parts.num_detect} pictures ({views[0].reason}). Nothing was changed. To go on all the same, give "
-                "threshold= and top_layer=."
+                "threshold= and top_block=."
             )
-        top = top_layer if top_layer is not None else max(min(view.thresholds) for view in found) - 1
+        top = top_block if top_block is not None else max(min(view.thresholds) for view in found) - 1
         candidates = _rank(tower, found, top, parts, num_neurons or max_neurons)
     neurons, ranks = order_by_block(candidates)
     options: dict[str, Any] = {"init": "test_time", "remove": remove, "target_modules": target_modules}
@@ -165,7 +165,7 @@ def fit_test_time_registers(
         "rule": rule_name(rule) if not by_hand else "fixed",
         "verdict": found[0].verdict,
         "reason": found[0].reason,
-        "top_layer": top,
+        "top_block": top,
         "num_neurons": number,
         "image_sizes": [view.size for view in found],
         "thresholds": [
@@ -199,14 +199,14 @@ def fit_test_time_registers(
 
 
 def _check(
-    model: nn.Module, num_neurons: int | None, max_neurons: int, threshold: float | None, top_layer: int | None
+    model: nn.Module, num_neurons: int | None, max_neurons: int, threshold: float | None, top_block: int | None
 ) -> None:
     for name, value in (("num_neurons", num_neurons), ("max_neurons", max_neurons)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if threshold is not None and (top_layer is None or not threshold > 0):
+    if threshold is not None and (top_block is None or not threshold > 0):
         raise ValueError(
-            f"threshold is a norm behind one block: give top_layer too, and a number above 0 (got {threshold})"
+            f"threshold is a norm behind one block: give top_block too, and a number above 0 (got {threshold})"
         )
     if isinstance(model, PeftModel) or find_register_layer(model) is not None:
         raise ValueError(

@@ -42,7 +42,7 @@ def read_examples(
     pictures: Sequence[PictureSource] | torch.Tensor,
     *,
     image_processor: Any = None,
-    layer: int = -1,
+    block: int = -1,
     size: Size | None = None,
     antialias: bool = True,
     names: Sequence[str] | None = None,
@@ -58,7 +58,7 @@ def read_examples(
         pictures: Paths, PIL images or tensors ``(3, H, W)``, or one tensor ``(B, 3, H, W)`` of normalised pixel values.
         image_processor: Image processor of transformers or torchvision transform; ``None`` takes each model's own.
             Tensors need none.
-        layer: Index of the block whose attention and principal components are read, -1 for the last.
+        block: Index of the block whose attention and principal components are read, -1 for the last.
         size: Pixels of the shorter side, or ``(height, width)``; ``None`` leaves sizes to the processor. Sides are
             cropped to a multiple of the patch size.
         antialias: Interpolate position embeddings with antialiasing.
@@ -85,7 +85,7 @@ def read_examples(
         with looking_at(subject) as model:
             tower = tower_of(model)[0]
             prepared = [prepare_picture(model, tower, source, image_processor, size) for source in sources]
-            found[name] = [read_picture(model, picture, layer, antialias) for picture in prepared]
+            found[name] = [read_picture(model, picture, block, antialias) for picture in prepared]
         shown = shown or [picture.shown for picture in prepared]
     first: list[PictureMaps] | None = None
     for name, maps in found.items():
@@ -117,7 +117,7 @@ def attention_map(
     image: PictureSource,
     *,
     image_processor: Any = None,
-    layer: int = -1,
+    block: int = -1,
     head: int | str | None = None,
     size: Size | None = None,
     antialias: bool = True,
@@ -131,7 +131,7 @@ def attention_map(
         image: A path, a PIL image, or normalised pixel values ``(3, H, W)`` or ``(1, 3, H, W)``.
         image_processor: Image processor of transformers or torchvision transform; ``None`` takes the model's own. A
             tensor needs none.
-        layer: Index of the block, -1 for the last.
+        block: Index of the block, -1 for the last.
         head: Index of a head; ``None`` for the mean over heads, ``"all"`` for all of them.
         size: Pixels of the shorter side (the sides' ratio is kept), or ``(height, width)``, for models that interpolate
             their position embeddings. ``None`` leaves the size to the processor. Sides that are not multiples of the
@@ -154,7 +154,7 @@ def attention_map(
     """
     with looking_at(model):
         picture = prepare_picture(model, tower_of(model)[0], image, image_processor, size)
-        heads = read_picture(model, picture, layer, antialias).attention
+        heads = read_picture(model, picture, block, antialias).attention
     if head is None:
         mean: npt.NDArray[np.float32] = heads.mean(0)
         return mean
