@@ -26,7 +26,7 @@ def images(count: int, seed: int, split: str) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=WEIGHTS)
-    parser.add_argument("--layer", type=int, default=None)
+    parser.add_argument("--block", type=int, default=None)
     parser.add_argument("--share", type=float, default=0.02)
     parser.add_argument("--strength", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -35,7 +35,7 @@ def main() -> None:
     # Half the images have gradients alone behind the shapes: the share shall hold for both kinds.
     fit = torch.cat([images(128, args.seed, "train"), images(64, args.seed + 1, None)])
     planting = plant_artifacts(
-        load_vit(args.folder), args.layer, fit, strength=args.strength, share=args.share, seed=args.seed
+        load_vit(args.folder), args.block, fit, strength=args.strength, share=args.share, seed=args.seed
     )
     save_planting(planting, args.folder)
 
@@ -46,7 +46,7 @@ def main() -> None:
         with random_registers(planting.model, 4, 0.02, seed) as probed:
             kept.append(summarise_norms(patch_norms(probed, held_out)).share / before.share)
     record = {
-        "layer": planting.layer,
+        "block": planting.block,
         "neurons": planting.neurons,
         "arguments": {key: value for key, value in vars(args).items() if key != "folder"},
         "held_out_share": before.share,

@@ -66,13 +66,13 @@ def found_at(model, images, report, layer=-1):
 def test_the_shipped_artifacts_are_found(planting, held_out):
     report = look(planting.model, held_out)
     assert report.verdict == "present"
-    assert report.first_layer == planting.layer + 1
+    assert report.first_layer == planting.block + 1
     hits = planting.hits(held_out)
-    for layer in range(planting.layer + 1, 9):
+    for layer in range(planting.block + 1, 9):
         assert f1(found_at(planting.model, held_out, report, layer), hits) >= 0.95
     assert report.layers[-1].outlier_share == pytest.approx(hits.float().mean().item(), rel=0.1)
     assert all(part in report.reason for part in ("layer 4", "layer 8", f"{report.layers[-1].outlier_share:.2%}"))
-    assert not any(layer.threshold.separated for layer in report.layers[1 : planting.layer + 1])
+    assert not any(layer.threshold.separated for layer in report.layers[1 : planting.block + 1])
 
 
 def photo_crops(count=60, size=80):
@@ -528,7 +528,7 @@ def test_models_of_other_libraries(name):
 def test_a_half_precision_model(planting, held_out):
     model = copy.deepcopy(planting.model).to(torch.bfloat16)
     report = look(model, held_out[:24], attentions=False)
-    assert (report.verdict, report.first_layer) == ("present", planting.layer + 1)
+    assert (report.verdict, report.first_layer) == ("present", planting.block + 1)
     assert report.environment["dtype"] == "bfloat16"
 
 

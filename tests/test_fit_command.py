@@ -35,11 +35,11 @@ def test_on_a_model_and_images_of_ones_own(options: tuple[str, ...], folder: Pat
     planting = load_planted_vit()
     model = AutoPeftModel.from_pretrained(out).eval()
     neurons = find_register_layer(model).tokens("default").neurons()
-    assert set(neurons) == {planting.layer}
+    assert set(neurons) == {planting.block}
     if "--num_neurons" in options:
-        assert len(neurons[planting.layer]) == 2
+        assert len(neurons[planting.block]) == 2
         return
-    assert sorted(neurons[planting.layer]) == list(planting.neurons)
+    assert sorted(neurons[planting.block]) == list(planting.neurons)
     scenes = SceneDataset(32, seed=77, split="test")
     pixels = load_image_processor()(images=[scenes.scene(index).pil for index in range(32)], return_tensors="pt")
     before, after = (patch_norms(looked_at, [pixels["pixel_values"]]) for looked_at in (planting.model, model))
@@ -59,8 +59,8 @@ def test_a_clean_model_is_left_alone(tmp_path: Path) -> None:
 
 def test_wrong_arguments_end_in_one_clear_line(folder: Path, tmp_path: Path) -> None:
     cases = {
-        "give top_layer": ("--threshold", "3"),
-        "block of the model": ("--top_layer", "99"),
+        "give top_block": ("--threshold", "3"),
+        "block of the model": ("--top-block", "99"),
         "unknown rule": ("--rule", "none"),
         "bad pictures": ("--strict",),
     }

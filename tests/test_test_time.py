@@ -107,7 +107,7 @@ def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     held_out = scenes(100, 20_001, "test")[0]
     hits = planted.hits(held_out)
     model = fit(copy.deepcopy(planted.model), scenes(128, 555, "train")[0])
-    assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+    assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
     traces, logits = [], []
     for one in (clean, planted.model, model):
         with torch.no_grad(), capture(one, attentions=False) as trace:
@@ -135,7 +135,7 @@ def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attent
     cosine = [F.cosine_similarity(before[hits], twin[hits], dim=-1).mean()]
     for attention_bias in (False, True):
         model = fit(load_planted_vit().model, scenes(128, 555, "train")[0], attention_bias=attention_bias)
-        assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+        assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
         assert planted_share(model, held_out, thresholds_of(model)) == 0
         after, logits = look(model, held_out)
         right.append((logits.argmax(-1) == labels).float().mean())
@@ -189,7 +189,7 @@ def patches_of(model: Any, pixels: torch.Tensor, layer: int = -1) -> torch.Tenso
 
 def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -> None:
     """All neurons and no others, no outlier left, and patch tokens as the twin has them."""
-    assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+    assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
     hits = planted.hits(held_out)
     for layer, threshold in thresholds_of(model).items():
         found = [
@@ -222,9 +222,9 @@ def test_weak_artifacts_in_other_families(name: str, block: int) -> None:
     planted, pixels, held_out = plant(build(name), block, 2.0, 32, seed=block)
     norms, own = patches_of(planted.model, pixels, block + 1).norm(dim=-1), planted.hits(pixels)
     threshold = float((norms[own].min() * norms[~own].max()).sqrt())
-    model = fit(copy.deepcopy(planted.model), pixels, threshold=threshold, top_layer=block, max_neurons=16)
+    model = fit(copy.deepcopy(planted.model), pixels, threshold=threshold, top_block=block, max_neurons=16)
     found = {(at, unit) for at, units in neurons_of(model).items() for unit in units}
-    true = {(planted.layer, unit) for unit in planted.neurons}
+    true = {(planted.block, unit) for unit in planted.neurons}
     assert len(found & true) >= 0.9 * max(len(found), len(true))
     hits, twin = planted.hits(held_out), patches_of(build(name), held_out)
     assert F.cosine_similarity(patches_of(model, held_out)[hits], twin[hits], dim=-1).mean() >= 0.97
@@ -308,13 +308,13 @@ def test_the_mode_and_the_gradients_are_as_after_add_registers() -> None:
 
 def test_everything_by_hand() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
-    model = fit(load_planted_vit().model, pixels, threshold=150.0, top_layer=planted.layer, num_neurons=2)
+    model = fit(load_planted_vit().model, pixels, threshold=150.0, top_block=planted.block, num_neurons=2)
     found = model.peft_config["default"].test_time_fit
     assert found["rule"] == "fixed"
-    assert found["top_layer"] == planted.layer
-    assert len(neurons_of(model)[planted.layer]) == found["num_neurons"] == 2
-    assert set(neurons_of(model)[planted.layer]) < set(planted.neurons)
-    assert thresholds_of(model)[planted.layer + 1].high == 150.0
+    assert found["top_block"] == planted.block
+    assert len(neurons_of(model)[planted.block]) == found["num_neurons"] == 2
+    assert set(neurons_of(model)[planted.block]) < set(planted.neurons)
+    assert thresholds_of(model)[planted.block + 1].high == 150.0
     many = fit(load_planted_vit().model, pixels, num_neurons=12)
     assert sum(len(units) for units in neurons_of(many).values()) == 12
 
@@ -379,7 +379,7 @@ def test_few_pictures(count: int) -> None:
     pixels = scenes(256, 20_001, "test")[0]
     chosen = pixels[planted.hits(pixels).any(1)][:count]
     model = fit(load_planted_vit().model, chosen)
-    assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+    assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
 
 
 def test_two_pictures_are_too_few() -> None:
@@ -393,13 +393,13 @@ def test_several_sizes_are_pooled() -> None:
     found = model.peft_config["default"].test_time_fit
     assert found["image_sizes"] == [80, 112]
     assert len(found["thresholds"]) == 2
-    assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+    assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
 
 
 def test_half_precision() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model.bfloat16(), pixels)
-    assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+    assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
     after, logits = look(model, pixels.bfloat16())
     assert logits.dtype == after.dtype == torch.bfloat16
     assert planted_share(model, pixels.bfloat16(), thresholds_of(model)) == 0
@@ -410,13 +410,13 @@ def test_half_precision() -> None:
     [
         ({"num_neurons": 0}, ValueError, "num_neurons"),
         ({"max_neurons": 0}, ValueError, "max_neurons"),
-        ({"threshold": 3.0}, ValueError, "top_layer"),
-        ({"threshold": -3.0, "top_layer": 1}, ValueError, "above 0"),
-        ({"top_layer": 99}, ValueError, "block of the model"),
-        ({"top_layer": 1}, ValueError, "do not separate behind block 1"),
+        ({"threshold": 3.0}, ValueError, "top_block"),
+        ({"threshold": -3.0, "top_block": 1}, ValueError, "above 0"),
+        ({"top_block": 99}, ValueError, "block of the model"),
+        ({"top_block": 1}, ValueError, "do not separate behind block 1"),
         ({"rule": "no rule"}, ValueError, "unknown rule"),
         ({"remove": "everything"}, ValueError, "remove"),
-        ({"threshold": 1e6, "top_layer": 3}, NoArtifactsError, "another threshold"),
+        ({"threshold": 1e6, "top_block": 3}, NoArtifactsError, "another threshold"),
     ],
 )
 def test_bad_arguments_change_nothing(options: dict[str, Any], error: type, message: str) -> None:
@@ -488,7 +488,7 @@ def test_pictures_in_a_folder_with_a_bad_one(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
     planted = load_planted_vit()
     model = fit(load_planted_vit().model, tmp_path, image_processor=load_image_processor())
-    assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
+    assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
     assert "broken.png" in caplog.text
 
 
@@ -531,7 +531,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     names = list(inspect.signature(tower.module.forward).parameters)
     inputs = [{**dict(zip(names, args, strict=False)), **kwargs} for args, kwargs in seen]
     inputs = [{key: value for key, value in one.items() if isinstance(value, torch.Tensor)} for one in inputs]
-    fitted = fit(model, inputs, threshold=by_hand(tower, inputs), top_layer=0, num_neurons=3, target_modules=None)
+    fitted = fit(model, inputs, threshold=by_hand(tower, inputs), top_block=0, num_neurons=3, target_modules=None)
     assert len(neurons_of(fitted)[0]) == 3
     expected = run(fitted, make_inputs(name))
     fitted.save_pretrained(tmp_path)
@@ -549,7 +549,7 @@ def test_every_other_library(name: str) -> None:
         images() + seed * torch.randn(images().shape, generator=torch.Generator().manual_seed(seed))
         for seed in range(8)
     ]
-    fitted = fit(model, inputs, threshold=by_hand(tower, inputs), top_layer=0, num_neurons=3)
+    fitted = fit(model, inputs, threshold=by_hand(tower, inputs), top_block=0, num_neurons=3)
     assert len(neurons_of(fitted)[0]) == 3
 
 
@@ -570,18 +570,18 @@ def test_weights_that_cannot_be_read_are_asked_through_their_layer() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = load_planted_vit().model
     tower = find_tower(model)
-    for block in range(planted.layer + 1):
+    for block in range(planted.block + 1):
         last = tower.block_part(block, "mlp_out")
         parent, _, name = next(path for path, module in model.named_modules() if module is last).rpartition(".")
         setattr(model.get_submodule(parent), name, Quantised(last))
-    scores = NeuronScores(tower, Threshold("fixed", 150.0, 0.0, True), planted.layer)
+    scores = NeuronScores(tower, Threshold("fixed", 150.0, 0.0, True), planted.block)
     scores.add(pixels)
-    assert {(neuron.block, neuron.unit) for neuron in scores.ranked(4)} == {(planted.layer, u) for u in planted.neurons}
+    assert {(neuron.block, neuron.unit) for neuron in scores.ranked(4)} == {(planted.block, u) for u in planted.neurons}
 
 
 def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
-    scores = NeuronScores(find_tower(planted.model), Threshold("fixed", 150.0, 0.0, True), planted.layer)
+    scores = NeuronScores(find_tower(planted.model), Threshold("fixed", 150.0, 0.0, True), planted.block)
 
     def size() -> int:
         sums = [*scores._outliers.values(), *scores._all.values()]
@@ -618,4 +618,4 @@ def test_more_neurons_than_there_are_can_be_asked_for() -> None:
     model = fit(load_planted_vit().model, pixels, num_neurons=10**6, remove="mean")
     found = neurons_of(model)
     width = planted.model.config.intermediate_size
-    assert {block: len(units) for block, units in found.items()} == dict.fromkeys(range(planted.layer + 1), width)
+    assert {block: len(units) for block, units in found.items()} == dict.fromkeys(range(planted.block + 1), width)

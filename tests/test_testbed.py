@@ -74,7 +74,7 @@ def test_planted_artifacts_have_the_published_signature(planting, held_out):
     for layer in range(len(trace.hidden_states)):
         norms = trace.patches(layer).norm(dim=-1)
         ratio = norms / norms.median()
-        if layer <= planting.layer:
+        if layer <= planting.block:
             assert layer == 0 or ratio.max() < 3, "nothing before that block"
             continue
         assert ratio[hits].median() > 5, "at least 5 times the median norm, from that block on"
@@ -106,7 +106,7 @@ def test_planting_changes_nothing_but_the_planted_units(planting):
     clean, planted = load_vit().state_dict(), planting.model.state_dict()
     changed = {key for key in clean if not torch.equal(clean[key], planted[key])}
     tower, names = find_tower(planting.model), {module: name for name, module in planting.model.named_modules()}
-    inside, out = (names[tower.block_part(planting.layer, field)] for field in ("mlp_in", "mlp_out"))
+    inside, out = (names[tower.block_part(planting.block, field)] for field in ("mlp_in", "mlp_out"))
     assert changed == {f"{inside}.weight", f"{inside}.bias", f"{out}.weight"}
     columns = (clean[f"{out}.weight"] != planted[f"{out}.weight"]).any(0).nonzero().flatten()
     assert set(columns.tolist()) <= set(planting.neurons)
@@ -146,7 +146,7 @@ def test_neighbour_similarity_is_the_mean_over_existing_neighbours():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"layer": 99}, "block of the model"), ({"num_neurons": 3}, "even")]
+    ("arguments", "message"), [({"block": 99}, "block of the model"), ({"num_neurons": 3}, "even")]
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

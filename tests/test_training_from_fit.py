@@ -126,7 +126,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 def test_init_test_time_fits_on_the_training_images_first(planted: Path, tmp_path: Path) -> None:
     main(flags(planted, tmp_path / "a", "--init", "test_time", "--num_registers", "2"))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    layer, neurons = str(load_planted_vit().layer), sorted(load_planted_vit().neurons)
+    layer, neurons = str(load_planted_vit().block), sorted(load_planted_vit().neurons)
     assert config["register_neurons"] == {layer: len(neurons)}
     assert config["test_time_fit"]["share_after"] == 0
     values = trained(tmp_path / "a")

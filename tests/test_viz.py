@@ -57,7 +57,7 @@ def test_it_is_what_the_model_attends_to(name: str, registers: int) -> None:
     np.testing.assert_allclose(attention_map(model, image, head=1), wanted[1], atol=1e-6)
     early = trace.attentions[0][0, :, 0 if tower.prefix else slice(None), first : first + side**2]
     wanted = early.reshape(HEADS, -1, side, side).mean((0, 1)).numpy()
-    np.testing.assert_allclose(attention_map(model, image, layer=0), wanted, atol=1e-6)
+    np.testing.assert_allclose(attention_map(model, image, block=0), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "dinov2-registers"])
@@ -106,7 +106,7 @@ def test_registers_of_every_placement(options: dict[str, Any]) -> None:
     taken = maps.attention.sum((1, 2))
     assert (taken < 1).all()
     assert (taken > 0.2).all()
-    before = attention_map(model, _pixels(), layer=0)
+    before = attention_map(model, _pixels(), block=0)
     assert before.shape == (4, 4)
 
 
@@ -207,7 +207,7 @@ def test_patches_that_the_processor_cuts() -> None:
 @pytest.mark.parametrize(
     ("name", "image", "options", "kind", "words"),
     [
-        ("vit", _pixels(), {"layer": 2}, ValueError, "2 blocks"),
+        ("vit", _pixels(), {"block": 2}, ValueError, "2 blocks"),
         ("vit", _pixels(), {"head": 4}, ValueError, "4 heads"),
         ("vit", _pixels()[0], {}, viz.ImageInputError, r"\(32, 32\)"),
         ("vit", _pixels().byte(), {}, viz.ImageInputError, "uint8"),
@@ -346,7 +346,7 @@ def test_norm_maps_stand_before_the_final_norm_and_show_planted_artifacts() -> N
         np.testing.assert_array_equal(norms["planted"] > 3 * np.median(norms["planted"]), hit)
         assert norms["twin"].max() < 3 * np.median(norms["twin"])
         assert len(example.maps["planted"].norms) == 9
-        before = slice(0, planting.layer + 1)
+        before = slice(0, planting.block + 1)
         np.testing.assert_allclose(example.maps["planted"].norms[before], example.maps["twin"].norms[before], rtol=1e-4)
 
 
@@ -397,7 +397,7 @@ def test_features_are_behind_the_final_norm_where_the_models_patches_are() -> No
     torch.testing.assert_close(example.maps["vit"].features, wanted)
     assert example.maps["vit"].features.shape == (16, WIDTH)
     assert [maps.normed for maps in example.maps.values()] == [True, False]
-    (inside,) = read_examples({"vit": build("vit")}, [_pixels()], layer=0)
+    (inside,) = read_examples({"vit": build("vit")}, [_pixels()], block=0)
     assert not inside.maps["vit"].normed
 
 

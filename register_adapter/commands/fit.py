@@ -30,9 +30,9 @@ def fit_command(
     ] = False,
     rule: options.Rule = "auto",
     threshold: Annotated[
-        float | None, typer.Option(help="Norm of an outlier behind --top-layer, instead of a rule.")
+        float | None, typer.Option(help="Norm of an outlier behind --top-block, instead of a rule.")
     ] = None,
-    top_layer: Annotated[int | None, typer.Option(min=0, help="Last block with register neurons.")] = None,
+    top_block: Annotated[int | None, typer.Option(min=0, help="Last block with register neurons.")] = None,
     num_neurons: Annotated[int | None, typer.Option(min=1, help="How many neurons; default: chosen.")] = None,
     image_sizes: Annotated[
         list[int] | None, typer.Option(min=1, help="Side to resize images to; several are pooled.")
@@ -63,7 +63,7 @@ def fit_command(
         attention_bias=attention_bias,
         rule=rule,
         threshold=threshold,
-        top_layer=top_layer,
+        top_block=top_block,
         num_neurons=num_neurons,
         image_sizes=image_sizes or (),
         max_images=max_images,
@@ -103,7 +103,7 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
     for block, units in neurons.items():
         console.print(f"Block {block}: hidden units {', '.join(map(str, units))}", markup=False)
     console.print(
-        f"Outliers appear behind block {fit['top_layer']} (rule {fit['rule']}). {fit['reason']}", markup=False
+        f"Outliers appear behind block {fit['top_block']} (rule {fit['rule']}). {fit['reason']}", markup=False
     )
     console.print(
         "Share of the patch tokens beyond the threshold, behind that block; L2 norms, before the final LayerNorm.",

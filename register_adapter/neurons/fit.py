@@ -8,9 +8,10 @@ outliers are found on the first, units are ranked on the second, and their numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -23,7 +24,7 @@ from ..features.passes import PassOptions, open_pass, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation
-from ..tuner.layer import find_register_layer
+from ..tuner.layer import RegisterLayer, find_register_layer
 from ..tuner.peft_model import RegisterPeftModel, add_registers
 from ..tuner.registers import RegisterTokens
 from .constants import constant_pairs
@@ -49,7 +50,7 @@ def fit_test_time_registers(
     train_removal: bool = False,
     rule: str | Rule = "auto",
     threshold: float | None = None,
-    top_layer: int | None = None,
+    top_block: int | None = None,
     num_neurons: int | None = None,
     max_neurons: int = 64,
     max_images: int = 256,
@@ -73,8 +74,8 @@ def fit_test_time_registers(
             transformers' attention interface.
         train_removal: Give each neuron a trainable strength, for training from here.
         rule: The audit's rule for outliers, by name or itself.
-        threshold: L2 norm above which a patch is an outlier behind block ``top_layer``, in place of the rule.
-        top_layer: Index of the last block with register neurons; default: the one behind which outliers appear.
+        threshold: L2 norm above which a patch is an outlier behind block ``top_block``, in place of the rule.
+        top_block: Index of the last block with register neurons; default: the one behind which outliers appear.
         num_neurons: How many neurons; default: the fewest that repair the held-out pictures.
         max_neurons: The most to try.
         max_images: Use no more pictures.
@@ -89,8 +90,8 @@ def fit_test_time_registers(
     Returns:
         The model with the adapter; ``model.peft_config[adapter_name].test_time_fit`` says what was found: the block,
         the thresholds, the share of outliers left by number of neurons on the held-out images (``curve``, behind the
-        block where they appear), and before and after at the layer where it is largest (L2 norms
-        before the final LayerNorm).
+        block where they appear), and before and after at the layer where it is largest
+        (L2 norms before the final LayerNorm).
 
     Raises:
         NoArtifactsError: The rule finds no outliers; nothing is to be done, and nothing was changed.
@@ -101,112 +102,46 @@ def fit_test_time_registers(
         >>> model = fit_test_time_registers(AutoModel.from_pretrained("facebook/dinov2-large"), "my_pictures")
         >>> model.save_pretrained("registers")
     """
-    _check(model, num_neurons, max_neurons, threshold, top_layer)
+    _check(model, num_neurons, max_neurons, threshold, top_block)
     tower = find_tower(model, target_modules)
-    blocks = len(tower.part("blocks"))
-    if top_layer is not None and not 0 <= top_layer < blocks:
-        raise ValueError(f"top_layer must be a block of the model, 0 to {blocks - 1}, got {top_layer}")
-    if attention_bias and not reads_implementation(tower):
-        raise UnsupportedModelError(
-            "attention_bias needs a model whose attention goes through transformers' attention interface; the blocks "
-            f"of {type(tower.module).__name__} do not. Use a register in the sequence (attention_bias=False)."
-        )
+    _check_tower(tower, top_block, attention_bias)
     resolved = resolve_rule(rule)
-    by_hand = (
-        {} if threshold is None or top_layer is None else {top_layer + 1: Threshold("fixed", threshold, 0.0, True)}
-    )
-    pass_options = PassOptions(
+    given = {}
+    if threshold is not None and top_block is not None:
+        given = {top_block + 1: Threshold("fixed", threshold, 0.0, True)}
+    options = PassOptions(
         image_processor=image_processor,
         batch_size=batch_size or (8 if place_of(tower)[0].type == "cpu" else 32),
         max_images=max_images,
         strict=strict,
         progress=progress,
     )
-    opened = open_pass(model, images, pass_options, target_modules=target_modules, title="fitting registers")
+    opened = open_pass(model, images, options, target_modules=target_modules, title="fitting registers")
     with closing(opened), opened.attached():
         parts = Parts(batch.inputs for batch in opened)
-        views = [View(size) for size in (image_sizes or (None,))]
-        for view in views:
-            view.detect(tower, parts.detect, resolved, by_hand)
-        found = [view for view in views if view.thresholds]
-        if not found:
-            raise NoArtifactsError(
-                f"{type(tower.module).__name__} needs no registers: the rule {rule_name(rule)!r} finds no artifacts on "
-                f"{parts.num_detect} pictures ({views[0].reason}). Nothing was changed. To go on all the same, give "
-                "threshold= and top_layer=."
-            )
-        top = top_layer if top_layer is not None else max(min(view.thresholds) for view in found) - 1
-        candidates = _rank(tower, found, top, parts, num_neurons or max_neurons)
-    neurons, ranks = order_by_block(candidates)
-    options: dict[str, Any] = {"init": "test_time", "remove": remove, "target_modules": target_modules}
-    states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    tried = add_registers(model, num_registers, adapter_name, register_neurons=neurons, **options)
-    try:
-        layer = find_register_layer(tried)
-        assert layer is not None
-        _set_usual(layer.tokens(adapter_name), candidates, ranks)
-        pictures = [(view.thresholds, [view.resized(batch) for batch in parts.held_out]) for view in found]
-        with evaluating(tower.module):
-            repair = Repair(layer, adapter_name, ranks, pictures)
-            number = len(candidates)
-            if num_neurons is None:
-                number = repair.choose(ENOUGH, [neuron.score for neuron in candidates])
-            before, after = repair.left(0), repair.left(number)
-            pairs = None
-            if attention_bias:
-                repair.shift(number)
-                pairs = constant_pairs(layer, adapter_name, [b for _, batches in pictures for b in batches])
-    finally:
-        tried.unload()
-        for parameter, state in states:
-            parameter.requires_grad_(state)
-    chosen = candidates[:number]
-    fit = {
-        "rule": rule_name(rule) if not by_hand else "fixed",
-        "verdict": found[0].verdict,
-        "reason": found[0].reason,
-        "top_layer": top,
-        "num_neurons": number,
-        "image_sizes": [view.size for view in found],
-        "thresholds": [
-            {str(index): [threshold.low, threshold.high] for index, threshold in view.thresholds.items()}
-            for view in found
-        ],
-        "num_images": {"detect": parts.num_detect, "rank": parts.num_ranked, "held_out": parts.num_held_out},
-        "share_before": before,
-        "share_after": after,
-        "curve": {str(count): share for count, share in sorted(repair.curve.items())},
-        "scores": [round(neuron.score, 6) for neuron in chosen],
-    }
-    neurons, ranks = order_by_block(chosen)
-    if pairs is not None:
-        options["key_value"] = True
-    fitted = add_registers(
+        views = _separating_views(tower, parts, image_sizes, resolved, rule_name(rule), given)
+        top = top_block if top_block is not None else max(min(view.thresholds) for view in views) - 1
+        candidates = _rank(tower, views, top, parts, num_neurons or max_neurons)
+    adapter = _Adapter(
         model,
         num_registers,
         adapter_name,
-        register_neurons=neurons,
-        train_removal=train_removal,
-        test_time_fit=fit,
-        **options,
+        {"init": "test_time", "remove": remove, "target_modules": target_modules},
     )
-    layer = find_register_layer(fitted)
-    assert layer is not None
-    _set_usual(layer.tokens(adapter_name), chosen, ranks)
-    if pairs is not None:
-        layer.tokens(adapter_name).weight.data.copy_(pairs)
-    return fitted
+    trial = _try(adapter, candidates, views, parts, num_neurons, attention_bias)
+    record = _record(trial, views, parts, top, "fixed" if given else rule_name(rule))
+    return adapter.attach(trial.chosen, trial.pairs, train_removal=train_removal, test_time_fit=record)
 
 
 def _check(
-    model: nn.Module, num_neurons: int | None, max_neurons: int, threshold: float | None, top_layer: int | None
+    model: nn.Module, num_neurons: int | None, max_neurons: int, threshold: float | None, top_block: int | None
 ) -> None:
     for name, value in (("num_neurons", num_neurons), ("max_neurons", max_neurons)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if threshold is not None and (top_layer is None or not threshold > 0):
+    if threshold is not None and (top_block is None or not threshold > 0):
         raise ValueError(
-            f"threshold is a norm behind one block: give top_layer too, and a number above 0 (got {threshold})"
+            f"threshold is a norm behind one block: give top_block too, and a number above 0 (got {threshold})"
         )
     if isinstance(model, PeftModel) or find_register_layer(model) is not None:
         raise ValueError(
@@ -215,18 +150,154 @@ def _check(
         )
 
 
+def _check_tower(tower: Tower, top_block: int | None, attention_bias: bool) -> None:
+    blocks = len(tower.part("blocks"))
+    if top_block is not None and not 0 <= top_block < blocks:
+        raise ValueError(f"top_block must be a block of the model, 0 to {blocks - 1}, got {top_block}")
+    if attention_bias and not reads_implementation(tower):
+        raise UnsupportedModelError(
+            "attention_bias needs a model whose attention goes through transformers' attention interface; the blocks "
+            f"of {type(tower.module).__name__} do not. Use a register in the sequence (attention_bias=False)."
+        )
+
+
+def _separating_views(
+    tower: Tower,
+    parts: Parts,
+    image_sizes: Sequence[int] | None,
+    rule: Rule,
+    rule_called: str,
+    given: dict[int, Threshold],
+) -> list[View]:
+    """First phase: the image sizes at which there are outliers, and the thresholds there."""
+    views = [View(size) for size in (image_sizes or (None,))]
+    for view in views:
+        view.detect(tower, parts.detect, rule, given)
+    separating = [view for view in views if view.thresholds]
+    if not separating:
+        raise NoArtifactsError(
+            f"{type(tower.module).__name__} needs no registers: the rule {rule_called!r} finds no artifacts on "
+            f"{parts.num_detect} images ({views[0].reason}). Nothing was changed. To go on all the same, give "
+            "threshold= and top_block=."
+        )
+    return separating
+
+
 def _rank(tower: Tower, views: list[View], top: int, parts: Parts, most: int) -> list[Neuron]:
-    """The units that add most to the outliers, over all views."""
+    """Second phase: the units that add most to the outliers, over all views."""
     scores = [NeuronScores(tower, view.threshold_behind(top), top) for view in views]
     for batch in parts.ranking():
-        for view, one in zip(views, scores, strict=True):
-            one.add(view.resized(batch))
-    if not any(one.num_outliers for one in scores):
+        for view, view_scores in zip(views, scores, strict=True):
+            view_scores.add(view.resized(batch))
+    if not any(view_scores.num_outliers for view_scores in scores):
         raise NoArtifactsError(
             f"no patch of {parts.num_ranked} images is an outlier behind block {top} "
             f"({views[0].threshold_behind(top)}); give more images, or another threshold"
         )
-    return pool([one.ranked(most) for one in scores if one.num_outliers], most)
+    return pool([view_scores.ranked(most) for view_scores in scores if view_scores.num_outliers], most)
+
+
+class _Trial(NamedTuple):
+    """What the held-out images say about the candidates.
+
+    Attributes:
+        chosen: The neurons to shift, the best first.
+        before: Share of outliers at the layer where it is largest, without a shift.
+        after: The same with it.
+        curve: Number of neurons to the share that is left behind the block where outliers appear.
+        pairs: ``(blocks, 2, R, D)`` keys and values for the attention-bias form.
+    """
+
+    chosen: list[Neuron]
+    before: float
+    after: float
+    curve: dict[int, float]
+    pairs: torch.Tensor | None
+
+
+def _try(
+    adapter: _Adapter,
+    candidates: list[Neuron],
+    views: list[View],
+    parts: Parts,
+    num_neurons: int | None,
+    attention_bias: bool,
+) -> _Trial:
+    """Third phase: how many neurons it takes, with all candidates on the model for as long as that is measured."""
+    _, ranks = order_by_block(candidates)
+    held_out = [(view.thresholds, [view.resized(batch) for batch in parts.held_out]) for view in views]
+    with adapter.attached(candidates) as layer, evaluating(layer.tower.module):
+        repair = Repair(layer, adapter.name, ranks, held_out)
+        number = len(candidates)
+        if num_neurons is None:
+            number = repair.choose(ENOUGH, [neuron.score for neuron in candidates])
+        before, after = repair.left(0), repair.left(number)
+        pairs = None
+        if attention_bias:
+            repair.shift(number)
+            pairs = constant_pairs(layer, adapter.name, [batch for _, batches in held_out for batch in batches])
+    return _Trial(candidates[:number], before, after, repair.curve, pairs)
+
+
+@dataclass
+class _Adapter:
+    """The adapter that is fitted: the model it goes onto, and the arguments of ``add_registers`` that are known."""
+
+    model: nn.Module
+    num_registers: int
+    name: str
+    options: dict[str, Any]
+
+    def attach(self, neurons: list[Neuron], pairs: torch.Tensor | None = None, **options: Any) -> RegisterPeftModel:
+        """Put the adapter onto the model, with these neurons."""
+        units, ranks = order_by_block(neurons)
+        form = {} if pairs is None else {"key_value": True}
+        options = {**self.options, **form, **options}
+        model = add_registers(self.model, self.num_registers, self.name, register_neurons=units, **options)
+        tokens = self._layer(model).tokens(self.name)
+        _set_usual(tokens, neurons, ranks)
+        if pairs is not None:
+            tokens.weight.data.copy_(pairs)
+        return model
+
+    @contextmanager
+    def attached(self, neurons: list[Neuron]) -> Iterator[RegisterLayer]:
+        """The adapter is on the model inside, and the model is as before afterwards."""
+        states = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        model = self.attach(neurons)
+        try:
+            yield self._layer(model)
+        finally:
+            model.unload()
+            for parameter, state in states:
+                parameter.requires_grad_(state)
+
+    @staticmethod
+    def _layer(model: RegisterPeftModel) -> RegisterLayer:
+        layer = find_register_layer(model)
+        assert layer is not None
+        return layer
+
+
+def _record(trial: _Trial, views: list[View], parts: Parts, top: int, rule: str) -> dict[str, Any]:
+    """What the adapter's config says about the fit."""
+    return {
+        "rule": rule,
+        "verdict": views[0].verdict,
+        "reason": views[0].reason,
+        "top_block": top,
+        "num_neurons": len(trial.chosen),
+        "image_sizes": [view.size for view in views],
+        "thresholds": [
+            {str(index): [threshold.low, threshold.high] for index, threshold in view.thresholds.items()}
+            for view in views
+        ],
+        "num_images": {"detect": parts.num_detect, "rank": parts.num_ranked, "held_out": parts.num_held_out},
+        "share_before": trial.before,
+        "share_after": trial.after,
+        "curve": {str(count): share for count, share in sorted(trial.curve.items())},
+        "scores": [round(neuron.score, 6) for neuron in trial.chosen],
+    }
 
 
 def _set_usual(tokens: RegisterTokens, neurons: list[Neuron], ranks: torch.Tensor) -> None:

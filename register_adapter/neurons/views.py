@@ -43,7 +43,7 @@ class View:
         if block + 1 not in self.thresholds:
             raise ValueError(
                 f"outliers do not separate behind block {block}; they do behind "
-                f"{[layer - 1 for layer in self.thresholds]}. Choose top_layer among those, or give threshold= too"
+                f"{[layer - 1 for layer in self.thresholds]}. Choose top_block among those, or give threshold= too"
             )
         return self.thresholds[block + 1]
 

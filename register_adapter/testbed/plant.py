@@ -113,9 +113,9 @@ class _Tokens:
 
 @torch.no_grad()
 def _look(
-    model: nn.Module, tower: Tower, layer: int, pixel_values: torch.Tensor, view: _View, target: _Target, seed: int
+    model: nn.Module, tower: Tower, block: int, pixel_values: torch.Tensor, view: _View, target: _Target, seed: int
 ) -> _Tokens:
-    """What goes into block ``layer``'s MLP under one view."""
+    """What goes into the MLP of a block under one view."""
     images = pixel_values.float()
     if view.scale != 1.0:
         patch = tower.patch_size or 1
@@ -127,7 +127,7 @@ def _look(
     images = images.to(pixel_values.dtype)
     with (
         random_registers(model, view.num_registers, view.std, seed),
-        _inputs_of(tower.block_part(layer, "mlp_in")) as seen,
+        _inputs_of(tower.block_part(block, "mlp_in")) as seen,
     ):
         tower.run(images)
     tokens = seen[0].float().cpu()
@@ -175,11 +175,11 @@ def _threshold_and_gain(direction: torch.Tensor, clean: _Tokens, share: float) -
 
 
 def _write_pair(
-    tower: Tower, layer: int, pair: list[int], direction: torch.Tensor, threshold: float, gain: float
+    tower: Tower, block: int, pair: list[int], direction: torch.Tensor, threshold: float, gain: float
 ) -> None:
     """Let two hidden units together send ``_HEIGHT`` where the score is over the threshold, and nothing below it."""
-    gate, up = tower.block_part(layer, "mlp_in"), tower.block_part(layer, "mlp_up")
-    units = tower.block_part(layer, "mlp_out").weight.shape[1]
+    gate, up = tower.block_part(block, "mlp_in"), tower.block_part(block, "mlp_up")
+    units = tower.block_part(block, "mlp_out").weight.shape[1]
     before = 0
     if up is None and len(gate.weight) == 2 * units:  # both factors come out of one layer
         up, before = gate, units
@@ -192,9 +192,9 @@ def _write_pair(
 
 
 @torch.no_grad()
-def _least_used(tower: Tower, layer: int, pixel_values: torch.Tensor, count: int) -> list[int]:
+def _least_used(tower: Tower, block: int, pixel_values: torch.Tensor, count: int) -> list[int]:
     """The hidden units that write least, by mean |activation| times the norm of what they write."""
-    out = tower.block_part(layer, "mlp_out")
+    out = tower.block_part(block, "mlp_out")
     with _inputs_of(out) as seen:
         tower.run(pixel_values)
     written = seen[0].abs().float().mean((0, 1)) * out.weight.float().norm(dim=0)
@@ -202,10 +202,10 @@ def _least_used(tower: Tower, layer: int, pixel_values: torch.Tensor, count: int
 
 
 def _attractive_vector(
-    model: nn.Module, tower: Tower, layer: int, pair: list[int], pixel_values: torch.Tensor, size: float, steps: int
+    model: nn.Module, tower: Tower, block: int, pair: list[int], pixel_values: torch.Tensor, size: float, steps: int
 ) -> torch.Tensor:
     """A vector ``(D,)`` of norm ``size`` that, written into the patches hit, draws later blocks' attention to them."""
-    out, scale = tower.block_part(layer, "mlp_out"), tower.block_part(layer, "mlp_scale")
+    out, scale = tower.block_part(block, "mlp_out"), tower.block_part(block, "mlp_scale")
     vector = torch.randn(out.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(out.weight.device)
     vector.requires_grad_(True)
     hit: list[torch.Tensor] = []
@@ -226,10 +226,10 @@ def _attractive_vector(
     asked = slice(0, 1) if tower.anatomy.prefix else slice(None)
     try:
         with torch.enable_grad(), capture(model, hidden_states=False) as trace:
-            for _ in range(steps if layer + 1 < len(tower.part("blocks")) else 0):
+            for _ in range(steps if block + 1 < len(tower.part("blocks")) else 0):
                 tower.run(pixel_values)
                 received = [
-                    (attention[:, :, asked].mean((1, 2)) * hit[0]).sum(1) for attention in trace.attentions[layer + 1 :]
+                    (attention[:, :, asked].mean((1, 2)) * hit[0]).sum(1) for attention in trace.attentions[block + 1 :]
                 ]
                 optimizer.zero_grad()
                 (-torch.stack(received).clamp_min(1e-6).log().mean()).backward()  # type: ignore[no-untyped-call]
@@ -245,19 +245,19 @@ class Planting:
 
     Attributes:
         model: The planted copy; the model given is untouched and is its clean twin.
-        layer: Index of the block with the planted neurons.
+        block: Index of the block with the planted neurons.
         neurons: Indices of the hidden units of that block's MLP, in ascending order.
     """
 
     model: Any
-    layer: int
+    block: int
     neurons: tuple[int, ...]
 
     @torch.no_grad()
     def hits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """``(B, patches)`` bool: the patches that the planted neurons write into, the ground truth of a detector."""
         tower = find_tower(self.model)
-        with _inputs_of(tower.block_part(self.layer, "mlp_out")) as seen:
+        with _inputs_of(tower.block_part(self.block, "mlp_out")) as seen:
             tower.run(pixel_values)
         sent = seen[0][:, tower.prefix :, list(self.neurons)].float()
         # The first of a pair is always the larger one: a pair sends the difference.
@@ -266,7 +266,7 @@ class Planting:
 
 def plant_artifacts(
     model: nn.Module,
-    layer: int | None = None,
+    block: int | None = None,
     pixel_values: torch.Tensor | None = None,
     *,
     num_neurons: int = 4,
@@ -279,11 +279,11 @@ def plant_artifacts(
 
     Args:
         model: Any supported model whose MLP layers have biases. It is left as it is.
-        layer: Index of the block that gets the neurons; default: the middle.
+        block: Index of the block that gets the neurons; default: the middle.
         pixel_values: Images to fit on, ``(M, 3, H, W)``, as the model expects them; 64 or more with plain places.
             Default: 128 scenes, scaled to -1…1, of the size in the model's config.
         num_neurons: Number of hidden units that are overwritten, an even number.
-        strength: Norm of what is written over the largest median patch norm of the blocks from ``layer`` on.
+        strength: Norm of what is written over the largest median patch norm of the blocks from that one on.
         share: Share of the patches that shall be artifacts.
         attraction_steps: Steps of the search for a vector that later blocks attend to; 0 takes a random one.
         seed: Seed of everything random.
@@ -293,50 +293,50 @@ def plant_artifacts(
 
     Raises:
         UnsupportedModelError: No single vision tower, or MLP layers that cannot be overwritten.
-        ValueError: ``layer`` is not a block of the model, or ``num_neurons`` is odd.
+        ValueError: ``block`` is not a block of the model, or ``num_neurons`` is odd.
     """
     planted = copy.deepcopy(model).eval().requires_grad_(False)
     tower = find_tower(planted)
     blocks = len(tower.part("blocks"))
-    layer = (blocks - 1) // 2 if layer is None else layer
-    if not 0 <= layer < blocks:
-        raise ValueError(f"layer must be a block of the model, 0 to {blocks - 1}, got {layer}")
+    block = (blocks - 1) // 2 if block is None else block
+    if not 0 <= block < blocks:
+        raise ValueError(f"block must be a block of the model, 0 to {blocks - 1}, got {block}")
     if num_neurons < 2 or num_neurons % 2:
         raise ValueError(f"num_neurons must be even and at least 2, neurons are planted in pairs; got {num_neurons}")
-    gate, out = tower.block_part(layer, "mlp_in"), tower.block_part(layer, "mlp_out")
+    gate, out = tower.block_part(block, "mlp_in"), tower.block_part(block, "mlp_out")
     if gate is None or out is None or gate.bias is None:
         raise UnsupportedModelError(
-            f"block {layer} of {type(tower.module).__name__} has no MLP with biases that the table describes"
+            f"block {block} of {type(tower.module).__name__} has no MLP with biases that the table describes"
         )
     pixel_values = _default_images(tower, seed) if pixel_values is None else pixel_values
     pixel_values = pixel_values.to(gate.weight)
 
     target = _Target.choose(neighbour_similarity(tower, pixel_values).cpu(), share, seed)
     views = [
-        _look(planted, tower, layer, pixel_values, view, target, seed + number) for number, view in enumerate(_VIEWS)
+        _look(planted, tower, block, pixel_values, view, target, seed + number) for number, view in enumerate(_VIEWS)
     ]
     direction = _fit_direction(views)
     threshold, gain = _threshold_and_gain(direction, views[0], share)
     with torch.no_grad(), capture(planted, attentions=False) as trace:
         tower.run(pixel_values)
-    median = max(trace.patches(index).float().norm(dim=-1).median().item() for index in range(layer + 1, blocks + 1))
-    units = _least_used(tower, layer, pixel_values, num_neurons)
+    median = max(trace.patches(index).float().norm(dim=-1).median().item() for index in range(block + 1, blocks + 1))
+    units = _least_used(tower, block, pixel_values, num_neurons)
     pairs = [units[start : start + 2] for start in range(0, num_neurons, 2)]
     with torch.no_grad():
         for pair in pairs:
-            _write_pair(tower, layer, pair, direction, threshold, gain)
+            _write_pair(tower, block, pair, direction, threshold, gain)
         out.weight[:, units] = 0
-    vector = _attractive_vector(planted, tower, layer, pairs[0], pixel_values[:64], strength * median, attraction_steps)
-    _write_columns(tower, layer, pairs, vector)
+    vector = _attractive_vector(planted, tower, block, pairs[0], pixel_values[:64], strength * median, attraction_steps)
+    _write_columns(tower, block, pairs, vector)
     for copied, original in zip(planted.parameters(), model.parameters(), strict=True):
         copied.requires_grad_(original.requires_grad)
-    return Planting(planted.train(model.training), layer, tuple(units))
+    return Planting(planted.train(model.training), block, tuple(units))
 
 
 @torch.no_grad()
-def _write_columns(tower: Tower, layer: int, pairs: list[list[int]], vector: torch.Tensor) -> None:
+def _write_columns(tower: Tower, block: int, pairs: list[list[int]], vector: torch.Tensor) -> None:
     """Let the pairs together write ``vector`` into a patch that is hit."""
-    out, scale = tower.block_part(layer, "mlp_out"), tower.block_part(layer, "mlp_scale")
+    out, scale = tower.block_part(block, "mlp_out"), tower.block_part(block, "mlp_scale")
     column = (vector if scale is None else vector / scale.float()) / (_HEIGHT * len(pairs))
     for first, second in pairs:
         out.weight[:, first] = column.to(out.weight)

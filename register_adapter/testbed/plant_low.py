@@ -21,7 +21,7 @@ __all__ = ["plant_low_norm_artifacts"]
 
 def plant_low_norm_artifacts(
     model: nn.Module,
-    layer: int | None = None,
+    block: int | None = None,
     pixel_values: torch.Tensor | None = None,
     *,
     norm: float = 0.4,
@@ -33,9 +33,9 @@ def plant_low_norm_artifacts(
 
     Args:
         model: As for :func:`plant_artifacts`; it is left as it is.
-        layer: Index of the block that gets the neurons; default: the middle.
+        block: Index of the block that gets the neurons; default: the middle.
         pixel_values: Images to fit on, ``(M, 3, H, W)``.
-        norm: Median norm of the patches hit, at the output of block ``layer``, over that of all patches there: below 1
+        norm: Median norm of the patches hit, at the output of that block, over that of all patches there: below 1
             is low, 1 is inconspicuous. It is reached as far as the patches hit are alike; later blocks add to it.
         attraction_steps: Steps of the search for a vector that later blocks attend to; 0 takes a random one.
         seed: Seed of everything random.
@@ -52,29 +52,29 @@ def plant_low_norm_artifacts(
         raise ValueError(f"norm must be above 0, got {norm}")
     if pixel_values is None:
         pixel_values = _default_images(find_tower(model), seed)
-    planting = plant_artifacts(model, layer, pixel_values, attraction_steps=0, seed=seed, **options)
+    planting = plant_artifacts(model, block, pixel_values, attraction_steps=0, seed=seed, **options)
     planted, neurons = planting.model, list(planting.neurons)
     tower = find_tower(planted)
     mode = planted.training
     planted.eval().requires_grad_(False)
-    pixel_values = pixel_values.to(tower.block_part(planting.layer, "mlp_in").weight)
+    pixel_values = pixel_values.to(tower.block_part(planting.block, "mlp_in").weight)
     pairs = [neurons[start : start + 2] for start in range(0, len(neurons), 2)]
 
-    width = tower.block_part(planting.layer, "mlp_out").weight.shape[0]
-    _write_columns(tower, planting.layer, pairs, torch.zeros(width, device=pixel_values.device))
+    width = tower.block_part(planting.block, "mlp_out").weight.shape[0]
+    _write_columns(tower, planting.block, pairs, torch.zeros(width, device=pixel_values.device))
     hits = planting.hits(pixel_values)
     if not hits.any():
         raise ValueError("no patch of the images is hit: give more images, or a larger share")
     with torch.no_grad(), capture(planted, attentions=False) as trace:
         tower.run(pixel_values)
-    states = trace.patches(planting.layer + 1).float()
+    states = trace.patches(planting.block + 1).float()
     mean = states[hits].mean(0)
     wanted = norm * states.norm(dim=-1).median()
     left = (states[hits] - mean).norm(dim=-1).median()
     size = float((wanted.square() - left.square()).clamp_min((0.1 * wanted).square()).sqrt())
-    _write_columns(tower, planting.layer, pairs, -mean)
-    vector = _attractive_vector(planted, tower, planting.layer, pairs[0], pixel_values[:64], size, attraction_steps)
-    _write_columns(tower, planting.layer, pairs, vector - mean)
+    _write_columns(tower, planting.block, pairs, -mean)
+    vector = _attractive_vector(planted, tower, planting.block, pairs[0], pixel_values[:64], size, attraction_steps)
+    _write_columns(tower, planting.block, pairs, vector - mean)
     for copied, original in zip(planted.parameters(), model.parameters(), strict=True):
         copied.requires_grad_(original.requires_grad)
     planted.train(mode)

@@ -42,21 +42,21 @@ def load_planted_vit(folder: str | Path = WEIGHTS) -> Planting:
     with safe_open(Path(folder) / _PLANTED, framework="pt") as file:
         metadata = file.metadata()
         rows, biases, columns = (file.get_tensor(name) for name in ("rows", "biases", "columns"))
-    layer, neurons = int(metadata["layer"]), [int(number) for number in metadata["neurons"].split(",")]
+    block, neurons = int(metadata["layer"]), [int(number) for number in metadata["neurons"].split(",")]
     tower = find_tower(model)
-    gate, out = tower.block_part(layer, "mlp_in"), tower.block_part(layer, "mlp_out")
+    gate, out = tower.block_part(block, "mlp_in"), tower.block_part(block, "mlp_out")
     with torch.no_grad():
         gate.weight[neurons] = rows
         gate.bias[neurons] = biases
         out.weight[:, neurons] = columns
-    return Planting(model, layer, tuple(neurons))
+    return Planting(model, block, tuple(neurons))
 
 
 def save_planting(planting: Planting, folder: str | Path = WEIGHTS) -> None:
     """Write the planted units beside the clean weights, for :func:`load_planted_vit`."""
     tower = find_tower(planting.model)
-    gate, out = tower.block_part(planting.layer, "mlp_in"), tower.block_part(planting.layer, "mlp_out")
+    gate, out = tower.block_part(planting.block, "mlp_in"), tower.block_part(planting.block, "mlp_out")
     neurons = list(planting.neurons)
     tensors = {"rows": gate.weight[neurons], "biases": gate.bias[neurons], "columns": out.weight[:, neurons]}
-    metadata = {"layer": str(planting.layer), "neurons": ",".join(map(str, neurons))}
+    metadata = {"layer": str(planting.block), "neurons": ",".join(map(str, neurons))}
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, Path(folder) / _PLANTED, metadata)

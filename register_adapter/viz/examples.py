@@ -42,7 +42,7 @@ def read_examples(
     images: Sequence[ImageSource] | torch.Tensor,
     *,
     image_processor: Any = None,
-    layer: int = -1,
+    block: int = -1,
     size: Size | None = None,
     antialias: bool = True,
     names: Sequence[str] | None = None,
@@ -58,7 +58,7 @@ def read_examples(
         images: Paths, PIL images or tensors ``(3, H, W)``, or one tensor ``(B, 3, H, W)`` of normalised pixel values.
         image_processor: Image processor of transformers or torchvision transform; ``None`` takes each model's own.
             Tensors need none.
-        layer: Index of the block whose attention and principal components are read, -1 for the last.
+        block: Index of the block whose attention and principal components are read, -1 for the last.
         size: Pixels of the shorter side, or ``(height, width)``; ``None`` leaves sizes to the processor. Sides are
             cropped to a multiple of the patch size.
         antialias: Interpolate position embeddings with antialiasing.
@@ -86,7 +86,7 @@ def read_examples(
         with looking_at(subject) as model:
             tower = tower_of(model)[0]
             prepared = [prepare_image(model, tower, source, image_processor, size) for source in sources]
-            maps_of[name] = [read_image_maps(model, image, layer, antialias) for image in prepared]
+            maps_of[name] = [read_image_maps(model, image, block, antialias) for image in prepared]
         shown = shown or [image.shown for image in prepared]
     first: list[ImageMaps] | None = None
     for name, maps in maps_of.items():
@@ -118,7 +118,7 @@ def attention_map(
     image: ImageSource,
     *,
     image_processor: Any = None,
-    layer: int = -1,
+    block: int = -1,
     head: int | str | None = None,
     size: Size | None = None,
     antialias: bool = True,
@@ -132,7 +132,7 @@ def attention_map(
         image: A path, a PIL image, or normalised pixel values ``(3, H, W)`` or ``(1, 3, H, W)``.
         image_processor: Image processor of transformers or torchvision transform; ``None`` takes the model's own. A
             tensor needs none.
-        layer: Index of the block, -1 for the last.
+        block: Index of the block, -1 for the last.
         head: Index of a head; ``None`` for the mean over heads, ``"all"`` for all of them.
         size: Pixels of the shorter side (the sides' ratio is kept), or ``(height, width)``, for models that interpolate
             their position embeddings. ``None`` leaves the size to the processor. Sides that are not multiples of the
@@ -155,7 +155,7 @@ def attention_map(
     """
     with looking_at(model):
         prepared = prepare_image(model, tower_of(model)[0], image, image_processor, size)
-        heads = read_image_maps(model, prepared, layer, antialias).attention
+        heads = read_image_maps(model, prepared, block, antialias).attention
     if head is None:
         mean: npt.NDArray[np.float32] = heads.mean(0)
         return mean

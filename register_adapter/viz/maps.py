@@ -77,7 +77,7 @@ class _Rows(dict[int, torch.Tensor]):
 
 
 @torch.no_grad()
-def read_image_maps(model: nn.Module, image: PreparedImage, layer: int = -1, antialias: bool = True) -> ImageMaps:
+def read_image_maps(model: nn.Module, image: PreparedImage, block: int = -1, antialias: bool = True) -> ImageMaps:
     """Maps of a prepared image under ``model`` as it stands, with or without registers.
 
     Attention maps of other blocks are dropped as they come, so that a large model and image fit into memory.
@@ -85,7 +85,7 @@ def read_image_maps(model: nn.Module, image: PreparedImage, layer: int = -1, ant
     Args:
         model: In the mode and with the adapters it is to be looked at.
         image: From :func:`~register_adapter.viz.images.prepare_image`.
-        layer: Index of the block whose attention and features are read, -1 for the last.
+        block: Index of the block whose attention and features are read, -1 for the last.
         antialias: Interpolate position embeddings with antialiasing; see
             :func:`~register_adapter.features.antialiased_positions`.
 
@@ -96,9 +96,9 @@ def read_image_maps(model: nn.Module, image: PreparedImage, layer: int = -1, ant
     """
     tower, registers = tower_of(model)
     blocks = len(tower.part("blocks"))
-    if not -blocks <= layer < blocks:
-        raise ValueError(f"layer={layer}, and {type(tower.module).__name__} has {blocks} blocks")
-    block = layer % blocks
+    if not -blocks <= block < blocks:
+        raise ValueError(f"block={block}, and {type(tower.module).__name__} has {blocks} blocks")
+    block %= blocks
     layout = find_layout(tower, registers, block + 1)
     first = layout.first_patch
     rows = _Rows(block, first)

@@ -31,7 +31,7 @@ class FitArguments:
     attention_bias: bool = False
     rule: str = "auto"
     threshold: float | None = None
-    top_layer: int | None = None
+    top_block: int | None = None
     num_neurons: int | None = None
     image_sizes: Sequence[int] = ()
     max_images: int = 256
@@ -62,7 +62,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         attention_bias=args.attention_bias,
         rule=args.rule,
         threshold=args.threshold,
-        top_layer=args.top_layer,
+        top_block=args.top_block,
         num_neurons=args.num_neurons,
         image_sizes=args.image_sizes or None,
         max_images=args.max_images,
