@@ -159,43 +159,17 @@ def test_bad_weights_are_refused_by_auto_peft_model(fault: str, adapter: Path) -
     assert not (adapter / "exploded").exists()
 
 
-#: transformers reads the file itself, after the registers are in place, and ignores tensors that it has no place for.
-IGNORED_BY_TRANSFORMERS = ("extra", "twice")
-#: It casts every tensor to the dtype of the parameter.
-CAST_BY_TRANSFORMERS = ("int8", "float64")
-
-
-@pytest.mark.parametrize("fault", [f for f in FAULTS if f not in IGNORED_BY_TRANSFORMERS + CAST_BY_TRANSFORMERS])
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("is_trainable", [False, True], ids=["frozen", "trainable"])
 def test_bad_weights_are_refused_by_transformers(fault: str, is_trainable: bool, adapter: Path) -> None:
-    """The registers are in the model by then: they take no part until they are deleted."""
-    FAULTS[fault][0](adapter)
+    spoil, message = FAULTS[fault]
+    spoil(adapter)
     base = build("vit")
     snapshot = Snapshot(base, make_inputs("vit"))
-
-    def load_and_train() -> None:
+    with pytest.raises(AdapterFileError, match=f"(?s){message}"):
         base.load_adapter(str(adapter), is_trainable=is_trainable)
-        base.train()
-
-    # transformers 4 lets torch read and compare; torch refuses pickles of classes.
-    said = r"register values|deserializing header|No such file|mismatched_sizes|size mismatch|Weights only load failed"
-    with pytest.raises(Exception, match=said):
-        load_and_train()
+    snapshot.check()
     assert not (adapter / "exploded").exists()
-    assert_identical(run(base, snapshot.inputs), snapshot.outputs)
-    base.delete_adapter("default")
-    base.train(snapshot.training)
-    snapshot.check_values()
-    assert hooks(base) == snapshot.hooks
-
-
-@pytest.mark.parametrize("fault", IGNORED_BY_TRANSFORMERS + CAST_BY_TRANSFORMERS)
-def test_what_transformers_lets_pass_gives_the_registers_of_the_file(fault: str, adapter: Path) -> None:
-    FAULTS[fault][0](adapter)
-    base = build("vit")
-    base.load_adapter(str(adapter))
-    found = find_register_layer(base).tokens("default").weight
-    assert torch.equal(found, load_file(adapter / WEIGHTS)[KEY].to(torch.float32))
 
 
 @pytest.mark.parametrize("fault", ["missing", "NaN", "another width", "int8", "extra"])
@@ -272,8 +246,9 @@ def test_a_config_of_a_wrong_type_or_value_is_refused(values: dict[str, Any], me
     base = build("vit")
     snapshot = Snapshot(base, make_inputs("vit"))
     for load in (PeftModel.from_pretrained, lambda base, folder: base.load_adapter(folder)):
-        with pytest.raises((TypeError, ValueError), match=message):
+        with pytest.raises(AdapterFileError, match=message) as caught:
             load(base, str(adapter))
+        assert str(adapter / CONFIG) in str(caught.value)
         snapshot.check()
 
 
@@ -282,7 +257,7 @@ def test_a_fingerprint_that_is_none_is_refused(adapter: Path) -> None:
     base = build("vit")
     for value in ("abc", [float("nan")] * 24, ["a"], {}):
         spoil_config(adapter, base_tower={**tower, "fingerprint": value})
-        with pytest.raises(TypeError, match="fingerprint"):
+        with pytest.raises(AdapterFileError, match="fingerprint"):
             PeftModel.from_pretrained(base, str(adapter))
     spoil_config(adapter, base_tower={**tower, "fingerprint": tower["fingerprint"][:3]})
     with pytest.raises(ValueError, match="differ in weights"):

@@ -106,7 +106,7 @@ class Anatomy:
         for key, value in paths.items():
             kind = _KINDS.get(key)
             items = value if isinstance(value, tuple) else () if value is None else (value,)
-            fits = all(isinstance(item, kind or str) and not (kind is int and item is True) for item in items)
+            fits = all(isinstance(item, kind or str) and not (kind is int and isinstance(item, bool)) for item in items)
             if not fits or (key in _SCALARS and (len(items) != 1 or isinstance(value, tuple))):
                 wanted = kind.__name__ if kind else "str" if key in _SCALARS else "the name of a module"
                 raise TypeError(f"{key!r} of an anatomy must be {wanted}, got {value!r}")

@@ -20,11 +20,19 @@ from torch import nn
 
 from .tower import Tower
 
-__all__ = ["TowerIdentity", "fingerprint"]
+__all__ = ["TowerIdentity", "fingerprint", "is_finite"]
 
 BUCKETS = 8
 COLUMNS = 4096
 TOLERANCE = 0.02
+
+
+def is_finite(number: float) -> bool:
+    """Whether a number is a finite float; a whole number in a JSON file may be too large for one."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _signs(count: int, device: torch.device) -> torch.Tensor:
@@ -129,7 +137,7 @@ class TowerIdentity:
             if not missing and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise TypeError(f"base_tower[{name!r}] must be {kind.__name__}, got {value!r}")
         numbers = values.get("fingerprint") or []
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        if not all(isinstance(number, int | float) and is_finite(number) for number in numbers):
             raise TypeError("base_tower['fingerprint'] must be a list of finite numbers")
         return cls(**{name: value for name, value in values.items() if name in known})
 

@@ -10,16 +10,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from peft import PeftType
+import peft.auto
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
 
-__all__ = ["METHOD", "PREFIX", "peft_type", "register", "remap_on_load"]
+__all__ = ["CHECKS_IMPORTS", "METHOD", "PREFIX", "peft_type", "register", "remap_on_load"]
 
 METHOD = "register_adapter"
 PREFIX = "register_adapter_"
+#: Whether AutoPeftModel itself refuses to import packages that are not on a list (not in PEFT 0.18).
+CHECKS_IMPORTS = hasattr(peft.auto, "check_import_allowlist")
 
 
 def peft_type() -> Any:
@@ -40,6 +43,34 @@ def register(config_cls: type, model_cls: type) -> None:
     """Make the method known to PEFT; a second call does nothing."""
     if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+        _read_with(config_cls)
+
+
+def _read_with(config_cls: Any) -> None:
+    """Have ``PeftConfig.from_pretrained`` read this method's folders by the method's own reader.
+
+    transformers' loaders and AutoPeftModel ask it for a config, and it makes one without telling the config's class of
+    the folder: the weights in it could be checked only after they are in the model, where they may replace the base's.
+    """
+    inherited = PeftConfig.from_pretrained.__func__
+
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        if cls is PeftConfig and _is_ours(pretrained_model_name_or_path, subfolder, kwargs):
+            return config_cls.from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        return inherited(cls, pretrained_model_name_or_path, subfolder, **kwargs)
+
+    from_pretrained.__doc__ = inherited.__doc__
+    PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type, unused-ignore]
+
+
+def _is_ours(name: Any, subfolder: str | None, kwargs: dict[str, Any]) -> bool:
+    hub = PeftConfig._split_kwargs(kwargs)[0] | ({"subfolder": subfolder} if subfolder else {})
+    try:
+        return bool(PeftConfig._get_peft_type(str(name), **hub) == METHOD.upper())
+    except Exception:  # no file, or none that can be read: PEFT says so
+        return False
 
 
 def remap_on_load(tuner: nn.Module, remap: Callable[..., dict[str, Any]]) -> None:

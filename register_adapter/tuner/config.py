@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,17 +11,21 @@ from peft import PeftConfig
 
 from ..errors import AdapterFileError
 from ..towers.anatomy import Anatomy
-from ..towers.identity import TowerIdentity
-from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_adapter_file
+from ..towers.identity import TowerIdentity, is_finite
+from ..towers.untrusted import check_fields
+from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, TensorInfo, check_adapter_file
 from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
-from ._peft_compat import peft_type
+from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
 from .neuron_shift import REMOVALS, checked_neurons, count_neurons
+from .reading import SavedWeights, naming, read_json, without_unlisted
 from .registers import Placement
 
 __all__ = ["FORMAT_VERSION", "RegisterConfig"]
 
 #: Version of the config and tensor layout; a file with a larger one was written by a newer release.
 FORMAT_VERSION = 2
+# Far more than any model has patches.
+_MOST = 2**16
 _INITS = ("normal", "zeros", "cls", "test_time")
 _ATTENTIONS = ("slice", "full")
 
@@ -61,10 +63,11 @@ class RegisterConfig(PeftConfig):
         test_time_fit: How the register neurons were found: see :func:`fit_test_time_registers`, which writes it.
         attentions: ``"slice"`` returns attention maps of the base's shape (their rows then sum to less than one),
             ``"full"`` returns them with the registers' rows and columns.
-        anatomy: Description of a model that the table of families does not have.
+        anatomy: Description of a model that the table of families does not have. As a dictionary, which is what a file
+            has, it can name modules and parameters only.
         base_tower: Identity of the base's vision tower; written on attaching, checked on loading. Registers of a config
             that is made with it wait for the values from its file; without them they take no part in the forward pass.
-        ignore_base_mismatch: Load the adapter although the base is another one. Never saved.
+        ignore_base_mismatch: Load the adapter although the base is another one. Never saved or read from a file.
         format_version: Version of the file layout.
 
     Raises:
@@ -120,6 +123,13 @@ class RegisterConfig(PeftConfig):
         self.peft_type = peft_type()
         # Only a saved config names its base from the start: the registers' values are in the file beside it.
         self.from_file = self.base_tower is not None
+        # Where from_pretrained has read the config, and what it has found beside it.
+        self.folder: Path | None = None
+        self.saved_weights: SavedWeights | None = None
+        if self.from_file:
+            # A file cannot waive the check of its own base; from_pretrained does, where its caller says so.
+            self.ignore_base_mismatch = False
+        self.auto_mapping: dict[str, Any] | None = without_unlisted(self.auto_mapping, any_package=CHECKS_IMPORTS)
         kinds: dict[str, Any] = {
             "num_registers": int,
             "init": str,
@@ -138,6 +148,10 @@ class RegisterConfig(PeftConfig):
             "anatomy": (Anatomy, dict, type(None)),
             "base_tower": (dict, type(None)),
             "format_version": int,
+            "base_model_name_or_path": (str, type(None)),
+            "revision": (str, type(None)),
+            "peft_version": (str, type(None)),
+            "inference_mode": bool,
         }
         for name, kind in kinds.items():
             value = getattr(self, name)
@@ -147,8 +161,8 @@ class RegisterConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str) and any(not isinstance(item, str) for item in value or ()):
                 raise TypeError(f"{name} must hold names, got {value!r}")
-        if self.num_registers < 1:
-            raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
+        if not 1 <= self.num_registers <= _MOST:
+            raise ValueError(f"num_registers must be at least 1, and at most {_MOST}, got {self.num_registers}")
         for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -158,15 +172,18 @@ class RegisterConfig(PeftConfig):
             raise ValueError("deep=True puts tokens into the sequence, key_value=True does not: choose one of them")
         if self.key_value and self.init == "cls":
             raise ValueError("init='cls' is for tokens; key/value pairs (key_value=True) start from init='normal'")
-        if self.gate is not None and not math.isfinite(self.gate):
+        if self.gate is not None and not is_finite(self.gate):
             raise ValueError(f"gate must be a finite number or None, got {self.gate}")
         self._check_neurons()
-        if not 0 <= self.init_std < float("inf"):
+        if not is_finite(self.init_std) or self.init_std < 0:
             raise ValueError(f"init_std must be a finite number of at least 0, got {self.init_std}")
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
+        #: A dictionary comes from a file, and says where modules are; an Anatomy made in code may say more.
+        self.untrusted_anatomy = isinstance(self.anatomy, dict)
         if isinstance(self.anatomy, dict):
             self.anatomy = Anatomy.from_dict(self.anatomy)
+            check_fields(self.anatomy)
         if self.base_tower is not None:
             self.base_tower = TowerIdentity.from_dict(self.base_tower).to_dict()
         if self.format_version > FORMAT_VERSION:
@@ -252,13 +269,7 @@ class RegisterConfig(PeftConfig):
         Raises:
             AdapterFileError: The file is no JSON object in UTF-8.
         """
-        try:
-            values = json.loads(Path(path_json_file).read_text("utf-8"))
-        except (ValueError, OSError) as error:
-            raise AdapterFileError(f"{path_json_file} is not a JSON file in UTF-8: {error}") from error
-        if not isinstance(values, dict):
-            raise AdapterFileError(f"{path_json_file} must hold a JSON object, found {type(values).__name__}")
-        return values
+        return read_json(path_json_file)
 
     @classmethod
     def from_pretrained(
@@ -269,30 +280,39 @@ class RegisterConfig(PeftConfig):
         Args:
             pretrained_model_name_or_path: Folder, or repository on the Hub.
             subfolder: Folder below that.
-            **kwargs: ``revision``, ``token``, ``cache_dir``… for the Hub; ``ignore_base_mismatch``.
+            **kwargs: ``revision``, ``token``, ``cache_dir``… for the Hub; ``ignore_base_mismatch``; ``anatomy``, to use
+                in place of the one in the file.
 
         Raises:
-            AdapterFileError: There is no config, it is of another PEFT method, or the weights beside it are missing,
-                pickled, damaged, or do not fit it.
+            AdapterFileError: There is no config, it is of another PEFT method or has wrong types or values, or the
+                weights beside it are missing, pickled, damaged, or do not fit it.
             HubAccessError: The repository on the Hub cannot be read.
-            TypeError, ValueError: The config has wrong types or values.
         """
         name = str(pretrained_model_name_or_path)
         kwargs["token"] = checked_token(kwargs.get("token"))
         hub = {key: value for key, value in cls._split_kwargs(kwargs)[0].items() if value is not None}
-        find_config(name, subfolder, hub)
-        config: RegisterConfig = super().from_pretrained(name, subfolder, **kwargs)
-        if not isinstance(config, RegisterConfig):
-            raise AdapterFileError(f"{name!r} holds an adapter of the method {config.peft_type}, not registers.")
+        path = find_config(name, subfolder, hub)
+        values = read_json(path)
+        method = values.get("peft_type")
+        if method != METHOD.upper():
+            raise AdapterFileError(f"{path} is of an adapter of the method {method!r:.100}, not registers.")
+        if (anatomy := kwargs.get("anatomy")) is not None:
+            values["anatomy"] = anatomy
+        with naming(path):
+            config: RegisterConfig = cls.from_peft_type(**values)
         config.ignore_base_mismatch = bool(kwargs.get("ignore_base_mismatch", False))
         weights = find_weights(name, subfolder, hub)
         if weights is None and config.base_tower is not None:
             # A config without a base's identity was never attached to a model, and may well stand alone.
             raise AdapterFileError(
-                f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME}. Save it again."
+                f"the adapter in {path.parent} has no weights: there is no {WEIGHTS_NAME}. Save it again."
             )
+        config.folder = path.parent
         if weights is not None:
-            check_adapter_file(weights, config.expected_shapes, config.modules_to_save)
+            tensors = check_adapter_file(weights, config.expected_shapes, config.modules_to_save)
+            layout = {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+            units = next((value.tolist() for key, value in tensors.items() if key.endswith(UNITS_KEY)), None)
+            config.saved_weights = SavedWeights(weights, layout, units)
         return config
 
 

@@ -27,11 +27,19 @@ from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens, Segment
+from .undo import Before
 
 __all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers"]
 
 #: Among ``adapter_names``, PEFT's name for an image without an adapter.
 BASE = "__base__"
+
+
+_NO_VALUES = (
+    "the adapter {name!r} got no (finite) register values from its file: the tensor is missing, damaged, or from a "
+    "model in which the vision tower has another place."
+)
+_LOAD_WITH_PEFT = "Load a whole file with PeftModel.from_pretrained, which finds the tower in any model."
 
 
 class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.Module, BaseTunerLayer):
@@ -58,6 +66,8 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self._hooked: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
         self.call = CallState()
+        #: The model before it got an adapter whose values are still to come from a file.
+        self.before: Before | None = None
         parameters = list(inspect.signature(type(tower.module).forward).parameters)[1:]
         self._mask_position = parameters.index("attention_mask") if "attention_mask" in parameters else None
 
@@ -149,17 +159,22 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         """
         for name in self.names:
             if self.tokens(name).pending and not self.tokens(name).weight.is_meta:
+                before = self.before
+                # transformers has put the adapter on itself, and nobody else holds it: it can be taken off again.
+                if before is not None and getattr(before.model, "_hf_peft_config_loaded", False):
+                    before.restore()
+                    said = _NO_VALUES.format(name=name)
+                    raise AdapterFileError(f"{said} The model is as it was before. {_LOAD_WITH_PEFT}")
                 self._refuse(name)
+        self.before = None
         super().train(mode)
         return self
 
     @staticmethod
     def _refuse(adapter_name: str) -> None:
         raise AdapterFileError(
-            f"the adapter {adapter_name!r} got no (finite) register values from its file: the tensor is missing, "
-            "damaged, or from a model in which the vision tower has another place. The model behaves as without it. "
-            f"Take it off with delete_adapter({adapter_name!r}), and load a whole file with PeftModel.from_pretrained, "
-            "which finds the tower in any model."
+            f"{_NO_VALUES.format(name=adapter_name)} The model behaves as without it. Take it off with "
+            f"delete_adapter({adapter_name!r}). {_LOAD_WITH_PEFT}"
         )
 
     def delete_adapter(self, adapter_name: str) -> None:

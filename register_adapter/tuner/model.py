@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,13 +17,18 @@ from ..errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelE
 from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
+from ..towers.untrusted import check_parts
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
+from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load
 from .config import RegisterConfig
 from .dry_run import check_anatomy
+from .heads import check_modules_to_save, check_saved_heads, fit_heads
 from .hooks.attention import reads_implementation
 from .layer import BASE, RegisterLayer, register_layers
 from .neuron_shift import count_neurons
+from .reading import naming
+from .undo import unchanged_if_refused
 
 __all__ = ["RegisterModel"]
 
@@ -76,8 +81,22 @@ class RegisterModel(BaseTuner):
         given = self.peft_config[adapter_name]
         if not isinstance(given, RegisterConfig):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
+        with unchanged_if_refused(model) as before, naming(given.folder) if given.folder else nullcontext():
+            self._inject(model, adapter_name, given, *args, **kwargs)
+        for layer in register_layers(model):
+            layer.before = before if self._pending and adapter_name in layer.names else layer.before
+
+    def _inject(self, model: nn.Module, adapter_name: str, given: RegisterConfig, *args: Any, **kwargs: Any) -> None:
+        if given.folder is not None and given.saved_weights is None and given.inference_mode:
+            # A config alone is one to train with; loaders ask for inference, and would look for the values next.
+            raise AdapterFileError(
+                f"the adapter in {given.folder} has no weights: there is no {WEIGHTS_NAME}. Save it again. "
+                "Nothing was changed."
+            )
         anatomy = given.anatomy if isinstance(given.anatomy, Anatomy) else None
         tower = find_tower(model, given.tower_name, anatomy)
+        if given.untrusted_anatomy:
+            check_parts(tower)
         self._check_tower(model, tower, given)
         identity = _checked_identity(tower, given)
         if anatomy is not None:
@@ -85,6 +104,7 @@ class RegisterModel(BaseTuner):
         # A copy: the caller's config can be used for another base.
         config = copy.copy(given)
         config.base_tower, config.ignore_base_mismatch, config.from_file = identity.to_dict(), False, False
+        config.folder = config.saved_weights = None
         self.peft_config[adapter_name] = config
         self._pending = given.from_file and given.base_tower is not None
         self._tower = tower
@@ -101,7 +121,9 @@ class RegisterModel(BaseTuner):
         if config.init == "cls" and tower.part("cls_token") is None:
             raise ValueError(f"init='cls' needs a CLS token and the family {tower.anatomy.family!r} has none")
         _check_placement(tower, config)
-        _check_modules_to_save(model, tower, config.modules_to_save or [])
+        check_modules_to_save(model, tower, config.modules_to_save or [])
+        if config.saved_weights is not None:
+            check_saved_heads(model, tower, config.modules_to_save or [], config.saved_weights)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         embeddings = self._tower.part("embeddings")
@@ -191,12 +213,11 @@ class RegisterModel(BaseTuner):
         check_tensors(state_dict, config.expected_shapes, config.modules_to_save, f"adapter {adapter_name!r}")
         units = next((value for key, value in state_dict.items() if key.endswith(UNITS_KEY)), None)
         if units is not None and not units.is_meta:
-            counts = count_neurons(config.register_neurons or {})
-            parts = torch.split(units, list(counts.values()))
-            found = {block: part.tolist() for block, part in zip(counts, parts, strict=True)}
             tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
-            _check_units(tower, found, f"adapter {adapter_name!r}")
-        _fit_heads(model, adapter_name, state_dict)
+            _check_units(tower, _by_block(config, units.tolist()), f"adapter {adapter_name!r}")
+        fit_heads(model, adapter_name, state_dict)
+        for layer in register_layers(model):
+            layer.before = None
         kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}
         return {_place(model, adapter_name, key): value for key, value in kept.items()}
 
@@ -211,6 +232,15 @@ def _place(model: nn.Module, adapter_name: str, key: str) -> str:
     return key
 
 
+def _by_block(config: RegisterConfig, units: list[int]) -> dict[int, Any]:
+    """The flat list of a file, by block."""
+    rest = iter(units)
+    return {
+        block: [next(rest) for _ in range(count)]
+        for block, count in count_neurons(config.register_neurons or {}).items()
+    }
+
+
 def _check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
     """The MLPs have the hidden units that are named; numbers of them (of which a file says more) are passed over."""
     name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
@@ -222,9 +252,10 @@ def _check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
                 f"{tower.anatomy.mlp_out!r}"
             )
         width = getattr(last, "in_features", None)
-        if isinstance(units, list) and isinstance(width, int) and max(units) >= width:
+        highest = max(units) if isinstance(units, list) else units - 1
+        if isinstance(width, int) and highest >= width:
             raise AdapterFileError(
-                f"{source} names hidden unit {max(units)} of block {block} of {name}, whose MLP has {width}. "
+                f"{source} names hidden unit {highest} of block {block} of {name}, whose MLP has {width}. "
                 "Nothing was changed."
             )
 
@@ -241,7 +272,10 @@ def _check_placement(tower: Tower, config: RegisterConfig) -> None:
             f"insert_layer cannot be had with {name}, which adds position embeddings between its blocks, for the "
             "length that the sequence has from the start. Use insert_layer=0."
         )
-    _check_units(tower, config.register_neurons or {}, "the config")
+    neurons, saved = config.register_neurons or {}, config.saved_weights
+    _check_units(tower, neurons, "the config")
+    if saved is not None and saved.units is not None:
+        _check_units(tower, _by_block(config, saved.units), str(saved.path))
     wanted = [mode for mode in ("key_value", "gate") if getattr(config, mode) not in (None, False)]
     if wanted and not reads_implementation(tower):
         raise UnsupportedModelError(
@@ -249,36 +283,6 @@ def _check_placement(tower: Tower, config: RegisterConfig) -> None:
             f"and biases can be added; the blocks of {name} do not. Use registers in the sequence (deep=True for fresh "
             "ones at every block)."
         )
-
-
-def _check_modules_to_save(model: nn.Module, tower: Tower, names: list[str]) -> None:
-    """Every name leads to a module, and none to one that has the registers' hooks: PEFT makes a copy, hooks and all."""
-    hooked = [tower.module, tower.part("embeddings"), tower.part("remove")]
-    for wanted in names:
-        # The end of a module's name, as in PEFT.
-        found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{wanted}")]
-        if not found:
-            children = [name for name, _ in model.named_children()]
-            raise ValueError(f"modules_to_save names {wanted!r}, which {type(model).__name__} lacks; it has {children}")
-        if any(part is hook for module in found for part in module.modules() for hook in hooked):
-            raise ValueError(
-                f"modules_to_save names {wanted!r}, where registers enter or leave {type(tower.module).__name__}: it "
-                "cannot be trained and saved as a whole beside them. Name a head, or a block."
-            )
-
-
-def _fit_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Give a saved head its own number of classes: the base's head, of which PEFT makes a copy, may have another."""
-    for name, module in model.named_modules():
-        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
-            continue
-        head = module.modules_to_save[adapter_name]
-        saved = state_dict.get(f"{name}.modules_to_save.{adapter_name}.weight")
-        if saved is None or not isinstance(head, nn.Linear) or saved.shape[1:] != head.weight.shape[1:]:
-            continue
-        if saved.shape != head.weight.shape:
-            resized = nn.Linear(head.in_features, saved.shape[0], bias=head.bias is not None).to(head.weight)
-            module.modules_to_save[adapter_name] = resized.requires_grad_(head.weight.requires_grad)
 
 
 def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:

@@ -16,12 +16,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 
+from ..errors import AdapterFileError
 from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_errors
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
 from .layer import find_register_layer, register_layers
+from .undo import unchanged_if_refused
 
 __all__ = ["RegisterPeftModel", "add_registers"]
 
@@ -63,10 +65,18 @@ class RegisterPeftModel(PeftModel):
         kwargs["token"] = checked_token(kwargs.get("token"))
         if config is None:
             config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
-        loaded: RegisterPeftModel = super().from_pretrained(
-            model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
-        )
+            if config.saved_weights is None:
+                raise AdapterFileError(f"the adapter in {config.folder} has no weights: there is no {WEIGHTS_NAME}.")
+        with unchanged_if_refused(model):
+            loaded: RegisterPeftModel = super().from_pretrained(
+                model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
+            )
         return loaded
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; an adapter that is refused leaves the model as it was."""
+        with unchanged_if_refused(self):
+            return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """As in PEFT, and never over an adapter that is there, as PEFT 0.18 would have it.

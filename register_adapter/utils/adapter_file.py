@@ -146,10 +146,12 @@ def check_tensors(
 
 def check_adapter_file(
     path: str | Path, shapes: Mapping[str, tuple[int, ...]], modules_to_save: list[str] | None
-) -> None:
-    """Check a whole adapter file, its header before any value is read; see :func:`check_tensors` for what is raised."""
+) -> dict[str, torch.Tensor]:
+    """Read a whole adapter file, its header before any value; see :func:`check_tensors` for what is raised."""
     _refuse(_layout_faults(read_header(path), shapes, modules_to_save or []), path)
-    _refuse(_value_faults(read_tensors(path)), path)
+    tensors = read_tensors(path)
+    _refuse(_value_faults(tensors), path)
+    return tensors
 
 
 def _refuse(faults: list[str], source: str | Path) -> None:

@@ -1,0 +1,108 @@
+"""Reading an adapter's folder: the one place where what a stranger wrote becomes a config or an error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import AdapterFileError, RegisterAdapterError
+from ..utils.adapter_file import TensorInfo
+from ..utils.files import open_regular
+
+__all__ = ["IMPORTABLE", "SavedWeights", "check_imports", "naming", "read_json", "without_unlisted"]
+
+#: Packages that a config may name as the home of its base model's class; PEFT's AutoPeftModel imports what it finds.
+IMPORTABLE = ("transformers", "timm", "open_clip", "torchvision", "register_adapter", "peft")
+#: Far beyond any config.
+_MAX_BYTES = 2**24
+# Where other methods' configs name a module that PEFT imports, and the only values with which nothing strange is.
+_IMPORTS = {"megatron_core": (None, "megatron.core")}
+
+
+class SavedWeights(NamedTuple):
+    """What was found in the weights' file beside a config, which has been checked against it.
+
+    Attributes:
+        path: The file.
+        layout: Dtypes and shapes by key.
+        units: Hidden units of the register neurons, in the order of blocks; ``None`` without any.
+    """
+
+    path: Path
+    layout: dict[str, TensorInfo]
+    units: list[int] | None
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Within the context, whatever an adapter's file makes go wrong is an error that names the file.
+
+    Raises:
+        AdapterFileError: In the place of any exception that is none of the package's own; those get the file's name.
+    """
+    try:
+        yield
+    except RegisterAdapterError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except Exception as error:
+        said = str(error) or type(error).__name__
+        raise AdapterFileError(f"{path} cannot be used: {said}. Nothing was changed.") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        AdapterFileError: The file is no JSON object in UTF-8, is nested too deeply, or is far too large.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_BYTES:
+                raise ValueError(f"{size} bytes, where a config has a few thousand")
+            values = json.loads(file.read(_MAX_BYTES).decode("utf-8"))
+    except RecursionError as error:
+        raise AdapterFileError(f"{path} is not a JSON file that can be read: it is nested too deeply") from error
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"{path} is not a JSON file in UTF-8: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def check_imports(values: dict[str, Any], path: str | Path) -> None:
+    """Refuse the config of another PEFT method that names a module which PEFT would import.
+
+    Raises:
+        AdapterFileError: It does.
+    """
+    for field, harmless in _IMPORTS.items():
+        if values.get(field) not in harmless:
+            raise AdapterFileError(
+                f"{path} names the module {values[field]!r:.100} in {field!r}, which PEFT would import: an adapter "
+                f"from a file may name {harmless[1]!r} there, or nothing. Nothing was imported."
+            )
+
+
+def without_unlisted(auto_mapping: Any, any_package: bool = False) -> dict[str, Any] | None:
+    """A config's ``auto_mapping``, or ``None`` if it names no class, or one outside of :data:`IMPORTABLE`.
+
+    It is of use to AutoPeftModel alone, which imports what it names; a base model of a class of one's own is built
+    first, and given to ``PeftModel.from_pretrained``.
+
+    Args:
+        auto_mapping: What the config has.
+        any_package: The caller has a list of packages of its own.
+    """
+    if not isinstance(auto_mapping, dict):
+        return None
+    names = [auto_mapping.get(key) for key in ("parent_library", "base_model_class")]
+    if not all(isinstance(name, str) and all(map(str.isidentifier, name.split("."))) for name in names):
+        return None
+    return auto_mapping if any_package or str(names[0]).partition(".")[0] in IMPORTABLE else None

@@ -1,0 +1,88 @@
+"""A refusal leaves a model as it was: everything about it that adapters change is noted before, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Before", "unchanged_if_refused"]
+
+
+class Before:
+    """The state of a model at one time: modules, parameters, buffers, hooks, attributes, configs, ``requires_grad``.
+
+    No value is copied unless that is asked for: tensors are held, and would be missed where something writes into them.
+
+    Args:
+        model: The model.
+        values: Copy the base's values too, which some methods of PEFT change as they start (PiSSA, OLoRA).
+    """
+
+    def __init__(self, model: nn.Module, values: bool = False) -> None:
+        self.model = model
+        self._attributes: list[tuple[Any, dict[str, Any]]] = []
+        self._tables: list[tuple[Any, Any]] = []
+        seen: set[int] = set()
+        for module in model.modules():
+            for holder in (module, getattr(module, "config", None)):
+                # A config is shared by modules; what has no attributes of its own cannot have changed ones.
+                if holder is None or id(holder) in seen or not isinstance(getattr(holder, "__dict__", None), dict):
+                    continue
+                seen.add(id(holder))
+                self._attributes.append((holder, dict(vars(holder))))
+                self._tables += [(value, dict(value)) for value in vars(holder).values() if isinstance(value, dict)]
+                self._tables += [(value, list(value)) for value in vars(holder).values() if isinstance(value, list)]
+                self._tables += [(value, set(value)) for value in vars(holder).values() if isinstance(value, set)]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._values: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        if values:
+            # Some methods write into a weight, others put another tensor behind it.
+            self._values = [(p, p.data, p.detach().clone()) for p in model.parameters() if p.is_floating_point()]
+
+    def __reduce__(self) -> Any:
+        # A copy of a model has a state of its own to go back to, which is not this one.
+        return type(None), ()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back."""
+        for holder, attributes in self._attributes:
+            now = vars(holder)
+            if now.keys() != attributes.keys() or any(now[name] is not value for name, value in attributes.items()):
+                now.clear()
+                now.update(attributes)
+        for table, content in self._tables:
+            if isinstance(table, list):
+                table[:] = content
+            elif isinstance(table, set) or not _same(table, content):
+                table.clear()
+                table.update(content)
+        for parameter, data, value in self._values:
+            parameter.data = data
+            parameter.data.copy_(value)
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        if "peft_config" not in vars(self.model) and vars(self.model).get("_hf_peft_config_loaded"):
+            # transformers notes an adapter before it tries to put it on.
+            del self.model._hf_peft_config_loaded
+
+
+def _same(table: dict[Any, Any], content: dict[Any, Any]) -> bool:
+    """The very same things, in the same order."""
+    return list(table) == list(content) and all(table[key] is value for key, value in content.items())
+
+
+@contextmanager
+def unchanged_if_refused(model: nn.Module, values: bool = False) -> Iterator[Before]:
+    """A context that leaves ``model`` as it was if it ends with an exception; see :class:`Before`."""
+    before = Before(model, values)
+    try:
+        yield before
+    except BaseException:
+        before.restore()
+        raise
