@@ -434,7 +434,7 @@ def test_wrong_paths_and_heads(vit: Path, photos: Path, tmp_path: Path, capsys: 
         "lacks 3 of the data set's classes": (vit, photos, ["--freeze_head"]),
         "has no head 'fc'": (vit, photos, ["--head", "fc"]),
         "report_to must be one of": (vit, photos, ["--with_tracking", "--report_to", "paper"]),
-        "is no checkpoint": (vit, photos, ["--resume_from_checkpoint", str(photos)]),
+        "is not a checkpoint": (vit, photos, ["--resume_from_checkpoint", str(photos)]),
     }
     for message, (model, data, more) in cases.items():
         refused(flags(model, data, tmp_path / "out", "--max_train_steps", "1", *more), 1)

@@ -156,7 +156,7 @@ def test_an_annealed_run_can_be_resumed(planted: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--neurons", "drop"), "needs --adapter_name_or_path"),
+        (("--neurons", "drop"), "needs --adapter-name-or-path"),
         (("--adapter_name_or_path", "x", "--init", "zeros"), "leave out --init"),
     ],
 )
