@@ -176,11 +176,15 @@ class RegisterModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """One adapter's registers; PEFT drops every key with another adapter's name in it, be it "registers"."""
+        """One adapter's registers, from the state that the caller gave."""
+        own = f".register_adapter_tokens.{adapter_name}."
+        if not any(own in key for key in state_dict):
+            # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
+            state_dict = model.state_dict()
         found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, model.state_dict(), unwanted_adapter_names
+            model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return {key: value for key, value in found.items() if f".register_adapter_tokens.{adapter_name}." in key}
+        return {key: value for key, value in found.items() if own in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
