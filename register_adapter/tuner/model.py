@@ -21,6 +21,15 @@ from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, c
 from ._peft_compat import PREFIX, remap_on_load
 from .config import RegisterConfig
 from .dry_run import check_anatomy
+from .heads import (
+    fit_heads,
+    labels_for,
+    lacking_modules,
+    number_of_labels,
+    warn_of_left_out,
+    warn_of_new_weights,
+    without_left_out,
+)
 from .hooks.attention import reads_implementation
 from .layer import BASE, RegisterLayer, register_layers
 from .neuron_shift import count_neurons
@@ -78,20 +87,42 @@ class RegisterModel(BaseTuner):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
         anatomy = given.anatomy if isinstance(given.anatomy, Anatomy) else None
         tower = find_tower(model, given.tower_name, anatomy)
-        self._check_tower(model, tower, given)
+        self._check_tower(tower, given)
         identity = _checked_identity(tower, given)
         if anatomy is not None:
             check_anatomy(tower, given)
-        # A copy: the caller's config can be used for another base.
-        config = copy.copy(given)
-        config.base_tower, config.ignore_base_mismatch, config.from_file = identity.to_dict(), False, False
+        lacking = [name for name in lacking_modules(model, tower, given.modules_to_save or []) if given.needs(name)]
+        heads = [name for name in given.modules_to_save or [] if name not in lacking]
+        if lacking and not given.from_file:
+            children = [name for name, _ in model.named_children()]
+            raise ValueError(
+                f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}"
+            )
+        labels = given.id2label if heads else None
+        if not given.from_file:
+            labels = labels_for(model, [*heads, *given.task_heads], given.labels_given)
+            if given.init != "test_time":
+                warn_of_new_weights(model, heads)
+        self._pending = given.awaits_values
+        config = given
+        now = (identity.to_dict(), labels)
+        if lacking or (given.attached and now != (given.base_tower, given.id2label)):
+            # Otherwise the caller's own, as in PEFT; a copy where it would no longer say what it did.
+            config = copy.copy(given)
+            config.modules_to_save, config.left_out = heads or None, lacking
+        if lacking:
+            warn_of_left_out(model, lacking)
+        config.base_tower, config.ignore_base_mismatch, config.attached = identity.to_dict(), False, True
+        config.id2label = labels
         self.peft_config[adapter_name] = config
-        self._pending = given.from_file and given.base_tower is not None
-        self._tower = tower
+        self._tower, self._labels = tower, config.id2label
+        own_classes = number_of_labels(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if given.from_file and config.id2label:
+            fit_heads(model, adapter_name, (own_classes, len(config.id2label)))
 
     @staticmethod
-    def _check_tower(model: nn.Module, tower: Tower, config: RegisterConfig) -> None:
+    def _check_tower(tower: Tower, config: RegisterConfig) -> None:
         taken = getattr(tower.module, "registers", None)
         if taken is not None and not isinstance(taken, RegisterLayer):
             raise UnsupportedModelError(
@@ -101,7 +132,6 @@ class RegisterModel(BaseTuner):
         if config.init == "cls" and tower.part("cls_token") is None:
             raise ValueError(f"init='cls' needs a CLS token and the family {tower.anatomy.family!r} has none")
         _check_placement(tower, config)
-        _check_modules_to_save(model, tower, config.modules_to_save or [])
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         embeddings = self._tower.part("embeddings")
@@ -127,6 +157,9 @@ class RegisterModel(BaseTuner):
             layer = RegisterLayer(self._tower)
             layer.train(self._tower.module.training)
         layer.update_layer(adapter_name, peft_config, self._pending)
+        layer.labels.bind(self.model)
+        if self._labels:
+            layer.labels[adapter_name] = self._labels
         layer.attach()
 
     @contextmanager
@@ -192,7 +225,10 @@ class RegisterModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check the tensors, and find the registers' key wherever the tower lies in this model."""
         assert isinstance(config, RegisterConfig)
-        check_tensors(state_dict, config.expected_shapes, config.modules_to_save, f"adapter {adapter_name!r}")
+        saved = [*(config.modules_to_save or []), *config.left_out]
+        needed = [name for name in config.modules_to_save or [] if config.needs(name)]
+        state_dict = without_left_out(model, config.left_out, config.task_heads, state_dict)
+        check_tensors(state_dict, config.expected_shapes, saved, f"adapter {adapter_name!r}", needed)
         units = next((value for key, value in state_dict.items() if key.endswith(UNITS_KEY)), None)
         if units is not None and not units.is_meta:
             counts = count_neurons(config.register_neurons or {})
@@ -200,7 +236,12 @@ class RegisterModel(BaseTuner):
             found = {block: part.tolist() for block, part in zip(counts, parts, strict=True)}
             tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
             _check_units(tower, found, f"adapter {adapter_name!r}")
-        _fit_heads(model, adapter_name, state_dict)
+        number = fit_heads(model, adapter_name, state_dict=state_dict)
+        if number is not None:
+            layer = next(layer for layer in register_layers(model) if adapter_name in layer.names)
+            config.id2label = {index: f"LABEL_{index}" for index in range(number)}
+            layer.labels[adapter_name] = config.id2label
+            layer.show_labels()
         kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}
         return {_place(model, adapter_name, key): value for key, value in kept.items()}
 
@@ -255,41 +296,11 @@ def _check_placement(tower: Tower, config: RegisterConfig) -> None:
         )
 
 
-def _check_modules_to_save(model: nn.Module, tower: Tower, names: list[str]) -> None:
-    """Every name leads to a module, and none to one that has the registers' hooks: PEFT makes a copy, hooks and all."""
-    hooked = [tower.module, tower.part("embeddings"), tower.part("remove")]
-    for wanted in names:
-        # The end of a module's name, as in PEFT.
-        found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{wanted}")]
-        if not found:
-            children = [name for name, _ in model.named_children()]
-            raise ValueError(f"modules_to_save names {wanted!r}, which {type(model).__name__} lacks; it has {children}")
-        if any(part is hook for module in found for part in module.modules() for hook in hooked):
-            raise ValueError(
-                f"modules_to_save names {wanted!r}, where registers enter or leave {type(tower.module).__name__}: it "
-                "cannot be trained and saved as a whole beside them. Name a head, or a block."
-            )
-
-
-def _fit_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Give a saved head its own number of classes: the base's head, of which PEFT makes a copy, may have another."""
-    for name, module in model.named_modules():
-        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
-            continue
-        head = module.modules_to_save[adapter_name]
-        saved = state_dict.get(f"{name}.modules_to_save.{adapter_name}.weight")
-        if saved is None or not isinstance(head, nn.Linear) or saved.shape[1:] != head.weight.shape[1:]:
-            continue
-        if saved.shape != head.weight.shape:
-            resized = nn.Linear(head.in_features, saved.shape[0], bias=head.bias is not None).to(head.weight)
-            module.modules_to_save[adapter_name] = resized.requires_grad_(head.weight.requires_grad)
-
-
 def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
     """The tower's identity, after comparing it with the one the config was saved with."""
     found = TowerIdentity.of(tower)
     saved = config.identity
-    if saved is None:
+    if saved is None or not config.from_file:  # a new one, or one in use on another base too
         return found
     differences = found.differences(saved)
     if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):
