@@ -16,6 +16,7 @@ from ..towers.untrusted import check_fields
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, TensorInfo, check_adapter_file
 from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
+from .heads import TASK_HEADS, checked_labels
 from .neuron_shift import REMOVALS, checked_neurons, count_neurons
 from .reading import SavedWeights, naming, read_json, without_unlisted
 from .registers import Placement
@@ -45,6 +46,8 @@ class RegisterConfig(PeftConfig):
         init_std: Standard deviation of the initial values, default 0.02.
         target_modules: Name of the vision tower, or the end of it; needed only where a model has several.
         modules_to_save: Modules trained and saved as a whole beside the registers, such as ``["classifier"]``.
+        id2label: Number to name of the classes of such a head; default those of the base's config. Loaded with it,
+            they stand in the model's config.
         insert_layer: Index k of the first block that has registers, default 0 (behind the embeddings). Blocks before it
             run without gradient, which saves their activations.
         deep: Fresh learned registers at every block from ``insert_layer`` on, in place of the ones that came through
@@ -83,6 +86,9 @@ class RegisterConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved as a whole beside the registers."}
+    )
+    id2label: dict[int, str] | None = field(
+        default=None, metadata={"help": "Number to name of the classes of a head in modules_to_save."}
     )
     insert_layer: int = field(default=0, metadata={"help": "Index of the first block that has registers."})
     deep: bool = field(default=False, metadata={"help": "Fresh learned registers at every block."})
@@ -130,12 +136,15 @@ class RegisterConfig(PeftConfig):
             # A file cannot waive the check of its own base; from_pretrained does, where its caller says so.
             self.ignore_base_mismatch = False
         self.auto_mapping: dict[str, Any] | None = without_unlisted(self.auto_mapping, any_package=CHECKS_IMPORTS)
+        #: Whether a model has it; names of modules_to_save that this model lacks.
+        self.attached, self.left_out = False, list[str]()
         kinds: dict[str, Any] = {
             "num_registers": int,
             "init": str,
             "init_std": (int, float),
             "target_modules": (str, list, tuple, set, type(None)),
             "modules_to_save": (list, tuple, set, type(None)),
+            "id2label": (dict, type(None)),
             "insert_layer": int,
             "deep": bool,
             "key_value": bool,
@@ -181,6 +190,9 @@ class RegisterConfig(PeftConfig):
             self.modules_to_save = list(self.modules_to_save)
         #: A dictionary comes from a file, and says where modules are; an Anatomy made in code may say more.
         self.untrusted_anatomy = isinstance(self.anatomy, dict)
+        if self.id2label is not None:
+            self.id2label = checked_labels(self.id2label)
+        self._first_labels = self.id2label
         if isinstance(self.anatomy, dict):
             self.anatomy = Anatomy.from_dict(self.anatomy)
             check_fields(self.anatomy)
@@ -220,6 +232,26 @@ class RegisterConfig(PeftConfig):
         return TowerIdentity.from_dict(self.base_tower) if self.base_tower else None
 
     @property
+    def awaits_values(self) -> bool:
+        """Whether the registers of an adapter with this config are to come from a file."""
+        counts = any(isinstance(units, int) for units in (self.register_neurons or {}).values())
+        return self.from_file and self.base_tower is not None and (counts or not self.attached)
+
+    @property
+    def labels_given(self) -> dict[int, str] | None:
+        """``id2label`` as the user gave it; attaching fills in the base's."""
+        return self._first_labels if self.attached else self.id2label
+
+    @property
+    def task_heads(self) -> tuple[str, ...]:
+        """What PEFT adds to ``modules_to_save`` for the ``task_type``, whether or not a model has it."""
+        return TASK_HEADS.get(self.task_type, ())
+
+    def needs(self, name: str) -> bool:
+        """Whether a model, and the adapter's file, must have the module of that name of ``modules_to_save``."""
+        return name not in self.task_heads
+
+    @property
     def placement(self) -> Placement:
         """Where and how the registers enter."""
         return Placement(self.num_registers, self.insert_layer, self.deep, self.key_value, self.attentions == "full")
@@ -256,6 +288,8 @@ class RegisterConfig(PeftConfig):
         """The config as a JSON-ready dictionary."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         del values["ignore_base_mismatch"]
+        if self.modules_to_save:  # PEFT adds a task's at every load
+            values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         if self.register_neurons:
             values["register_neurons"] = count_neurons(self.register_neurons)
         if isinstance(self.anatomy, Anatomy):
@@ -309,7 +343,8 @@ class RegisterConfig(PeftConfig):
             )
         config.folder = path.parent
         if weights is not None:
-            tensors = check_adapter_file(weights, config.expected_shapes, config.modules_to_save)
+            needed = [name for name in config.modules_to_save or [] if config.needs(name)]
+            tensors = check_adapter_file(weights, config.expected_shapes, config.modules_to_save, needed)
             layout = {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
             units = next((value.tolist() for key, value in tensors.items() if key.endswith(UNITS_KEY)), None)
             config.saved_weights = SavedWeights(weights, layout, units)

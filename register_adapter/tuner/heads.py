@@ -1,110 +1,267 @@
-"""Modules that are saved as a whole beside registers: they are in the model, and those of a file fit them."""
+"""Modules trained and saved as a whole beside the registers: which there are, their classes, what nobody trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..errors import AdapterFileError
 from ..towers.tower import Tower
-from ..utils.adapter_file import TensorInfo, is_foreign
-from .reading import SavedWeights
 
-__all__ = ["check_modules_to_save", "check_saved_heads", "fit_heads"]
+__all__ = [
+    "TASK_HEADS",
+    "HeadLabels",
+    "checked_labels",
+    "fit_heads",
+    "labels_for",
+    "lacking_modules",
+    "modules_called",
+    "number_of_labels",
+    "warn_of_left_out",
+    "warn_of_new_weights",
+    "without_left_out",
+]
 
-_PREFIX = "base_model.model."
+#: What PEFT itself adds to ``modules_to_save`` for a ``task_type``, whether or not a model has a module of that name.
+TASK_HEADS: dict[Any, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_SHOWN = 5
 
 
-def check_modules_to_save(model: nn.Module, tower: Tower, names: list[str]) -> None:
-    """Every name leads to a module, and none to one that has the registers' hooks: PEFT makes a copy, hooks and all.
+def checked_labels(labels: Mapping[Any, Any]) -> dict[int, str]:
+    """``id2label`` with numbers for keys, as JSON does not have them.
 
     Raises:
-        ValueError: One does not.
+        TypeError: A name is no text.
+        ValueError: The numbers are not 0, 1, 2…
+    """
+    if wrong := [name for name in labels.values() if not isinstance(name, str)]:
+        raise TypeError(f"id2label must hold names, got {wrong[0]!r} of type {type(wrong[0]).__name__}")
+    numbered = {int(key): name for key, name in labels.items() if str(key).isdecimal()}
+    if not labels or sorted(numbered) != list(range(len(labels))):
+        raise ValueError(f"id2label must number the classes 0, 1, 2…, got the numbers {list(labels)[:_SHOWN]}")
+    return dict(sorted(numbered.items()))
+
+
+def modules_called(model: nn.Module, wanted: str) -> dict[str, nn.Module]:
+    """The modules whose name ends with ``wanted``, as in PEFT, by their names."""
+    return {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{wanted}")}
+
+
+def lacking_modules(model: nn.Module, tower: Tower, names: Iterable[str]) -> list[str]:
+    """The names that lead to no module of the model.
+
+    Raises:
+        ValueError: A name leads to a module that has the registers' hooks: PEFT makes a copy, hooks and all.
     """
     hooked = [tower.module, tower.part("embeddings"), tower.part("remove")]
-    for wanted in names:
-        # The end of a module's name, as in PEFT.
-        found = [module for name, module in model.named_modules() if f".{name}".endswith(f".{wanted}")]
+    lacking = []
+    for wanted in dict.fromkeys(names):
+        found = modules_called(model, wanted)
         if not found:
-            children = [name for name, _ in model.named_children()]
-            raise ValueError(f"modules_to_save names {wanted!r}, which {type(model).__name__} lacks; it has {children}")
-        if any(part is hook for module in found for part in module.modules() for hook in hooked):
+            lacking.append(wanted)
+        if any(part is hook for module in found.values() for part in module.modules() for hook in hooked):
             raise ValueError(
                 f"modules_to_save names {wanted!r}, where registers enter or leave {type(tower.module).__name__}: it "
                 "cannot be trained and saved as a whole beside them. Name a head, or a block."
             )
+    return lacking
 
 
-def check_saved_heads(model: nn.Module, tower: Tower, names: list[str], saved: SavedWeights) -> None:
-    """The tensors of a file are those of the model's heads; a linear one may have another number of classes.
+def _own_labels(model: nn.Module) -> dict[int, str] | None:
+    """The classes that the model's config names, ``None`` if it is no config of transformers' or names none."""
+    config = getattr(model, "config", None)
+    found = None if isinstance(config, dict) else getattr(config, "id2label", None)
+    return {int(key): str(name) for key, name in found.items()} if isinstance(found, dict) and found else None
 
-    Inside the tower keys are left to PEFT, which knows what modules were called in other releases of transformers.
+
+def number_of_labels(model: nn.Module) -> int:
+    """How many classes the model's config names."""
+    return len(_own_labels(model) or ())
+
+
+def labels_for(model: nn.Module, names: Iterable[str], given: dict[int, str] | None) -> dict[int, str] | None:
+    """The classes of a new adapter's head: those that are given, or that the model's config names.
+
+    Args:
+        model: The base model.
+        names: ``modules_to_save``.
+        given: ``id2label``.
+
+    Returns:
+        ``None`` if no linear layer among those modules has an output for each class.
 
     Raises:
-        AdapterFileError: A tensor is missing, has no place, or has a shape that its place cannot have.
+        ValueError: Classes are given and no such layer has as many outputs.
     """
-    inside = f"{tower.path}." if tower.path else ""
-    expected: dict[str, tuple[int, ...]] = {}
-    faults = []
-    for path, module in _heads(model, names):
-        if f"{path}.".startswith(inside):
-            continue
-        shapes = {f"{path}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
-        faults += _misshapen(path, module, shapes, saved.layout)
-        expected |= shapes
-    given = {key.removeprefix(_PREFIX): info for key, info in saved.layout.items() if not is_foreign(key)}
-    own = {key for key in given if any(f".{name}." in f".{key}" for name in names)}
-    own = {key for key in own if not key.startswith(inside)} if inside else set(expected)
-    if missing := sorted(set(expected) - set(given)):
-        faults.append(f"no tensors {missing[:10]}")
-    if strange := sorted(own - set(expected)):
-        faults.append(f"tensors {strange[:10]} that the heads do not have")
-    if faults:
-        raise AdapterFileError(
-            f"the modules_to_save in {saved.path} do not fit {type(model).__name__}: {'; '.join(faults[:10])}. "
-            "Nothing was changed."
-        )
+    labels = given or _own_labels(model)
+    if labels is None:
+        return None
+    parts = [part for name in names for module in modules_called(model, name).values() for part in module.modules()]
+    sizes = {part.out_features for part in parts if isinstance(part, nn.Linear)}
+    if len(labels) in sizes:
+        return dict(labels)
+    if given is None:
+        return None
+    raise ValueError(
+        f"id2label names {len(given)} classes and the modules of modules_to_save ({list(names)}) have {sorted(sizes)} "
+        f"outputs. Load the base with that many: from_pretrained(..., num_labels={len(given)}, "
+        "ignore_mismatched_sizes=True)."
+    )
 
 
-def _heads(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Path and original of every module that PEFT will make a copy of."""
-    wrapped: list[str] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in wrapped):
-            continue
-        if any(path.endswith(name) for name in names):
-            wrapped.append(path)
-            yield path, module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+def without_left_out(
+    model: nn.Module, left_out: Iterable[str], optional: Iterable[str], state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A file's tensors without those of modules that this model lacks; warns of the optional ones that go.
+
+    Args:
+        model: The model with the adapter.
+        left_out: Names of modules that were left out with a warning.
+        optional: Names that PEFT has added for the task; a model may lack them.
+        state_dict: The adapter's tensors.
+    """
+    lacking = [name for name in dict.fromkeys(optional) if not modules_called(model, name)]
+    gone: dict[str, str] = {}
+    for key in state_dict:
+        if ".modules_to_save." not in key:
+            gone.update((key, name) for name in (*left_out, *lacking) if f".{name}." in f".{key}")
+    if found := [name for name in lacking if name in gone.values()]:
+        warn_of_left_out(model, found)
+    return {key: value for key, value in state_dict.items() if key not in gone}
 
 
-def _misshapen(
-    path: str, module: nn.Module, shapes: dict[str, tuple[int, ...]], layout: dict[str, TensorInfo]
-) -> list[str]:
-    found: dict[str, Any] = {key: layout.get(_PREFIX + key, layout.get(key)) for key in shapes}
-    bad = {key: info.shape for key, info in found.items() if info is not None and info.shape != shapes[key]}
-    weight = bad.get(f"{path}.weight")
-    if isinstance(module, nn.Linear) and weight is not None and len(weight) == 2 and weight[0]:
-        # As fit_heads makes it.
-        resized = {f"{path}.weight": (weight[0], module.in_features), f"{path}.bias": (weight[0],)}
-        bad = {
-            key: info.shape for key, info in found.items() if info is not None and info.shape != resized.get(key, ())
-        }
-    return [f"{key} has shape {shape}, the model's has {shapes[key]}" for key, shape in bad.items()]
+def warn_of_left_out(model: nn.Module, names: list[str]) -> None:
+    """Warn that an adapter's modules have no place in this model."""
+    while isinstance(model, PeftModel):
+        model = model.base_model.model
+    warnings.warn(
+        f"the adapter has {', '.join(map(repr, names))} trained beside its registers, and {type(model).__name__} has "
+        "no module of that name: it is left out, the registers are loaded whole. To have it too, load the adapter onto "
+        "a base of the class that it was trained with.",
+        stacklevel=4,
+    )
 
 
-def fit_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Give a saved head its own number of classes: the base's head, of which PEFT makes a copy, may have another."""
+def fit_heads(
+    model: nn.Module,
+    adapter_name: str,
+    classes: tuple[int, int] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> int | None:
+    """Give a saved head its own number of classes: the base's head, of which PEFT makes a copy, may have another.
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter.
+        classes: Numbers of classes of the base and of the adapter, as their configs have it.
+        state_dict: The adapter's tensors by the model's keys, of which the head's weight tells the number.
+
+    Returns:
+        The new number of classes, ``None`` where nothing was to be done.
+    """
+    own, rows = classes or (number_of_labels(model), None)
+    changed = None
     for name, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
             continue
         head = module.modules_to_save[adapter_name]
-        saved = state_dict.get(f"{name}.modules_to_save.{adapter_name}.weight")
-        if saved is None or not isinstance(head, nn.Linear) or saved.shape[1:] != head.weight.shape[1:]:
+        if not isinstance(head, nn.Linear):
             continue
-        if saved.shape != head.weight.shape:
-            resized = nn.Linear(head.in_features, saved.shape[0], bias=head.bias is not None).to(head.weight)
+        number = rows if state_dict is None and module.original_module.out_features == own else None
+        saved = (state_dict or {}).get(f"{name}.modules_to_save.{adapter_name}.weight")
+        if saved is not None and saved.shape[1:] == head.weight.shape[1:]:
+            number = saved.shape[0]
+        if number is not None and number != head.out_features:
+            resized = nn.Linear(head.in_features, number, bias=head.bias is not None).to(head.weight)
             module.modules_to_save[adapter_name] = resized.requires_grad_(head.weight.requires_grad)
+            changed = number if module.original_module.out_features == own else changed
+    return changed
+
+
+class HeadLabels(dict[str, dict[int, str]]):
+    """Adapter name to the classes of its head; those of the active one stand in the model's config.
+
+    ``pipeline``, a loss from ``labels=`` and whatever else asks the config then sees the head that is at work.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._model: list[nn.Module] = []  # in a list, which is no submodule of whoever holds this
+        self._own: tuple[Any, Any] | None = None
+        self._shown: dict[int, str] | None = None
+
+    def bind(self, model: nn.Module) -> None:
+        """Name the model whose config is to show them."""
+        self._model = [model]
+
+    def show(self, labels: dict[int, str] | None) -> None:
+        """Have the config name these classes, or with ``None`` those of the base again."""
+        config: Any = getattr(self._model[0], "config", None) if self._model else None
+        if not hasattr(config, "id2label"):
+            return
+        if self._shown is not None and config.id2label != self._shown:
+            self._own = self._shown = None  # somebody has set others, which stay
+        if labels is not None:
+            self._own = self._own or (dict(config.id2label), dict(config.label2id or {}))
+            self._write(dict(labels), {name: number for number, name in labels.items()})
+            self._shown = dict(labels)
+        elif self._own is not None:
+            self._write(*self._own)
+            self._own = self._shown = None
+
+    def _write(self, id2label: dict[int, str], label2id: dict[str, int]) -> None:
+        model: Any = self._model[0]
+        model.config.id2label, model.config.label2id = id2label, label2id
+        if "num_labels" in vars(model):  # some classes of transformers 4 ask this one
+            model.num_labels = len(id2label)
+
+
+def warn_of_new_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn of weights that the base's checkpoint did not have and that are not among the modules ``names``.
+
+    They were drawn at random when it was loaded, are frozen like the rest of the base, and stay random.
+    """
+    places = sorted({key.rpartition(".")[0] for key in _new_weights(model)})
+    kept = [path for path in places if not any(f".{name}." in f".{path}." for name in names)]
+    if kept:
+        heads = list(dict.fromkeys(path.partition(".")[0] for path in kept))
+        warnings.warn(
+            f"the checkpoint of the base had no weights for {', '.join(kept[:_SHOWN])}"
+            f"{f' and {len(kept) - _SHOWN} more' if len(kept) > _SHOWN else ''} of {type(model).__name__}: they were "
+            "drawn at random when it was loaded, and are frozen now. If you need their outputs and have not trained "
+            f"them since, train them beside the registers: modules_to_save={heads}.",
+            stacklevel=4,
+        )
+
+
+def _new_weights(model: nn.Module) -> list[str]:
+    """Names of parameters that were made anew when a checkpoint was loaded, as far as transformers tells."""
+    if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
+        return []
+    inside = tuple(
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    )
+    plain = {key: value for key, value in model.named_parameters() if not key.startswith(inside)}
+    marked = [key for key, value in plain.items() if getattr(value, "_is_hf_initialized", False)]
+    if marked:  # transformers 5 marks every parameter that was in the checkpoint
+        return [key for key, value in plain.items() if value.is_floating_point() and key not in set(marked)]
+    # transformers 4 leaves no trace but the checkpoint's class: a bare tower has no head.
+    prefix = model.base_model_prefix
+    saved = getattr(model.config, "architectures", None) or []
+    if model.name_or_path and hasattr(model, prefix) and saved == [type(getattr(model, prefix)).__name__]:
+        return [key for key in plain if not key.startswith(f"{prefix}.")]
+    return []

@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import AdapterFileError
 from ..towers.tower import Tower
 from .config import RegisterConfig
+from .heads import HeadLabels
 from .hooks.attention import AttentionHooks, reads_implementation
 from .hooks.base import CallState
 from .hooks.methods import MethodHooks
@@ -51,7 +52,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
 
     register_adapter_tokens: nn.ModuleDict
     adapter_layer_names: tuple[str, ...] = ("register_adapter_tokens",)
-    other_param_names: tuple[str, ...] = ("placements",)
+    other_param_names: tuple[str, ...] = ("placements", "labels")
 
     def __init__(self, tower: Tower) -> None:
         super().__init__()
@@ -59,6 +60,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self.prefix = tower.prefix
         self.register_adapter_tokens = nn.ModuleDict()
         self.placements: dict[str, Placement] = {}
+        self.labels = HeadLabels()
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -180,8 +182,24 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; the last adapter takes the hooks with it."""
         super().delete_adapter(adapter_name)
+        self.show_labels()
         if not self.names:
             self._remove_hooks()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; the model's config names the classes of the head that is at work."""
+        super().set_adapter(*args, **kwargs)
+        self.show_labels()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As in PEFT; see :meth:`set_adapter`."""
+        super().enable_adapters(enabled)
+        self.show_labels()
+
+    def show_labels(self) -> None:
+        """Have the model's config name the classes of the active adapter's head."""
+        active = [] if self._disable_adapters else self._active_names
+        self.labels.show(next((self.labels[name] for name in active if name in self.labels), None))
 
     @property
     def segments(self) -> list[Segment]:
@@ -317,6 +335,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""
         self._remove_hooks()
+        self.labels.show(None)
         del self.tower.module._modules["registers"]
 
     def _remove_hooks(self) -> None:

@@ -23,11 +23,20 @@ from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load
 from .config import RegisterConfig
 from .dry_run import check_anatomy
-from .heads import check_modules_to_save, check_saved_heads, fit_heads
+from .heads import (
+    fit_heads,
+    labels_for,
+    lacking_modules,
+    number_of_labels,
+    warn_of_left_out,
+    warn_of_new_weights,
+    without_left_out,
+)
 from .hooks.attention import reads_implementation
 from .layer import BASE, RegisterLayer, register_layers
 from .neuron_shift import count_neurons
 from .reading import naming
+from .saved_heads import check_saved_heads
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterModel"]
@@ -97,21 +106,37 @@ class RegisterModel(BaseTuner):
         tower = find_tower(model, given.tower_name, anatomy)
         if given.untrusted_anatomy:
             check_parts(tower)
-        self._check_tower(model, tower, given)
+        self._check_tower(tower, given)
         identity = _checked_identity(tower, given)
         if anatomy is not None:
             check_anatomy(tower, given)
-        # A copy: the caller's config can be used for another base.
-        config = copy.copy(given)
-        config.base_tower, config.ignore_base_mismatch, config.from_file = identity.to_dict(), False, False
+        heads, lacking = _heads_of(model, tower, given)
+        labels = given.id2label if heads else None
+        if not given.from_file:
+            labels = labels_for(model, [*heads, *given.task_heads], given.labels_given)
+            if given.init != "test_time":
+                warn_of_new_weights(model, heads)
+        self._pending = given.awaits_values
+        config = given
+        now = (identity.to_dict(), labels)
+        if lacking or (given.attached and now != (given.base_tower, given.id2label)):
+            # Otherwise the caller's own, as in PEFT; a copy where it would no longer say what it did.
+            config = copy.copy(given)
+            config.modules_to_save, config.left_out = heads or None, lacking
+        if lacking:
+            warn_of_left_out(model, lacking)
+        config.base_tower, config.ignore_base_mismatch, config.attached = identity.to_dict(), False, True
+        config.id2label = labels
         config.folder = config.saved_weights = None
         self.peft_config[adapter_name] = config
-        self._pending = given.from_file and given.base_tower is not None
-        self._tower = tower
+        self._tower, self._labels = tower, config.id2label
+        own_classes = number_of_labels(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if given.from_file and config.id2label:
+            fit_heads(model, adapter_name, (own_classes, len(config.id2label)))
 
     @staticmethod
-    def _check_tower(model: nn.Module, tower: Tower, config: RegisterConfig) -> None:
+    def _check_tower(tower: Tower, config: RegisterConfig) -> None:
         taken = getattr(tower.module, "registers", None)
         if taken is not None and not isinstance(taken, RegisterLayer):
             raise UnsupportedModelError(
@@ -121,9 +146,6 @@ class RegisterModel(BaseTuner):
         if config.init == "cls" and tower.part("cls_token") is None:
             raise ValueError(f"init='cls' needs a CLS token and the family {tower.anatomy.family!r} has none")
         _check_placement(tower, config)
-        check_modules_to_save(model, tower, config.modules_to_save or [])
-        if config.saved_weights is not None:
-            check_saved_heads(model, tower, config.modules_to_save or [], config.saved_weights)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         embeddings = self._tower.part("embeddings")
@@ -149,6 +171,9 @@ class RegisterModel(BaseTuner):
             layer = RegisterLayer(self._tower)
             layer.train(self._tower.module.training)
         layer.update_layer(adapter_name, peft_config, self._pending)
+        layer.labels.bind(self.model)
+        if self._labels:
+            layer.labels[adapter_name] = self._labels
         layer.attach()
 
     @contextmanager
@@ -198,11 +223,15 @@ class RegisterModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """One adapter's registers; PEFT drops every key with another adapter's name in it, be it "registers"."""
+        """One adapter's registers, from the state that the caller gave."""
+        own = f".register_adapter_tokens.{adapter_name}."
+        if not any(own in key for key in state_dict):
+            # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
+            state_dict = model.state_dict()
         found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, model.state_dict(), unwanted_adapter_names
+            model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return {key: value for key, value in found.items() if f".register_adapter_tokens.{adapter_name}." in key}
+        return {key: value for key, value in found.items() if own in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -210,12 +239,20 @@ class RegisterModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check the tensors, and find the registers' key wherever the tower lies in this model."""
         assert isinstance(config, RegisterConfig)
-        check_tensors(state_dict, config.expected_shapes, config.modules_to_save, f"adapter {adapter_name!r}")
+        saved = [*(config.modules_to_save or []), *config.left_out]
+        needed = [name for name in config.modules_to_save or [] if config.needs(name)]
+        state_dict = without_left_out(model, config.left_out, config.task_heads, state_dict)
+        check_tensors(state_dict, config.expected_shapes, saved, f"adapter {adapter_name!r}", needed)
         units = next((value for key, value in state_dict.items() if key.endswith(UNITS_KEY)), None)
         if units is not None and not units.is_meta:
             tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
             _check_units(tower, _by_block(config, units.tolist()), f"adapter {adapter_name!r}")
-        fit_heads(model, adapter_name, state_dict)
+        number = fit_heads(model, adapter_name, state_dict=state_dict)
+        if number is not None:
+            layer = next(layer for layer in register_layers(model) if adapter_name in layer.names)
+            config.id2label = {index: f"LABEL_{index}" for index in range(number)}
+            layer.labels[adapter_name] = config.id2label
+            layer.show_labels()
         for layer in register_layers(model):
             layer.before = None
         kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}
@@ -285,11 +322,24 @@ def _check_placement(tower: Tower, config: RegisterConfig) -> None:
         )
 
 
+def _heads_of(model: nn.Module, tower: Tower, config: RegisterConfig) -> tuple[list[str], list[str]]:
+    """The ``modules_to_save`` that the model has, and those of a saved adapter that it lacks."""
+    names = config.modules_to_save or []
+    lacking = [name for name in lacking_modules(model, tower, names) if config.needs(name)]
+    if lacking and not config.from_file:
+        children = [name for name, _ in model.named_children()]
+        raise ValueError(f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}")
+    heads = [name for name in names if name not in lacking]
+    if config.saved_weights is not None:
+        check_saved_heads(model, tower, [name for name in heads if config.needs(name)], config.saved_weights)
+    return heads, lacking
+
+
 def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
     """The tower's identity, after comparing it with the one the config was saved with."""
     found = TowerIdentity.of(tower)
     saved = config.identity
-    if saved is None:
+    if saved is None or not config.from_file:  # a new one, or one in use on another base too
         return found
     differences = found.differences(saved)
     if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):

@@ -128,6 +128,7 @@ def check_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     modules_to_save: list[str] | None,
     source: str | Path,
+    needed: list[str] | None = None,
 ) -> None:
     """Compare an adapter's tensors with what its config says.
 
@@ -136,19 +137,26 @@ def check_tensors(
         shapes: End of a key to the shape of its tensor, -1 for a size that is not known.
         modules_to_save: Names of whole modules that are saved beside the registers.
         source: Named in the error.
+        needed: Those of ``modules_to_save`` that must be there, default all.
 
     Raises:
         AdapterFileError: A tensor is missing, extra, misshapen, of a wrong dtype, or not finite.
     """
     layout = {key: TensorInfo(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    _refuse(_layout_faults(layout, shapes, modules_to_save or []) + _value_faults(tensors), source)
+    saved = modules_to_save or []
+    faults = _layout_faults(layout, shapes, saved, saved if needed is None else needed)
+    _refuse(faults + _value_faults(tensors), source)
 
 
 def check_adapter_file(
-    path: str | Path, shapes: Mapping[str, tuple[int, ...]], modules_to_save: list[str] | None
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    modules_to_save: list[str] | None,
+    needed: list[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read a whole adapter file, its header before any value; see :func:`check_tensors` for what is raised."""
-    _refuse(_layout_faults(read_header(path), shapes, modules_to_save or []), path)
+    saved = modules_to_save or []
+    _refuse(_layout_faults(read_header(path), shapes, saved, saved if needed is None else needed), path)
     tensors = read_tensors(path)
     _refuse(_value_faults(tensors), path)
     return tensors
@@ -160,7 +168,7 @@ def _refuse(faults: list[str], source: str | Path) -> None:
 
 
 def _layout_faults(
-    layout: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], saved: list[str]
+    layout: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], saved: list[str], needed: list[str]
 ) -> list[str]:
     faults = []
     tokens: set[str] = set()
@@ -181,7 +189,7 @@ def _layout_faults(
     ]
     if extra:
         faults.append(f"tensors that the config does not mention: {_names(extra)}")
-    missing = [name for name in saved if not any(f".{name}." in f".{key}" for key in layout)]
+    missing = [name for name in needed if not any(f".{name}." in f".{key}" for key in layout)]
     if missing:
         faults.append(f"no tensors of the modules_to_save {missing}")
     for key, info in layout.items():

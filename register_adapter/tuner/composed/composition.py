@@ -13,18 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from peft import PeftConfig, PeftModel
-from peft.functional import cast_adapter_dtype, get_peft_model_state_dict
+from peft import PeftConfig
+from peft.functional import cast_adapter_dtype
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import AdapterFileError
 from ..config import RegisterConfig
-from .folder import read_folder, write_folder
+from .folder import fetch_folder, read_folder
 from .names import check_adapters, configs_of, innermost
+from .saving import SavesAll, write_adapters
 from .tuner import ComposedTuner, check_heads, flags_kept
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "save_adapters"]
@@ -98,32 +97,7 @@ def save_adapters(model: nn.Module, folder: str | Path, selected_adapters: Itera
     if not configs_of(innermost(model)):
         raise ValueError(f"{type(innermost(model)).__name__} carries no adapter to save")
     composed = model if isinstance(model, ComposedPeftModel) else ComposedPeftModel(model)
-    names = list(composed.peft_config if selected_adapters is None else selected_adapters)
-    composed._known(names)
-    if not names:
-        raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
-    adapters = {name: (composed.peft_config[name], _tensors(composed, name)) for name in names}
-    write_folder(folder, adapters, [name for name in composed.active_adapters if name in names])
-
-
-def _tensors(composed: ComposedPeftModel, name: str) -> dict[str, torch.Tensor]:
-    """One adapter's tensors by the keys of PEFT's files.
-
-    PEFT leaves out every key with another adapter's name *anywhere* in it: an adapter called "registers", or like any
-    module of the base, would take the others' tensors along. So the others are left out here, where their names stand.
-    """
-    others = [other for other in composed.peft_config if other != name]
-    foreign = [f"base_model.{child}.{other}." for child in composed.base_model.shared for other in others]
-    for path, module in composed.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            tables = (*module.adapter_layer_names, *module.other_param_names)
-            foreign += [f"{path}.{table}.{other}." for table in tables for other in others]
-    state = {key: value for key, value in composed.state_dict().items() if not f"{key}.".startswith(tuple(foreign))}
-    with composed.base_model.showing([name]):
-        return cast(
-            "dict[str, torch.Tensor]",
-            get_peft_model_state_dict(composed, state, adapter_name=name, save_embedding_layers=False),
-        )
+    write_adapters(composed, folder, selected_adapters)
 
 
 def load_adapters(
@@ -138,19 +112,22 @@ def load_adapters(
 
     Args:
         model: The base model, or one that carries other adapters already.
-        folder: The folder.
+        folder: The folder, or a repository on the Hub.
         is_trainable: Whether the adapters get gradients; default frozen.
         selected_adapters: Names of the adapters to load, default all.
         ignore_base_mismatch: As in :class:`RegisterConfig`.
-        **options: ``low_cpu_mem_usage``, ``torch_device``, ``autocast_adapter_dtype`` as in ``PeftModel.load_adapter``.
+        **options: ``low_cpu_mem_usage``, ``torch_device``, ``autocast_adapter_dtype`` as in ``PeftModel.load_adapter``;
+            ``revision``, ``token``, ``cache_dir``… for the Hub.
 
     Raises:
+        HubAccessError: The repository on the Hub cannot be read.
         AdapterFileError: Something in the folder is missing or damaged, or its tensors do not fit the base.
         BaseModelMismatchError: The registers were made for another base.
         ValueError: A name is in use. In all cases the model is as before.
     """
     base = innermost(model)
-    saved = read_folder(folder, selected_adapters)
+    hub, options = ComposedPeftModel._split_kwargs(options)
+    saved = read_folder(fetch_folder(folder, hub), selected_adapters)
     check_adapters(base, {one.name: one.config for one in saved})
     # Registers first: they know their base by the names and values of its own parameters.
     saved_first = sorted(saved, key=lambda one: not isinstance(one.config, RegisterConfig))
@@ -186,7 +163,7 @@ def load_adapters(
     return composed
 
 
-class ComposedPeftModel(PeftModel):
+class ComposedPeftModel(SavesAll):
     """A :class:`peft.PeftModel` whose adapters may be of several methods; made by :func:`compose`.
 
     Args:
@@ -195,8 +172,6 @@ class ComposedPeftModel(PeftModel):
     Raises:
         ValueError: The adapters that the model carries cannot be composed.
     """
-
-    base_model: ComposedTuner
 
     def __init__(self, model: nn.Module) -> None:
         # Not PeftModel's own, which builds the one tuner of its one method.
@@ -293,11 +268,6 @@ class ComposedPeftModel(PeftModel):
         with self.base_model.without(names):
             yield
 
-    def _known(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(self.peft_config)}")
-
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
@@ -308,10 +278,6 @@ class ComposedPeftModel(PeftModel):
                 tuner.training = self.training  # it is no submodule, and train() does not reach it
                 stack.enter_context(tuner._enable_peft_forward_hooks(*args, **kwargs))
             yield
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save every adapter into one folder; see :func:`save_adapters`."""
-        save_adapters(self, save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, model_id: str | Path, **kwargs: Any) -> ComposedPeftModel:

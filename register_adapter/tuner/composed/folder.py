@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 
 from ...errors import AdapterFileError
 from ...utils.adapter_file import read_tensors
-from ...utils.hub import WEIGHTS_NAME
+from ...utils.hub import WEIGHTS_NAME, checked_token, fetch
 from ...utils.staging import staged
 from ..config import RegisterConfig
 
-__all__ = ["MANIFEST", "SavedAdapter", "check_name", "read_folder", "write_folder"]
+__all__ = ["MANIFEST", "SavedAdapter", "check_name", "fetch_folder", "read_folder", "write_folder"]
 
 MANIFEST = "adapters.json"
 _VERSION = 1
@@ -105,11 +105,39 @@ def write_folder(
                     }
                 )
             manifest = {"format_version": _VERSION, "adapters": entries}
+            # Without tensors: transformers' Trainer looks for this file to tell a checkpoint of adapters.
+            save_file({}, staging / WEIGHTS_NAME, metadata={"format": "pt", "adapters": MANIFEST})
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the adapters could not be saved to {target} ({error}); what was there before is untouched"
         ) from error
+
+
+def fetch_folder(name: str | Path, hub: dict[str, Any]) -> Path:
+    """The folder itself, or the local copy of a repository on the Hub, of what its manifest names.
+
+    Args:
+        name: Folder, or repository on the Hub.
+        hub: ``revision``, ``token``, ``cache_dir``... as for ``hf_hub_download``.
+
+    Raises:
+        AdapterFileError: There is no manifest, or it is damaged, or names what the repository lacks.
+        HubAccessError: The repository cannot be read.
+    """
+    if Path(name).exists():
+        return Path(name)
+    hub = {key: value for key, value in hub.items() if value is not None} | {"token": checked_token(hub.get("token"))}
+    manifest = fetch(str(name), MANIFEST, None, hub)
+    if manifest is None:
+        raise AdapterFileError(
+            f"there is no {MANIFEST} in {str(name)!r}: it was not written by save_adapters. A repository with one "
+            "adapter is loaded with PeftModel.from_pretrained."
+        )
+    for entry in _entries(manifest):
+        for file in (_CONFIG, WEIGHTS_NAME):
+            fetch(str(name), file, entry["name"], hub)
+    return manifest.parent
 
 
 def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> list[SavedAdapter]:
@@ -129,6 +157,17 @@ def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> li
             f"there is no {MANIFEST} in {folder}: it is no folder of save_adapters. A folder with one adapter is "
             "loaded with PeftModel.from_pretrained."
         )
+    entries = _entries(path)
+    names = [entry["name"] for entry in entries]
+    wanted = list(names if selected is None else selected)
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ValueError(f"no adapter {', '.join(map(repr, unknown))} in {folder}; it has {names}")
+    return [_read_adapter(path.parent, entry) for entry in entries if entry["name"] in wanted]
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """What a manifest lists, checked."""
     try:
         manifest = json.loads(path.read_text("utf-8"))
         version, entries = manifest["format_version"], manifest["adapters"]
@@ -149,11 +188,7 @@ def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> li
         raise AdapterFileError(
             f"{path} lists no adapters, one twice, or one without method, state and checksum: {names}"
         )
-    wanted = list(names if selected is None else selected)
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
-        raise ValueError(f"no adapter {', '.join(map(repr, unknown))} in {folder}; it has {names}")
-    return [_read_adapter(path.parent, entry) for entry in entries if entry["name"] in wanted]
+    return list(entries)
 
 
 def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:

@@ -1,0 +1,170 @@
+"""Saving a model with adapters of several methods by the calls and arguments that PEFT and its users know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from huggingface_hub import RepoCard
+from peft import PeftModel
+from peft.functional import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from ..card import is_hub_name
+from .folder import MANIFEST, read_folder, write_folder
+from .tuner import ComposedTuner
+
+__all__ = ["SavesAll", "write_adapters"]
+
+_CARD = """
+# Adapters of several PEFT methods: {names}
+
+```python
+import register_adapter
+
+model = register_adapter.load_adapters(base, "path/to/this/folder")
+```
+
+Each subfolder is an adapter of PEFT's, and can be loaded alone with `PeftModel.from_pretrained`.
+"""
+
+
+def write_adapters(
+    composed: SavesAll,
+    folder: str | Path,
+    selected_adapters: Iterable[str] | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write adapters into one folder; see :func:`register_adapter.save_adapters` for what is raised.
+
+    Args:
+        composed: The model.
+        folder: The folder.
+        selected_adapters: Names, default all.
+        state_dict: The model's values by its own keys, where they were gathered from several processes.
+    """
+    names = list(composed.peft_config if selected_adapters is None else selected_adapters)
+    composed._known(names)
+    if not names:
+        raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
+    state = composed.state_dict() if state_dict is None else state_dict
+    adapters = {name: (composed.peft_config[name], _tensors(composed, name, state)) for name in names}
+    write_folder(folder, adapters, [name for name in composed.active_adapters if name in names])
+
+
+def _tensors(composed: SavesAll, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One adapter's tensors by the keys of PEFT's files.
+
+    PEFT leaves out every key with another adapter's name *anywhere* in it: an adapter called "registers", or like any
+    module of the base, would take the others' tensors along. So the others are left out here, where their names stand.
+    """
+    others = [other for other in composed.peft_config if other != name]
+    foreign = [f"base_model.{child}.{other}." for child in composed.base_model.shared for other in others]
+    for path, module in composed.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            tables = (*module.adapter_layer_names, *module.other_param_names)
+            foreign += [f"{path}.{table}.{other}." for table in tables for other in others]
+    own = {key: value for key, value in state.items() if not f"{key}.".startswith(tuple(foreign))}
+    with composed.base_model.showing([name]):
+        return cast(
+            "dict[str, torch.Tensor]",
+            get_peft_model_state_dict(composed, own, adapter_name=name, save_embedding_layers=False),
+        )
+
+
+class SavesAll(PeftModel):
+    """A :class:`peft.PeftModel` that is saved and loaded as one folder with an adapter in each subfolder."""
+
+    base_model: ComposedTuner
+
+    def _known(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(self.peft_config)}")
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Iterable[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save every adapter into one folder, with the arguments of PEFT's; see :func:`save_adapters`.
+
+        Args:
+            save_directory: The folder, made if it does not exist.
+            safe_serialization: Must be true; pickled weights are not written.
+            selected_adapters: Names of the adapters to save, default all.
+            save_embedding_layers: Must not be true; embedding layers are not saved.
+            is_main_process: Whether this process writes.
+            path_initial_model_for_weight_conversion: Not offered; save that adapter from a model of its own.
+            state_dict: The model's values, where they were gathered from several processes.
+            **kwargs: ``save_function``, ``max_shard_size`` and others that PEFT takes and does not use.
+
+        Raises:
+            ValueError: An argument asks for what is not offered, an adapter is not there, or the path is a file.
+            OSError: The files could not be written; what was in the folder is as before.
+        """
+        if not safe_serialization:
+            raise ValueError("adapters are saved as safetensors only; leave safe_serialization=True")
+        if save_embedding_layers is True or path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "save_embedding_layers=True and path_initial_model_for_weight_conversion= are not offered for adapters "
+                "of several methods: save that adapter from a PeftModel of its own"
+            )
+        if is_main_process:
+            write_adapters(self, save_directory, selected_adapters, state_dict)
+            self.create_or_update_model_card(str(save_directory))
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As in PEFT; a folder of :func:`save_adapters` gives every adapter that the model has its values.
+
+        Args:
+            model_id: Folder or repository of one adapter, or a folder of several.
+            adapter_name: Name of the one adapter; of a folder of several all are loaded, by their own names.
+            *args: As in PEFT.
+            **kwargs: As in PEFT.
+
+        Raises:
+            AdapterFileError: Something in a folder of several is missing or damaged; nothing was loaded.
+            ValueError: A folder of several has an adapter that the model lacks.
+        """
+        if not Path(model_id, MANIFEST).is_file():
+            return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+        saved = read_folder(model_id)
+        if lacking := [one.name for one in saved if one.name not in self.peft_config]:
+            raise ValueError(
+                f"{model_id} holds the adapters {lacking}, which the model lacks; it has {list(self.peft_config)}. Put "
+                "them on a base with load_adapters(base, folder)."
+            )
+        result = None
+        for one in saved:
+            result = super().load_adapter(str(one.path), one.name, *args, **kwargs)
+        return result
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write a README that says how to load the folder; of one that is there only the metadata are completed."""
+        path = Path(output_dir, "README.md")
+        try:
+            card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
+        except (ValueError, TypeError, yaml.YAMLError):
+            return  # somebody's own text
+        base = getattr(self.get_base_model(), "name_or_path", None)
+        found = card.data.get("tags")
+        tags = [found] if isinstance(found, str) else list(found or [])
+        methods = sorted({str(config.peft_type.value).lower() for config in self.peft_config.values()})
+        card.data["library_name"] = "peft"
+        card.data["tags"] = list(dict.fromkeys([*tags, "peft", "register-adapter", *methods]))
+        if is_hub_name(base):
+            card.data["base_model"] = card.data.get("base_model") or base
+        if not card.text.strip():
+            card.text = _CARD.format(names=", ".join(f"`{name}`" for name in self.peft_config))
+        card.save(path)

@@ -1,0 +1,195 @@
+"""A composed model in the hands of what knows PEFT: transformers' Trainer, accelerate's loops, the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from families import build, make_inputs
+from helpers import assert_identical, run
+from peft import LoraConfig
+
+from register_adapter import (
+    AdapterFileError,
+    ComposedPeftModel,
+    RegisterConfig,
+    add_registers,
+    compose,
+    load_adapters,
+)
+from register_adapter.tuner.composed import folder as adapter_folder
+from register_adapter.utils.adapter_file import read_tensors
+
+
+def composed(seed: int = 0) -> ComposedPeftModel:
+    base = build("vit-classifier")
+    torch.manual_seed(seed)
+    lora = LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)
+    return compose(base, {"registers": RegisterConfig(init_std=1.0), "lora": lora})
+
+
+class Items(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self) -> None:
+        inputs = make_inputs("vit-classifier")
+        self.pixels = inputs["pixel_values"].repeat(4, 1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixels[index], "labels": index % 2}
+
+
+def trainer(model: ComposedPeftModel, folder: Path, **options: Any) -> transformers.Trainer:
+    given: dict[str, Any] = {"num_train_epochs": 2, "learning_rate": 1e-2, "save_strategy": "epoch", "seed": 0}
+    given |= {"eval_strategy": "epoch", "report_to": [], "use_cpu": True, "disable_tqdm": True} | options
+    arguments = transformers.TrainingArguments(output_dir=str(folder), per_device_train_batch_size=4, **given)
+    return transformers.Trainer(model, arguments, train_dataset=Items(), eval_dataset=Items())
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def test_the_trainer_saves_and_resumes_all_adapters(tmp_path: Path) -> None:
+    whole = composed()
+    trainer(whole, tmp_path).train()
+    first = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    resumed = composed(seed=1)
+    trainer(resumed, tmp_path / "again").train(resume_from_checkpoint=str(first))
+    expected, found = trained(whole), trained(resumed)
+    assert list(found) == list(expected)
+    assert any("lora" in name for name in found)
+    assert any("register" in name for name in found)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+
+def test_the_trainer_loads_the_best_of_all_adapters_at_the_end(tmp_path: Path) -> None:
+    model = composed()
+    # A step far too long: the first epoch's model is the best.
+    run_ = trainer(
+        model,
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        learning_rate=3.0,
+        lr_scheduler_type="constant",
+    )
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Keep(transformers.TrainerCallback):
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(trained(model))
+
+    run_.add_callback(Keep())
+    with mock.patch.object(run_, "evaluate", side_effect=[{"eval_loss": 1.0}, {"eval_loss": 2.0}]):
+        run_.train()
+    found = trained(model)
+    assert set(found) == set(seen[0])
+    assert all(torch.equal(found[name], seen[0][name]) for name in found)
+    assert any(not torch.equal(found[name], seen[1][name]) for name in found)
+
+
+@pytest.mark.parametrize("name", ["is_main_process", "safe_serialization", "save_function", "max_shard_size", "state"])
+def test_saving_takes_the_arguments_of_peft(name: str, tmp_path: Path) -> None:
+    model = composed().eval()
+    given: dict[str, Any] = {
+        "is_main_process": {"is_main_process": True},
+        "safe_serialization": {"safe_serialization": True},
+        "save_function": {"save_function": torch.save},
+        "max_shard_size": {"max_shard_size": "5GB"},
+        "state": {"state_dict": {key: value * 2 for key, value in model.state_dict().items()}},
+    }[name]
+    model.save_pretrained(tmp_path, **given)
+    found = load_adapters(build("vit-classifier"), tmp_path).state_dict()
+    scale = 2 if name == "state" else 1
+    own = [key for key in found if "lora_" in key or "register_adapter_tokens" in key]
+    assert own
+    assert all(torch.equal(found[key], model.state_dict()[key] * scale) for key in own)
+
+
+def test_another_process_writes_nothing_and_what_is_not_offered_is_refused(tmp_path: Path) -> None:
+    model, folder = composed(), tmp_path / "out"
+    model.save_pretrained(folder, is_main_process=False)
+    with pytest.raises(ValueError, match="safetensors only"):
+        model.save_pretrained(folder, safe_serialization=False)
+    with pytest.raises(ValueError, match="embedding"):
+        model.save_pretrained(folder, save_embedding_layers=True)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        model.save_pretrained(folder, selected_adapters=["other"])
+    assert not folder.exists()
+
+
+def test_a_folder_of_several_gives_the_adapters_their_values_or_is_refused(tmp_path: Path) -> None:
+    composed().save_pretrained(tmp_path)
+    other = composed(seed=1)
+    other.load_adapter(tmp_path, "registers")
+    inputs = make_inputs("vit-classifier")
+    assert_identical(run(other.eval(), inputs), run(composed().eval(), inputs))
+    alone = compose(build("vit-classifier"), {"registers": RegisterConfig()})
+    with pytest.raises(ValueError, match=r"holds the adapters \['lora'\], which the model lacks"):
+        alone.load_adapter(tmp_path, "registers")
+
+
+def test_what_is_pushed_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, remote = composed().eval(), tmp_path / "remote"
+
+    def upload(_: Any, folder: str, *args: Any, **kwargs: Any) -> str:
+        shutil.copytree(folder, remote)
+        return "done"
+
+    kind = type(model)
+    monkeypatch.setattr(kind, "_upload_modified_files", upload)
+    hub = transformers.utils.hub
+    client = mock.MagicMock(**{"create_repo.return_value.repo_id": "me/pair"})
+    for name in ("hf_api", "create_repo"):
+        if hasattr(hub, name):
+            made = client if name == "hf_api" else client.create_repo.return_value
+            monkeypatch.setattr(hub, name, mock.MagicMock(return_value=made))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", mock.MagicMock())
+    model.push_to_hub("me/pair")
+    asked: list[Any] = []
+
+    def fetch(name: str, filename: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
+        asked.append((name, options.get("revision")))
+        path = remote / (subfolder or "") / filename
+        return path if path.is_file() else None
+
+    monkeypatch.setattr(adapter_folder, "fetch", fetch)
+    loaded = load_adapters(build("vit-classifier"), "me/pair", revision="v1").eval()
+    assert set(asked) == {("me/pair", "v1")}
+    inputs = make_inputs("vit-classifier")
+    assert_identical(run(loaded, inputs), run(model, inputs))
+    (remote / "adapters.json").unlink()
+    with pytest.raises(AdapterFileError, match="one adapter is loaded with PeftModel"):
+        load_adapters(build("vit-classifier"), "me/pair")
+
+
+def test_the_card_says_how_to_load_the_folder_and_keeps_the_users_text(tmp_path: Path) -> None:
+    composed().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "load_adapters" in text
+    assert "register-adapter" in text
+    (tmp_path / "README.md").write_text("---\ntags: mine\n---\nmy text\n")
+    composed().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "my text" in text
+    assert "mine" in text
+    assert "load_adapters" not in text
+    assert json.loads((tmp_path / "adapters.json").read_text())["adapters"]
+
+
+def test_a_register_adapter_is_saved_with_the_values_that_are_given(tmp_path: Path) -> None:
+    model = add_registers(build("vit-classifier"), modules_to_save=["classifier"])
+    given = {key: torch.full_like(value, 0.5) for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=given)
+    saved = read_tensors(tmp_path / "adapter_model.safetensors")
+    assert any("registers" in key for key in saved)
+    assert all(bool((value == 0.5).all()) for value in saved.values())
