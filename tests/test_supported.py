@@ -57,8 +57,8 @@ def test_no_family_is_both_supported_and_refused() -> None:
     assert not set(FAMILIES) & set(REFUSED)
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_a_refused_model_is_named_with_its_reason(name: str) -> None:
-    model = nn.Sequential(type(name, (nn.Linear,), {})(2, 2))
-    with pytest.raises(UnsupportedModelError, match=re.escape(f"0 is a {name}, which is refused: {REFUSED[name]}")):
-        add_registers(model)
+def test_a_refused_model_is_named_with_its_reason() -> None:
+    for name, reason in REFUSED.items():
+        model = nn.Sequential(type(name, (nn.Linear,), {})(2, 2))
+        with pytest.raises(UnsupportedModelError, match=re.escape(f"0 is a {name}, which is refused: {reason}")):
+            add_registers(model)

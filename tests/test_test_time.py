@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, TOWERS, build, make_inputs
+from families import CASES, FAMILIES, TOWERS, build, make_inputs
 from helpers import Snapshot, assert_identical, run
 from peft import PeftModel
 from stacks_cases import STACKS, build_stack, images
@@ -161,7 +161,7 @@ def test_the_whole_batch_is_repaired() -> None:
 
 # --- tiny models of other families ------------------------------------------------------------------------------------
 
-FAMILIES = [
+PLANTED_FAMILIES = [
     name
     for name in ("vit", "deit", "clip-vision", "dinov2", "dinov2-swiglu", "siglip-vision", "dinov3", "ijepa", "beit")
     if name in TOWERS
@@ -205,7 +205,7 @@ def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -
 
 
 @pytest.mark.parametrize(("block", "strength"), [(0, 8.0), (1, 5.0)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PLANTED_FAMILIES)
 def test_other_families(name: str, block: int, strength: float) -> None:
     clean = build(name)
     # BEiT takes one size only.
@@ -214,7 +214,7 @@ def test_other_families(name: str, block: int, strength: float) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PLANTED_FAMILIES)
 def test_weak_artifacts_in_other_families(name: str, block: int) -> None:
     """Norms of random weights are as widely spread as these artifacts are high: the line is drawn by hand."""
     planted, pixels, held_out = plant(build(name), block, 2.0, 32, seed=block)
@@ -516,7 +516,7 @@ def batches(name: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str, tmp_path: Path) -> None:
     case, model = CASES[name], build(name)
     tower = find_tower(model)
