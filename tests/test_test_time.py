@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
-import sys
 import weakref
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from families import CASES, FAMILIES, TOWERS, build, make_inputs
 from helpers import Snapshot, assert_identical, run
 from peft import PeftModel
+from processes import run_script
 from stacks_cases import STACKS, build_stack, images
 from torch import nn
 from torch.nn import functional as F
@@ -463,21 +462,7 @@ def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_pat
     model.save_pretrained(tmp_path / "fitted")
     torch.save({"pixels": pixels[:4], "logits": model(pixel_values=pixels[:4]).logits}, tmp_path / "expected.pt")
     torch.save(model.peft_config["default"].test_time_fit, tmp_path / "fit.pt")
-    code = f"""
-import torch, register_adapter
-from peft import AutoPeftModel, PeftModel
-from transformers import ViTForImageClassification
-torch.set_num_threads(1)
-expected, fit = torch.load({str(tmp_path / "expected.pt")!r}), torch.load({str(tmp_path / "fit.pt")!r})
-base = ViTForImageClassification.from_pretrained({str(base)!r})
-folder = {str(tmp_path / "fitted")!r}
-for model in (AutoPeftModel.from_pretrained(folder), PeftModel.from_pretrained(base, folder)):
-    found = model.eval().peft_config["default"].test_time_fit
-    assert found == fit and found["curve"][str(found["num_neurons"])] == 0 and found["cuts"]
-    assert torch.equal(model(pixel_values=expected["pixels"]).logits, expected["logits"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script("load_test_time_fit", tmp_path)
     assert (tmp_path / "fitted" / "adapter_model.safetensors").stat().st_size < 14_000
 
 
