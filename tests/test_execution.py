@@ -20,6 +20,7 @@ from execution_cases import SHARDED, WAYS, gradients, registered, trained_values
 from families import HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run
 from peft import PeftModel
+from processes import PATIENCE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -206,7 +207,7 @@ def test_only_reentrant_checkpointing_makes_the_embeddings_require_a_gradient(re
 def _two_processes(file: Path, *kinds: str) -> dict[str, torch.Tensor]:
     script = Path(__file__).with_name("two_processes_gradients.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, str(file), *kinds], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([*launch, str(file), *kinds], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return load_file(file)
 

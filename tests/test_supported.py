@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE
 from torch import nn
 
 from register_adapter import FAMILIES, UnsupportedModelError, add_registers
@@ -26,15 +27,15 @@ def test_the_documents_hold_the_tables_of_the_registry(document: str) -> None:
 
 def test_the_command_prints_and_writes_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "register_adapter.commands.cli", "families"]
-    done = subprocess.run([*command, "--full"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--full"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == full_table()
     document = tmp_path / "document.md"
     document.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    subprocess.run([*command, "--into", str(document)], check=True, timeout=300)
+    subprocess.run([*command, "--into", str(document)], check=True, timeout=PATIENCE)
     assert document.read_text() == f"before\n{START}\n{short_table()}\n{END}\nafter\n"
     document.write_text("no place")
-    refused = subprocess.run([*command, "--into", str(document)], capture_output=True, text=True, timeout=300)
+    refused = subprocess.run([*command, "--into", str(document)], capture_output=True, text=True, timeout=PATIENCE)
     assert refused.returncode != 0
     assert "no place for the table" in refused.stderr
 
