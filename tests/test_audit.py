@@ -552,6 +552,7 @@ def test_pictures_need_a_processor_and_no_pictures_are_an_error(planting, tmp_pa
 # The command line
 
 
+@pytest.mark.slow
 def test_the_command_audits_a_base_and_its_adapters(tmp_path):
     adapter = tmp_path / "my adapter"
     torch.manual_seed(0)

@@ -550,6 +550,7 @@ def test_an_adapter_of_another_method_is_not_taken_for_registers(tmp_path: Path)
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
     """The limit on a file's size makes a write fail in the middle, as a full disk does: of any file, of the weights."""

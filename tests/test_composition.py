@@ -102,6 +102,7 @@ def test_every_model_loads_a_pair(name: str, order: int, tmp_path: Path) -> None
     assert sorted(trainable(loaded)) == sorted(trainable(model))
 
 
+@pytest.mark.slow
 def test_a_pair_is_loaded_in_another_process(tmp_path: Path) -> None:
     inputs, base = make_inputs("vit-classifier"), build("vit-classifier")
     base.save_pretrained(tmp_path / "base")

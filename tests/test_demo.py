@@ -14,6 +14,8 @@ from safetensors import safe_open
 
 from register_adapter.testbed import SceneDataset, load_image_processor
 
+pytestmark = pytest.mark.slow
+
 COMMAND = str(Path(sys.executable).parent / "register-adapter")
 
 

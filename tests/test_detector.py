@@ -444,6 +444,7 @@ def test_low_norm_artifacts_have_the_norm_asked_for():
         plant_low_norm_artifacts(clean, norm=0)
 
 
+@pytest.mark.slow
 def test_the_documented_benchmark_writes_a_whole_report(tmp_path):
     out, picture = tmp_path / "new" / "detector.json", tmp_path / "detector.png"
     command = [sys.executable, str(BENCHMARKS / "detector.py"), "--images", "40", "--steps", "5", "--every", "40"]

@@ -32,7 +32,6 @@ NAMES = [name for name in ("vit", "clip-vision", "dinov2", "dinov3", "siglip2-vi
 OUTPUT = "last_hidden_state"
 every_name = pytest.mark.parametrize("name", NAMES)
 every_way = pytest.mark.parametrize("way", WAYS)
-
 #: Where the way and the model do not meet in the code under test: every way on a ViT, three on every other model.
 ways_in_turn = pytest.mark.parametrize(("name", "way"), crossings(NAMES, WAYS, whole=("vit",), each=3))
 
@@ -41,6 +40,7 @@ def ways_in_turn_by(option: str, values: Iterable[Any], names: list[str] = NAMES
     """Every way with every value of an option on a ViT, four of them on every other model."""
     cases = crossings(names, WAYS, values, whole=("vit",), each=4)
     return pytest.mark.parametrize(("name", "way", option), cases)
+
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     assert list(found) == list(expected)
@@ -124,6 +124,7 @@ def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
     close({name: found[name] for name in expected}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), [("dinov2", "default"), ("siglip2-vision", "key_value")])
 @pytest.mark.usefixtures("_no_graphs")
 def test_inductor_trains(name: str, way: str) -> None:
@@ -225,6 +226,7 @@ def by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Te
     return _two_processes(tmp_path_factory.mktemp("deepspeed") / "gradients.safetensors", "zero3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
 @pytest.mark.parametrize(("name", "way"), SHARDED)
 def test_two_processes_give_the_gradients_of_one(

@@ -74,6 +74,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
         yield archive
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
@@ -85,12 +86,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     assert rest == {f"register_adapter/{name}" for name in ("py.typed", "viz/page/page.css", "viz/page/page.js")}
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small_and_has_no_pickle(wheel: zipfile.ZipFile) -> None:
     assert not [name for name in wheel.namelist() if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pyc"))]
     assert sum(item.file_size for item in wheel.infolist() if "/weights/" in item.filename) <= 2 * 4 * 2**20
     assert sum(item.file_size for item in wheel.infolist() if "/weights/" not in item.filename) < 2**20
 
 
+@pytest.mark.slow
 def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
     folder = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
     metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
@@ -143,11 +146,13 @@ def test_every_pin_is_one_exact_version() -> None:
 # What an import does
 
 
+@pytest.mark.slow
 def test_an_import_registers_with_peft_and_does_nothing_else(tmp_path: Path) -> None:
     done = run_script("import_changes_nothing", cwd=tmp_path)
     assert done.stdout + done.stderr == "as before\n", "the import printed or logged something"
 
 
+@pytest.mark.slow
 def test_the_library_needs_no_extra(tmp_path: Path) -> None:
     """Every module but the command line is imported in a process that has none of the optional packages."""
     missing = ("matplotlib", "onnx", "onnxscript", "open_clip", "rich", "skimage", "sklearn", "tensorboard")

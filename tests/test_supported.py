@@ -25,6 +25,7 @@ def test_the_documents_hold_the_tables_of_the_registry(document: str) -> None:
     assert inside == TABLES[document](), "run: make families"
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "register_adapter.commands.cli", "families"]
     done = subprocess.run([*command, "--full"], capture_output=True, text=True, timeout=PATIENCE)

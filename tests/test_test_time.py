@@ -454,6 +454,7 @@ def test_the_attention_bias_form_needs_the_attention_interface() -> None:
         fit(model, images(batch=8), attention_bias=True)
 
 
+@pytest.mark.slow
 def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_path: Path) -> None:
     base = tmp_path / "base"
     load_planted_vit().model.save_pretrained(base)
