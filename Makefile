@@ -17,12 +17,13 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 
-.PHONY: help demo test test-oldest lint types format families docs bench wheel clean
+.PHONY: help demo test test-fast test-oldest lint types format families docs bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train registers for the packaged model, and show what they change"
 	@echo "make test    run the tests (PYTEST_ARGS='-k layer' for some of them, WORKERS=1 for one process)"
+	@echo "make test-fast  one case of each test, without the slow ones: two minutes"
 	@echo "make test-oldest  the same with the oldest versions that are supported (docs/versions.md)"
 	@echo "make lint    check style (ruff) and spelling (codespell)"
 	@echo "make types   check types (mypy --strict)"
@@ -57,6 +58,9 @@ demo: $(VENV)/.installed-demo
 # One thread per process: the processes already take the cores. No test needs a network beyond loopback.
 test: $(VENV)/.installed-$(TEST_EXTRA)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
+
+test-fast:
+	$(MAKE) test PYTEST_ARGS='--fast $(PYTEST_ARGS)'
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) CONSTRAINTS=constraints-oldest.txt TEST_EXTRA=test

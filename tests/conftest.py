@@ -1,4 +1,4 @@
-"""Test-wide settings: no network, one thread, quiet libraries."""
+"""Test-wide settings: no network, one thread, quiet libraries; ``--fast`` runs one case of each kind."""
 
 from __future__ import annotations
 
@@ -21,3 +21,31 @@ transformers.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="one case of each test function, of tests over other libraries one a library; none that is marked slow",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--fast"):
+        return
+    kept: dict[tuple[str, str], pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            kept.setdefault((item.nodeid.partition("[")[0], _library(item)), item)
+    chosen = set(kept.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def _library(item: pytest.Item) -> str:
+    """The family of the case's model, for models outside transformers; otherwise nothing."""
+    models = getattr(getattr(item, "module", None), "STACKS", None)
+    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+    stack = models.get(name) if isinstance(models, dict) and isinstance(name, str) else None
+    return str(getattr(stack, "family", ""))

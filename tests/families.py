@@ -33,8 +33,10 @@ from torch import nn
 __all__ = [
     "BLOCKS",
     "CASES",
+    "FAMILIES",
     "HEADS",
     "IMAGE",
+    "KINDS",
     "LABELS",
     "PATCH",
     "PATCHES",
@@ -182,6 +184,19 @@ TOWERS = tuple(
             "mlcd-vision",
             "molmo2-vision",
         ),
+    )
+    if name in CASES
+)
+#: The first model of every family. What happens inside the tower does not depend on the head around it.
+FAMILIES = tuple({case.family: name for name, case in reversed(CASES.items())}.values())[::-1]
+#: One model of each kind of anatomy, which is what an option can depend on: with and without tokens before the patches,
+#: native registers, a final norm over patches, position biases, rotary tables, masks, the attention interface.
+KINDS = tuple(
+    name
+    for name in (
+        *("vit", "deit", "clip-vision", "dinov2-registers", "siglip-vision", "beit", "beit-shared", "data2vec"),
+        *("dinov3", "radio", "pixio", "yolos", "flava-vision", "mgp-str", "siglip2-vision", "pix2struct-vision"),
+        *("mlcd-vision", "molmo2-vision"),
     )
     if name in CASES
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from families import CASES, TOWERS, build, make_inputs
+from processes import PATIENCE
 from test_testbed import pixels
 from torch import nn
 
@@ -551,6 +552,7 @@ def test_pictures_need_a_processor_and_no_pictures_are_an_error(planting, tmp_pa
 # The command line
 
 
+@pytest.mark.slow
 def test_the_command_audits_a_base_and_its_adapters(tmp_path):
     adapter = tmp_path / "my adapter"
     torch.manual_seed(0)
@@ -562,7 +564,7 @@ def test_the_command_audits_a_base_and_its_adapters(tmp_path):
     main = [sys.executable, "-m", "register_adapter"]
     command = [*main, "audit", "planted", str(folder), "--out", str(out)]
     done = subprocess.run(
-        [*command, "--adapter", str(adapter), "--batch_size", "8"], capture_output=True, text=True, timeout=300
+        [*command, "--adapter", str(adapter), "--batch_size", "8"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     reports = [ArtifactReport.from_dict(one) for one in json.loads((out / "audit.json").read_text())["reports"]]
@@ -574,7 +576,7 @@ def test_the_command_audits_a_base_and_its_adapters(tmp_path):
     assert "broken.png" in done.stderr
     page = (out / "index.html").read_text()
     assert "my adapter" in page
-    refused = subprocess.run([*command, "--strict"], capture_output=True, text=True, timeout=300)
+    refused = subprocess.run([*command, "--strict"], capture_output=True, text=True, timeout=PATIENCE)
     assert refused.returncode == 1
     assert "broken.png" in refused.stderr
     assert "Traceback" not in refused.stderr

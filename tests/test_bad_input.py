@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from families import WIDTH, build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, hooks, run
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner
+from processes import run_script
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -525,51 +524,12 @@ def test_an_adapter_of_another_method_is_not_taken_for_registers(tmp_path: Path)
 
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
-FULL_DISK = """
-    import json, resource, signal, sys
-    from pathlib import Path
-    import torch, transformers as tf
-    from register_adapter import add_registers
-    from register_adapter import find_register_layer
 
-    folder = Path(sys.argv[1])
-    shape = dict(num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=16)
-    model = add_registers(tf.ViTModel(tf.ViTConfig(hidden_size=256, **shape)), 16)
-    model.save_pretrained(folder / "adapter")
-    files = lambda: {path.name: path.read_bytes() for path in (folder / "adapter").iterdir()}
-    before = files()
-    with torch.no_grad():
-        find_register_layer(model).tokens("default").weight.add_(1.0)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    reports = {}
-    for limit in sys.argv[2:]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-        error = None
-        try:
-            model.save_pretrained(folder / "adapter")
-        except OSError as caught:
-            error = str(caught)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        left = [path.name for path in folder.iterdir()]
-        reports[limit] = {"error": error, "same": files() == before, "left": left}
-    model.save_pretrained(folder / "adapter")
-    size, replaced = len(before["adapter_model.safetensors"]), files() != before
-    print(json.dumps({"reports": reports, "size": size, "replaced": replaced}))
-"""
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
     """The limit on a file's size makes a write fail in the middle, as a full disk does: of any file, of the weights."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path), "10", "8192"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(run_script("save_to_a_full_disk", tmp_path, 10, 8192).stdout.splitlines()[-1])
     assert found["size"] > 16_000
     for report in found["reports"].values():
         assert "could not be saved" in report["error"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import CASES, TOWERS, build, make_inputs
+from crossings import crossings
+from families import CASES, FAMILIES, KINDS, TOWERS, build, make_inputs
 from helpers import Snapshot, assert_identical, differs, hooks, run
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -13,8 +14,7 @@ from register_adapter import RegisterConfig, RegisterLayer, add_registers, find_
 ASK = {"output_hidden_states": True, "output_attentions": True}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "attention"), crossings(CASES, ("eager", "sdpa"), whole=KINDS))
 def test_disabled_registers_leave_the_base_bit_for_bit(name: str, attention: str) -> None:
     base, inputs = build(name, attention), make_inputs(name)
     ask = ASK if attention == "eager" else {"output_hidden_states": True}
@@ -27,9 +27,9 @@ def test_disabled_registers_leave_the_base_bit_for_bit(name: str, attention: str
     assert_identical(run(model, inputs, **ask), active)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
-def test_unload_gives_back_the_very_base(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "precision"), crossings(FAMILIES, ("float32", "bfloat16")))
+def test_unload_gives_back_the_very_base(name: str, precision: str) -> None:
+    dtype = getattr(torch, precision)
     base, inputs = build(name, dtype=dtype), make_inputs(name, dtype=dtype)
     snapshot = Snapshot(base, inputs)
     model = add_registers(base, 4).eval()
@@ -38,7 +38,7 @@ def test_unload_gives_back_the_very_base(name: str, dtype: torch.dtype) -> None:
     snapshot.check()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_base_keys_keep_their_names_while_registers_are_attached(name: str) -> None:
     base = build(name)
     keys = list(base.state_dict())

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import PATIENCE
+
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--models", "tiny", "--sizes", "28", "--batches", "1", "--dtypes", "float32", "--devices", "cpu"]
@@ -36,7 +39,7 @@ def test_the_documented_command_writes_a_whole_report(tmp_path: Path) -> None:
     out = tmp_path / "new folder" / "overhead.json"
     command = [sys.executable, str(BENCHMARKS / "overhead.py"), *TINY, "--compile", "no", "--repeats", "3"]
     done = subprocess.run(
-        [*command, "--min-time", "0", "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [*command, "--min-time", "0", "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
@@ -206,7 +209,7 @@ def test_the_other_benchmarks_write_what_they_compared(name: str, tmp_path: Path
     out = tmp_path / "new folder" / f"{name}.json"
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", "tiny", "--size", "112", "--repeats", "2"]
     done = subprocess.run(
-        [*command, *options, "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [*command, *options, "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
@@ -222,7 +225,7 @@ def test_kernels_at_other_lengths(tmp_path: Path) -> None:
     out = tmp_path / "lengths.json"
     options = ["--models", "s", "--registers", "4", "--repeats", "2", "--min-time", "0", "--out", str(out)]
     command = [sys.executable, str(BENCHMARKS / "lengths.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
     assert {(one["kernel"], one["dtype"]) for one in results} == {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import BLOCKS, CASES, HEADS, TOWERS, WIDTH, build, make_inputs
+from crossings import crossings
+from families import BLOCKS, CASES, FAMILIES, HEADS, TOWERS, WIDTH, build, make_inputs
 from helpers import assert_identical, hooks, run
 from torch import nn
 
@@ -18,9 +19,7 @@ from register_adapter import (
 )
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("num_registers", [1, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "num_registers", "attention"), crossings(CASES, (1, 4), ("eager", "sdpa")))
 def test_registers_hidden_states_and_attentions_have_their_full_shapes(
     name: str, num_registers: int, attention: str
 ) -> None:
@@ -39,7 +38,7 @@ def test_registers_hidden_states_and_attentions_have_their_full_shapes(
         torch.testing.assert_close(maps.sum(-1), torch.ones(images, HEADS, length))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_base_without_registers_can_be_captured(name: str) -> None:
     base, inputs = build(name), make_inputs(name)
     with torch.no_grad(), capture(base) as trace:
@@ -73,7 +72,7 @@ def test_the_first_state_holds_the_registers_themselves(name: str) -> None:
     torch.testing.assert_close(found, norm(weight).expand_as(found))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_it_restores_sdpa_and_every_hook_and_output(name: str) -> None:
     model, inputs = add_registers(build(name, "sdpa"), 4).eval(), make_inputs(name)
     expected, installed = run(model, inputs), hooks(model)

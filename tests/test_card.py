@@ -278,6 +278,7 @@ def test_saving_writes_the_card_and_keeps_results_of_the_same_weights(tmp_path: 
     assert str(tmp_path) not in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_snippet_of_a_saved_adapter_runs_in_a_fresh_process(tmp_path: Path) -> None:
     small_base().save_pretrained(tmp_path / "base")
     model = add_registers(ViTForImageClassification.from_pretrained(tmp_path / "base"), num_registers=3)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from processes import run_script
 from safetensors.torch import save_file
 from torch import nn
 
@@ -103,6 +102,7 @@ def test_every_model_loads_a_pair(name: str, order: int, tmp_path: Path) -> None
     assert sorted(trainable(loaded)) == sorted(trainable(model))
 
 
+@pytest.mark.slow
 def test_a_pair_is_loaded_in_another_process(tmp_path: Path) -> None:
     inputs, base = make_inputs("vit-classifier"), build("vit-classifier")
     base.save_pretrained(tmp_path / "base")
@@ -110,22 +110,7 @@ def test_a_pair_is_loaded_in_another_process(tmp_path: Path) -> None:
         model = pair("lora", order)
         save_adapters(model, tmp_path / str(order))
         torch.save({"inputs": inputs, "outputs": run(model, inputs)}, tmp_path / f"{order}.pt")
-    code = """
-    import sys, torch, transformers, register_adapter
-    from register_adapter.utils.adapter_file import read_tensors
-from register_adapter import load_adapters
-    torch.set_num_threads(1)
-    for order in ("1", "-1"):
-        base = transformers.ViTForImageClassification.from_pretrained(sys.argv[1] + "/base")
-        saved = torch.load(f"{sys.argv[1]}/{order}.pt")
-        with torch.no_grad():
-            logits = load_adapters(base, f"{sys.argv[1]}/{order}")(**saved["inputs"]).logits
-        assert torch.equal(logits, saved["outputs"]["logits"]), order
-    print("identical")
-    """
-    code = "\n".join(line.removeprefix("    ") for line in code.splitlines())
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["identical"], done.stderr
+    assert run_script("load_pairs", tmp_path, *ORDERS.values()).stdout.split() == ["identical"]
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)

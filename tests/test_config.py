@@ -79,9 +79,9 @@ def test_the_base_is_named_in_the_config(tmp_path: Path) -> None:
     assert add_registers(base, 4).peft_config["default"].base_model_name_or_path == str(tmp_path)
 
 
-@pytest.mark.parametrize("row", FAMILIES.values(), ids=list(FAMILIES))
-def test_a_row_of_the_table_is_json_and_comes_back(row: Anatomy) -> None:
-    assert Anatomy.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+def test_the_rows_of_the_table_are_json_and_come_back() -> None:
+    rows = {name: json.loads(json.dumps(row.to_dict())) for name, row in FAMILIES.items()}
+    assert {name: Anatomy.from_dict(row) for name, row in rows.items()} == FAMILIES
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -11,6 +11,8 @@ from safetensors import safe_open
 
 from register_adapter.testbed import SceneDataset, load_image_processor
 
+pytestmark = pytest.mark.slow
+
 
 def test_on_the_packaged_model(tmp_path):
     said = run("demo", "--out", str(tmp_path), "--max_train_steps", "3", "--num_eval_images", "48", "--batch_size", "8")

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from families import IMAGE, PATCH, build, make_inputs
 from helpers import Snapshot, hooks
+from processes import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -443,11 +444,12 @@ def test_low_norm_artifacts_have_the_norm_asked_for():
         plant_low_norm_artifacts(clean, norm=0)
 
 
+@pytest.mark.slow
 def test_the_documented_benchmark_writes_a_whole_report(tmp_path):
     out, picture = tmp_path / "new" / "detector.json", tmp_path / "detector.png"
     command = [sys.executable, str(BENCHMARKS / "detector.py"), "--images", "40", "--steps", "5", "--every", "40"]
     command += ["--no-extras", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert {"benchmark", "config", "versions", "hardware", "commit", "results", "targets"} < set(report)

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import accelerate
 import pytest
 import torch
 import transformers as tf
+from crossings import crossings
 from execution_cases import SHARDED, WAYS, gradients, registered, trained_values
 from families import HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run
 from peft import PeftModel
+from processes import PATIENCE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -30,6 +32,14 @@ NAMES = [name for name in ("vit", "clip-vision", "dinov2", "dinov3", "siglip2-vi
 OUTPUT = "last_hidden_state"
 every_name = pytest.mark.parametrize("name", NAMES)
 every_way = pytest.mark.parametrize("way", WAYS)
+#: Where the way and the model do not meet in the code under test: every way on a ViT, three on every other model.
+ways_in_turn = pytest.mark.parametrize(("name", "way"), crossings(NAMES, WAYS, whole=("vit",), each=3))
+
+
+def ways_in_turn_by(option: str, values: Iterable[Any], names: list[str] = NAMES) -> pytest.MarkDecorator:
+    """Every way with every value of an option on a ViT, four of them on every other model."""
+    cases = crossings(names, WAYS, values, whole=("vit",), each=4)
+    return pytest.mark.parametrize(("name", "way", option), cases)
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
@@ -114,6 +124,7 @@ def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
     close({name: found[name] for name in expected}, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), [("dinov2", "default"), ("siglip2-vision", "key_value")])
 @pytest.mark.usefixtures("_no_graphs")
 def test_inductor_trains(name: str, way: str) -> None:
@@ -164,13 +175,14 @@ def test_onnx_gives_the_same_numbers_for_any_batch(name: str, way: str, tmp_path
 # Checkpointed
 
 
-@pytest.mark.parametrize("kind", [{"use_reentrant": True}, {"use_reentrant": False}, None], ids=str)
-@every_way
-@every_name
-def test_gradient_checkpointing_changes_no_gradient(name: str, way: str, kind: dict[str, bool] | None) -> None:
+CHECKPOINTING = {"reentrant": {"use_reentrant": True}, "not-reentrant": {"use_reentrant": False}, "default": None}
+
+
+@ways_in_turn_by("kind", CHECKPOINTING)
+def test_gradient_checkpointing_changes_no_gradient(name: str, way: str, kind: str) -> None:
     model, inputs = registered(name, way).train(), make_inputs(name)
     expected = gradients(model, inputs)
-    model.get_base_model().gradient_checkpointing_enable(kind)
+    model.get_base_model().gradient_checkpointing_enable(CHECKPOINTING[kind])
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     close(gradients(model, inputs), expected)
 
@@ -196,7 +208,7 @@ def test_only_reentrant_checkpointing_makes_the_embeddings_require_a_gradient(re
 def _two_processes(file: Path, *kinds: str) -> dict[str, torch.Tensor]:
     script = Path(__file__).with_name("two_processes_gradients.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, str(file), *kinds], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([*launch, str(file), *kinds], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return load_file(file)
 
@@ -214,6 +226,7 @@ def by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Te
     return _two_processes(tmp_path_factory.mktemp("deepspeed") / "gradients.safetensors", "zero3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
 @pytest.mark.parametrize(("name", "way"), SHARDED)
 def test_two_processes_give_the_gradients_of_one(
@@ -247,9 +260,7 @@ def offload(model: torch.nn.Module, kind: str, folder: Path) -> None:
         accelerate.disk_offload(model, folder, cpu)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "disk"])
-@every_way
-@pytest.mark.parametrize("name", OFFLOADED)
+@ways_in_turn_by("kind", ["cpu", "disk"], OFFLOADED)
 def test_offloaded_registers_come_back_for_the_forward_pass(name: str, way: str, kind: str, tmp_path: Path) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     expected = run(model, inputs)
@@ -273,9 +284,7 @@ def test_a_model_can_be_dispatched_with_its_registers_anywhere(way: str, place: 
     assert_identical(run(model, inputs), expected)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto"])
-@every_way
-@every_name
+@ways_in_turn_by("device_map", ["cpu", "auto"])
 def test_an_adapter_loads_into_a_base_with_a_device_map(name: str, way: str, device_map: str, tmp_path: Path) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     plain = build(name)
@@ -306,10 +315,13 @@ def test_registers_join_a_base_on_disk(way: str, tmp_path: Path) -> None:
 # Number formats and layouts
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
-@every_way
-@every_name
-def test_half_weights(name: str, way: str, dtype: torch.dtype, limit: float) -> None:
+#: Half precisions -> how far outputs may be, relative to all values together.
+LIMITS = {"bfloat16": 0.02, "float16": 0.003}
+
+
+@ways_in_turn_by("precision", LIMITS)
+def test_half_weights(name: str, way: str, precision: str) -> None:
+    dtype, limit = getattr(torch, precision), LIMITS[precision]
     expected = run(registered(name, way), make_inputs(name))[OUTPUT]
     model = registered(name, way, build(name, dtype=dtype))
     inputs = make_inputs(name, dtype=dtype)
@@ -323,13 +335,11 @@ def test_half_weights(name: str, way: str, dtype: torch.dtype, limit: float) -> 
         assert value.abs().sum() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_way
-@every_name
-def test_autocast_trains_float32_registers(name: str, way: str, dtype: torch.dtype) -> None:
+@ways_in_turn_by("precision", LIMITS)
+def test_autocast_trains_float32_registers(name: str, way: str, precision: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     expected = run(model, inputs)[OUTPUT]
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast("cpu", dtype=getattr(torch, precision)):
         assert error(run(model, inputs)[OUTPUT], expected) < 0.02
         for value in gradients(model.train(), inputs).values():
             assert value.dtype == torch.float32
@@ -358,9 +368,7 @@ def quantised(model: torch.nn.Module, kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", INT8)
-@every_way
-@every_name
+@ways_in_turn_by("kind", INT8)
 def test_int8_before_or_after_the_registers_is_the_same(name: str, way: str, kind: str, tmp_path: Path) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     expected = run(model, inputs)[OUTPUT]
@@ -379,8 +387,7 @@ def test_int8_before_or_after_the_registers_is_the_same(name: str, way: str, kin
     assert_identical(run(again, inputs), run(registered(name, way), inputs))
 
 
-@every_way
-@every_name
+@ways_in_turn
 def test_registers_train_on_int8_weights(name: str, way: str) -> None:
     inputs = make_inputs(name)
     expected = gradients(registered(name, way).train(), inputs)

@@ -4,15 +4,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from crossings import crossings
 from families import CASES, IMAGE, LABELS, PATCHES, build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, differs, hooks, run
 from peft import LoraConfig, get_peft_model
+from processes import run_script
 
 from register_adapter import (
     HubAccessError,
@@ -71,30 +72,15 @@ def outputs(model, inputs, prefix=None, count=0):
     return found
 
 
-def stranger(code, folder):
-    """Run code in a process in which this package cannot be imported."""
-    blocked = """
-    import importlib.abc, sys
-    class Absent(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "register_adapter":
-                raise ModuleNotFoundError(name)
-    sys.meta_path.insert(0, Absent())
-    import torch
-    torch.set_num_threads(1)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(blocked) + textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 # The native class
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", WITH_NATIVE_CLASS)
-def test_a_native_model_gives_the_same_numbers(name, attention, dtype):
+@pytest.mark.parametrize(
+    ("name", "attention", "precision"),
+    crossings(WITH_NATIVE_CLASS, ("sdpa", "eager"), ("float32", "bfloat16"), whole=("dinov2",), each=2),
+)
+def test_a_native_model_gives_the_same_numbers(name, attention, precision):
+    dtype = getattr(torch, precision)
     model, inputs = adapted(name, 2, dtype, attention), make_inputs(name, dtype=dtype)
     native = native_registers(model)
     plain = export_native(model)
@@ -343,21 +329,13 @@ def test_an_export_that_is_not_equal_is_not_handed_out():
 # Without this package
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_a_native_model(tmp_path):
     model, inputs = adapted("dinov2-classifier", modules_to_save=["classifier"]), make_inputs("dinov2-classifier")
     save_native(export_native(model), tmp_path / "plain")
     torch.save({"x": inputs["pixel_values"], "logits": run(model, inputs)["logits"]}, tmp_path / "expected.pt")
     assert sorted(file.name for file in (tmp_path / "plain").iterdir()) == ["config.json", "model.safetensors"]
-    stranger(
-        """
-        from transformers import AutoModelForImageClassification
-        model = AutoModelForImageClassification.from_pretrained("plain").eval()
-        expected = torch.load("expected.pt")
-        with torch.no_grad():
-            assert torch.equal(model(expected["x"]).logits, expected["logits"])
-        """,
-        tmp_path,
-    )
+    run_script("stranger_loads_native", cwd=tmp_path)
 
 
 PROGRAMS = ("vit-classifier", "deit", "clip-vision", "clip", "dinov2", "dinov2-registers", "siglip-vision", "depth")
@@ -421,19 +399,12 @@ def test_a_program_takes_lora_beside_the_registers(tmp_path):
     torch.testing.assert_close(found, tensors(model(**inputs)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stranger_runs_a_program_without_transformers(tmp_path):
     model, inputs = adapted("vit-classifier"), make_inputs("vit-classifier")
     export_program(model, tmp_path / "model.pt2")
     torch.save({"x": inputs["pixel_values"], "logits": run(model, inputs)["logits"]}, tmp_path / "expected.pt")
-    stranger(
-        """
-        program = torch.export.load("model.pt2").module()
-        expected = torch.load("expected.pt")
-        assert "transformers" not in sys.modules
-        assert (program(pixel_values=expected["x"])["logits"] - expected["logits"]).abs().max() <= 1e-5
-        """,
-        tmp_path,
-    )
+    run_script("stranger_runs_program", cwd=tmp_path)
 
 
 def test_onnx_without_its_packages_names_the_extra(monkeypatch, tmp_path):
@@ -498,6 +469,7 @@ def _load_program(out):
     return lambda x: program(pixel_values=x)["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "load", "tolerance"),
     [("native", _load_native, 0), ("onnx", _load_onnx, 1e-4), ("program", _load_program, 1e-5)],
@@ -510,6 +482,7 @@ def test_the_command(form, load, tolerance, saved, tmp_path):
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -529,6 +502,7 @@ def test_a_saved_adapter_and_wrong_arguments(arguments, kind, message, saved, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_wrong_argument_ends_in_one_clear_line(saved, tmp_path):
     said = command(saved[0] / "adapter", "--out", tmp_path, "--format", "tflite", ok=False)
     assert said.splitlines()[-1] == "error: unknown format 'tflite'; there are native, onnx, program"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from families import perturb
 from helpers import assert_identical, flatten, hooks
-from test_export import perturb_registers, stranger
+from processes import run_script
+from test_export import perturb_registers
 
 from register_adapter import (
     UnsupportedModelError,
@@ -171,6 +172,7 @@ def test_a_model_without_an_equivalent_is_refused(architecture, options, message
         export_native(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["folder", "file"])
 @pytest.mark.parametrize("name", ["vit", "registers", "no CLS, map", "eva", "dinov3"])
 def test_a_stranger_makes_it_with_timm(name, way, tmp_path):
@@ -182,23 +184,7 @@ def test_a_stranger_makes_it_with_timm(name, way, tmp_path):
     save_native(plain, tmp_path / "plain", None if remembered else {**SHAPE, **MODELS[name][1]})
     with torch.no_grad():
         torch.save({"x": x, "logits": model(x)}, tmp_path / "expected.pt")
-    makes = {
-        "folder": 'timm.create_model("local-dir:plain", pretrained=True)',
-        "file": """timm.create_model(
-            config["architecture"], checkpoint_path="plain/model.safetensors", **config["model_args"]
-        )""",
-    }
-    stranger(
-        f"""
-        import json, timm
-        config = json.load(open("plain/config.json"))
-        model = {makes[way]}.eval().requires_grad_(False)
-        expected = torch.load("expected.pt")
-        with torch.no_grad():
-            assert torch.equal(model(expected["x"]), expected["logits"])
-        """,
-        tmp_path,
-    )
+    run_script("stranger_makes_timm", way, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

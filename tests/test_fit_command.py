@@ -14,6 +14,8 @@ from register_adapter import find_register_layer
 from register_adapter.artifacts import patch_norms
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,6 +18,8 @@ from hub_client import OWN_TEXT, lora_folder
 from hub_server import HubServer
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 AUTHOR, OTHER, WRONG = "hf_AuthorsTokenQwErTy", "hf_OthersTokenAsDfGh", "hf_WrongTokenZxCvBn"
 TOKENS = (AUTHOR, OTHER, WRONG)
 CLIENT = Path(__file__).with_name("hub_client.py")

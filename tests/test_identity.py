@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossings import crossings
 from families import PATCH, TOWERS, WIDTH, build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, run
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -57,8 +58,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "change"), crossings(TOWERS, CHANGES, whole=("vit", "dinov3", "beit"), each=3))
 def test_it_survives_what_keeps_the_weights(name: str, change: str) -> None:
     base = build(name)
     assert distance(base, CHANGES[change](base)) < TOLERANCE / 2
@@ -76,8 +76,7 @@ def test_it_survives_lora_and_registers_beside_it(name: str) -> None:
     assert fingerprint(find_tower(base)) == before
 
 
-@pytest.mark.parametrize("seed", range(100, 105))
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "seed"), crossings(TOWERS, range(100, 105), whole=("vit",), each=2))
 def test_it_differs_for_fine_tuned_weights(name: str, seed: int) -> None:
     """Five per cent of noise on every weight, relative to the tensor's spread."""
     base = build(name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossings import crossings
 from families import CASES as MODELS
 from families import HEADS, IMAGE, PATCH, PATCHES, build, make_inputs
 from helpers import run, shapes
@@ -65,7 +66,7 @@ def outputs(model: torch.nn.Module, mask: torch.Tensor, change: float = 0.0) -> 
 
 
 KINDS = ["bool", "broadcast-bool", "heads-bool", "additive", "open-padding-rows", "own-padding-rows"]
-CASES = [(name, kind, "sdpa") for name in FLAT for kind in ["flat", "flat-bool", *KINDS]]
+CASES = [(*case, "sdpa") for case in crossings(FLAT, ["flat", "flat-bool", *KINDS], whole=FLAT[:1], each=4)]
 CASES += [(name, kind, "sdpa") for name in WHOLE[len(FLAT) :] for kind in KINDS]
 # Eager attention adds its mask to the scores: a boolean 4-D one hides nothing there, with or without registers.
 CASES += [(name, "flat", "eager") for name in FLAT] + [(name, "additive", "eager") for name in WHOLE]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, PATCH, TOWERS, build, make_inputs
+from crossings import crossings
+from families import FAMILIES, PATCH, TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run, shapes
 
 from register_adapter import add_registers, find_register_layer, find_tower
@@ -27,8 +28,7 @@ def gradient(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return weight.grad
 
 
-@pytest.mark.parametrize("size", [24, 40, 64])
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "size"), crossings(TOWERS, (24, 40, 64), whole=("vit", "beit", "dinov3")))
 def test_another_resolution_has_the_shapes_of_the_base(name: str, size: int) -> None:
     if name == "molmo2-vision":
         pytest.skip("its position embeddings have one size")
@@ -61,8 +61,7 @@ def passes_gradients(name: str) -> bool:
     return base(**make_inputs(name)).last_hidden_state.requires_grad
 
 
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "reentrant"), crossings(TOWERS, (True, False), whole=("vit", "beit", "dinov3")))
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
     if name == "mlcd-vision" and reentrant and not passes_gradients(name):
         pytest.skip("this transformers loses the gradients of this base, with any adapter")
@@ -89,12 +88,11 @@ def test_registers_added_to_a_checkpointing_base_get_gradients(name: str) -> Non
     assert gradient(add_registers(base, 4).train(), inputs).abs().sum() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", TOWERS)
-def test_autocast_runs_and_trains_float32_registers(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "precision"), crossings(TOWERS, ("bfloat16", "float16"), whole=("vit",)))
+def test_autocast_runs_and_trains_float32_registers(name: str, precision: str) -> None:
     model, inputs = registered(name), make_inputs(name)
     expected = run(model, inputs)["last_hidden_state"]
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast("cpu", dtype=getattr(torch, precision)):
         found = run(model, inputs)["last_hidden_state"]
         grad = gradient(model, inputs)
     assert grad.dtype == torch.float32
@@ -103,7 +101,7 @@ def test_autocast_runs_and_trains_float32_registers(name: str, dtype: torch.dtyp
     assert (found.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_deep_copy_has_registers_of_its_own(name: str) -> None:
     model, inputs = registered(name), make_inputs(name)
     expected = run(model, inputs)

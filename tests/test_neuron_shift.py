@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossings import crossings
 from families import CASES, TOWERS, build, make_inputs
 from helpers import Snapshot, assert_identical, differs, run, shapes
 from peft import PeftModel
@@ -60,9 +61,10 @@ def naive(activations: torch.Tensor, units: list[int], first: int, count: int, r
     return result
 
 
-@pytest.mark.parametrize("remove", ["zero", "mean", "outliers"])
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(
+    ("name", "count", "remove"),
+    crossings(TOWERS, (1, 4), ("zero", "mean", "outliers"), whole=("vit", "dinov3"), each=2),
+)
 def test_it_is_what_a_loop_over_images_and_neurons_does(name: str, count: int, remove: str) -> None:
     inputs = make_inputs(name)
     options = {"register_neurons": NEURONS, "remove": remove, "init": "test_time"}

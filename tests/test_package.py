@@ -10,7 +10,6 @@ import pkgutil
 import shutil
 import subprocess
 import sys
-import textwrap
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from processes import PATIENCE, run_script
 
 import register_adapter
 
@@ -52,13 +52,6 @@ LAYERS = (
 )
 
 
-def _run(code: str, cwd: Path, *arguments: str) -> str:
-    command = [sys.executable, *arguments, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 # The wheel
 
 
@@ -75,11 +68,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     out = source / "out"
-    _run("from setuptools import build_meta; build_meta.build_wheel('out')", source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('out')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=PATIENCE)
     with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
         yield archive
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     sources = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
@@ -91,12 +86,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     assert rest == {f"register_adapter/{name}" for name in ("py.typed", "viz/page/page.css", "viz/page/page.js")}
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small_and_has_no_pickle(wheel: zipfile.ZipFile) -> None:
     assert not [name for name in wheel.namelist() if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pyc"))]
     assert sum(item.file_size for item in wheel.infolist() if "/weights/" in item.filename) <= 2 * 4 * 2**20
     assert sum(item.file_size for item in wheel.infolist() if "/weights/" not in item.filename) < 2**20
 
 
+@pytest.mark.slow
 def test_the_wheels_metadata(wheel: zipfile.ZipFile) -> None:
     folder = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
     metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
@@ -149,99 +146,37 @@ def test_every_pin_is_one_exact_version() -> None:
 # What an import does
 
 
+@pytest.mark.slow
 def test_an_import_registers_with_peft_and_does_nothing_else(tmp_path: Path) -> None:
-    """Compared in a fresh process, with the libraries below it imported before; a second import adds nothing."""
-    report = _run(
-        """
-        import importlib, logging, os, random, warnings
-        import accelerate, datasets, huggingface_hub, numpy, peft, safetensors.torch, torch, transformers
-        import peft.tuners.tuners_utils, transformers.utils.logging
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-        def state():
-            return {
-                "environment": dict(os.environ),
-                "folder": os.getcwd(),
-                "files": sorted(os.listdir()),
-                "warnings": [str(one) for one in warnings.filters],
-                "handlers": [str(one) for one in logging.getLogger().handlers],
-                "verbosity": transformers.utils.logging.get_verbosity(),
-                "threads": torch.get_num_threads(),
-                "dtype": str(torch.get_default_dtype()),
-                "grad": torch.is_grad_enabled(),
-                "torch rng": torch.get_rng_state().tolist(),
-                "numpy rng": str(numpy.random.get_state()),
-                "rng": str(random.getstate()),
-                "module hooks": len(torch.nn.modules.module._global_forward_hooks),
-                "module class": sorted(vars(torch.nn.Module)),
-                "peft model": sorted(vars(peft.PeftModel)),
-                "types": sorted(one.value for one in peft.PeftType),
-                "configs": sorted(one.value for one in PEFT_TYPE_TO_CONFIG_MAPPING),
-                "tuners": sorted(one.value for one in PEFT_TYPE_TO_TUNER_MAPPING),
-                "prefixes": sorted(one.value for one in PEFT_TYPE_TO_PREFIX_MAPPING),
-            }
-
-        before = state()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            import register_adapter
-        importlib.reload(register_adapter)
-        importlib.reload(register_adapter.tuner)
-        after = state()
-        for name in ("types", "configs", "tuners", "prefixes"):
-            new = set(after.pop(name)) ^ set(before.pop(name))
-            assert new == {"REGISTER_ADAPTER"}, (name, new)
-        for name in before:
-            assert before[name] == after[name], (name, before[name], after[name])
-        print("as before")
-        """,
-        tmp_path,
-    )
-    assert report == "as before\n", "the import printed or logged something"
+    done = run_script("import_changes_nothing", cwd=tmp_path)
+    assert done.stdout + done.stderr == "as before\n", "the import printed or logged something"
 
 
+@pytest.mark.slow
 def test_the_library_needs_no_extra(tmp_path: Path) -> None:
     """Every module but the command line is imported in a process that has none of the optional packages."""
     missing = ("matplotlib", "onnx", "onnxscript", "open_clip", "rich", "skimage", "sklearn", "tensorboard")
     missing += ("timm", "torchvision", "typer")
     names = [name for name in MODULES if not name.startswith("register_adapter.commands")]
-    code = f"""
-    import importlib, importlib.abc, sys
-    import torch, peft, accelerate, datasets
-    # transformers imports these lazily, and itself has uses for some of the packages.
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTModel
-
-    class Absent(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in {missing!r}:
-                raise ModuleNotFoundError(name)
-
-    for name in list(sys.modules):
-        if name.partition(".")[0] in {missing!r}:
-            del sys.modules[name]
-    sys.meta_path.insert(0, Absent())
-    for name in {names!r}:
-        importlib.import_module(name)
-    print("imported")
-    """
-    assert "imported" in _run(code, tmp_path).split()
+    assert "imported" in run_script("import_without_extras", ",".join(missing), *names, cwd=tmp_path).stdout.split()
 
 
 # Names and docstrings
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_module_imports_and_its_public_names_are_described(name: str) -> None:
-    module = importlib.import_module(name)
-    assert (module.__doc__ or "").strip(), f"{name} has no docstring"
-    public = _public(module)
-    assert public, f"{name} lists nothing in __all__"
-    for symbol in public:
-        value = getattr(module, symbol)
-        if (inspect.isclass(value) or inspect.isroutine(value)) and value.__module__.startswith("register_adapter"):
-            assert (value.__doc__ or "").strip(), f"{name}.{symbol} has no docstring"
-            for member in _methods(value):
-                assert (inspect.getdoc(member) or "").strip(), f"{member.__qualname__} has no docstring"
+def test_every_module_has_a_docstring_and_lists_its_public_names() -> None:
+    modules = {name: importlib.import_module(name) for name in MODULES}
+    assert [name for name, module in modules.items() if not (module.__doc__ or "").strip()] == []
+    assert [name for name, module in modules.items() if not _public(module)] == []
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    modules = [importlib.import_module(name) for name in MODULES]
+    values = [getattr(module, symbol) for module in modules for symbol in _public(module)]
+    described = [value for value in values if inspect.isclass(value) or inspect.isroutine(value)]
+    own = [value for value in described if value.__module__.startswith("register_adapter")]
+    members = [member for value in own for member in _methods(value)]
+    assert [value.__qualname__ for value in [*own, *members] if not (inspect.getdoc(value) or "").strip()] == []
 
 
 def _public(module: ModuleType) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import BLOCKS, CASES, TOWERS, WIDTH, build, make_inputs
+from crossings import crossings
+from families import BLOCKS, CASES, KINDS, TOWERS, WIDTH, build, make_inputs
 from helpers import Snapshot, assert_identical, differs, run, shapes
 from peft import PeftModel
 
@@ -38,6 +39,16 @@ MODES: dict[str, dict[str, Any]] = {
     "neurons-trained": {"register_neurons": {0: [0, 3, 7], 1: [5]}, "train_removal": True},
 }
 ASK = {"output_hidden_states": True}
+#: A plain tower, one with position biases, one with rotary tables, one with a mask: every mode meets each.
+OPPOSITES = [name for name in ("vit", "beit", "dinov3", "siglip2-vision") if name in TOWERS]
+#: Every mode under both implementations for these, under one of them for the other kinds of anatomy.
+OUTPUTS = sorted(
+    {
+        *crossings(OPPOSITES, MODES, ("eager", "sdpa"), whole=OPPOSITES),
+        *crossings(crossings([name for name in TOWERS if name in KINDS], MODES, whole=KINDS), ("eager", "sdpa")),
+        *crossings(TOWERS, MODES, ("eager", "sdpa"), each=2),
+    }
+)
 HAS_INTERFACE = {name: reads_implementation(find_tower(build(name))) for name in {*TOWERS, "dinov2-classifier"}}
 
 
@@ -48,9 +59,7 @@ def attach(name: str, mode: str, attention: str = "sdpa", **options: Any) -> Any
     return add_registers(build(name, attention), **{"init_std": 1.0, **MODES[mode], **options}).eval()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "mode", "attention"), OUTPUTS)
 def test_outputs_have_the_shape_of_the_base(name: str, mode: str, attention: str) -> None:
     inputs = make_inputs(name)
     model = attach(name, mode, attention, num_registers=3)
@@ -64,8 +73,7 @@ def test_outputs_have_the_shape_of_the_base(name: str, mode: str, attention: str
         assert_identical(run(model, inputs, **ask), run(build(name, attention), inputs, **ask))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "mode"), crossings(TOWERS, MODES, whole=OPPOSITES, each=3))
 def test_registers_of_every_block_get_gradients_and_nothing_else_does(name: str, mode: str) -> None:
     model = attach(name, mode).train()
     output = model(**make_inputs(name))[CASES[name].output]
@@ -80,8 +88,7 @@ def test_registers_of_every_block_get_gradients_and_nothing_else_does(name: str,
             assert parameter.grad is None
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "mode"), crossings(TOWERS, MODES, whole=("vit",), each=3))
 def test_unload_gives_back_the_very_base(name: str, mode: str) -> None:
     model = attach(name, mode)
     base = model.get_base_model()
@@ -92,8 +99,7 @@ def test_unload_gives_back_the_very_base(name: str, mode: str) -> None:
     assert not any("registers" in module for module, _ in base.named_modules() if module.endswith("registers"))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize(("name", "mode"), crossings(TOWERS, MODES, whole=("vit",), each=2))
 def test_save_and_load(name: str, mode: str, tmp_path: Path) -> None:
     model, inputs = attach(name, mode), make_inputs(name)
     expected = run(model, inputs)
@@ -101,8 +107,9 @@ def test_save_and_load(name: str, mode: str, tmp_path: Path) -> None:
     assert_identical(run(PeftModel.from_pretrained(build(name), tmp_path).eval(), inputs), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["vit", "clip-vision", "dinov2-registers"])
+@pytest.mark.parametrize(
+    ("name", "mode"), crossings(["vit", "clip-vision", "dinov2-registers"], MODES, whole=("vit",), each=3)
+)
 def test_copies_are_independent(name: str, mode: str) -> None:
     model, inputs = attach(name, mode), make_inputs(name)
     expected = run(model, inputs)
@@ -179,8 +186,9 @@ def test_deep_registers_are_key_value_pairs_for_the_other_tokens(attention: str,
     torch.testing.assert_close(found["last_hidden_state"], expected["last_hidden_state"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", [name for name in TOWERS if HAS_INTERFACE[name]])
+@pytest.mark.parametrize(
+    ("name", "attention"), crossings([name for name in TOWERS if HAS_INTERFACE[name]], ("eager", "sdpa"), whole=KINDS)
+)
 def test_a_gate_of_zero_does_nothing_and_a_closed_one_gives_the_base(name: str, attention: str) -> None:
     inputs = make_inputs(name)
     outputs = {}

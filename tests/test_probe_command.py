@@ -11,6 +11,8 @@ from command_line import run
 from register_adapter import add_registers
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
-from families import BLOCKS, CASES, HEADS, PATCHES, TOWERS, build, make_inputs
+from crossings import crossings
+from families import BLOCKS, CASES, HEADS, KINDS, PATCHES, TOWERS, build, make_inputs
 from helpers import differs, run, shapes
 
 from register_adapter import add_registers, find_tower
-
-# A family's first case and its bare towers with each number of registers, its other heads with four.
-_FIRST = {case.family: name for name, case in reversed(CASES.items())}
-NUMBERS = [
-    (name, count)
-    for name, case in CASES.items()
-    for count in ([1, 4, 16] if name in TOWERS or _FIRST[case.family] == name else [4])
-]
+from register_adapter.towers.tower import Tower
+from register_adapter.tuner.hooks.attention import reads_implementation
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_model_has_one_tower_of_its_family(name: str) -> None:
-    assert find_tower(build(name)).anatomy.family == CASES[name].family
+def kind_of(tower: Tower) -> tuple[object, ...]:
+    """Which parts an anatomy has, and how the tower attends."""
+    parts = tuple(field.name for field in fields(tower.anatomy) if getattr(tower.anatomy, field.name))
+    return parts, min(tower.prefix, 2), reads_implementation(tower)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(("name", "num_registers"), NUMBERS)
+def test_every_model_has_one_tower_of_its_family() -> None:
+    families = {name: find_tower(build(name)).anatomy.family for name in CASES}
+    assert families == {name: case.family for name, case in CASES.items()}
+
+
+def test_every_kind_of_anatomy_has_a_model_that_meets_every_option() -> None:
+    kinds = {name: kind_of(find_tower(build(name))) for name in CASES}
+    met = {kinds[name] for name in KINDS}
+    assert {name: kind for name, kind in kinds.items() if kind not in met} == {}
+
+
+ATTENTIONS, COUNTS, PRECISIONS, FORMS = ("eager", "sdpa"), (1, 4, 16), ("float32", "bfloat16"), ("dict", "tuple")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "num_registers", "precision", "form"),
+    sorted(
+        {
+            *crossings(crossings(CASES, ATTENTIONS, whole=CASES), COUNTS, PRECISIONS, FORMS),
+            *crossings(KINDS, ATTENTIONS, COUNTS, PRECISIONS, FORMS, each=4),
+        }
+    ),
+)
 def test_outputs_have_the_shape_and_dtype_of_the_base(
-    name: str, attention: str, num_registers: int, dtype: torch.dtype
+    name: str, attention: str, num_registers: int, precision: str, form: str
 ) -> None:
+    dtype = getattr(torch, precision)
     base, inputs = build(name, attention, dtype), make_inputs(name, dtype=dtype)
-    ask = {"output_hidden_states": True, **({"output_attentions": True} if attention == "eager" else {})}
+    ask = {"output_hidden_states": True, "return_dict": form == "dict"}
+    ask |= {"output_attentions": True} if attention == "eager" else {}
+    with torch.no_grad():
+        assert isinstance(base(**inputs, **ask), tuple) == (form == "tuple")
     expected, expected_plain = run(base, inputs, **ask), run(base, inputs)
     model = add_registers(base, num_registers, init_std=1.0).eval()
     found = run(model, inputs, **ask)
@@ -41,24 +63,12 @@ def test_outputs_have_the_shape_and_dtype_of_the_base(
     assert shapes(run(model, inputs)) == shapes(expected_plain)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.whole])
-def test_attentions_and_hidden_states_are_there_to_be_cut(name: str) -> None:
+def test_attentions_and_hidden_states_are_there_to_be_cut() -> None:
     """The matrix above would pass on a model that returns none of them."""
-    outputs = run(build(name, "eager"), make_inputs(name), output_hidden_states=True, output_attentions=True)
-    assert sum(key.startswith("hidden_states.") for key in outputs) == BLOCKS + 1
-    assert sum(key.startswith("attentions.") for key in outputs) == BLOCKS
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_tuple_outputs_have_the_shape_of_the_base(name: str) -> None:
-    base, inputs = build(name, "eager"), make_inputs(name)
-    ask = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
-    expected = run(base, inputs, **ask)
-    with torch.no_grad():
-        assert isinstance(base(**inputs, **ask), tuple)
-    found = run(add_registers(base, 4).eval(), inputs, **ask)
-    assert shapes(found) == shapes(expected)
-    assert differs(found, expected)
+    for name in (name for name, case in CASES.items() if case.whole):
+        outputs = run(build(name, "eager"), make_inputs(name), output_hidden_states=True, output_attentions=True)
+        assert sum(key.startswith("hidden_states.") for key in outputs) == BLOCKS + 1, name
+        assert sum(key.startswith("attentions.") for key in outputs) == BLOCKS, name
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -88,8 +98,7 @@ def test_sliced_attentions_are_the_full_ones_without_registers(name: str) -> Non
     assert torch.equal(maps["slice"], maps["full"][:, :, keep][..., keep])
 
 
-@pytest.mark.parametrize("name", TOWERS)
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("name", "batch"), crossings(TOWERS, (1, 4)))
 def test_a_full_length_that_equals_another_size_is_not_cut(name: str, batch: int) -> None:
     """Cutting goes by length: a hidden state whose other sizes equal it must be cut along tokens only."""
     prefix = find_tower(build(name)).prefix

@@ -44,6 +44,7 @@ def test_a_file_is_not_a_folder_to_write_into(tmp_path: Path) -> None:
         check_writable(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     script = Path(__file__).with_name("killed_while_staging.py")
     killed = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE)

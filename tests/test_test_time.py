@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
-import sys
 import weakref
 from functools import cache
 from pathlib import Path
@@ -13,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, TOWERS, build, make_inputs
+from families import CASES, FAMILIES, TOWERS, build, make_inputs
 from helpers import Snapshot, assert_identical, run
 from peft import PeftModel
+from processes import run_script
 from stacks_cases import STACKS, build_stack, images
 from torch import nn
 from torch.nn import functional as F
@@ -161,7 +160,7 @@ def test_the_whole_batch_is_repaired() -> None:
 
 # --- tiny models of other families ------------------------------------------------------------------------------------
 
-FAMILIES = [
+PLANTED_FAMILIES = [
     name
     for name in ("vit", "deit", "clip-vision", "dinov2", "dinov2-swiglu", "siglip-vision", "dinov3", "ijepa", "beit")
     if name in TOWERS
@@ -207,7 +206,7 @@ def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -
 
 
 @pytest.mark.parametrize(("block", "strength"), [(0, 8.0), (1, 5.0)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PLANTED_FAMILIES)
 def test_other_families(name: str, block: int, strength: float) -> None:
     clean = build(name)
     # BEiT takes one size only.
@@ -216,7 +215,7 @@ def test_other_families(name: str, block: int, strength: float) -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PLANTED_FAMILIES)
 def test_weak_artifacts_in_other_families(name: str, block: int) -> None:
     """Norms of random weights are as widely spread as these artifacts are high: the line is drawn by hand."""
     planted, pixels, held_out = plant(build(name), block, 2.0, 32, seed=block)
@@ -457,6 +456,7 @@ def test_the_attention_bias_form_needs_the_attention_interface() -> None:
         fit(model, images(batch=8), attention_bias=True)
 
 
+@pytest.mark.slow
 def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_path: Path) -> None:
     base = tmp_path / "base"
     load_planted_vit().model.save_pretrained(base)
@@ -465,21 +465,7 @@ def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_pat
     model.save_pretrained(tmp_path / "fitted")
     torch.save({"pixels": pixels[:4], "logits": model(pixel_values=pixels[:4]).logits}, tmp_path / "expected.pt")
     torch.save(model.peft_config["default"].test_time_fit, tmp_path / "fit.pt")
-    code = f"""
-import torch, register_adapter
-from peft import AutoPeftModel, PeftModel
-from transformers import ViTForImageClassification
-torch.set_num_threads(1)
-expected, fit = torch.load({str(tmp_path / "expected.pt")!r}), torch.load({str(tmp_path / "fit.pt")!r})
-base = ViTForImageClassification.from_pretrained({str(base)!r})
-folder = {str(tmp_path / "fitted")!r}
-for model in (AutoPeftModel.from_pretrained(folder), PeftModel.from_pretrained(base, folder)):
-    found = model.eval().peft_config["default"].test_time_fit
-    assert found == fit and found["curve"][str(found["num_neurons"])] == 0 and found["thresholds"]
-    assert torch.equal(model(pixel_values=expected["pixels"]).logits, expected["logits"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_script("load_test_time_fit", tmp_path)
     assert (tmp_path / "fitted" / "adapter_model.safetensors").stat().st_size < 14_000
 
 
@@ -518,7 +504,7 @@ def batches(name: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str, tmp_path: Path) -> None:
     case, model = CASES[name], build(name)
     tower = find_tower(model)

@@ -31,6 +31,8 @@ from register_adapter.training import OBJECTIVES, ClassificationObjective, Train
 from register_adapter.training.checkpoints import CheckpointError
 from register_adapter.training.launch import main
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ["cat", "coffee", "flower"]
 TOKENS = "base_model.model.vit.registers.register_adapter_tokens.weight"
 

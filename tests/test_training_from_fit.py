@@ -21,6 +21,8 @@ from register_adapter.training import ClassificationObjective
 from register_adapter.training.launch import main
 from register_adapter.training.objectives import AnnealedNeurons
 
+pytestmark = pytest.mark.slow
+
 NEURONS = {0: [1, 4, 6]}
 
 
