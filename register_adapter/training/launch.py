@@ -20,6 +20,7 @@ from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
+from ..utils.staging import check_writable
 from .arguments import TrainArguments
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
 from .trainer import check_output_dir, train, use_cpu
@@ -94,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.output_dir is None:
             raise ValueError("--output_dir is required")
         check_output_dir(args)
-    except (TypeError, ValueError) as error:
+        # Before data and model are loaded, which may take hours.
+        check_writable(args.output_dir)
+    except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
 
     state = PartialState(cpu=use_cpu(args))
@@ -106,6 +109,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if state.is_main_process:
                 logger.error("%s", error)
             sys.exit(1)
+        except KeyboardInterrupt:
+            if state.is_main_process:
+                logger.error("interrupted; checkpoints that were written are whole")
+            sys.exit(130)
 
 
 @contextmanager

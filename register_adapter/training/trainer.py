@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from ..tuner.card import update_model_card
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.environment import git_commit, hardware, versions
-from ..utils.hub import hub_errors
-from ..utils.staging import check_writable
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, hub_errors
+from ..utils.staging import check_writable, staged
 from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import TrainState
@@ -297,23 +298,24 @@ def _save(
     image_processor: Any,
     training_data: str | None,
 ) -> None:
-    """Write adapter, card, image processor and results."""
-    model.save_pretrained(str(folder), state_dict=weights)
+    """Write adapter, card, image processor and results, all or nothing."""
     name = str(model.active_adapter)
-    update_model_card(
-        folder / "README.md",
-        model.peft_config[name],
-        type(model.get_base_model()),
-        training_data=training_data,
-        metrics=_evaluated(results),
-        adapter=folder.absolute().name,
-        subfolder=None if name == "default" else name,
-    )
-    if image_processor is not None:
-        image_processor.save_pretrained(folder)
-    scratch = folder / ".results.json"
-    scratch.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    scratch.replace(folder / "results.json")
+    with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, "results.json")) as scratch:
+        if (folder / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", scratch / "README.md")
+        model.save_pretrained(str(scratch), state_dict=weights)
+        update_model_card(
+            scratch / "README.md",
+            model.peft_config[name],
+            type(model.get_base_model()),
+            training_data=training_data,
+            metrics=_evaluated(results),
+            adapter=folder.absolute().name,
+            subfolder=None if name == "default" else name,
+        )
+        if image_processor is not None:
+            image_processor.save_pretrained(scratch)
+        (scratch / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 def _evaluated(results: dict[str, Any]) -> dict[str, float] | None:
