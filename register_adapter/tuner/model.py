@@ -104,7 +104,7 @@ class RegisterModel(BaseTuner):
         # A copy: the caller's config can be used for another base.
         config = copy.copy(given)
         config.base_tower, config.ignore_base_mismatch, config.from_file = identity.to_dict(), False, False
-        config.folder = config.saved_weights = None
+        config.folder = config.saved_weights = config.weights_sha256 = None
         self.peft_config[adapter_name] = config
         self._pending = given.from_file and given.base_tower is not None
         self._tower = tower
