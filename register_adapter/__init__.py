@@ -1,6 +1,6 @@
 """Register tokens for vision transformers that people already use, as a PEFT method.
 
-Importing the package registers the method with PEFT; that is its only effect.
+Importing the package registers the method with PEFT, whose loaders then read its files; that is its only effect.
 
     >>> from transformers import AutoModel
     >>> from register_adapter import add_registers

@@ -14,19 +14,24 @@ import pytest
 import torch
 import transformers as tf
 from helpers import assert_identical, hooks, run
-from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from register_adapter import (
     AdapterFileError,
+    Anatomy,
     BaseModelMismatchError,
     RegisterConfig,
+    RegisterLayer,
     RegisterPeftModel,
     UnsupportedModelError,
     add_registers,
+    compose,
     load_adapters,
 )
+from register_adapter.training.checkpoints import _write_tensors
+from register_adapter.training.launch import main
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -110,11 +115,11 @@ Spoil = Callable[[Path], None]
 
 
 def change(tensors: dict[str, torch.Tensor | None] | None = None, **config: Any) -> Spoil:
-    """Other values in the config and other tensors; ``None`` takes a tensor away."""
+    """Other values in the config, as if written by hand, and other tensors; ``None`` takes a tensor away."""
 
     def spoil(folder: Path) -> None:
         values = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps({**values, **config}))
+        (folder / CONFIG).write_text(json.dumps({**values, "weights_sha256": None, **config}))
         given = {**load_file(folder / WEIGHTS), **(tensors or {})}
         save_file({key: value for key, value in given.items() if value is not None}, folder / WEIGHTS)
 
@@ -284,3 +289,159 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(
         load()
     assert str(adapter.parent) in str(caught.value), "the file is not named"
     check()
+
+
+# --- other methods beside registers -----------------------------------------------------------------------------------
+
+
+def beside(**options: Any) -> dict[str, PeftConfig]:
+    lora = LoraConfig(target_modules=["q_proj", "v_proj", "query", "value"], **options)
+    return {"registers": RegisterConfig(num_registers=2), "lora": lora}
+
+
+def spoil_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """More tensors, and the manifest's checksums of everything."""
+    save_file({**load_file(folder / "lora" / WEIGHTS), **tensors}, folder / "lora" / WEIGHTS)
+    manifest = json.loads((folder / "adapters.json").read_text())
+    for entry in manifest["adapters"]:
+        entry["sha256"] = hashlib.sha256((folder / entry["name"] / WEIGHTS).read_bytes()).hexdigest()
+        entry["config_sha256"] = hashlib.sha256((folder / entry["name"] / CONFIG).read_bytes()).hexdigest()
+    (folder / "adapters.json").write_text(json.dumps(manifest))
+
+
+def some_key(folder: Path, part: str) -> str:
+    return next(key for key in load_file(folder / "lora" / WEIGHTS) if part in key)
+
+
+@pytest.mark.parametrize("start", [True, "pissa", "olora"])
+@pytest.mark.parametrize("fault", ["the base's own tensor", "NaN", "another rank", "a missing tensor"])
+def test_a_refused_lora_leaves_the_base_as_it_was(
+    fault: str, start: Any, base: Any, loaded: Any, tmp_path: Path, untouched: Any
+) -> None:
+    compose(copy.deepcopy(loaded), beside(init_lora_weights=start)).save_pretrained(tmp_path)
+    key = some_key(tmp_path, "lora_A")
+    width = load_file(tmp_path / "lora" / WEIGHTS)[key].shape[1]
+    spoil_tensors(
+        tmp_path,
+        {
+            "the base's own tensor": {f"{PREFIX}vit.layernorm.weight": torch.zeros(WIDTH)},
+            "NaN": {key: torch.full((8, width), torch.nan)},
+            "another rank": {key: torch.ones(3, width)},
+            "a missing tensor": {key: torch.ones(8, width), f"{PREFIX}vit.lora_nothing.weight": torch.ones(1)},
+        }[fault],
+    )
+    check = untouched(base)
+    with pytest.raises(AdapterFileError) as caught:
+        load_adapters(base, tmp_path)
+    assert str(tmp_path / "lora") in str(caught.value)
+    check()
+
+
+def test_tuned_layer_norms_replace_no_other_tensor(base: Any, loaded: Any, tmp_path: Path, untouched: Any) -> None:
+    norms = LNTuningConfig(target_modules=["layernorm_before"])
+    compose(copy.deepcopy(loaded), {"registers": RegisterConfig(num_registers=2), "lora": norms}).save_pretrained(
+        tmp_path
+    )
+    load_adapters(copy.deepcopy(loaded), tmp_path)
+    spoil_tensors(tmp_path, {f"{PREFIX}classifier.weight": torch.zeros(CLASSES, WIDTH)})
+    check = untouched(base)
+    with pytest.raises(AdapterFileError, match=r"classifier\.weight"):
+        load_adapters(base, tmp_path)
+    check()
+
+
+@pytest.mark.parametrize("name", ["os", "megatron.core.evil", 3])
+def test_no_module_is_imported_by_the_name_that_lora_gives(name: Any, base: Any, loaded: Any, tmp_path: Path) -> None:
+    compose(copy.deepcopy(loaded), beside()).save_pretrained(tmp_path)
+    path = tmp_path / "lora" / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "megatron_core": name}))
+    spoil_tensors(tmp_path, {})
+    with pytest.raises(AdapterFileError, match="megatron_core") as caught:
+        load_adapters(base, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_class_outside_of_the_list_is_not_imported(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("register_adapter.tuner.config.CHECKS_IMPORTS", False)  # as in PEFT 0.18
+    evil = adapter.parent / "strange_module_of_a_test.py"
+    evil.write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(evil.parent)
+    change(auto_mapping={"parent_library": evil.stem, "base_model_class": "Model"})(adapter)
+    assert PeftConfig.from_pretrained(str(adapter)).auto_mapping is None
+    with pytest.raises(ValueError, match="auto class"):
+        AutoPeftModel.from_pretrained(str(adapter))
+
+
+def test_an_anatomy_given_in_code_may_do_what_a_file_may_not(adapter: Path, base: Any) -> None:
+    with_power = Anatomy("vit", blocks="layers", methods=("get_input_embeddings",), input_shape=(3, 32, 32))
+    anatomy(methods=["get_input_embeddings"])(adapter)
+    with pytest.raises(AdapterFileError, match="methods name what is set or called"):
+        PeftModel.from_pretrained(copy.deepcopy(base), adapter)
+    model = PeftModel.from_pretrained(base, adapter, anatomy=with_power)
+    assert model.peft_config["default"].anatomy == with_power
+
+
+def test_what_an_anatomy_counts_is_as_before_when_registers_are_off(base: Any) -> None:
+    blocks = base.vit.layers
+    for block in blocks:
+        block.tokens_before = 7
+    config = RegisterConfig(
+        num_registers=2,
+        target_modules="vit",
+        anatomy=Anatomy("vit", blocks="layers", prefix_counter="tokens_before", input_shape=(3, 32, 32)),
+    )
+    model = get_peft_model(base, config).eval()
+    run(model, PIXELS)
+    assert blocks[0].tokens_before == 1 + 2
+    model.unload()
+    assert [block.tokens_before for block in blocks] == [7, 7]
+
+
+def test_an_interrupt_while_registers_are_put_on_leaves_the_model_as_it_was(
+    base: Any, untouched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    check = untouched(base)
+    monkeypatch.setattr(RegisterLayer, "attach", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add_registers(base, 4)
+    monkeypatch.undo()
+    check()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("register_adapter.training.launch._train", lambda *_: pytest.fail("began to load"))
+    (tmp_path / "file").write_text("")
+    arguments = ["--model_name_or_path", "no/model", "--dataset_name", "no/data"]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--output_dir", str(tmp_path / "file" / "out")])
+    assert caught.value.code == 2
+    assert "file" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_an_error_of_the_system() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("there is no device that is full")
+    with pytest.raises(OSError, match="is the disk full"):
+        _write_tensors({"step": torch.zeros(10**6)}, full)
+
+
+def test_an_interrupt_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("register_adapter.training.launch._train", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["--model_name_or_path", "no/model", "--dataset_name", "no/data", "--output_dir", str(tmp_path)])
+    assert caught.value.code == 130
+    assert "interrupted" in capsys.readouterr().err

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from register_adapter.utils.staging import check_writable, staged, write_text
 
@@ -57,3 +63,73 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     assert len(list(tmp_path.glob(".register_adapter.*"))) == 1
     check_writable(tmp_path)
     assert not list(tmp_path.glob(".register_adapter.*"))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_a_link_to_a_folder_on_another_disk_is_written_through(tmp_path: Path) -> None:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or not os.access(shared, os.W_OK) or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    with tempfile.TemporaryDirectory(dir=shared) as elsewhere:
+        (tmp_path / "out").symlink_to(elsewhere)
+        with staged(tmp_path / "out") as scratch:
+            (scratch / "below").mkdir()
+            (scratch / "below" / "a").write_text("a")
+        assert names(Path(elsewhere)) == {"below", "below/a"}
+        assert (tmp_path / "out").is_symlink()
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_link_to_another_folder_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "out" / "a", "a")
+    assert names(tmp_path) == {"out", "real", "real/a"}
+
+
+def test_a_parent_that_cannot_be_written_is_no_matter(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (tmp_path / "out").mkdir()
+    tmp_path.chmod(0o500)
+    try:
+        write_text(tmp_path / "out" / "a", "a")
+    finally:
+        tmp_path.chmod(0o700)
+    assert names(tmp_path) == {"out", "out/a"}
+
+
+def test_two_sets_of_files_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes while the first has moved one of its two files, and waits for the other."""
+    waiting: list[threading.Thread] = []
+    replace = Path.replace
+
+    def slow(self: Path, target: Any) -> Any:
+        if not waiting:
+            waiting.append(threading.Thread(target=write_pair, args=(tmp_path, "second")))
+            waiting[0].start()
+            time.sleep(0.3)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", slow)
+    write_pair(tmp_path, "first")
+    waiting[0].join()
+    assert {(tmp_path / name).read_text() for name in ("a", "b")} == {"second"}
+    assert names(tmp_path) == {"a", "b"}
+
+
+def write_pair(folder: Path, text: str) -> None:
+    with staged(folder) as scratch:
+        for name in ("a", "b"):
+            (scratch / name).write_text(text)
+
+
+def test_a_move_that_does_not_come_to_an_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("register_adapter.utils.staging._PATIENCE", 0.1)
+    with FileLock(tmp_path / ".register_adapter-moving.lock"), pytest.raises(OSError, match="another process"):
+        write_text(tmp_path / "a", "a")
+    write_text(tmp_path / "a", "a")
+    assert names(tmp_path) == {"a"}

@@ -128,7 +128,7 @@ def save(
     if accelerator.is_main_process:
         with scratch_folder(output_dir) as scratch:
             accelerator.unwrap_model(model).save_pretrained(scratch / "new", state_dict=weights)
-            torch.save(tensors, scratch / "new" / _TENSORS)
+            _write_tensors(tensors, scratch / "new" / _TENSORS)
             (scratch / "new" / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
             if target.exists():  # a run resumed from an earlier checkpoint comes by here again
                 target.replace(scratch / "old")
@@ -137,6 +137,19 @@ def save(
                 extra.replace(scratch / f"extra-{index}")
     accelerator.wait_for_everyone()
     return target
+
+
+def _write_tensors(tensors: dict[str, Any], path: Path) -> None:
+    """Write what goes on beside the adapter.
+
+    Raises:
+        OSError: It cannot be written; torch has another exception for a full disk.
+    """
+    try:
+        torch.save(tensors, path)
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise OSError(f"the checkpoint {path.name} could not be written, is the disk full? ({said})") from error
 
 
 def load_adapter(model: PeftModel, checkpoint: Path) -> None:

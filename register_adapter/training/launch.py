@@ -24,6 +24,7 @@ from ..neurons import fit_test_time_registers, start_from
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
+from ..utils.staging import check_writable
 from .arguments import TrainArguments
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
 from .setup import use_cpu
@@ -93,6 +94,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             if state.is_main_process:
                 logger.error("%s", error)
             sys.exit(1)
+        except KeyboardInterrupt:
+            if state.is_main_process:
+                logger.error("interrupted; checkpoints that were written are whole")
+            sys.exit(130)
     if flags.json and state.is_main_process:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
     return results
@@ -135,7 +140,9 @@ def _parse(
         if args.output_dir is None:
             raise ValueError("--output-dir is required")
         check_output_dir(args)
-    except (TypeError, ValueError) as error:
+        # Before data and model are loaded, which may take hours.
+        check_writable(args.output_dir)
+    except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     return model_args, data_args, args, flags
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from ..tuner.card import update_model_card
 from ..tuner.peft_model import RegisterPeftModel
-from ..utils.hub import hub_errors
-from ..utils.staging import write_text
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, hub_errors
+from ..utils.staging import staged
 from .arguments import TrainArguments
 
 __all__ = ["check_finite", "push_run", "save_run"]
@@ -36,21 +37,24 @@ def save_run(
     image_processor: Any,
     training_data: str | None,
 ) -> None:
-    """Write adapter, card, image processor and results."""
-    model.save_pretrained(str(folder), state_dict=weights)
+    """Write adapter, card, image processor and results, all or nothing."""
     name = str(model.active_adapter)
-    update_model_card(
-        folder / "README.md",
-        model.peft_config[name],
-        type(model.get_base_model()),
-        training_data=training_data,
-        metrics=_evaluated(results),
-        adapter=folder.absolute().name,
-        subfolder=None if name == "default" else name,
-    )
-    if image_processor is not None:
-        image_processor.save_pretrained(folder)
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, "results.json")) as scratch:
+        if (folder / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", scratch / "README.md")
+        model.save_pretrained(str(scratch), state_dict=weights)
+        update_model_card(
+            scratch / "README.md",
+            model.peft_config[name],
+            type(model.get_base_model()),
+            training_data=training_data,
+            metrics=_evaluated(results),
+            adapter=folder.absolute().name,
+            subfolder=None if name == "default" else name,
+        )
+        if image_processor is not None:
+            image_processor.save_pretrained(scratch)
+        (scratch / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 def push_run(

@@ -14,6 +14,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity, is_finite
 from ..towers.untrusted import check_fields
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, TensorInfo, check_adapter_file
+from ..utils.files import checksum
 from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
 from .heads import TASK_HEADS, checked_labels
@@ -70,6 +71,7 @@ class RegisterConfig(PeftConfig):
             has, it can name modules and parameters only.
         base_tower: Identity of the base's vision tower; written on attaching, checked on loading. Registers of a config
             that is made with it wait for the values from its file; without them they take no part in the forward pass.
+        weights_sha256: Checksum of the weights' file, written by ``save_pretrained``; without one none is compared.
         ignore_base_mismatch: Load the adapter although the base is another one. Never saved or read from a file.
         format_version: Version of the file layout.
 
@@ -119,6 +121,7 @@ class RegisterConfig(PeftConfig):
     base_tower: dict[str, Any] | None = field(
         default=None, metadata={"help": "Identity of the base's vision tower, checked at load."}
     )
+    weights_sha256: str | None = field(default=None, metadata={"help": "Checksum of the weights saved beside this."})
     ignore_base_mismatch: bool = field(
         default=False, metadata={"help": "Load although the base model is another one. Never saved."}
     )
@@ -157,6 +160,7 @@ class RegisterConfig(PeftConfig):
             "anatomy": (Anatomy, dict, type(None)),
             "base_tower": (dict, type(None)),
             "format_version": int,
+            "weights_sha256": (str, type(None)),
             "base_model_name_or_path": (str, type(None)),
             "revision": (str, type(None)),
             "peft_version": (str, type(None)),
@@ -290,6 +294,8 @@ class RegisterConfig(PeftConfig):
         del values["ignore_base_mismatch"]
         if self.modules_to_save:  # PEFT adds a task's at every load
             values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
+        if self.weights_sha256 is None:
+            del values["weights_sha256"]
         if self.register_neurons:
             values["register_neurons"] = count_neurons(self.register_neurons)
         if isinstance(self.anatomy, Anatomy):
@@ -345,6 +351,12 @@ class RegisterConfig(PeftConfig):
         if weights is not None:
             needed = [name for name in config.modules_to_save or [] if config.needs(name)]
             tensors = check_adapter_file(weights, config.expected_shapes, config.modules_to_save, needed)
+            if config.weights_sha256 not in (None, checksum(weights)):
+                raise AdapterFileError(
+                    f"{weights} is not the file that {path} was saved with: a save was cut short, or one of the two is "
+                    "of another save. Save or download the adapter again; if you have changed the weights yourself, "
+                    "take 'weights_sha256' out of the config. Nothing was changed."
+                )
             layout = {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
             units = next((value.tolist() for key, value in tensors.items() if key.endswith(UNITS_KEY)), None)
             config.saved_weights = SavedWeights(weights, layout, units)

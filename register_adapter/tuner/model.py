@@ -127,7 +127,7 @@ class RegisterModel(BaseTuner):
             warn_of_left_out(model, lacking)
         config.base_tower, config.ignore_base_mismatch, config.attached = identity.to_dict(), False, True
         config.id2label = labels
-        config.folder = config.saved_weights = None
+        config.folder = config.saved_weights = config.weights_sha256 = None
         self.peft_config[adapter_name] = config
         self._tower, self._labels = tower, config.id2label
         own_classes = number_of_labels(model)

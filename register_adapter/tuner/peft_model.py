@@ -23,6 +23,7 @@ from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
 from .layer import find_register_layer, register_layers
+from .reading import note_checksums
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterPeftModel", "add_registers"]
@@ -132,11 +133,13 @@ class RegisterPeftModel(PeftModel):
         if target.is_file():
             raise ValueError(f"{target} is a file; save_pretrained needs a folder")
         try:
-            with staged(target, last=(WEIGHTS_NAME, CONFIG_NAME)) as staging:
+            # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.
+            with staged(target, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
                 if (target / "README.md").is_file():
                     shutil.copyfile(target / "README.md", staging / "README.md")
                 self._save_each(staging, is_main_process, **kwargs)
                 if is_main_process:
+                    note_checksums(staging)
                     # PEFT has written the card before the weights; now it can tell whether they are new.
                     self._write_card(staging, adapter=target.absolute().name, names=kwargs.get("selected_adapters"))
         except (OSError, SafetensorError) as error:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from ..errors import AdapterFileError, RegisterAdapterError
 from ..utils.adapter_file import TensorInfo
-from ..utils.files import open_regular
+from ..utils.files import checksum, open_regular
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME
+from ._peft_compat import METHOD
 
-__all__ = ["IMPORTABLE", "SavedWeights", "check_imports", "naming", "read_json", "without_unlisted"]
+__all__ = ["IMPORTABLE", "SavedWeights", "check_imports", "naming", "note_checksums", "read_json", "without_unlisted"]
 
 #: Packages that a config may name as the home of its base model's class; PEFT's AutoPeftModel imports what it finds.
 IMPORTABLE = ("transformers", "timm", "open_clip", "torchvision", "register_adapter", "peft")
@@ -74,6 +76,15 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} must hold a JSON object, found {type(values).__name__}")
     return values
+
+
+def note_checksums(folder: Path) -> None:
+    """Write into every config of registers in a new save which weights are beside it."""
+    for path in folder.rglob(CONFIG_NAME):
+        values, weights = read_json(path), path.with_name(WEIGHTS_NAME)
+        if values.get("peft_type") == METHOD.upper() and weights.is_file():
+            values["weights_sha256"] = checksum(weights)
+            path.write_text(json.dumps(values, indent=2, sort_keys=True), "utf-8")
 
 
 def check_imports(values: dict[str, Any], path: str | Path) -> None:

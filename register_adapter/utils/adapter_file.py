@@ -22,6 +22,7 @@ __all__ = [
     "UNITS_KEY",
     "TensorInfo",
     "check_adapter_file",
+    "check_finite",
     "check_tensors",
     "is_foreign",
     "read_header",
@@ -160,6 +161,15 @@ def check_adapter_file(
     tensors = read_tensors(path)
     _refuse(_value_faults(tensors), path)
     return tensors
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Compare the values of an adapter of any method with what can be computed with.
+
+    Raises:
+        AdapterFileError: A value is not finite.
+    """
+    _refuse(_value_faults(tensors), source)
 
 
 def _refuse(faults: list[str], source: str | Path) -> None:

@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 __all__ = ["check_writable", "scratch_folder", "staged", "write_text"]
 
 _PREFIX, _LOCK = ".register_adapter.", ".lock"
+#: Held while files are moved; its name is none of a scratch folder's.
+_MOVING, _PATIENCE = ".register_adapter-moving.lock", 60
 #: Seconds within which a scratch folder without a lock is taken for one whose process is alive.
 _NEW = 60
 
@@ -43,10 +45,34 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
         yield scratch
         files = [path for path in scratch.rglob("*") if path.is_file() and path != scratch / _LOCK]
         order = {name: place for place, name in enumerate(last, 1)}
-        for file in sorted(files, key=lambda path: (order.get(path.name, 0), path)):
-            place = target / file.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
+        with _alone(target):
+            for file in sorted(files, key=lambda path: (order.get(path.name, 0), path)):
+                place = target / file.relative_to(scratch)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Keep others from moving their files into ``target`` meanwhile, so that no two sets are mixed.
+
+    Raises:
+        OSError: Another process moves files there, and does not come to an end.
+    """
+    lock = FileLock(target / _MOVING, timeout=_PATIENCE)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OSError(f"another process is moving files into {target}, since more than {_PATIENCE} s") from error
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        if lock.is_locked:  # gone while it is held: whoever waits for it makes a new one
+            with suppress(OSError):
+                (target / _MOVING).unlink()
+        lock.release()
 
 
 @contextmanager

@@ -21,9 +21,11 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ..config import RegisterConfig
-from .folder import fetch_folder, read_folder
+from ..reading import naming
+from ..undo import unchanged_if_refused
+from .folder import SavedAdapter, fetch_folder, read_folder
 from .names import check_adapters, configs_of, innermost
-from .saving import SavesAll, write_adapters
+from .saving import SavesAll, adapter_tensors, write_adapters
 from .tuner import ComposedTuner, check_heads, flags_kept
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "save_adapters"]
@@ -49,7 +51,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     """
     base = innermost(model)
     check_adapters(base, configs)
-    with _all_or_nothing(base):
+    with _all_or_nothing(model, configs.values()):
         composed = ComposedPeftModel(model)
         everything = list(dict.fromkeys([*composed.active_adapters, *configs]))
         check_heads({**configs_of(base), **configs}, everything)
@@ -59,24 +61,12 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     return composed
 
 
-@contextlib.contextmanager
-def _all_or_nothing(base: nn.Module) -> Iterator[None]:
-    """Take off again what was put on the base, if not all of it could be."""
-    known = list(configs_of(base))
-    flags = {id(parameter): parameter.requires_grad for parameter in base.parameters()}
-    training = base.training
-    try:
-        yield
-    except Exception:
-        tuner = ComposedTuner(base)
-        for name in [name for name in tuner.peft_config if name not in known]:
-            tuner.remove(name)
-        if not known:
-            tuner.unload()
-        for parameter in base.parameters():
-            parameter.requires_grad = flags.get(id(parameter), parameter.requires_grad)
-        base.train(training)
-        raise
+def _all_or_nothing(model: nn.Module, configs: Iterable[PeftConfig]) -> contextlib.AbstractContextManager[Any]:
+    """A context that takes off again what was put on a model, if not all of it could be."""
+    # Some methods (PiSSA, OLoRA) begin by changing the base's weights.
+    fields = ("init_lora_weights", "init_weights")
+    changing = any(isinstance(getattr(config, field, None), str) for config in configs for field in fields)
+    return unchanged_if_refused(model, values=changing)
 
 
 def save_adapters(model: nn.Module, folder: str | Path, selected_adapters: Iterable[str] | None = None) -> None:
@@ -131,14 +121,16 @@ def load_adapters(
     check_adapters(base, {one.name: one.config for one in saved})
     # Registers first: they know their base by the names and values of its own parameters.
     saved_first = sorted(saved, key=lambda one: not isinstance(one.config, RegisterConfig))
-    with _all_or_nothing(base):
+    with _all_or_nothing(model, [one.config for one in saved]):
         composed = ComposedPeftModel(model)
         kept = composed.active_adapters
         for one in saved_first:
             if isinstance(one.config, RegisterConfig):
                 one.config.ignore_base_mismatch = ignore_base_mismatch
             one.config.inference_mode = not is_trainable
-            composed.add_adapter(one.name, one.config, options.get("low_cpu_mem_usage", False))
+            with naming(one.path):
+                composed.add_adapter(one.name, one.config, options.get("low_cpu_mem_usage", False))
+            _check_own(composed, one)
             try:
                 result = composed.load_adapter(one.path, one.name, is_trainable=is_trainable, **options)
             except (RuntimeError, KeyError) as error:
@@ -161,6 +153,16 @@ def load_adapters(
         if is_trainable:
             composed.set_requires_grad([one.name for one in saved if one.active])
     return composed
+
+
+def _check_own(composed: ComposedPeftModel, one: SavedAdapter) -> None:
+    """No tensor of a file has the name of one that is in the model already, and not the adapter's."""
+    strange = one.keys - set(adapter_tensors(composed, one.name, composed.state_dict()))
+    if foreign := sorted(strange & set(composed.state_dict())):
+        raise AdapterFileError(
+            f"the tensors in {one.path} would replace tensors of the base that the adapter does not train: "
+            f"{foreign[:10]}. Nothing was changed."
+        )
 
 
 class ComposedPeftModel(SavesAll):

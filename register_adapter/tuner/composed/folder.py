@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -16,15 +15,17 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...errors import AdapterFileError
-from ...utils.adapter_file import read_tensors
+from ...utils.adapter_file import check_finite, read_tensors
+from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME, checked_token, fetch
 from ...utils.staging import staged
 from ..config import RegisterConfig
+from ..reading import check_imports, naming, note_checksums, read_json
 
 __all__ = ["MANIFEST", "SavedAdapter", "check_name", "fetch_folder", "read_folder", "write_folder"]
 
@@ -54,12 +55,14 @@ class SavedAdapter:
         path: Its subfolder.
         config: Its config.
         active: Whether it was active when it was saved.
+        keys: Keys of its tensors.
     """
 
     name: str
     path: Path
     config: PeftConfig
     active: bool
+    keys: frozenset[str]
 
 
 def write_folder(
@@ -101,9 +104,12 @@ def write_folder(
                         "name": name,
                         "method": config.peft_type.value,
                         "active": name in order[: -len(names)],
-                        "sha256": _checksum(place / WEIGHTS_NAME),
+                        "sha256": checksum(place / WEIGHTS_NAME),
                     }
                 )
+            note_checksums(staging)
+            for entry in entries:
+                entry["config_sha256"] = checksum(staging / entry["name"] / _CONFIG)
             manifest = {"format_version": _VERSION, "adapters": entries}
             # Without tensors: transformers' Trainer looks for this file to tell a checkpoint of adapters.
             save_file({}, staging / WEIGHTS_NAME, metadata={"format": "pt", "adapters": MANIFEST})
@@ -169,7 +175,7 @@ def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> li
 def _entries(path: Path) -> list[dict[str, Any]]:
     """What a manifest lists, checked."""
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = read_json(path)
         version, entries = manifest["format_version"], manifest["adapters"]
         names = [check_name(entry["name"]) for entry in entries]
         whole = all(
@@ -197,21 +203,48 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     missing = [file for file in (_CONFIG, WEIGHTS_NAME) if not (place / file).is_file()]
     if missing:
         raise AdapterFileError(f"the adapter {name!r} in {folder} has no {' and no '.join(missing)}. Save it again.")
-    if _checksum(place / WEIGHTS_NAME) != entry["sha256"]:
+    digests = {WEIGHTS_NAME: entry["sha256"], _CONFIG: entry.get("config_sha256")}
+    damaged = [file for file, digest in digests.items() if digest is not None and checksum(place / file) != digest]
+    if damaged:
         raise AdapterFileError(
-            f"{place / WEIGHTS_NAME} is not the file that {MANIFEST} describes: it is damaged, or of another save. "
+            f"{place / damaged[0]} is not the file that {MANIFEST} describes: it is damaged, or of another save. "
             "Save all adapters again, or load it alone with PeftModel.from_pretrained."
         )
-    read_tensors(place / WEIGHTS_NAME)
+    tensors = read_tensors(place / WEIGHTS_NAME)
     kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    values = RegisterConfig.from_json_file(str(place / _CONFIG))
+    values = read_json(place / _CONFIG)
     if method not in kinds or values.get("peft_type") != method:
         raise AdapterFileError(
             f"the adapter {name!r} is of the method {method!r} in {MANIFEST} and {values.get('peft_type')!r} in its "
             f"config; this peft knows {', '.join(sorted(kinds))}"
         )
-    return SavedAdapter(name, place, kinds[method].from_pretrained(str(place)), entry["active"])
+    check_imports(values, place / _CONFIG)
+    with naming(place / _CONFIG):
+        config = kinds[method].from_pretrained(str(place))
+    if not isinstance(config, RegisterConfig):
+        check_finite(tensors, place / WEIGHTS_NAME)
+        _check_owned(config, tensors, place / WEIGHTS_NAME)
+    return SavedAdapter(name, place, config, entry["active"], frozenset(tensors))
 
 
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _check_owned(config: PeftConfig, keys: Iterable[str], path: Path) -> None:
+    """Every tensor is of the method, of a saved head, or a bias that was trained: none may be the base's own.
+
+    Tuned layer norms are called what the base's are; they are compared with those of the model, once they are there.
+    """
+    mark = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type].partition("_")[0] + "_"
+    if mark == "ln_":
+        return
+    heads, bias = getattr(config, "modules_to_save", None) or [], getattr(config, "bias", "none")
+    foreign = [
+        key
+        for key in keys
+        if f".{mark}" not in f".{key}"
+        and not any(f".{head}." in f".{key}" for head in heads)
+        and not (bias != "none" and key.endswith(".bias"))
+    ]
+    if foreign:
+        raise AdapterFileError(
+            f"{path} holds tensors that an adapter of the method {config.peft_type.value} does not have: "
+            f"{sorted(foreign)[:10]}. They would replace the base's own. Nothing was changed."
+        )

@@ -18,7 +18,7 @@ from ..card import is_hub_name
 from .folder import MANIFEST, read_folder, write_folder
 from .tuner import ComposedTuner
 
-__all__ = ["SavesAll", "write_adapters"]
+__all__ = ["SavesAll", "adapter_tensors", "write_adapters"]
 
 _CARD = """
 # Adapters of several PEFT methods: {names}
@@ -52,11 +52,11 @@ def write_adapters(
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     state = composed.state_dict() if state_dict is None else state_dict
-    adapters = {name: (composed.peft_config[name], _tensors(composed, name, state)) for name in names}
+    adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     write_folder(folder, adapters, [name for name in composed.active_adapters if name in names])
 
 
-def _tensors(composed: SavesAll, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def adapter_tensors(composed: SavesAll, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One adapter's tensors by the keys of PEFT's files.
 
     PEFT leaves out every key with another adapter's name *anywhere* in it: an adapter called "registers", or like any
