@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from ..data.batches import list_pictures
+from ..data.batches import list_images
 from ..data.processors import load_image_processor
 from ..testbed import SceneDataset, load_planted_vit, load_vit
 from ..testbed import load_image_processor as load_scene_processor
@@ -46,7 +46,7 @@ def load_pictures(name: str, limit: int | None = None) -> Any:
     """The files of a folder, or made scenes (256 of them by default) for the word ``"scenes"``."""
     if name == _SCENES and not Path(name).exists():
         return SceneDataset(limit or _NUM_SCENES, seed=_SCENE_SEED, split="test")
-    return list_pictures(name)
+    return list_images(name)
 
 
 def with_adapter(base: nn.Module, adapter: str) -> nn.Module:

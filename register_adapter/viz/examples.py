@@ -99,7 +99,7 @@ def read_examples(
 
 def _name(source: PictureSource, place: int) -> str:
     path = image_name(source) if not isinstance(source, torch.Tensor | bytes) else ""
-    return Path(path).name if path and path != "picture without a name" else f"picture {place}"
+    return Path(path).name if path and path != "image without a name" else f"picture {place}"
 
 
 def _with_colours(maps: list[PictureMaps], first: list[PictureMaps] | None) -> list[PictureMaps]:
