@@ -57,7 +57,7 @@ def audit(
             (``"fixed:75"``), or a function like those.
         attentions: Sum attention maps too: slower, because fused attention returns none.
         batch_size: Images per batch.
-        max_images: Use the first so many.
+        max_images: Use at most this many images, the first ones.
         name: What the report calls the model.
         progress: Show a bar.
         strict: Refuse bad images instead of skipping them with a warning.

@@ -94,7 +94,7 @@ class ImageBatches:
             ``model_name``, if images need one.
         model_name: Name or folder of the model.
         batch_size: Images per batch; ready batches stay as they are.
-        max_images: Use the first so many.
+        max_images: Use at most this many images, the first ones.
         strict: Refuse bad images.
         num_workers: Threads that read and process images.
 

@@ -171,7 +171,7 @@ def attention_features(
         images: Images or batches, see :func:`register_adapter.artifacts.audit`.
         image_processor: As for the audit.
         batch_size: Images per batch; ready batches stay as they are.
-        max_images: Use the first so many.
+        max_images: Use at most this many images, the first ones.
         progress: Show a bar.
 
     Yields:

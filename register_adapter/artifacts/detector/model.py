@@ -183,7 +183,7 @@ class AttentionDetector(nn.Module):
                 :func:`register_adapter.artifacts.audit` takes.
             image_processor: As for the audit.
             batch_size: Images per batch.
-            max_images: Use the first so many.
+            max_images: Use at most this many images, the first ones.
             template: Use the template, if there is one. Artifacts of another kind than those of the training are found
                 better without.
             progress: Show a bar.

@@ -55,7 +55,7 @@ def train_detector(
         images: Images of one size, or batches, see :func:`register_adapter.artifacts.audit`. A few hundred are
             enough; artifacts among them are to be expected and do no harm.
         image_processor: As for the audit.
-        max_images: Use the first so many.
+        max_images: Use at most this many images, the first ones.
         num_steps: Steps of AdamW, with a linear warm-up over a tenth of them and a cosine decay.
         batch_size: Images per step and process.
         learning_rate: The highest.

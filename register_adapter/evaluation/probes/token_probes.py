@@ -94,7 +94,7 @@ def probe_tokens(
         max_iter: Iterations of the logistic regressions, at most.
         seed: Seed of draws and splits; the same seed gives the same report on a CPU.
         batch_size: As for the audit, as are all below.
-        max_images: Use the first so many images.
+        max_images: Use at most this many images, the first ones.
         progress: Show a bar.
         strict: Refuse bad images instead of skipping them with a warning.
         num_workers: Threads that read images.

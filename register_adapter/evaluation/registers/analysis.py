@@ -67,7 +67,7 @@ def analyse_registers(
         num_maps: Number of images whose maps are kept.
         seed: Seed of the exchange between images.
         batch_size: As for the audit, as are all below.
-        max_images: Use the first so many of ``images``, and of ``mean_images``.
+        max_images: Use at most this many of ``images``, and of ``mean_images``.
         progress: Show a bar.
         strict: Refuse bad images instead of skipping them with a warning.
         num_workers: Threads that read images.
@@ -170,9 +170,9 @@ def _arms(registers: Registers, blocks: tuple[int, ...], each: bool) -> tuple[li
         ]
     notes = []
     if any(deep):
-        names = ", ".join(name for name, one in zip(registers.names, deep, strict=True) if one)
+        names = ", ".join(name for name, is_deep in zip(registers.names, deep, strict=True) if is_deep)
         notes.append(f"{names}: fresh ones at every block (deep=True), the same for every image; ablating them is void")
-    alone = [(number,) for number, one in enumerate(deep) if not one] if each and registers.count > 1 else []
+    alone = [(number,) for number, is_deep in enumerate(deep) if not is_deep] if each and registers.count > 1 else []
     groups = [tuple(range(registers.count)), *alone]
     return [Arm(kind, numbers, blocks) for numbers in groups for kind in ("mean", "shuffle")], notes
 
