@@ -1,8 +1,8 @@
-"""What an audit costs: its time over that of a plain forward pass over the same pictures, in turns.
+"""What an audit costs: its time over that of a plain forward pass over the same images, in turns.
 
     python benchmarks/audit.py --out benchmarks/results/audit-cpu.json
 
-The pictures are ready batches, so that decoding files, which both need, does not hide what the audit adds.
+The images are ready batches, so that decoding files, which both need, does not hide what the audit adds.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def build(case: Case) -> Any:
 
 
 def make_calls(case: Case) -> dict[str, Callable[[], None]]:
-    """The variants, by name, over the same pictures."""
+    """The variants, by name, over the same images."""
     model = build(case)
-    pictures = torch.randn(case.images, 3, case.size, case.size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(case.images, 3, case.size, case.size, generator=torch.Generator().manual_seed(0))
 
     def forward() -> None:
         with torch.no_grad():
-            for batch in torch.split(pictures, case.batch):
+            for batch in torch.split(images, case.batch):
                 model(batch.to(case.device, getattr(torch, case.dtype)))
 
     def audited(attentions: bool) -> Callable[[], None]:
         def call() -> None:
-            audit(model, pictures, attentions=attentions, batch_size=case.batch, progress=False)
+            audit(model, images, attentions=attentions, batch_size=case.batch, progress=False)
 
         return call
 

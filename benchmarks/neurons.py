@@ -1,6 +1,6 @@
 """What registers without training cost: the fit, and inference with the shift.
 
-The fit is compared with a plain forward pass and with the published procedure over the same pictures, the shift with
+The fit is compared with a plain forward pass and with the published procedure over the same images, the shift with
 the adapter without it.
 
     python benchmarks/neurons.py --out benchmarks/results/neurons-cpu.json
@@ -34,7 +34,7 @@ from register_adapter import add_registers, find_tower, fit_test_time_registers
 LIMITS = {("fit", "forward"): 1.2, ("fit", "published"): 1 / 1.5, ("shift", "register"): 1.03}
 
 
-def build(case: Case, pictures: torch.Tensor) -> Any:
+def build(case: Case, images: torch.Tensor) -> Any:
     """The model, with two hidden units of the middle block that write a large vector into about 2 % of the patches."""
     width, blocks, heads = SHAPES[case.model]
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def build(case: Case, pictures: torch.Tensor) -> Any:
     seen: list[torch.Tensor] = []
     handle = mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        model(pictures[:8].to(case.device, getattr(torch, case.dtype)))
+        model(images[:8].to(case.device, getattr(torch, case.dtype)))
         handle.remove()
         direction = torch.randn(width, generator=torch.Generator().manual_seed(1)).to(seen[0])
         threshold = (seen[0][:, 1:] @ direction).float().quantile(0.98)
@@ -62,7 +62,7 @@ def build(case: Case, pictures: torch.Tensor) -> Any:
     return model
 
 
-def publish(model: Any, pictures: torch.Tensor, neurons: int = 10) -> list[tuple[int, int]]:
+def publish(model: Any, images: torch.Tensor, neurons: int = 10) -> list[tuple[int, int]]:
     """The published procedure; the best units as (block, unit)."""
     tower = find_tower(model)
     layers = tower.part("blocks")
@@ -90,8 +90,8 @@ def publish(model: Any, pictures: torch.Tensor, neurons: int = 10) -> list[tuple
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     try:
         with torch.no_grad():
-            for picture in pictures:
-                model(picture[None].to(device, dtype))
+            for image in images:
+                model(image[None].to(device, dtype))
                 norms = outputs[len(layers) - 1][0, 1:].float().norm(dim=-1)
                 chosen = norms > norms.mean() + 3 * norms.std()
                 if chosen.any():
@@ -107,19 +107,19 @@ def publish(model: Any, pictures: torch.Tensor, neurons: int = 10) -> list[tuple
 
 
 def make_calls(case: Case) -> dict[str, Callable[[], None]]:
-    """The variants, by name, over the same pictures."""
-    pictures = torch.randn(case.images, 3, case.size, case.size, generator=torch.Generator().manual_seed(0))
-    model = build(case, pictures)
+    """The variants, by name, over the same images."""
+    images = torch.randn(case.images, 3, case.size, case.size, generator=torch.Generator().manual_seed(0))
+    model = build(case, images)
     dtype = getattr(torch, case.dtype)
     planted = (SHAPES[case.model][1] - 1) // 2
 
     def forward() -> None:
         with torch.no_grad():
-            for batch in torch.split(pictures, case.batch):
+            for batch in torch.split(images, case.batch):
                 model(batch.to(case.device, dtype))
 
     def fit() -> None:
-        fitted = fit_test_time_registers(model, pictures, batch_size=case.batch, max_images=case.images, progress=False)
+        fitted = fit_test_time_registers(model, images, batch_size=case.batch, max_images=case.images, progress=False)
         found = fitted.peft_config["default"].register_neurons
         fitted.unload()
         if found != {planted: [0, 1]} and found != {planted: [1, 0]}:
@@ -128,7 +128,7 @@ def make_calls(case: Case) -> dict[str, Callable[[], None]]:
     def infer(neurons: bool) -> Callable[[], None]:
         options: dict[str, Any] = {"register_neurons": {planted: list(range(10))}} if neurons else {}
         adapted = add_registers(copy.deepcopy(model), 1, **options).eval()
-        batch = pictures[: case.batch].to(case.device, dtype)
+        batch = images[: case.batch].to(case.device, dtype)
 
         def call() -> None:
             with torch.no_grad():
@@ -139,7 +139,7 @@ def make_calls(case: Case) -> dict[str, Callable[[], None]]:
     return {
         "forward": forward,
         "fit": fit,
-        "published": lambda: void(publish(model, pictures)),
+        "published": lambda: void(publish(model, images)),
         "register": infer(False),
         "shift": infer(True),
     }

@@ -545,7 +545,7 @@ def test_a_rule_of_ones_own(planting, held_out):
 def test_pictures_need_a_processor_and_no_pictures_are_an_error(planting, tmp_path):
     with pytest.raises(ValueError, match="image_processor="):
         look(build("dinov2"), SceneDataset(2, split=None))
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         look(planting.model, [])
 
 

@@ -299,7 +299,7 @@ def test_wrong_models_and_arguments_are_refused(trained):
         train_detector(model, pixels(2, 1), mask_ratio=1.0, progress=False)
     with pytest.raises(ValueError, match="different sizes"):
         train_detector(model, [torch.zeros(1, 3, 80, 80), torch.zeros(1, 3, 96, 96)], progress=False)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         detector.score(model, [])
 
 
@@ -308,7 +308,7 @@ def test_reading_stops_where_memory_ends(caplog):
     images = [torch.randn(2, 3, IMAGE, IMAGE)] * 20
     one = SIDE * SIDE * math.prod(next(attention_features(model, images)).shape[3:]) * 2
     train_detector(model, images, num_steps=1, max_gib=5 * one / 2**30, progress=False)
-    assert "stopped after 6 pictures" in caplog.text
+    assert "stopped after 6 images" in caplog.text
 
 
 # Its file
@@ -401,7 +401,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
     with pytest.raises(AdapterFileError, match="pickled weights are never read"):
         AttentionDetector.load(file)
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(AdapterFileError, match="is no detector"):
+    with pytest.raises(AdapterFileError, match="is not a detector"):
         AttentionDetector.load(file)
     file.write_bytes(_random_detector().save(file).read_bytes()[:-40])
     with pytest.raises(AdapterFileError, match="whole safetensors"):

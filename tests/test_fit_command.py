@@ -64,7 +64,7 @@ def test_wrong_arguments_end_in_one_clear_line(folder: Path, tmp_path: Path) -> 
         "give top_block": ("--threshold", "3"),
         "block of the model": ("--top-block", "99"),
         "unknown rule": ("--rule", "none"),
-        "bad pictures": ("--strict",),
+        "bad images": ("--strict",),
     }
     for message, options in cases.items():
         said = run(

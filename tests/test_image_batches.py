@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from register_adapter.data import ImageBatches, ImageFileError, list_pictures
+from register_adapter.data import ImageBatches, ImageFileError, list_images
 from register_adapter.data.batches import batch_length, slice_batch
 from register_adapter.testbed import SceneDataset, load_image_processor
 
@@ -132,7 +132,7 @@ def test_max_images_stops_early():
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        ([], {}, "no pictures"),
+        ([], {}, "no images"),
         (7, {}, "found int"),
         ("nowhere", {}, "neither a folder nor a file"),
         ([Image.new("RGB", (8, 8))], {}, "image_processor="),
@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said(images, options, message, tmp_path, monkeypatch):
 
 def test_an_empty_folder_and_pictures_of_several_sizes(tmp_path):
     with pytest.raises(ValueError, match="holds no files"):
-        list_pictures(tmp_path)
+        list_images(tmp_path)
     sizes = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]
     with pytest.raises(ValueError, match="batch_size=1"):
         read(sizes, lambda picture: torch.tensor(np.asarray(picture)).permute(2, 0, 1))

@@ -68,7 +68,7 @@ def test_without_classes_only_places_and_pixels_are_probed(folder: Path, tmp_pat
 
 
 def test_wrong_arguments_end_in_one_clear_line(folder: Path, tmp_path: Path) -> None:
-    cases = {"unknown rule": ("--rule", "none"), "layer=99 of 9": ("--layer", "99"), "bad pictures": ("--strict",)}
+    cases = {"unknown rule": ("--rule", "none"), "layer=99 of 9": ("--layer", "99"), "bad images": ("--strict",)}
     for message, options in cases.items():
         given = (str(folder / "model"), str(folder / "images"), "--out", str(tmp_path / "x"))
         said = run("probe", *given, *options, ok=False)

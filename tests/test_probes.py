@@ -472,7 +472,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         probe([pictures], [1] * 40)
     with pytest.raises(ValueError, match="layer=7 of 3"):
         probe(layer=7)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         probe([])
     with pytest.raises(ValueError, match="at least 10 images"):
         probe([pictures[:5]])

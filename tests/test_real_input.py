@@ -167,7 +167,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 def test_postscript_is_never_interpreted(tmp_path: Path) -> None:
     (tmp_path / "print.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
-    assert "no picture" in str(check_image(tmp_path / "print.jpg"))
+    assert "not an image" in str(check_image(tmp_path / "print.jpg"))
 
 
 def test_every_awkward_file_that_is_whole_is_read(photos: Path) -> None:

@@ -172,7 +172,7 @@ def test_no_rule_stumbles_over_odd_norms(rule, values):
     [
         ("nothing", "unknown rule"),
         ("auto:3", "takes no number"),
-        ("sigma:x", "is no number"),
+        ("sigma:x", "is not a number"),
         ("sigma:-1", "out of range"),
         ("percentile:100", "out of range"),
         ("two_sided_auto", "unknown rule"),

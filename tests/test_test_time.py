@@ -382,7 +382,7 @@ def test_few_pictures(count: int) -> None:
 
 
 def test_two_pictures_are_too_few() -> None:
-    with pytest.raises(ValueError, match="three pictures"):
+    with pytest.raises(ValueError, match="three images"):
         fit(load_planted_vit().model, scenes(2, 1)[0])
 
 

@@ -39,7 +39,7 @@ class AttentionSketch:
     Attributes:
         patches: ``(2, H, BINS)``: attention that the patches of a bin receive, of all queries (their mean) and of CLS.
         others: ``(2, H, 2)``: the same for CLS and for registers.
-        num_images: Number of pictures.
+        num_images: Number of images.
         has_cls: Whether there is a CLS token to ask.
     """
 

@@ -40,15 +40,15 @@ def audit(
     target_modules: str | None = None,
     anatomy: Anatomy | None = None,
 ) -> ArtifactReport:
-    """Find out whether a model has artifacts, in one pass over pictures.
+    """Find out whether a model has artifacts, in one pass over images.
 
     The pass streams: hidden states and attention maps are reduced on the model's device, block by block, and no token
-    is kept, so that memory does not grow with the number of pictures. Rules are applied afterwards, to histograms.
+    is kept, so that memory does not grow with the number of images. Rules are applied afterwards, to histograms.
     Only the vision tower runs, in evaluation mode; the model is as before afterwards, also after an exception.
 
     Args:
         model: A base model, a model with head, or one with registers, whose active adapter takes part.
-        images: A folder of pictures (with those below it), paths, PIL images, a data set of ``{"image": ...}`` items, a
+        images: A folder of images (with those below it), paths, PIL images, a data set of ``{"image": ...}`` items, a
             tensor ``(M, 3, H, W)``, or ready batches: tensors ``(B, 3, H, W)``, or dictionaries of the tower's
             keywords.
         image_processor: Of transformers, or any function from a PIL image to ``(3, H, W)``; default: the one of the
@@ -56,12 +56,12 @@ def audit(
         rule: Name of a rule in :data:`~register_adapter.artifacts.RULES`, with a number where it takes one
             (``"fixed:75"``), or a function like those.
         attentions: Sum attention maps too: slower, because fused attention returns none.
-        batch_size: Pictures a batch.
-        max_images: Use the first so many.
+        batch_size: Images per batch.
+        max_images: Use at most this many images, the first ones.
         name: What the report calls the model.
         progress: Show a bar.
-        strict: Refuse bad pictures instead of skipping them with a warning.
-        num_workers: Threads that read pictures.
+        strict: Refuse bad images instead of skipping them with a warning.
+        num_workers: Threads that read images.
         target_modules: Name of the vision tower, where there are several.
         anatomy: Description of a model that the table does not have.
 
@@ -70,9 +70,9 @@ def audit(
 
     Raises:
         UnsupportedModelError: No single vision tower, or an attention that returns no maps.
-        ImageFileError: ``strict`` and a picture is bad, or none is good.
+        ImageFileError: ``strict`` and an image is bad, or none is good.
         RegisterAdapterError: Hidden states that are not finite.
-        ValueError: No pictures, an unknown rule, or no image processor.
+        ValueError: No images, an unknown rule, or no image processor.
 
     Example:
         >>> report = audit(AutoModel.from_pretrained("facebook/dinov2-base"), "photos/")
@@ -145,12 +145,12 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
 def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdict, int | None, str]:
     """The verdict, the first layer of the outliers, and why, from all layers but the first."""
     runs: list[list[int]] = []
-    for one in layers[1:]:  # at the input of the first block norms follow the contrast of the patch
-        if one.threshold.separated:
-            if runs and runs[-1][-1] == one.layer - 1:
-                runs[-1].append(one.layer)
+    for layer in layers[1:]:  # at the input of the first block norms follow the contrast of the patch
+        if layer.threshold.separated:
+            if runs and runs[-1][-1] == layer.layer - 1:
+                runs[-1].append(layer.layer)
             else:
-                runs.append([one.layer])
+                runs.append([layer.layer])
     last = layers[-1].layer
     if runs and runs[-1][-1] == last:
         said = _said(layers[last], statistics)

@@ -42,12 +42,12 @@ def patch_norms(model: nn.Module, batches: Iterable[torch.Tensor], layer: int = 
 
 @dataclass(frozen=True)
 class NormSummary:
-    """Patch norms of a set of pictures in a few numbers.
+    """Patch norms of a set of images in a few numbers.
 
     Attributes:
         share: Share of patch tokens whose norm is over ``factor`` times the median.
         largest: Largest norm over the median.
-        median: Median norm over all patches of all pictures.
+        median: Median norm over all patches of all images.
         factor: The threshold.
     """
 

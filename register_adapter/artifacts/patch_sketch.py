@@ -1,6 +1,6 @@
 """What is kept of the patch tokens of one layer, by the bin of their norm, so that a line can be drawn afterwards.
 
-A rule can look at all pictures before it says which norms are outlying, although no token is kept: whatever is asked of
+A rule can look at all images before it says which norms are outlying, although no token is kept: whatever is asked of
 the outliers later (where they fall, how many an image has, how similar to their neighbours they are) is summed for
 every bin of the norm histogram, or for every edge between two bins. All sizes depend on the number of bins and patches
 alone.
@@ -45,13 +45,13 @@ class PatchSketch:
 
     Attributes:
         histogram: Of the norms.
-        num_images: Number of pictures.
+        num_images: Number of images.
         by_edge: ``(4, BINS + 1)`` sums over the images, for every edge: the squared number of patches above it, of
             those below it, and the number of images with any above, with any below.
         both: ``(2, edges, edges)`` for every 4th edge: sum of (number below the first) times (number above the
             second), and the number of images with some of either.
         positions: ``(BINS, patches)`` int32, how often a patch at that place falls into a bin; ``None`` where places
-            are not known, or not the same in all pictures.
+            are not known, or not the same in all images.
         similarity: ``(BINS,)`` sum of the similarity to the neighbours; ``None`` where it is not known.
         channels: ``(D,)`` largest |activation| of every channel.
     """
@@ -71,7 +71,12 @@ class PatchSketch:
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps."""
         optional = (self.positions, self.similarity, self.channels)
-        return [*self.histogram.tensors(), self.by_edge, self.both, *(one for one in optional if one is not None)]
+        return [
+            *self.histogram.tensors(),
+            self.by_edge,
+            self.both,
+            *(tensor for tensor in optional if tensor is not None),
+        ]
 
     def add(
         self,
@@ -90,7 +95,7 @@ class PatchSketch:
             bins: ``(B, P)`` int64, their bins.
             valid: ``(B, P)`` float32, 0 for padding; ``None``: all count.
             similarity: ``(B, P)`` to the neighbours, if known.
-            placed: Whether a patch has the same place as in the other pictures.
+            placed: Whether a patch has the same place as in the other images.
         """
         batch, number = norms.shape
         weights = torch.ones_like(norms) if valid is None else valid
@@ -115,7 +120,7 @@ class PatchSketch:
             values = (similarity * weights).flatten().to(self.similarity)
             self.similarity.scatter_add_(0, bins.flatten(), values)
         flat = patches if valid is None else patches * valid.to(patches.dtype)[..., None]
-        # One dimension after the other: both at once are slow on a CPU where the prefix is cut off.
+        # One dimension after the other: both at once are slow on a CPU where the prefix is sliced off.
         largest = torch.maximum(flat.amax(1).amax(0), -flat.amin(1).amin(0)).float()
         self.channels = largest if self.channels is None else torch.maximum(self.channels, largest)
 
@@ -132,8 +137,8 @@ class PatchSketch:
 
     def counts(self) -> Array:
         """``(BINS,)`` number of patches in each bin."""
-        found: Array = self.histogram.counts.cpu().numpy().astype(np.float64)
-        return found
+        counts: Array = self.histogram.counts.cpu().numpy().astype(np.float64)
+        return counts
 
     def images_with_outliers(self, edges: Edges) -> float:
         """Share of the images that have at least one outlier."""
@@ -161,8 +166,8 @@ class PatchSketch:
         """``(patches,)`` number of images in which the patch at that place is an outlier."""
         if self.positions is None:
             return None
-        found: Array = self.positions.cpu().numpy()[edges.outlying].sum(0, dtype=np.float64)
-        return found
+        places: Array = self.positions.cpu().numpy()[edges.outlying].sum(0, dtype=np.float64)
+        return places
 
     def recurrence(self, edges: Edges) -> float | None:
         """Chance that an outlier's place is one in another image too, over the mean share of outliers."""
@@ -190,8 +195,8 @@ def _interpolation(place: float, length: int) -> Array:
 
 def means(sums: Array, counts: Array, outlying: npt.NDArray[np.bool_]) -> dict[str, float]:
     """Means of outliers and of the others from sums and counts by bin; without a key for a kind that is empty."""
-    found = {}
+    by_kind = {}
     for key, part in (("outlier", outlying), ("other", ~outlying)):
         if counts[part].sum():
-            found[key] = float(sums[part].sum() / counts[part].sum())
-    return found
+            by_kind[key] = float(sums[part].sum() / counts[part].sum())
+    return by_kind

@@ -129,7 +129,7 @@ class ArtifactReport:
         layers: One entry a layer, input of the first block first.
         rule: The rule that the thresholds are from.
         family: Family of the vision tower.
-        num_images: Number of pictures.
+        num_images: Number of images.
         num_registers: Registers of active adapters.
         native_registers: Registers that the model was made with.
         grid: ``(h, w)`` patches, ``None`` where places are not known.
@@ -185,8 +185,8 @@ class ArtifactReport:
 
         Raises:
             OSError: There is no such file.
-            ValueError: It is no JSON.
-            TypeError: It is no report.
+            ValueError: It is not JSON.
+            TypeError: It is not a report.
         """
         return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
 

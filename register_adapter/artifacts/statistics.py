@@ -1,4 +1,4 @@
-"""One streaming pass over pictures: everything an audit needs, reduced on the model's device, nothing kept of a token.
+"""One streaming pass over images: everything an audit needs, reduced on the model's device, nothing kept of a token.
 
 :func:`collect_statistics` puts hooks on a vision tower; every forward pass inside adds to the :class:`Statistics`.
 Hidden states are read before the final LayerNorm, at every block; index 0 is the input of the first block, ``i + 1``
@@ -29,7 +29,7 @@ from .rules.histogram import NormHistogram, bin_centres, bins_of
 
 __all__ = ["Statistics", "collect_statistics"]
 
-# Where a model without a 2-D convolution says the grid of each picture, and what embeds its patches then.
+# Where a model without a 2-D convolution says the grid of each image, and what embeds its patches then.
 _SHAPES, _LINEAR = "spatial_shapes", "embeddings.patch_embedding"
 # Inputs that say which patches are padding.
 _MASKS = ("pixel_attention_mask", "patch_attention_mask", "attention_mask")
@@ -47,7 +47,7 @@ class Statistics:
 
     Attributes:
         tower: The vision tower.
-        num_images: Number of pictures.
+        num_images: Number of images.
         patches: By layer, what is kept of the patches.
         others: By layer and kind (``"cls"``, ``"register"``), norms of these tokens.
         attentions: By block; empty without attention statistics.
@@ -94,7 +94,9 @@ class Statistics:
         """Bytes of all that is kept."""
         tensors = [tensor for sketch in self.patches.values() for tensor in sketch.tensors()]
         tensors += [tensor for sketch in self.attentions.values() for tensor in sketch.tensors()]
-        tensors += [tensor for kinds in self.others.values() for one in kinds.values() for tensor in one.tensors()]
+        tensors += [
+            tensor for kinds in self.others.values() for histogram in kinds.values() for tensor in histogram.tensors()
+        ]
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
@@ -135,7 +137,7 @@ class Statistics:
         if self.no_grid:
             return
         if batch.no_grid or (self.grid is not None and self.grid != batch.grid):
-            self.no_grid = batch.no_grid or "the pictures have different sizes"
+            self.no_grid = batch.no_grid or "the images have different sizes"
             self.grid = None
         else:
             self.grid = batch.grid
@@ -190,13 +192,13 @@ class _Batch:
         self.bins: torch.Tensor | None = None
 
     def on_grid(self, output: torch.Tensor) -> torch.Tensor | None:
-        """``(B, D, h, w)`` from what a linear layer returns, ``(B, P, D)``, if all pictures have one known grid."""
+        """``(B, D, h, w)`` from what a linear layer returns, ``(B, P, D)``, if all images have one known grid."""
         shapes = self.inputs.get(_SHAPES)
         if shapes is None or output.ndim != 3:
             return None
         grids = {tuple(shape) for shape in shapes.tolist()}
         if len(grids) != 1:
-            self.no_grid = "the pictures have different sizes"
+            self.no_grid = "the images have different sizes"
             return None
         height, width = grids.pop()
         return output[:, : height * width].transpose(1, 2).reshape(len(output), -1, height, width)
@@ -206,7 +208,7 @@ class _Batch:
         batch = hidden.shape[0]
         fits = self.similarity is not None and self.similarity.shape[0] == batch
         if self.grid is None or not fits:
-            self.no_grid = self.no_grid or "its patches are not embedded by a 2-D convolution, once for each picture"
+            self.no_grid = self.no_grid or "its patches are not embedded by a 2-D convolution, once for each image"
         elif self.grid[0] * self.grid[1] > number:
             self.no_grid = "the model hides some of the patches"
         if self.no_grid or self.grid is None:

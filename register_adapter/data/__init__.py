@@ -1,6 +1,6 @@
 """Images from wherever they are: single files, batches for a tower, labelled data sets."""
 
-from .batches import ImageBatches, list_pictures
+from .batches import ImageBatches, list_images
 from .datasets import Data, DataArguments, ProcessedDataset, load_data, read_image_folder
 from .images import ImageFileError, check_image, load_image
 from .processors import load_image_processor
@@ -12,7 +12,7 @@ __all__ = [
     "ImageFileError",
     "ProcessedDataset",
     "check_image",
-    "list_pictures",
+    "list_images",
     "load_data",
     "load_image",
     "load_image_processor",

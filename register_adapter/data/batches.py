@@ -1,4 +1,4 @@
-"""From pictures, wherever they are, to the batches that a vision tower takes; bad files are named and left out."""
+"""From images, wherever they are, to the batches that a vision tower takes; bad files are named and left out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..towers.calls import as_named
 from .images import ImageFileError, image_name, load_image, walk_files
 from .processors import find_image_processor
 
-__all__ = ["Batch", "ImageBatches", "Labelled", "batch_length", "list_pictures", "slice_batch"]
+__all__ = ["Batch", "ImageBatches", "Labelled", "batch_length", "list_images", "slice_batch"]
 
 logger = logging.getLogger(__name__)
 #: What a tower is called with: pixel values ``(B, 3, H, W)``, or its keywords.
@@ -55,12 +55,12 @@ def slice_batch(batch: Batch, part: slice, length: int | None = None) -> Batch:
 
 
 class Labelled(NamedTuple):
-    """A batch and what belongs to its pictures.
+    """A batch and what belongs to its images.
 
     Attributes:
         inputs: What the tower is called with.
-        numbers: Of each picture, its place among all that were given, bad ones counted.
-        labels: As they came with the pictures or the batch, one a picture; ``None`` if any is missing.
+        numbers: Of each image, its place among all that were given, bad ones counted.
+        labels: As they came with the images or the batch, one per image; ``None`` if any is missing.
     """
 
     inputs: Batch
@@ -68,8 +68,8 @@ class Labelled(NamedTuple):
     labels: Any
 
 
-def list_pictures(folder: str | Path) -> list[Path]:
-    """All files of a folder and of those below it, sorted, but for hidden ones; whether they are pictures is not asked.
+def list_images(folder: str | Path) -> list[Path]:
+    """All files of a folder and of those below it, sorted, but for hidden ones; whether they are images is not asked.
 
     Raises:
         ValueError: There is no such folder, or it holds no files.
@@ -79,31 +79,31 @@ def list_pictures(folder: str | Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise ValueError(f"{root} is neither a folder nor a file")
-    found = walk_files(root)
-    if not found:
+    paths = walk_files(root)
+    if not paths:
         raise ValueError(f"{root} holds no files")
-    return found
+    return paths
 
 
 class ImageBatches:
-    """Pictures in batches; see :func:`register_adapter.artifacts.audit` for what ``images`` can be.
+    """Images in batches; see :func:`register_adapter.artifacts.audit` for what ``images`` can be.
 
     Args:
-        images: Pictures or ready batches.
+        images: Images or ready batches.
         image_processor: Of transformers, or a function from a PIL image to ``(3, H, W)``; ``None``: looked up by
-            ``model_name``, if pictures need one.
+            ``model_name``, if images need one.
         model_name: Name or folder of the model.
-        batch_size: Pictures a batch; ready batches stay as they are.
-        max_images: Use the first so many.
-        strict: Refuse bad pictures.
-        num_workers: Threads that read and process pictures.
+        batch_size: Images per batch; ready batches stay as they are.
+        max_images: Use at most this many images, the first ones.
+        strict: Refuse bad images.
+        num_workers: Threads that read and process images.
 
     Attributes:
-        total: Number of pictures, bad ones included; ``None`` where it is not known before.
-        skipped: A line for each picture that was left out so far: its name and what is wrong.
+        total: Number of images, bad ones included; ``None`` where it is not known before.
+        skipped: A line for each image that was left out so far: its name and what is wrong.
 
     Raises:
-        ValueError: No pictures, no image processor, or a value out of range.
+        ValueError: No images, no image processor, or a value out of range.
     """
 
     def __init__(
@@ -121,17 +121,17 @@ class ImageBatches:
             if value is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
         if isinstance(images, str | Path):
-            images = list_pictures(images)
+            images = list_images(images)
         elif isinstance(images, torch.Tensor):
             if images.ndim != 4:
-                raise ValueError(f"a tensor of pictures must be (M, 3, H, W), got {tuple(images.shape)}")
+                raise ValueError(f"a tensor of images must be (M, 3, H, W), got {tuple(images.shape)}")
             images = torch.split(images[:max_images], batch_size)
         elif isinstance(images, Image.Image):
             images = [images]
         items = _iterate(images)
         first = next(items, None)
         if first is None:
-            raise ValueError("there are no pictures")
+            raise ValueError("there are no images")
         self.batch_size, self.max_images, self.strict, self.num_workers = batch_size, max_images, strict, num_workers
         self.ready = _is_batch(first)
         self.total = self._count(images)
@@ -154,13 +154,13 @@ class ImageBatches:
         """The batches on a device, floating point values in ``dtype``, with the keywords that ``module`` takes.
 
         Raises:
-            ImageFileError: ``strict`` and a picture is bad, or none is good.
-            ValueError: The pictures of a batch come out of the processor with different sizes.
+            ImageFileError: ``strict`` and an image is bad, or none is good.
+            ValueError: The images of a batch come out of the processor with different sizes.
         """
-        return (one.inputs for one in self.labelled(device, dtype, module))
+        return (labelled.inputs for labelled in self.labelled(device, dtype, module))
 
     def labelled(self, device: torch.device, dtype: torch.dtype, module: nn.Module) -> Iterator[Labelled]:
-        """As :meth:`on`, with the labels that pictures or batches came with (an entry ``"label"`` or ``"labels"``)."""
+        """As :meth:`on`, with the labels that images or batches came with (an entry ``"label"`` or ``"labels"``)."""
         names = list(inspect.signature(module.forward).parameters)
 
         def move(value: Any) -> Any:
@@ -179,8 +179,8 @@ class ImageBatches:
                 return place(batch["pixel_values"])  # towers outside transformers take it by position
             raise ValueError(f"a batch has the keys {list(batch)}; {type(module).__name__} takes {names}")
 
-        for one in self._whole_batches() if self.ready else self._read():
-            yield one._replace(inputs=place(one.inputs))
+        for batch in self._whole_batches() if self.ready else self._read():
+            yield batch._replace(inputs=place(batch.inputs))
 
     def _whole_batches(self) -> Iterator[Labelled]:
         start = 0
@@ -219,38 +219,38 @@ class ImageBatches:
                 good, bad = good + (len(batch.numbers) if batch else 0), bad + len(faults)
                 self.skipped += faults
                 if faults and self.strict:
-                    raise ImageFileError(f"{len(faults)} bad pictures, and none may be (strict): {_some(faults)}")
+                    raise ImageFileError(f"{len(faults)} bad images, and none may be (strict): {_some(faults)}")
                 if batch is not None:
                     yield batch
         if not good:
-            raise ImageFileError(f"none of {bad} files is a picture that can be read: {_some(self.skipped)}")
+            raise ImageFileError(f"none of {bad} files is an image that can be read: {_some(self.skipped)}")
         if self.skipped:
-            logger.warning("%d of %d pictures are bad and skipped: %s", bad, good + bad, _some(self.skipped))
+            logger.warning("%d of %d images are bad and skipped: %s", bad, good + bad, _some(self.skipped))
 
     def _make(self, items: list[tuple[int, Any]]) -> tuple[Labelled | None, list[str]]:
-        """One batch, in a thread: the processed pictures, and what is wrong with the others."""
-        pictures, numbers, labels, faults = [], [], [], []
+        """One batch, in a thread: the processed images, and what is wrong with the others."""
+        images, numbers, labels, faults = [], [], [], []
         for index, item in items:
             source = item["image"] if isinstance(item, dict) and "image" in item else item
             name = image_name(source)
             try:
                 known = isinstance(source, str | Path) or (isinstance(source, dict) and source.get("path"))
-                pictures.append(load_image(source, name if known else f"item {index} ({name})"))
+                images.append(load_image(source, name if known else f"item {index} ({name})"))
             except ImageFileError as error:
                 faults.append(str(error))
                 continue
             numbers.append(index)
             labels.append(_label_of(item))
-        if not pictures:
+        if not images:
             return None, faults
         assert self._process is not None
         known = None if any(label is None for label in labels) else labels
-        return Labelled(self._process(pictures), numbers, known), faults
+        return Labelled(self._process(images), numbers, known), faults
 
 
 def _iterate(images: Any) -> Iterator[Any]:
     if isinstance(images, Mapping) or not (isinstance(images, Iterable) or hasattr(images, "__getitem__")):
-        raise ValueError(f"images must be a folder, pictures or batches, found {type(images).__name__}")
+        raise ValueError(f"images must be a folder, image files, images or batches, found {type(images).__name__}")
     if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
         # A map-style data set need not end by itself.
         return (images[index] for index in range(len(images)))
@@ -267,31 +267,31 @@ def _tensors(batch: Mapping[str, Any]) -> bool:
 
 
 def _label_of(item: Any) -> Any:
-    """The label of a picture, the labels of a batch, or ``None``."""
+    """The label of an image, the labels of a batch, or ``None``."""
     if not isinstance(item, Mapping):
         return None
     return next((item[name] for name in _LABELS if item.get(name) is not None), None)
 
 
 def _processing(processor: Any) -> Callable[[list[Image.Image]], Batch]:
-    """How a list of pictures becomes a batch."""
+    """How a list of images becomes a batch."""
     if hasattr(processor, "preprocess") or hasattr(processor, "image_processor"):
 
-        def process(pictures: list[Image.Image]) -> Batch:
+        def process(images: list[Image.Image]) -> Batch:
             try:
-                return dict(processor(images=pictures, return_tensors="pt"))
+                return dict(processor(images=images, return_tensors="pt"))
             except ValueError as error:
                 raise ValueError(
-                    f"{type(processor).__name__} made no batch of {len(pictures)} pictures ({error}); do they come out "
+                    f"{type(processor).__name__} made no batch of {len(images)} images ({error}); do they come out "
                     "with different sizes? Give a processor with a fixed size, or batch_size=1"
                 ) from error
 
         return process
 
-    def stack(pictures: list[Image.Image]) -> Batch:
-        made = [processor(picture) for picture in pictures]
-        if len(shapes := {tuple(one.shape) for one in made}) > 1:
-            raise ValueError(f"the pictures of a batch have different sizes: {sorted(shapes)}; give batch_size=1")
+    def stack(images: list[Image.Image]) -> Batch:
+        made = [processor(image) for image in images]
+        if len(shapes := {tuple(pixels.shape) for pixels in made}) > 1:
+            raise ValueError(f"the images of a batch have different sizes: {sorted(shapes)}; give batch_size=1")
         return torch.stack(made)
 
     return stack

@@ -1,4 +1,4 @@
-"""Data sets of labelled pictures: from the Hub or a folder, checked before training, read one item at a time."""
+"""Data sets of labelled images: from the Hub or a folder, checked before training, read one item at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHOWN = 20
 
 @dataclass
 class DataArguments:
-    """Where pictures come from; the names are those of transformers' image classification scripts.
+    """Where images come from; the names are those of transformers' image classification scripts.
 
     Raises:
         ValueError: Neither or both of ``dataset_name`` and ``train_dir`` are given, or a value is out of range.
@@ -40,18 +40,18 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local one."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of pictures a class."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for the evaluation."})
     train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training pictures held out where there is no validation set."}
+        default=0.15, metadata={"help": "Share of the training images held out where there is no validation set."}
     )
-    image_column_name: str = field(default="image", metadata={"help": "Column with the pictures."})
+    image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training pictures only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many evaluation pictures only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many evaluation images only."})
     verify: Literal["full", "header", "none"] = field(
         default="full",
-        metadata={"help": "Before training decode every picture (full), read its header only (header), or trust it."},
+        metadata={"help": "Before training decode every image (full), read its header only (header), or trust it."},
     )
     strict: bool = field(
         default=False, metadata={"help": "Refuse to train if any file is bad, instead of skipping it."}
@@ -59,8 +59,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_dir is None):
-            found = "both" if self.train_dir else "neither"
-            raise ValueError(f"give either --dataset_name or --train_dir, found {found}")
+            given = "both" if self.train_dir else "neither"
+            raise ValueError(f"give either --dataset_name or --train_dir, found {given}")
         if self.validation_dir and not self.train_dir:
             raise ValueError(
                 "--validation_dir goes with --train_dir; a data set's own split is used with --dataset_name"
@@ -76,15 +76,15 @@ class DataArguments:
 
 
 class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Items ``{"pixel_values": (3, H, W) float32, "labels": int}`` of any map-style data set of pictures.
+    """Items ``{"pixel_values": (3, H, W) float32, "labels": int}`` of any map-style data set of images.
 
     Args:
-        dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": picture, "label": int}``; a
-            picture is whatever :func:`register_adapter.data.load_image` reads.
+        dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": image, "label": int}``; an
+            image is whatever :func:`register_adapter.data.load_image` reads.
         image_processor: A transformers image processor.
 
     Raises:
-        ImageFileError: On reading an item whose picture is bad.
+        ImageFileError: On reading an item whose image is bad.
         ValueError: On reading an item without a label.
     """
 
@@ -105,7 +105,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -> Dataset:
-    """List an image folder, one sub-folder a class; files are listed whatever they are, and none is opened.
+    """List an image folder, one sub-folder per class; files are listed whatever they are, and none is opened.
 
     Classes are the sorted names of the sub-folders, empty ones and ones full of bad files included, so that what is
     skipped later never shifts a label. Files of deeper folders belong to their class; hidden files and folders are left
@@ -135,7 +135,9 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
     loose = [path.name for path in visible if not path.is_dir()]
     if loose and PartialState().is_main_process:
         logger.warning("%s: files outside the class folders are not used: %s", root, _some(loose))
-    files = [(str(path), names.index(one.name)) for one in classes for path in walk_files(one)]
+    files = [
+        (str(path), names.index(class_folder.name)) for class_folder in classes for path in walk_files(class_folder)
+    ]
     if not files:
         raise ValueError(f"{root} has no files in its class folders {names}")
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
@@ -150,37 +152,37 @@ def skip_bad(
     num_workers: int = 4,
     progress: bool = True,
 ) -> tuple[Dataset, list[str]]:
-    """Leave out the items whose pictures cannot be read, and say which; classes and their numbers stay.
+    """Leave out the items whose images cannot be read, and say which; classes and their numbers stay.
 
     Every process checks its share of the items.
 
     Args:
-        dataset: A ``datasets.Dataset`` with undecoded pictures.
-        image_column: Column with the pictures.
-        decode: Decode every picture whole, or read headers only.
+        dataset: A ``datasets.Dataset`` with undecoded images.
+        image_column: Column with the images.
+        decode: Decode every image whole, or read headers only.
         strict: Refuse instead of skipping.
-        num_workers: Number of threads a process.
+        num_workers: Number of threads per process.
         progress: Show a bar.
 
     Returns:
         The data set without bad items, and a line for each of those: its name and what is wrong.
 
     Raises:
-        ImageFileError: ``strict`` and a picture is bad, or none is good.
+        ImageFileError: ``strict`` and an image is bad, or none is good.
     """
     state = PartialState()
     share = range(state.process_index, len(dataset), state.num_processes)
-    pictures = dataset.select_columns([image_column])
+    images = dataset.select_columns([image_column])
 
     def check(index: int) -> tuple[int, str] | None:
-        source = pictures[index][image_column]
+        source = images[index][image_column]
         fault = check_image(source, decode)
         return (index, f"{_item_name(source, index)}: {fault}") if fault else None
 
     with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
         results = tqdm(
             pool.map(check, share),
-            "checking pictures",
+            "checking images",
             len(share),
             unit="file",
             disable=not (progress and state.is_local_main_process),
@@ -193,7 +195,7 @@ def skip_bad(
     if strict:
         raise ImageFileError(f"{len(lines)} of {len(dataset)} files are bad, and none may be (strict): {_some(lines)}")
     if len(faults) == len(dataset):
-        raise ImageFileError(f"none of {len(dataset)} files is a picture that can be read: {_some(lines)}")
+        raise ImageFileError(f"none of {len(dataset)} files is an image that can be read: {_some(lines)}")
     if state.is_main_process:
         logger.warning("%d of %d files are bad and skipped:\n  %s", len(lines), len(dataset), "\n  ".join(lines))
     return dataset.select([index for index in range(len(dataset)) if index not in faults]), lines
@@ -233,21 +235,21 @@ def _from_hub(args: DataArguments, token: str | None) -> tuple[Dataset, Dataset 
         splits = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
     if "train" not in splits:
         raise ValueError(f"{args.dataset_name} has no split 'train'; it has {list(splits)}")
-    found = [splits[name] for name in ("train", "validation", "test") if name in splits][:2]
+    chosen = [splits[name] for name in ("train", "validation", "test") if name in splits][:2]
     names = {args.image_column_name: "image", args.label_column_name: "label"}
-    missing = [name for name in names if name not in found[0].features]
+    missing = [name for name in names if name not in chosen[0].features]
     if missing:
         raise ValueError(
-            f"{args.dataset_name} has no columns {missing}; it has {list(found[0].features)}. Name them with "
+            f"{args.dataset_name} has no columns {missing}; it has {list(chosen[0].features)}. Name them with "
             "--image_column_name and --label_column_name"
         )
-    labels = ClassLabel(names=_class_names(found[0], args.label_column_name))
+    labels = ClassLabel(names=_class_names(chosen[0], args.label_column_name))
     sets = [
-        one.select_columns(list(names))
+        split.select_columns(list(names))
         .rename_columns({old: new for old, new in names.items() if old != new})
         .cast_column("image", Image(decode=False))
         .cast_column("label", labels)
-        for one in found
+        for split in chosen
     ]
     return sets[0], sets[1] if len(sets) > 1 else None
 
@@ -257,8 +259,8 @@ class Data:
     """What :func:`load_data` returns.
 
     Attributes:
-        train: The training pictures, columns ``image`` and ``label``.
-        validation: The evaluation pictures, with the same columns.
+        train: The training images, columns ``image`` and ``label``.
+        validation: The evaluation images, with the same columns.
         labels: Class names in the order of their numbers.
         skipped: A line for each file that was left out: its name and what is wrong.
         name: What the model card says about the training data.
@@ -274,12 +276,12 @@ class Data:
 def load_data(
     args: DataArguments, seed: int = 0, num_workers: int = 4, token: str | None = None, *, progress: bool = True
 ) -> Data:
-    """Load, split and check the pictures that ``args`` describe.
+    """Load, split and check the images that ``args`` describe.
 
     Args:
         args: Where they are.
         seed: Seed of the split, where there is no validation set, and of the choice of ``max_*_samples``.
-        num_workers: Number of threads that check pictures.
+        num_workers: Number of threads that check images.
         token: Token for the Hub; by default the one that huggingface_hub finds.
         progress: Show a bar while images are checked.
 
@@ -296,7 +298,7 @@ def load_data(
         name = str(args.dataset_name)
         train, validation = _from_hub(args, token)
     if len(train) < 2 and validation is None:
-        raise ValueError(f"{name} has {len(train)} pictures; at least two are needed, one of them for the evaluation")
+        raise ValueError(f"{name} has {len(train)} images; at least two are needed, one of them for the evaluation")
     if validation is None:
         # Split before checking, so that a file gone bad does not move the others between the sets.
         parts = train.train_test_split(test_size=args.train_val_split, seed=seed)

@@ -1,4 +1,4 @@
-"""Reading pictures from the wild: any common file becomes an upright 8-bit RGB picture, or an error that names it."""
+"""Reading images from the wild: any common file becomes an upright 8-bit RGB image, or an error that names it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "MPO", "JPEG2000
 
 
 class ImageFileError(RegisterAdapterError, ValueError):
-    """A file is no picture, or not a whole one, or one whose colours are not defined."""
+    """A file is not an image, or is not a whole one, or its colours are not defined."""
 
 
 def load_image(source: Any, name: str | None = None) -> Image.Image:
-    """Read a picture and convert it with :func:`to_rgb`.
+    """Read an image and convert it with :func:`to_rgb`.
 
     Args:
         source: A path, the file's bytes, a PIL image, or an undecoded ``datasets`` image
@@ -32,10 +32,10 @@ def load_image(source: Any, name: str | None = None) -> Image.Image:
         name: What to call it in an error; the path by default.
 
     Returns:
-        An RGB picture, fully decoded.
+        An RGB image, fully decoded.
 
     Raises:
-        ImageFileError: The file is missing, empty, truncated, no picture, or cannot be converted.
+        ImageFileError: The file is missing, empty, truncated, not an image, or cannot be converted.
     """
     name = name or image_name(source)
     try:
@@ -46,7 +46,7 @@ def load_image(source: Any, name: str | None = None) -> Image.Image:
 
 
 def check_image(source: Any, decode: bool = True) -> str | None:
-    """What is wrong with a picture, ``None`` if nothing is.
+    """What is wrong with an image, ``None`` if nothing is.
 
     Args:
         source: As for :func:`load_image`.
@@ -62,34 +62,34 @@ def check_image(source: Any, decode: bool = True) -> str | None:
 
 
 def image_name(source: Any) -> str:
-    """A name for a picture in messages: its path where it has one."""
+    """A name for an image in messages: its path where it has one."""
     if isinstance(source, dict):
-        return str(source.get("path") or "picture without a name")
+        return str(source.get("path") or "image without a name")
     if isinstance(source, str | Path):
         return str(source)
-    return str(getattr(source, "filename", None) or "picture without a name")
+    return str(getattr(source, "filename", None) or "image without a name")
 
 
 def walk_files(folder: str | Path) -> list[Path]:
-    """All files of a folder and of those below it, sorted, but for hidden ones, whether they are pictures or not."""
-    found: list[Path] = []
+    """All files of a folder and of those below it, sorted, but for hidden ones, whether they are images or not."""
+    paths: list[Path] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above would be walked for ever
+        if real in seen:  # a link to a folder above would be walked forever
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(found)
+        paths += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(paths)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to RGB, as a viewer would show it.
+    """Convert an image to RGB, as a viewer would show it.
 
     The first frame of an animation is taken, the EXIF orientation applied, transparency laid on white, and 16-bit grey
-    divided by 257, so that 65535 becomes 255 (Pillow's own conversion clips at 255). Float pictures are taken as 0…1.
+    divided by 257, so that 65535 becomes 255 (Pillow's own conversion clips at 255). Float images are taken as 0…1.
     CMYK is converted by Pillow's formula; colour profiles are not applied.
 
     Args:
@@ -99,7 +99,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         A decoded image of mode ``"RGB"``.
 
     Raises:
-        ValueError: The picture's values have no defined white point: 32-bit integers beyond 16 bits, or floats
+        ValueError: The image's values have no defined white point: 32-bit integers beyond 16 bits, or floats
             outside 0…1.
     """
     image.load()
@@ -152,5 +152,5 @@ def _reason(source: Any, error: Exception) -> str:
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
         return error.strerror or str(error)
     if isinstance(error, UnidentifiedImageError):
-        return f"no picture, or its header is damaged (formats that are read: {', '.join(_formats())})"
+        return f"not an image, or its header is damaged (formats that are read: {', '.join(_formats())})"
     return f"damaged or not readable ({error or type(error).__name__})"

@@ -47,15 +47,15 @@ def mean_over_images(values: npt.ArrayLike, images: npt.ArrayLike | None = None)
     Raises:
         ValueError: There is no value.
     """
-    found = np.asarray(values, dtype=np.float64)
-    if not found.size:
+    numbers = np.asarray(values, dtype=np.float64)
+    if not numbers.size:
         raise ValueError("an estimate needs at least one value")
-    groups: Any = np.arange(len(found)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
+    groups: Any = np.arange(len(numbers)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
     count = int(groups.max()) + 1
     sizes = np.bincount(groups, minlength=count)
-    sums = np.bincount(groups, weights=found, minlength=count)
-    mean = float(found.mean())
+    sums = np.bincount(groups, weights=numbers, minlength=count)
+    mean = float(numbers.mean())
     error = float("nan")
     if count > 1:
         error = float(np.sqrt(count / (count - 1) * np.square(sums - mean * sizes).sum()) / sizes.sum())
-    return Estimate(mean, error, count, len(found))
+    return Estimate(mean, error, count, len(numbers))

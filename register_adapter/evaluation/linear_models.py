@@ -36,8 +36,8 @@ class Fitted:
 
     def predict(self, features: _Array) -> _Array:
         """``(T,)`` classes or ``(T, K)`` targets of ``(T, D)`` features."""
-        found: _Array = self.model.predict(np.asarray(features, dtype=np.float64))
-        return found
+        predicted: _Array = self.model.predict(np.asarray(features, dtype=np.float64))
+        return predicted
 
 
 def fit_classifier(

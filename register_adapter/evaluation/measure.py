@@ -74,22 +74,22 @@ def measure_model(
         if labels is not None and logits is not None:
             start = sum(len(part) for part in patches[:-1])
             right.append(logits.argmax(-1).cpu() == labels[start : start + len(logits)])
-    found = Reference(torch.cat(patches), torch.cat(cls) if cls else None)
-    summary = summarise_norms(found.patches.norm(dim=-1))
+    outputs = Reference(torch.cat(patches), torch.cat(cls) if cls else None)
+    summary = summarise_norms(outputs.patches.norm(dim=-1))
     return (
         Measured(
             name,
             summary.share,
             summary.largest,
             torch.cat(right).float().mean().item() if right else None,
-            _drift(found.patches, reference.patches) if reference else None,
-            _drift(found.cls, reference.cls) if reference else None,
+            _drift(outputs.patches, reference.patches) if reference else None,
+            _drift(outputs.cls, reference.cls) if reference else None,
         ),
-        found,
+        outputs,
     )
 
 
-def _drift(found: torch.Tensor | None, reference: torch.Tensor | None) -> float | None:
-    if found is None or reference is None:
+def _drift(outputs: torch.Tensor | None, reference: torch.Tensor | None) -> float | None:
+    if outputs is None or reference is None:
         return None
-    return (1 - F.cosine_similarity(found, reference, dim=-1)).mean().item()
+    return (1 - F.cosine_similarity(outputs, reference, dim=-1)).mean().item()

@@ -1,4 +1,4 @@
-"""Where patch tokens lie in the picture, and the pixels they are made of."""
+"""Where patch tokens lie in the image, and the pixels they are made of."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def native_registers(tower: Tower) -> int:
     """Number of registers that the model was made with; they stand behind CLS and before the adapters' registers."""
     if tower.anatomy.native_registers is None:
         return 0
-    found = resolve(tower.module, _NATIVE)
-    count = found.shape[1] if isinstance(found, torch.Tensor) else found
+    registers = resolve(tower.module, _NATIVE)
+    count = registers.shape[1] if isinstance(registers, torch.Tensor) else registers
     return min(int(count or 0), tower.prefix)
 
 

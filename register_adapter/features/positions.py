@@ -1,4 +1,4 @@
-"""Position embeddings at another picture size, interpolated with antialiasing.
+"""Position embeddings at another image size, interpolated with antialiasing.
 
 Bicubic interpolation to a smaller grid looks at 4 × 4 neighbours, however far apart the new places are. What is finer
 than the new grid is not averaged out but folded down, and a striping artifact appears in norms and attention maps.

@@ -14,15 +14,15 @@ __all__ = ["constant_pairs"]
 
 @torch.no_grad()
 def constant_pairs(layer: RegisterLayer, adapter_name: str, batches: list[Batch]) -> torch.Tensor:
-    """Mean keys and values of an adapter's registers over pictures.
+    """Mean keys and values of an adapter's registers over images.
 
-    What a register holds hardly depends on the picture (arXiv 2402.17762), so its mean can stand for it (section 5 of
+    What a register holds hardly depends on the image (arXiv 2402.17762), so its mean can stand for it (section 5 of
     arXiv 2506.08010).
 
     Args:
         layer: The registers; only this adapter is active, its registers start at block 0.
         adapter_name: Name of the adapter.
-        batches: Pictures.
+        batches: Images.
 
     Returns:
         ``(blocks, 2, R, D)`` keys and values, as key/value registers have them.

@@ -1,8 +1,8 @@
-"""Registers without training: find the register neurons on a few pictures, and shift their activations.
+"""Registers without training: find the register neurons on a few images, and shift their activations.
 
 After "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010), with what its procedure leaves to the user
 found by itself: which patches are outliers (the audit's rule), behind which block they appear, which hidden units write
-them, and how many of those it takes. Pictures have three parts, so that nothing is chosen on what it was found on:
+them, and how many of those it takes. Images have three parts, so that nothing is chosen on what it was found on:
 outliers are found on the first, units are ranked on the second, and their number is chosen on the third.
 """
 
@@ -65,9 +65,9 @@ def fit_test_time_registers(
 
     Args:
         model: A base model with one vision tower; it gets a register adapter, as by ``add_registers``.
-        images: What :func:`~register_adapter.artifacts.audit` takes: a folder, pictures, a data set, or batches
+        images: What :func:`~register_adapter.artifacts.audit` takes: a folder, image files, a data set, or batches
             ``(B, 3, H, W)``. About a hundred are enough; no labels are needed.
-        image_processor: For pictures that are no batches; default the model's own.
+        image_processor: For images that are not ready batches; by default the model's own.
         num_registers: Number R of registers that get the activations; more than one brings almost nothing.
         remove: What the other tokens keep, see :class:`RegisterConfig`.
         attention_bias: Have no token: the register's mean key and value in every block take its place, which needs
@@ -76,15 +76,15 @@ def fit_test_time_registers(
         rule: The audit's rule for outliers, by name or itself.
         threshold: L2 norm above which a patch is an outlier behind block ``top_block``, in place of the rule.
         top_block: Index of the last block with register neurons; default: the one behind which outliers appear.
-        num_neurons: How many neurons; default: the fewest that repair the held-out pictures.
+        num_neurons: How many neurons; default: the fewest that repair the held-out images.
         max_neurons: The most to try.
-        max_images: Use no more pictures.
+        max_images: Use at most this many images.
         image_sizes: Sides in pixels, to which every batch is resized, pooling over all of them: neurons found at one
-            resolution need not serve another. Default: as the pictures come.
-        batch_size: Pictures a forward pass; default 32, and 8 on a CPU, whose caches hold no more.
+            resolution need not serve another. By default images keep their sizes.
+        batch_size: Images per forward pass; default 32, and 8 on a CPU, whose caches hold no more.
         adapter_name: Name of the adapter.
         target_modules: Name of the vision tower, needed only where a model has several.
-        strict: Refuse bad pictures instead of skipping them with a warning.
+        strict: Refuse bad images instead of skipping them with a warning.
         progress: Show a progress bar.
 
     Returns:
@@ -96,10 +96,10 @@ def fit_test_time_registers(
     Raises:
         NoArtifactsError: The rule finds no outliers; nothing is to be done, and nothing was changed.
         UnsupportedModelError: No single vision tower, or no MLPs that the table describes.
-        ValueError: An argument is out of range, or there are fewer than three pictures.
+        ValueError: An argument is out of range, or there are fewer than three images.
 
     Example:
-        >>> model = fit_test_time_registers(AutoModel.from_pretrained("facebook/dinov2-large"), "my_pictures")
+        >>> model = fit_test_time_registers(AutoModel.from_pretrained("facebook/dinov2-large"), "my_images")
         >>> model.save_pretrained("registers")
     """
     _check(model, num_neurons, max_neurons, threshold, top_block)

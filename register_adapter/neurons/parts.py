@@ -1,4 +1,4 @@
-"""The pictures of a fit in three parts, so that nothing is chosen on what it was found on."""
+"""The images of a fit in three parts, so that nothing is chosen on what it was found on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..data.batches import Batch, batch_length, slice_batch
 
 __all__ = ["NUM_DETECT", "NUM_HELD_OUT", "Parts"]
 
-#: Pictures that outliers are found on, and that the number of neurons is chosen on, at most; the others rank units.
+#: Images that outliers are found on, and that the number of neurons is chosen on, at most; the others rank units.
 NUM_DETECT, NUM_HELD_OUT = 64, 24
 
 
 class Parts:
-    """Pictures in three parts; those that rank units are streamed, the others kept.
+    """Images in three parts; those that rank units are streamed, the others kept.
 
-    Where there are few pictures, a quarter is held out, and the rest serves twice.
+    Where there are few images, a quarter is held out, and the rest serves twice.
 
     Args:
         batches: Batches on the model's device.
@@ -48,9 +48,9 @@ class Parts:
         self.num_held_out += batch_length(second)
 
     def _share(self) -> None:
-        singles = [one for batch in [*self.detect, *self.held_out] for one in _one_by_one(batch)]
+        singles = [single for batch in [*self.detect, *self.held_out] for single in _one_by_one(batch)]
         if len(singles) < 3:
-            raise ValueError(f"fitting needs at least three pictures, and {len(singles)} came")
+            raise ValueError(f"fitting needs at least three images, and {len(singles)} came")
         num_detect = len(singles) - max(len(singles) // 4, 1)
         self.detect, self.held_out = _joined(singles[:num_detect]), _joined(singles[num_detect:])
         self.num_detect, self.num_held_out = num_detect, len(singles) - num_detect
@@ -80,7 +80,7 @@ def _one_by_one(batch: Batch) -> list[Batch]:
 
 def _joined(singles: list[Batch]) -> list[Batch]:
     """Tensors of one shape as one batch; others stay as they are."""
-    tensors = [one for one in singles if isinstance(one, torch.Tensor)]
-    if len(tensors) == len(singles) and len({one.shape for one in tensors}) == 1:
+    tensors = [single for single in singles if isinstance(single, torch.Tensor)]
+    if len(tensors) == len(singles) and len({single.shape for single in tensors}) == 1:
         return [torch.cat(tensors)]
     return singles

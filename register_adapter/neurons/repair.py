@@ -1,4 +1,4 @@
-"""How many outliers are left when so many neurons are shifted: the number is chosen by that, on held-out pictures."""
+"""How many outliers are left when so many neurons are shifted: the number is chosen by that, on held-out images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def order_by_block(neurons: Sequence[Any]) -> tuple[dict[int, list[int]], torch.
 
 
 class Repair:
-    """Tries numbers of neurons on held-out pictures.
+    """Tries numbers of neurons on held-out images.
 
     All candidates are on the model; the strength of those that are not tried is 0, which leaves activations untouched.
 
@@ -43,7 +43,7 @@ class Repair:
         layer: The registers, with all candidates.
         adapter_name: Name of the adapter.
         ranks: ``(K,)``: place of each candidate, the best first.
-        pictures: For every view: its thresholds by layer, and batches.
+        held_out: For every view: its thresholds by layer, and batches.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Repair:
         layer: RegisterLayer,
         adapter_name: str,
         ranks: torch.Tensor,
-        pictures: list[tuple[dict[int, Threshold], list[Batch]]],
+        held_out: list[tuple[dict[int, Threshold], list[Batch]]],
     ) -> None:
-        self.layer, self.ranks, self.pictures = layer, ranks, pictures
+        self.layer, self.ranks, self.held_out = layer, ranks, held_out
         self.tokens = layer.tokens(adapter_name)
         #: Number of neurons to the share of patches that are still outliers, behind the block where they appear.
         self.curve: dict[int, float] = {}
@@ -87,7 +87,7 @@ class Repair:
     def _look(self, number: int, whole: bool) -> None:
         self.shift(number)
         first, largest = 0.0, 0.0
-        for thresholds, batches in self.pictures:
+        for thresholds, batches in self.held_out:
             start = min(thresholds)
             shares, patches = _shares(self.layer, thresholds if whole else {start: thresholds[start]}, batches)
             first, largest = max(first, shares[start]), max(largest, *shares.values())
@@ -165,7 +165,7 @@ def _shares(
 ) -> tuple[dict[int, float], int]:
     """Share of outlier patches at every layer of ``thresholds``, and the number of patches."""
     tower: Tower = layer.tower
-    found: dict[int, Any] = dict.fromkeys(thresholds, 0)
+    counts: dict[int, Any] = dict.fromkeys(thresholds, 0)
     patches = 0
 
     def count(index: int, threshold: Threshold, module: nn.Module, args: Any, output: Any) -> None:
@@ -173,7 +173,7 @@ def _shares(
         tokens = hidden[:, tower.prefix + layer.count_at(index - 1) :]
         nonlocal patches
         patches += tokens.shape[0] * tokens.shape[1] if index == max(thresholds) else 0
-        found[index] = found[index] + threshold.mask(tokens).sum()
+        counts[index] = counts[index] + threshold.mask(tokens).sum()
 
     with ExitStack() as stack:
         blocks = tower.part("blocks")
@@ -182,4 +182,4 @@ def _shares(
             stack.callback(blocks[index - 1].register_forward_hook(hook, prepend=True).remove)
         for batch in batches:
             run_up_to(tower, max(thresholds) - 1, batch)
-    return {index: float(number) / max(patches, 1) for index, number in found.items()}, patches
+    return {index: float(number) / max(patches, 1) for index, number in counts.items()}, patches

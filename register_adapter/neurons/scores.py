@@ -1,4 +1,4 @@
-"""Which hidden units write the outliers: sums over pictures, on the model's device, and a score for every unit.
+"""Which hidden units write the outliers: sums over images, on the model's device, and a score for every unit.
 
 "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010) ranks post-activation MLP units by their mean
 |activation| on outlier patches, in the blocks up to the one where outliers appear. That mean is high for units that are
@@ -31,7 +31,7 @@ class Neuron(NamedTuple):
         score: What it adds to an outlier along the outliers' direction, over the length of that direction.
         block: Index of the block.
         unit: Index of the hidden unit of the block's MLP.
-        usual: Its mean activation on patches that are no outliers.
+        usual: Its mean activation on patches that are not outliers.
         limit: |activation| that is six standard deviations beyond the mean there.
     """
 
@@ -69,7 +69,7 @@ def run_up_to(tower: Tower, block: int, inputs: torch.Tensor | Mapping[str, Any]
 
 def _total(values: torch.Tensor) -> torch.Tensor:
     """``(M,)``: the sum over all tokens ``(…, M)``."""
-    # One dimension after the other: both at once take 30 times as long on a CPU where a part of the tokens is cut out.
+    # One dimension after the other: both at once take 30 times as long on a CPU where tokens are sliced off.
     while values.ndim > 1:
         values = values.sum(-2)
     return values
@@ -119,8 +119,8 @@ class NeuronScores:
         self._outliers = {block: _Sums() for block in [*self.blocks, -1]}
         self._all = {block: _Sums() for block in [*self.blocks, -1]}
         self._seen: dict[int, torch.Tensor] = {}
-        found = getattr(tower.module, "registers", None)
-        self._layer = found if isinstance(found, RegisterLayer) else None
+        registers = getattr(tower.module, "registers", None)
+        self._layer = registers if isinstance(registers, RegisterLayer) else None
         self.num_images = 0
 
     def _patches(self, block: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -144,12 +144,12 @@ class NeuronScores:
 
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = self._patches(self.top, first_of(output)).float()
-        pictures, places = self.threshold.mask(hidden).nonzero(as_tuple=True)
+        images, places = self.threshold.mask(hidden).nonzero(as_tuple=True)
         self.num_images += len(hidden)
         for block, values in [*self._seen.items(), (-1, hidden)]:
             tokens = self._patches(block, values).float() if block >= 0 else values
             self._all[block].add(tokens)
-            self._outliers[block].add(tokens[pictures.to(tokens.device), places.to(tokens.device)])
+            self._outliers[block].add(tokens[images.to(tokens.device), places.to(tokens.device)])
 
     @property
     def num_outliers(self) -> int:
@@ -161,7 +161,7 @@ class NeuronScores:
         others = self._all[-1].without(self._outliers[-1])
         direction = (self._outliers[-1].mean - others.mean).double().cpu()
         length = direction.norm().clamp_min(1e-12)
-        found: list[Neuron] = []
+        neurons: list[Neuron] = []
         for block in self.blocks:
             outliers, others = self._outliers[block], self._all[block].without(self._outliers[block])
             usual, spread = others.mean.double().cpu(), others.std.double().cpu()
@@ -169,11 +169,11 @@ class NeuronScores:
             score = (more * self._written(block, direction / length)).abs() / length
             best = score.topk(min(most, len(score)))
             limit = usual.abs() + 6 * spread
-            found += [
+            neurons += [
                 Neuron(value, block, unit, float(usual[unit]), float(limit[unit]))
                 for value, unit in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
-        return sorted(found, key=lambda neuron: -neuron.score)[:most]
+        return sorted(neurons, key=lambda neuron: -neuron.score)[:most]
 
     def _written(self, block: int, direction: torch.Tensor) -> torch.Tensor:
         """``(M,)``: what each unit writes along a direction ``(D,)`` when its activation is one."""
@@ -194,9 +194,9 @@ class NeuronScores:
 
 def pool(ranked: list[list[Neuron]], most: int) -> list[Neuron]:
     """One ranking of several: scores and usual activations are averaged, limits are the widest."""
-    found: dict[tuple[int, int], list[Neuron]] = {}
-    for neuron in (neuron for one in ranked for neuron in one):
-        found.setdefault((neuron.block, neuron.unit), []).append(neuron)
+    by_unit: dict[tuple[int, int], list[Neuron]] = {}
+    for neuron in (neuron for ranking in ranked for neuron in ranking):
+        by_unit.setdefault((neuron.block, neuron.unit), []).append(neuron)
     pooled = [
         Neuron(
             sum(neuron.score for neuron in same) / len(ranked),
@@ -205,6 +205,6 @@ def pool(ranked: list[list[Neuron]], most: int) -> list[Neuron]:
             sum(neuron.usual for neuron in same) / len(same),
             max(neuron.limit for neuron in same),
         )
-        for (block, unit), same in found.items()
+        for (block, unit), same in by_unit.items()
     ]
     return sorted(pooled, key=lambda neuron: -neuron.score)[:most]

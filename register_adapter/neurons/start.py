@@ -40,12 +40,12 @@ def start_from(fitted: RegisterPeftModel, neurons: Neurons = "keep", batches: It
 
     Args:
         fitted: A model with an active register adapter, such as :func:`fit_test_time_registers` returns; its adapter
-            may be taken off afterwards.
+            may be removed from it afterwards.
         neurons: What becomes of the register neurons, see :data:`Neurons`.
-        batches: A few pictures, on the model's device; needed to drop neurons.
+        batches: A few images, on the model's device; needed to drop neurons.
 
     Raises:
-        ValueError: There are no neurons to drop or to anneal, no pictures to drop them with, or the attention-bias form
+        ValueError: There are no neurons to drop or to anneal, no images to drop them with, or the attention-bias form
             has no register to start from.
     """
     name = str(fitted.active_adapter)
@@ -77,7 +77,7 @@ def _copy(tokens: RegisterTokens, values: dict[str, torch.Tensor]) -> None:
 
 
 def _mean_state(fitted: RegisterPeftModel, block: int, batches: Iterable[Batch]) -> torch.Tensor:
-    """``(R, D)``: the registers as they leave ``block``, mean over pictures."""
+    """``(R, D)``: the registers as they leave ``block``, mean over images."""
     layer = find_register_layer(fitted)
     assert layer is not None
     tower, start = layer.tower, layer.prefix
@@ -98,7 +98,7 @@ def _mean_state(fitted: RegisterPeftModel, block: int, batches: Iterable[Batch])
     finally:
         handle.remove()
     if not number:
-        raise ValueError("dropping neurons needs pictures, for what the registers hold behind them; none came")
+        raise ValueError("dropping neurons needs images, for what the registers hold behind them; none came")
     mean: torch.Tensor = total / number
     return mean.cpu()
 

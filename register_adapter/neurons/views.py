@@ -1,4 +1,4 @@
-"""The pictures of a fit at one size, and where outliers appear there."""
+"""The images of a fit at one size, and where outliers appear there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["View"]
 
 @dataclass
 class View:
-    """Pictures of one size.
+    """Images of one size.
 
     Attributes:
         size: Side in pixels, ``None`` for the images as they come.
@@ -48,7 +48,7 @@ class View:
         return self.thresholds[block + 1]
 
     def resized(self, batch: Batch) -> Batch:
-        """The batch with its pictures ``(B, 3, H, W)`` at this view's size."""
+        """The batch with its images ``(B, 3, H, W)`` at this view's size."""
         if self.size is None:
             return batch
         if isinstance(batch, torch.Tensor):
@@ -56,9 +56,7 @@ class View:
             return F.interpolate(batch.float(), size, mode="bilinear", antialias=True).to(batch.dtype)
         pixels = batch.get("pixel_values")
         if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
-            raise ValueError(
-                "image_sizes needs pictures as pixel_values (B, 3, H, W); give batches of the sizes instead"
-            )
+            raise ValueError("image_sizes needs images as pixel_values (B, 3, H, W); give batches of the sizes instead")
         return {**batch, "pixel_values": self.resized(pixels)}
 
     def detect(self, tower: Tower, batches: Iterable[Batch], rule: Rule, by_hand: dict[int, Threshold]) -> None:
@@ -66,7 +64,7 @@ class View:
 
         Args:
             tower: The tower, without registers.
-            batches: Pictures, of any size.
+            batches: Images, of any size.
             rule: The audit's rule.
             by_hand: Layer to a threshold that is given and not found.
         """

@@ -101,8 +101,8 @@ class DetectorConfig:
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != known:
-            found = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"a detector's config must have the keys {', '.join(sorted(known))}, got {found}")
+            keys = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"a detector's config must have the keys {', '.join(sorted(known))}, got {keys}")
         kinds, threshold = values["kinds"], values["threshold"]
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
             raise ValueError(f"kinds must be a list of names, got {kinds!r}")

@@ -168,10 +168,10 @@ def attention_features(
 
     Args:
         model: A base model, or one with registers, whose patches lie on a grid.
-        images: Pictures or batches, see :func:`register_adapter.artifacts.audit`.
+        images: Images or batches, see :func:`register_adapter.artifacts.audit`.
         image_processor: As for the audit.
-        batch_size: Pictures a batch; ready batches stay as they are.
-        max_images: Use the first so many.
+        batch_size: Images per batch; ready batches stay as they are.
+        max_images: Use at most this many images, the first ones.
         progress: Show a bar.
 
     Yields:
@@ -180,7 +180,7 @@ def attention_features(
     Raises:
         UnsupportedModelError: No vision tower, no attention maps, places of the patches are not known, or blocks with
             different numbers of heads.
-        ValueError: No pictures, or no image processor.
+        ValueError: No images, or no image processor.
     """
     options = PassOptions(
         image_processor=image_processor, batch_size=batch_size, max_images=max_images, progress=progress

@@ -44,13 +44,13 @@ def read_detector(path: str | Path) -> tuple[DetectorConfig, dict[str, torch.Ten
     """Config and tensors of a detector's file, on the CPU; the config is checked, the tensors are finite float32.
 
     Raises:
-        AdapterFileError: It is damaged, no detector, or of a newer format.
+        AdapterFileError: It is damaged, not a detector, or of a newer format.
     """
     tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
     if _KEY not in header:
-        raise AdapterFileError(f"{path} is no detector: its header has no {_KEY!r}. Nothing was loaded.")
+        raise AdapterFileError(f"{path} is not a detector: its header has no {_KEY!r}. Nothing was loaded.")
     try:
         values = json.loads(header[_KEY])
         version = values.pop("format_version")
@@ -77,12 +77,12 @@ def check_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], wanted:
     if extra := sorted(set(tensors) - set(wanted)):
         faults.append(f"unknown tensors {extra}")
     for name in sorted(set(wanted) & set(tensors)):
-        found, expected = tensors[name], wanted[name]
-        if found.shape != expected.shape or found.dtype != expected.dtype:
+        tensor, expected = tensors[name], wanted[name]
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             faults.append(
-                f"{name} is {found.dtype} {tuple(found.shape)} and not {expected.dtype} {tuple(expected.shape)}"
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} and not {expected.dtype} {tuple(expected.shape)}"
             )
-        elif not torch.isfinite(found).all():
+        elif not torch.isfinite(tensor).all():
             faults.append(f"{name} has values that are not finite (NaN or infinity)")
     if not faults and not (tensors["spread"] > 0).all():
         faults.append("spread has values that are not above 0")

@@ -130,12 +130,12 @@ class AttentionDetector(nn.Module):
         height, width = features.shape[1:3]
         rows, columns = torch.arange(height, device=values.device), torch.arange(width, device=values.device)
         phase = 2 * (rows % 2)[:, None] + (columns % 2)[None]
-        found = torch.zeros_like(values)
+        surprise = torch.zeros_like(values)
         for turn in range(4):
             hidden = (phase == turn).expand(values.shape[:3])
             location, log_scale = self(values, hidden)
-            found = torch.where(hidden[..., None], (values - location) * torch.exp(-log_scale), found)
-        return found.view(features.shape)
+            surprise = torch.where(hidden[..., None], (values - location) * torch.exp(-log_scale), surprise)
+        return surprise.view(features.shape)
 
     def excess(self, surprise: torch.Tensor) -> torch.Tensor:
         """Root mean square of what is more than expected ``(B, h, w)``, from a surprise ``(B, h, w, L, H, K)``.
@@ -150,7 +150,7 @@ class AttentionDetector(nn.Module):
 
     @property
     def has_template(self) -> bool:
-        """Whether the pictures it was trained on have patches that surprise in a way of their own."""
+        """Whether the images it was trained on have patches that surprise in a way of their own."""
         return bool(self.template.any())
 
     @torch.no_grad()
@@ -179,11 +179,11 @@ class AttentionDetector(nn.Module):
 
         Args:
             model: A model with as many blocks and heads as the one the detector was trained on; it is left as it is.
-            images: Pictures of one size, or batches; a tensor ``(M, 3, H, W)``, and whatever else
+            images: Images of one size, or batches; a tensor ``(M, 3, H, W)``, and whatever else
                 :func:`register_adapter.artifacts.audit` takes.
             image_processor: As for the audit.
-            batch_size: Pictures a batch.
-            max_images: Use the first so many.
+            batch_size: Images per batch.
+            max_images: Use at most this many images, the first ones.
             template: Use the template, if there is one. Artifacts of another kind than those of the training are found
                 better without.
             progress: Show a bar.
@@ -193,7 +193,7 @@ class AttentionDetector(nn.Module):
 
         Raises:
             UnsupportedModelError: The model has other blocks, heads or kinds of tokens, or its patches no known places.
-            ValueError: There are no pictures, or they differ in size.
+            ValueError: There are no images, or they differ in size.
         """
         scores = []
         for features in attention_features(
@@ -204,12 +204,12 @@ class AttentionDetector(nn.Module):
             max_images=max_images,
             progress=progress,
         ):
-            found = tuple(features.shape[3:])
+            shape = tuple(features.shape[3:])
             wanted = (self.config.blocks, self.config.heads, len(self.config.kinds))
-            if found != wanted:
+            if shape != wanted:
                 raise UnsupportedModelError(
                     f"this detector was trained on a model with (blocks, heads, kinds of values) {wanted}, and "
-                    f"{type(model).__name__} has {found}; train one on it with train_detector"
+                    f"{type(model).__name__} has {shape}; train one on it with train_detector"
                 )
             scores.append(self.score_features(features, template).cpu())
         return torch.cat(scores)
@@ -238,7 +238,7 @@ class AttentionDetector(nn.Module):
         """Read a file that :meth:`save` wrote, on the CPU, in evaluation mode.
 
         Raises:
-            AdapterFileError: It is damaged, no detector, of a newer format, or its weights do not fit its config.
+            AdapterFileError: It is damaged, not a detector, of a newer format, or its weights do not fit its config.
         """
         config, tensors = read_detector(path)
         detector = cls(config)

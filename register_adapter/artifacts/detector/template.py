@@ -6,10 +6,10 @@ the mean of one kind of patch to that of another is the direction of a linear di
 skewed independent components (FastICA, Hyvarinen 1999, with skewness as its contrast: a few patches far from the others
 make a direction skewed). From there it goes on as in self-training: take the patches that go farthest that way, average
 them, rank all patches by how far they go the new way, and repeat. A direction is kept only if patches then fall into
-two kinds by a rule, and do so on pictures held out as well; on a model without artifacts they do not, wherever the
+two kinds by a rule, and do so on images held out as well; on a model without artifacts they do not, wherever the
 start is. Patches of one texture are a kind of their own, too, and well predicted from their neighbours: most patches of
 an artifact's kind must surprise more than nine in ten of the others. Of several directions that one is kept whose kinds
-are farther apart on the pictures held out.
+are farther apart on the images held out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHARES, LEAST = (0.003, 0.006, 0.01, 0.02, 0.04), 20
 STARTS, ROUNDS = (0.003, 0.01, 0.02), 2
 #: Independent components, of the most varied directions; how many of them are starts; and patches they are found on.
 COMPONENTS, USED, ICA_PATCHES = 80, 10, 30_000
-#: The share of the patches beyond the line may differ so much between training pictures and held out ones.
+#: The share of the patches beyond the line may differ so much between training images and held out ones.
 MAX_RATIO = 2.0
 #: Beyond the line are at least so many held out patches, and half of them surprise more than this share of the others.
 MIN_FOUND, SURPRISING = 10, 0.9
@@ -41,7 +41,7 @@ MIN_FOUND, SURPRISING = 10, 0.9
 _PATCHES_A_VALUE, _MAX_PATCHES = 40, 100_000
 # Of the covariance, towards its diagonal.
 _SHRINKAGE = 0.02
-# Pictures at a time.
+# Images at a time.
 _CHUNK = 32
 # Median absolute deviation of a normal distribution, in units of its standard deviation.
 _NORMAL = 1.4826
@@ -55,9 +55,9 @@ def fit_template(
 
     Args:
         detector: A trained one; its ``template`` and ``typical`` are changed in place.
-        features: ``(M, h, w, L, H, K)`` attention values of the pictures that it was trained on; 40 patches for each
+        features: ``(M, h, w, L, H, K)`` attention values of the images that it was trained on; 40 patches for each
             of the L · H · K values, or there will be no template.
-        held_out: The same of other pictures, ``(M', h, w, L, H, K)``.
+        held_out: The same of other images, ``(M', h, w, L, H, K)``.
         rule: Says whether there are two kinds of patches; a name out of
             :data:`register_adapter.artifacts.rules.RULES`, or such a function.
 
@@ -79,10 +79,10 @@ def fit_template(
     best: _Direction | None = None
     farthest = 0.0
     starts = list(_components(white))
-    for found in (
-        found for start in STARTS for ranking in starts for found in _self_trained(white, ranking, start, rule)
+    for direction in (
+        direction for start in STARTS for ranking in starts for direction in _self_trained(white, ranking, start, rule)
     ):
-        inside, other = found.beyond(rule), found.on(white_checked)
+        inside, other = direction.beyond(rule), direction.on(white_checked)
         confirmed = other.beyond(rule)
         if not inside.any() or confirmed.sum() < MIN_FOUND:
             continue
@@ -91,7 +91,7 @@ def fit_template(
         shares = inside.float().mean().item(), confirmed.float().mean().item()
         apart = shares[1] * other.ranking[confirmed].mean().item() ** 2
         if max(shares) <= MAX_RATIO * min(shares) and apart > farthest:
-            best, farthest = found, apart
+            best, farthest = direction, apart
     if best is None:
         return False
     detector.template.copy_(whitening @ best.template)
@@ -100,7 +100,7 @@ def fit_template(
 
 
 def _evenly(features: torch.Tensor) -> torch.Tensor:
-    """Pictures from first to last, no more than have ``_MAX_PATCHES`` patches."""
+    """Images from first to last, no more than have ``_MAX_PATCHES`` patches."""
     number = max(min(len(features), _MAX_PATCHES // features.shape[1:3].numel()), 1)
     return features[torch.linspace(0, len(features) - 1, number).long()]
 
@@ -163,7 +163,7 @@ class _Direction(NamedTuple):
         return (self.ranking > threshold.high) & threshold.separated
 
     def on(self, values: torch.Tensor) -> _Direction:
-        """The same direction with the patches of other pictures ``(n', C)``."""
+        """The same direction with the patches of other images ``(n', C)``."""
         return self._replace(ranking=along(values, self.typical, self.template))
 
 
@@ -174,10 +174,10 @@ def _self_trained(values: torch.Tensor, ranking: torch.Tensor, start: float, rul
         for _ in range(ROUNDS):
             chosen = torch.zeros(len(values), dtype=torch.bool, device=values.device)
             chosen[ranking.topk(count).indices] = True
-            found = _direction(values, chosen)
-            ranking = found.ranking
+            direction = _direction(values, chosen)
+            ranking = direction.ranking
         # Once more with as many patches as there are beyond the line.
-        beyond = found.beyond(rule)
+        beyond = direction.beyond(rule)
         if beyond.any():
             yield _direction(values, beyond)
 

@@ -44,7 +44,7 @@ def train_detector(
     seed: int = 0,
     progress: bool = True,
 ) -> AttentionDetector:
-    """Train a detector for a model, on pictures without labels.
+    """Train a detector for a model, on images without labels.
 
     Every step hides a random quarter of the patches of a batch, turned and mirrored at random, and fits the Student-t
     likelihood of what they get and give. Attention values are read once and kept in float16. Afterwards the most
@@ -52,15 +52,15 @@ def train_detector(
 
     Args:
         model: The model whose patches shall be scored; it is left as it is.
-        images: Pictures of one size, or batches, see :func:`register_adapter.artifacts.audit`. A few hundred are
+        images: Images of one size, or batches, see :func:`register_adapter.artifacts.audit`. A few hundred are
             enough; artifacts among them are to be expected and do no harm.
         image_processor: As for the audit.
-        max_images: Use the first so many.
+        max_images: Use at most this many images, the first ones.
         num_steps: Steps of AdamW, with a linear warm-up over a tenth of them and a cosine decay.
-        batch_size: Pictures a step and process.
+        batch_size: Images per step and process.
         learning_rate: The highest.
         mask_ratio: Share of the patches that are hidden.
-        held_out: Share of the pictures, the last ones, that are not trained on; they confirm the template and set the
+        held_out: Share of the images, the last ones, that are not trained on; they confirm the template and set the
             threshold.
         rule: Says whether there are two kinds of patches, and draws the threshold: a name out of
             :data:`register_adapter.artifacts.rules.RULES`, or such a function.
@@ -76,7 +76,7 @@ def train_detector(
         The detector, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: There are too few pictures, they differ in size, or a number is out of range.
+        ValueError: There are too few images, they differ in size, or a number is out of range.
         UnsupportedModelError: See :func:`register_adapter.artifacts.detector.attention_features`.
         FloatingPointError: The loss is not finite.
     """
@@ -90,7 +90,7 @@ def train_detector(
     features = _keep(stream, max_gib)
     rest = round(len(features) * held_out)
     if rest < 1 or len(features) - rest < 1:
-        raise ValueError(f"{len(features)} pictures are too few to train on and to hold {held_out:.0%} of them out")
+        raise ValueError(f"{len(features)} images are too few to train on and to hold {held_out:.0%} of them out")
     train, calibration = features[:-rest], features[-rest:]
     _, kinds = shape_of_attention(model)
     blocks, heads = features.shape[3:5]
@@ -107,7 +107,7 @@ def train_detector(
 
 
 def calibrate(detector: AttentionDetector, scores: torch.Tensor, rule: str | Rule = "auto") -> AttentionDetector:
-    """Set the threshold of a detector from scores of pictures that it was not trained on; nobody labels them.
+    """Set the threshold of a detector from scores of images that it was not trained on; nobody labels them.
 
     Args:
         detector: Changed in place.
@@ -130,14 +130,14 @@ def _keep(stream: Iterable[torch.Tensor], max_gib: float) -> torch.Tensor:
     for features in stream:
         if parts and features.shape[1:] != parts[0].shape[1:]:
             raise ValueError(
-                f"pictures of different sizes: grids of {tuple(parts[0].shape[1:3])} and {tuple(features.shape[1:3])} "
+                f"images of different sizes: grids of {tuple(parts[0].shape[1:3])} and {tuple(features.shape[1:3])} "
                 "patches; resize them to one"
             )
         parts.append(features.half().cpu())
         size += parts[-1].nbytes
         if size > max_gib * 2**30:
             logger.warning(
-                "stopped after %d pictures: their attention values take %.2g GiB", sum(map(len, parts)), max_gib
+                "stopped after %d images: their attention values take %.2g GiB", sum(map(len, parts)), max_gib
             )
             break
     return torch.cat(parts)

@@ -81,8 +81,8 @@ def weighted_quantile(values: Array, weights: Array, q: float) -> float:
     if not len(ends) or ends[-1] <= 0:
         raise ValueError("a quantile of no values")
     place = q * (ends[-1] - 1)
-    found = np.searchsorted(ends, _around(place), side="right").clip(max=len(values) - 1)
-    low, high = values[found].tolist()
+    places = np.searchsorted(ends, _around(place), side="right").clip(max=len(values) - 1)
+    low, high = values[places].tolist()
     return float(low + (high - low) * (place - math.floor(place)))
 
 

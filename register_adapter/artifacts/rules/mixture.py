@@ -36,8 +36,8 @@ class Components:
     def density(self, logs: Array) -> Array:
         """``(k, n)`` density of each component, times its share."""
         away = (logs - self.means[:, None]) / self.stds[:, None]
-        found: Array = self.shares[:, None] * np.exp(-0.5 * away**2) / (self.stds[:, None] * np.sqrt(2 * np.pi))
-        return found
+        density: Array = self.shares[:, None] * np.exp(-0.5 * away**2) / (self.stds[:, None] * np.sqrt(2 * np.pi))
+        return density
 
 
 def fit_mixture(logs: Array, weights: Array, components: int = 2, steps: int = 300) -> Components:
@@ -96,7 +96,7 @@ def mixture_rule(values: Array, weights: Array) -> Threshold:
     if len(logs) > _MANY:  # a tenth of a per cent is finer than any spread that counts
         logs, place = np.unique(logs.round(3), return_inverse=True)
         counts = np.bincount(place, weights=counts).astype(np.float64)
-    one, two = (fit_mixture(logs, counts, number) for number in (1, 2))
+    single, two = (fit_mixture(logs, counts, number) for number in (1, 2))
     if len(two.means) < 2:
         return Threshold("mixture", reason="all norms are the same")
     minority = int(np.argmin(two.shares))
@@ -108,11 +108,11 @@ def mixture_rule(values: Array, weights: Array) -> Threshold:
     depth = float(whole.min() / max(whole[0 if minority == 0 else -1], 1e-300))
     ratio = float(np.exp(high - low))
     said = (
-        f"BIC {two.bic - one.bic:+.4g} for a second component, {share:.2%} of the patches, modes {ratio:.1f} times "
+        f"BIC {two.bic - single.bic:+.4g} for a second component, {share:.2%} of the patches, modes {ratio:.1f} times "
         f"apart, Ashman's D {separation:.1f}, valley {depth:.2f} of its peak"
     )
     holds = (
-        two.bic < one.bic
+        two.bic < single.bic
         and share <= MAX_SHARE
         and separation >= MIN_SEPARATION
         and ratio >= MIN_RATIO

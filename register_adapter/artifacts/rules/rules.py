@@ -113,7 +113,7 @@ def resolve_rule(rule: str | Rule) -> Rule:
     try:
         value = float(number)
     except ValueError as error:
-        raise ValueError(f"{number!r} behind the rule {name!r} is no number; write for example 'fixed:75'") from error
+        raise ValueError(f"{number!r} behind the rule {name!r} is not a number; write 'fixed:75', say") from error
     if not value > 0 or (argument == "percent" and value >= 100):
         raise ValueError(f"the number behind the rule {name!r} is out of range: {number}")
     return partial(RULES[name], **{argument: value})

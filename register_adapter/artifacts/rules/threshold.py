@@ -37,5 +37,5 @@ class Threshold:
 
     def mask(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``(B, N)`` bool: which tokens ``(B, N, D)`` are outliers by their L2 norm, taken in float32."""
-        found: torch.Tensor = self.outliers(hidden_states.float().norm(dim=-1))
-        return found
+        outlying: torch.Tensor = self.outliers(hidden_states.float().norm(dim=-1))
+        return outlying

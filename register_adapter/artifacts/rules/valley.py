@@ -78,18 +78,18 @@ def valley_rule(values: Array, weights: Array) -> Threshold:
     sides = {}
     for name, sign in (("high", 1.0), ("low", -1.0)):
         sides[name] = best_split(values, weights, sign)
-    found = {name: split for name, split in sides.items() if split is not None and split.separated}
-    if not found:
+    separated = {name: split for name, split in sides.items() if split is not None and split.separated}
+    if not separated:
         rest = [f"{name}: {split.said}" for name, split in sides.items() if split is not None]
         why = f"; the nearest to it, {'; '.join(rest)}" if rest else ""
         return Threshold("auto", reason=f"the norms have no second mode behind a valley{why}")
-    high, low = found.get("high"), found.get("low")
+    high, low = separated.get("high"), separated.get("low")
     return Threshold(
         "auto",
         high.norm if high else float("inf"),
         low.norm if low else 0.0,
         True,
-        "; ".join(f"{name}: {split.said}" for name, split in found.items()),
+        "; ".join(f"{name}: {split.said}" for name, split in separated.items()),
     )
 
 
@@ -149,7 +149,7 @@ def _line(places: Array, density: Array, sign: float) -> int:
     """Where in the valley between the bulk (first place) and the outliers' peak (last) the line is drawn.
 
     Halfway between the two norms (between the arithmetic and the geometric mean), as near to it as the valley reaches:
-    a token that got less than half of what makes an outlier is none.
+    a token that got less than half of what makes an outlier is not one.
     """
     norms = 2.0 ** (sign * places)
     ground = np.flatnonzero(density <= density.min() + FLAT * density[-1])

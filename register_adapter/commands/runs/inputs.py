@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from ...data.batches import list_pictures
+from ...data.batches import list_images
 from ...data.processors import load_image_processor
 from ...testbed import SceneDataset, load_planted_vit, load_vit
 from ...testbed import load_image_processor as load_scene_processor
@@ -47,7 +47,7 @@ def load_images(name: str, limit: int | None = None) -> Any:
     """The files of a folder, or drawn scenes (256 of them by default) for the word ``"scenes"``."""
     if name == _SCENES and not Path(name).exists():
         return SceneDataset(limit or _NUM_SCENES, seed=_SCENE_SEED, split="test")
-    return list_pictures(name)
+    return list_images(name)
 
 
 def with_adapter(base: nn.Module, adapter: str) -> nn.Module:

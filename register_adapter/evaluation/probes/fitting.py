@@ -93,7 +93,7 @@ class Probing:
         self.drawn, self.samples = drawn, samples
         self.split = _split(len(drawn), test_share, seed)
         self.tasks, self.max_iter, self.seed = tasks, max_iter, seed
-        self.labels = np.array([-1 if one.label is None else one.label for one in drawn])
+        self.labels = np.array([-1 if image.label is None else image.label for image in drawn])
 
     def rows(self, enough: bool, min_images: int, local_probe: str) -> tuple[list[ProbeRow], dict[str, Estimate]]:
         """The table's rows, and outlier minus normal.
@@ -108,13 +108,13 @@ class Probing:
         measured: dict[str, dict[str, _Measured]] = {}
         rows = []
         for kind in kinds:
-            train = {one: self._training(tokens[one]) for one in kinds}
+            train = {kind: self._training(tokens[kind]) for kind in kinds}
             learned = self._shared(train) if local_probe == "shared" and enough else train[kind]
-            found, notes = self._local(tokens[kind], learned)
-            one = np.array([image.patches[kind][0] for image in self.drawn])
-            self._classify(one, found, notes)
-            measured[kind] = found
-            rows.append(self._row(kind, len(tokens[kind].features), found, notes))
+            figures, notes = self._local(tokens[kind], learned)
+            tokens_of_one = np.array([image.patches[kind][0] for image in self.drawn])
+            self._classify(tokens_of_one, figures, notes)
+            measured[kind] = figures
+            rows.append(self._row(kind, len(tokens[kind].features), figures, notes))
         if not enough:
             samples = self.samples
             note = (
@@ -123,9 +123,9 @@ class Probing:
             )
             rows.append(ProbeRow("outlier", samples.num_images_with_both, samples.num_outliers, note=note))
         for number, name in enumerate(self.samples.layout.names):
-            found, notes = {}, ["no place and no pixels of its own"] if set(self.tasks) & set(LOCAL) else []
-            self._classify(np.array([image.prefix[number] for image in self.drawn]), found, notes)
-            rows.append(self._row(name, len(self.drawn), found, notes))
+            figures, notes = {}, ["no place and no pixels of its own"] if set(self.tasks) & set(LOCAL) else []
+            self._classify(np.array([image.prefix[number] for image in self.drawn]), figures, notes)
+            rows.append(self._row(name, len(self.drawn), figures, notes))
         difference = {}
         if enough:
             normal, outlier = measured["normal"], measured["outlier"]
@@ -137,9 +137,11 @@ class Probing:
             }
         return rows, difference
 
-    def _row(self, kind: str, count: int, found: dict[str, _Measured], notes: list[str]) -> ProbeRow:
-        notes += [f"{name}: the solver did not converge" for name, one in found.items() if not one.score.converged]
-        scores: dict[str, Any] = {name: one.score for name, one in found.items()}
+    def _row(self, kind: str, count: int, figures: dict[str, _Measured], notes: list[str]) -> ProbeRow:
+        notes += [
+            f"{name}: the solver did not converge" for name, measured in figures.items() if not measured.score.converged
+        ]
+        scores: dict[str, Any] = {name: measured.score for name, measured in figures.items()}
         return ProbeRow(kind, len(self.drawn), count, **scores, note="; ".join(notes))
 
     def _tokens(self, kind: str) -> _Tokens:
@@ -165,7 +167,7 @@ class Probing:
 
     def _local(self, tokens: _Tokens, train: _Tokens) -> tuple[dict[str, _Measured], list[str]]:
         """Position and pixels of the test part of ``tokens``, by probes fitted on ``train``."""
-        found: dict[str, _Measured] = {}
+        figures: dict[str, _Measured] = {}
         notes: list[str] = []
         test, grid = tokens[self.split.test[tokens.images]], self.samples.grid
         if "position" in self.tasks and grid is not None:
@@ -178,8 +180,8 @@ class Probing:
                 common = _commonest(train.places)
                 centre = int(distances[:, train.places].mean(1).argmin())
                 arguments = (test.images, len(train.features), fitted.penalty, fitted.converged)
-                found["position_top1"] = _measured(guess == test.places, test.places == common, *arguments)
-                found["position_distance"] = _measured(
+                figures["position_top1"] = _measured(guess == test.places, test.places == common, *arguments)
+                figures["position_distance"] = _measured(
                     distances[guess, test.places], distances[centre, test.places], *arguments
                 )
         if "reconstruction" in self.tasks and grid is not None:
@@ -187,12 +189,12 @@ class Probing:
             errors = np.linalg.norm(fitted.predict(test.features) - test.pixels, axis=1)
             mean = train.pixels.mean(0, dtype=np.float64)
             constant = np.linalg.norm(mean - test.pixels, axis=1)
-            found["reconstruction_l2"] = _measured(
+            figures["reconstruction_l2"] = _measured(
                 errors, constant, test.images, len(train.features), fitted.penalty, fitted.converged
             )
-        return found, notes
+        return figures, notes
 
-    def _classify(self, features: _Array, found: dict[str, _Measured], notes: list[str]) -> None:
+    def _classify(self, features: _Array, figures: dict[str, _Measured], notes: list[str]) -> None:
         """Class of the image by one token of it, ``features`` ``(images, D)``."""
         if "classification" not in self.tasks:
             return
@@ -200,7 +202,7 @@ class Probing:
         fitted = fit_classifier(features[train], self.labels[train], self.split.held_out[train], self.max_iter)
         hits = fitted.predict(features[test]) == self.labels[test]
         constant = self.labels[test] == _commonest(self.labels[train])
-        found["classification"] = _measured(
+        figures["classification"] = _measured(
             hits, constant, np.flatnonzero(test), int(train.sum()), fitted.penalty, fitted.converged
         )
 
@@ -216,12 +218,12 @@ def _measured(
 
 
 def _commonest(classes: _Array) -> int:
-    found, counts = np.unique(classes, return_counts=True)
-    return int(found[counts.argmax()])
+    values, counts = np.unique(classes, return_counts=True)
+    return int(values[counts.argmax()])
 
 
 def _distances(shape: tuple[int, int]) -> _Array:
     """``(P, P)`` Euclidean distances between the places of a grid, in patches."""
     rows, columns = np.divmod(np.arange(shape[0] * shape[1]), shape[1])
-    found: _Array = np.hypot(rows[:, None] - rows, columns[:, None] - columns)
-    return found
+    distances: _Array = np.hypot(rows[:, None] - rows, columns[:, None] - columns)
+    return distances

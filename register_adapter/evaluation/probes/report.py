@@ -89,7 +89,7 @@ class ProbeReport:
         num_images_with_outliers: Number of images with an outlier (and a normal patch).
         local_probe: Whether position and pixels were learned from each kind's own tokens or from all together.
         seed: Seed of draws and splits.
-        skipped: A line for each bad picture that was left out.
+        skipped: A line for each bad image that was left out.
         definitions: How the figures are defined.
         versions: Versions of the packages.
     """
@@ -117,10 +117,10 @@ class ProbeReport:
         Raises:
             KeyError: There is none of that name.
         """
-        found = {row.tokens: row for row in self.rows}
-        if tokens not in found:
-            raise KeyError(f"no row {tokens!r}; there are {list(found)}")
-        return found[tokens]
+        rows = {row.tokens: row for row in self.rows}
+        if tokens not in rows:
+            raise KeyError(f"no row {tokens!r}; there are {list(rows)}")
+        return rows[tokens]
 
     @property
     def header(self) -> list[str]:
@@ -147,8 +147,8 @@ class ProbeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what is not a finite number is ``None``."""
-        found: dict[str, Any] = _finite(asdict(self))
-        return found
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
 
 
 def _cell(score: Score | None) -> str:

@@ -1,7 +1,7 @@
 """Do outlying tokens hold local or global information? Linear probes, as in "Vision Transformers Need Registers".
 
 The paper (arXiv 2309.16588, section 2.1, table 1 and figure 5b) asks three things of a token: where it stands, what its
-patch looks like, and what the whole picture shows. Outliers of DINOv2-g know little of the first two and much of the
+patch looks like, and what the whole image shows. Outliers of DINOv2-g know little of the first two and much of the
 third: position top-1 41.7 (normal) and 22.8 (outlier), distance 0.79 and 5.09 patches, pixel error 18.4 and 25.2;
 accuracy on Aircraft with one token 17.1 and 79.1, with CLS 87.3.
 
@@ -79,7 +79,7 @@ def probe_tokens(
         model: A base model or one with registers; it runs in ``eval()`` mode and is left as it was.
         images: As for :func:`~register_adapter.artifacts.audit`. Labels may come with them: under ``"label"`` in the
             items of a data set, under ``"labels"`` in ready batches, or as the second of a pair ``(inputs, labels)``.
-        labels: Number of the class of every image, bad pictures included, in their order, if they come apart.
+        labels: Number of the class of every image, bad images included, in their order, if they come apart.
         image_processor: As for the audit.
         threshold: Which patch tokens are outliers. Choose it on other images. ``None``: there are no outliers.
         layer: Index into ``hidden_states``: 0 is the input of the first block, -1 the output of the last, before the
@@ -94,17 +94,17 @@ def probe_tokens(
         max_iter: Iterations of the logistic regressions, at most.
         seed: Seed of draws and splits; the same seed gives the same report on a CPU.
         batch_size: As for the audit, as are all below.
-        max_images: Use the first so many pictures.
+        max_images: Use at most this many images, the first ones.
         progress: Show a bar.
-        strict: Refuse bad pictures instead of skipping them with a warning.
-        num_workers: Threads that read pictures.
+        strict: Refuse bad images instead of skipping them with a warning.
+        num_workers: Threads that read images.
         target_modules: Name of the vision tower, where there are several.
         anatomy: Description of a model that the table does not have.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
         UnsupportedModelError: No vision tower; or places of the patches are not known, and a local task is asked for.
-        ImageFileError: ``strict`` and a picture is bad, or none is good.
+        ImageFileError: ``strict`` and an image is bad, or none is good.
         ValueError: Too few images, labels of one class, an unknown task, or classification without labels.
     """
     tower, registers = tower_of(model, target_modules, anatomy)
@@ -142,10 +142,10 @@ def probe_tokens(
     samples = sampler.samples()
     enough = len(samples.with_both) >= min_images
     drawn = samples.with_both if enough else samples.with_both + samples.plain
-    drawn = sorted(drawn, key=lambda one: one.image)
+    drawn = sorted(drawn, key=lambda image: image.image)
     if len(drawn) < _FEWEST:
         raise ValueError(f"probes need at least {_FEWEST} images with normal patches, found {len(drawn)}")
-    labelled = all(one.label is not None for one in drawn)
+    labelled = all(image.label is not None for image in drawn)
     if tasks is not None and "classification" in tasks and not labelled:
         raise ValueError("classification needs labels: give labels=, or batches with a 'labels' entry")
     wanted = tasks if tasks is not None else (*LOCAL, "classification") if labelled else LOCAL

@@ -64,19 +64,19 @@ def analyse_registers(
         block: The block that the maps in ``attention`` are from.
         ablate_blocks: Blocks at whose input registers are replaced; ``None`` for all that have them.
         each: Ablate every register alone too.
-        num_maps: Number of pictures whose maps are kept.
+        num_maps: Number of images whose maps are kept.
         seed: Seed of the exchange between images.
         batch_size: As for the audit, as are all below.
-        max_images: Use the first so many of ``images``, and of ``mean_images``.
+        max_images: Use at most this many of ``images``, and of ``mean_images``.
         progress: Show a bar.
-        strict: Refuse bad pictures instead of skipping them with a warning.
-        num_workers: Threads that read pictures.
+        strict: Refuse bad images instead of skipping them with a warning.
+        num_workers: Threads that read images.
         target_modules: Name of the vision tower, where there are several and none has an adapter's registers.
         anatomy: Description of a model that the table does not have.
 
     Raises:
         UnsupportedModelError: No registers, or those of an adapter with ``key_value=True``; no attention maps.
-        ImageFileError: ``strict`` and a picture is bad, or none is good.
+        ImageFileError: ``strict`` and an image is bad, or none is good.
         ValueError: Too few images; no batch of two images to exchange registers between; a block that has no registers.
     """
     registers = find_registers(model, kind, target_modules, anatomy)
@@ -148,13 +148,13 @@ def analyse_registers(
 def _check_blocks(registers: Registers, block: int, ablate: Sequence[int] | None) -> tuple[int, tuple[int, ...]]:
     count = registers.num_blocks
     wanted = (block, *(ablate or ()))
-    if outside := [one for one in wanted if not -count <= one < count]:
+    if outside := [number for number in wanted if not -count <= number < count]:
         raise ValueError(f"blocks {outside} of a tower with {count}")
-    full = [one for one in range(count) if registers.count_in(one) == registers.count]
-    present = [one for one in range(count) if registers.count_in(one)]
+    full = [number for number in range(count) if registers.count_in(number) == registers.count]
+    present = [number for number in range(count) if registers.count_in(number)]
     if block % count not in full:
         raise ValueError(f"block {block % count} does not have all {registers.count} registers; blocks {full} do")
-    chosen = present if ablate is None else sorted({one % count for one in ablate})
+    chosen = present if ablate is None else sorted({number % count for number in ablate})
     if missing := sorted(set(chosen) - set(present)):
         raise ValueError(f"blocks {missing} have no registers to replace; blocks {present} do")
     return block % count, tuple(chosen)
@@ -170,9 +170,9 @@ def _arms(registers: Registers, blocks: tuple[int, ...], each: bool) -> tuple[li
         ]
     notes = []
     if any(deep):
-        names = ", ".join(name for name, one in zip(registers.names, deep, strict=True) if one)
+        names = ", ".join(name for name, is_deep in zip(registers.names, deep, strict=True) if is_deep)
         notes.append(f"{names}: fresh ones at every block (deep=True), the same for every image; ablating them is void")
-    alone = [(number,) for number, one in enumerate(deep) if not one] if each and registers.count > 1 else []
+    alone = [(number,) for number, is_deep in enumerate(deep) if not is_deep] if each and registers.count > 1 else []
     groups = [tuple(range(registers.count)), *alone]
     return [Arm(kind, numbers, blocks) for numbers in groups for kind in ("mean", "shuffle")], notes
 

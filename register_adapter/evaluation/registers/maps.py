@@ -31,12 +31,12 @@ class _Rows(dict[int, torch.Tensor]):
 
 
 class RegisterMaps:
-    """Sums over the registers' attention maps of many pictures, and the maps of the first ones.
+    """Sums over the registers' attention maps of many images, and the maps of the first ones.
 
     Args:
         registers: The registers.
         block: The block whose maps are kept.
-        num_maps: Of how many pictures.
+        num_maps: Of how many images.
     """
 
     def __init__(self, registers: Registers, block: int, num_maps: int) -> None:
@@ -59,7 +59,7 @@ class RegisterMaps:
         except UnsupportedModelError:
             shape = None
         if self._images and shape != self.grid:
-            raise ValueError(f"pictures of several sizes: {self.grid} patches, then {shape}; give pictures of one size")
+            raise ValueError(f"images of several sizes: {self.grid} patches, then {shape}; give images of one size")
         self.grid = shape
         for block, row in rows.items():
             self._add(block, row)
@@ -86,17 +86,17 @@ class RegisterMaps:
 
     def similarity(self) -> _Array:
         """``(L, R, R)``; NaN for registers that are not there."""
-        found = (self._similarity / self._images).astype(np.float32)
+        similarity = (self._similarity / self._images).astype(np.float32)
         for block, count in enumerate(self._counts()):
-            found[block, count:], found[block, :, count:] = np.nan, np.nan
-        return found
+            similarity[block, count:], similarity[block, :, count:] = np.nan, np.nan
+        return similarity
 
     def shares(self) -> _Array:
         """``(L, R, 3)``; NaN for registers that are not there."""
-        found = (self._shares / self._images).astype(np.float32)
+        shares = (self._shares / self._images).astype(np.float32)
         for block, count in enumerate(self._counts()):
-            found[block, count:] = np.nan
-        return found
+            shares[block, count:] = np.nan
+        return shares
 
     def _counts(self) -> list[int]:
         return [self._registers.count_in(block) for block in range(self._registers.num_blocks)]

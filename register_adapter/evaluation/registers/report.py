@@ -73,7 +73,7 @@ class RegisterReport:
         names: What to call the registers, R of them.
         block: The block that ``attention`` is from.
         grid: ``(h, w)`` patches, ``None`` where places are not known.
-        attention: ``(B, H, R, h, w)``, attention of every register to the patches, per head, of the first pictures;
+        attention: ``(B, H, R, h, w)``, attention of every register to the patches, per head, of the first images;
             rows of the softmax over all tokens, not scaled to a sum of one. ``(B, H, R, 1, P)`` without a grid.
         map_similarity: ``(L, R, R)`` cosine between the registers' maps (mean over heads) in every block, mean over
             images; NaN where a register is not in the sequence.
@@ -89,7 +89,7 @@ class RegisterReport:
         num_images: Number of images that everything but means was measured on.
         num_mean_images: Number of other images that means and constancy are from.
         notes: What was not measured, and why.
-        skipped: A line for each bad picture that was left out.
+        skipped: A line for each bad image that was left out.
         why_not_zero: Why there is no zero ablation.
         versions: Versions of the packages.
     """
@@ -117,13 +117,13 @@ class RegisterReport:
     @property
     def mean_attention(self) -> _Array:
         """``(B, R, h, w)``: the maps, mean over heads."""
-        found: _Array = self.attention.mean(axis=1)
-        return found
+        mean: _Array = self.attention.mean(axis=1)
+        return mean
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON: arrays as lists, NaN as ``None``."""
-        found: dict[str, Any] = _plain(self)
-        return found
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
     @property
     def header(self) -> list[str]:
@@ -136,10 +136,14 @@ class RegisterReport:
         rows = []
         if self.drift is not None:
             rows.append(_row("drift to the base", "all", self.drift, _text(self.accuracy)))
-        for one in self.ablations:
-            numbers = "all" if len(one.registers) == len(self.names) else ", ".join(map(str, one.registers))
-            accuracy = f"{_text(one.accuracy)} (change {_text(one.accuracy_change, '+')})" if one.accuracy else "-"
-            rows.append(_row(f"{one.kind} ablation", numbers, one.change, accuracy))
+        for ablation in self.ablations:
+            numbers = "all" if len(ablation.registers) == len(self.names) else ", ".join(map(str, ablation.registers))
+            accuracy = (
+                f"{_text(ablation.accuracy)} (change {_text(ablation.accuracy_change, '+')})"
+                if ablation.accuracy
+                else "-"
+            )
+            rows.append(_row(f"{ablation.kind} ablation", numbers, ablation.change, accuracy))
         return rows
 
     def to_markdown(self) -> str:
@@ -157,13 +161,13 @@ def _row(what: str, registers: str, change: Change, accuracy: str) -> list[str]:
     return [what, registers, *map(_text, figures), accuracy]
 
 
-def _text(found: Estimate | None, sign: str = "") -> str:
-    return "-" if found is None else f"{found.value:{sign}.4f} ± {found.standard_error:.4f}"
+def _text(estimate: Estimate | None, sign: str = "") -> str:
+    return "-" if estimate is None else f"{estimate.value:{sign}.4f} ± {estimate.standard_error:.4f}"
 
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

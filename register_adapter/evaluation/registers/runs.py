@@ -1,4 +1,4 @@
-"""The same pictures with and without a change to the registers, and how far outputs move."""
+"""The same images with and without a change to the registers, and how far outputs move."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ class _Comparison:
 
     figures: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
-    def add(self, found: _Outputs, clean: _Outputs) -> None:
+    def add(self, changed: _Outputs, clean: _Outputs) -> None:
         for name in ("cls", "patches"):
-            new, old = getattr(found, name), getattr(clean, name)
+            new, old = getattr(changed, name), getattr(clean, name)
             if new is None:
                 continue
             new, old = new.double(), old.double()
@@ -88,9 +88,9 @@ class _Comparison:
             relative = (new - old).norm(dim=-1) / old.norm(dim=-1)
             self._put(name, moved.mean(1) if moved.ndim == 2 else moved)
             self._put(f"{name}_relative", relative.mean(1) if relative.ndim == 2 else relative)
-        if found.hits is not None and clean.hits is not None:
-            self._put("hits", found.hits.double())
-            self._put("gained", found.hits.double() - clean.hits.double())
+        if changed.hits is not None and clean.hits is not None:
+            self._put("hits", changed.hits.double())
+            self._put("gained", changed.hits.double() - clean.hits.double())
 
     def _put(self, name: str, values: torch.Tensor) -> None:
         self.figures.setdefault(name, []).append(values.cpu())
@@ -107,7 +107,7 @@ class _Comparison:
 
 
 class Runs:
-    """All forward passes over the pictures that the report is of, batch by batch: clean, every arm, and the base.
+    """All forward passes over the images that the report is of, batch by batch: clean, every arm, and the base.
 
     Args:
         model: In evaluation mode.
@@ -184,8 +184,8 @@ class Runs:
 
     def output_similarity(self) -> npt.NDArray[np.float32]:
         """``(R, R)`` cosine between registers behind the last block, mean over images."""
-        found: npt.NDArray[np.float32] = (self._similarity / self._images).float().numpy()
-        return found
+        similarity: npt.NDArray[np.float32] = (self._similarity / self._images).float().numpy()
+        return similarity
 
 
 def _derangement(count: int, generator: torch.Generator) -> torch.Tensor:

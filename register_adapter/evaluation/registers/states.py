@@ -80,7 +80,7 @@ class Registers:
         """Of each, whether a fresh one takes its place at every block."""
         if self.kind == "native" or self.layer is None:
             return (False,) * self.count
-        return tuple(one.placement.deep for one in self.layer.sequence for _ in range(one.count))
+        return tuple(adapter.placement.deep for adapter in self.layer.sequence for _ in range(adapter.count))
 
 
 def find_registers(
@@ -95,23 +95,23 @@ def find_registers(
         anatomy: Description of a model that the table does not have.
 
     Raises:
-        UnsupportedModelError: There are none of that kind, or an adapter's are no tokens in the sequence (key_value).
+        UnsupportedModelError: There are none of that kind, or an adapter's are not tokens in the sequence (key_value).
         ValueError: ``kind`` is unknown.
     """
     if kind not in (None, "adapter", "native"):
         raise ValueError(f"kind must be 'adapter', 'native' or None, got {kind!r}")
     tower, layer = tower_of(model, target_modules, anatomy)
-    if kind != "native" and layer is not None and any(one.placement.key_value for one in layer.segments):
+    if kind != "native" and layer is not None and any(adapter.placement.key_value for adapter in layer.segments):
         raise UnsupportedModelError(
             "registers of an adapter with key_value=True are keys and values in every block's attention, no tokens: "
             "they attend to nothing, have no state to replace, and are the same for every image. Analyse an "
             "adapter with registers in the sequence"
             + ("." if kind == "adapter" else ", or the model's own registers with kind='native'.")
         )
-    for one in (kind,) if kind else ("adapter", "native"):
-        found = Registers(tower, layer, one)
-        if found.count:
-            return found
+    for wanted in (kind,) if kind else ("adapter", "native"):
+        registers = Registers(tower, layer, wanted)
+        if registers.count:
+            return registers
     raise UnsupportedModelError(
         f"{type(tower.module).__name__} has no {f'{kind} ' if kind else ''}registers to analyse: it was made with "
         f"{Registers(tower, layer, 'native').count}, and active adapters add "
@@ -183,12 +183,12 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
     PEFT's own context sets ``requires_grad`` of all active adapters on its way out.
     """
-    layers: list[Any] = [one for one in model.modules() if isinstance(one, BaseTunerLayer | ModulesToSaveWrapper)]
-    before = [(one, one._disable_adapters) for one in layers]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper)]
+    before = [(layer, layer._disable_adapters) for layer in layers]
     try:
-        for one in layers:
-            one._disable_adapters = True
+        for layer in layers:
+            layer._disable_adapters = True
         yield
     finally:
-        for one, disabled in before:
-            one._disable_adapters = disabled
+        for layer, disabled in before:
+            layer._disable_adapters = disabled
