@@ -7,7 +7,7 @@ the output of block ``i``. Rules are applied afterwards, to what was summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -203,18 +203,6 @@ class _Batch:
         )
 
 
-class _Reducing(dict[int, torch.Tensor]):
-    """A mapping of attention maps that hands each of them on and keeps nothing."""
-
-    def __init__(self, take: Callable[[int, torch.Tensor], None]) -> None:
-        super().__init__()
-        self.take = take
-
-    def __setitem__(self, block: int, attention: torch.Tensor) -> None:
-        super().__setitem__(block, torch.empty(0))  # recorders ask whether it has come
-        self.take(block, attention)
-
-
 @contextmanager
 def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statistics]:
     """Sum what an audit needs over every forward pass of a tower that is made inside the context.
@@ -250,5 +238,5 @@ def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statis
             hook = partial(statistics._after, index)
             stack.callback(block.register_forward_hook(hook, prepend=True).remove)
         if attentions:
-            stack.enter_context(record_attention_maps(tower, _Reducing(statistics._attend)))
+            stack.enter_context(record_attention_maps(tower, statistics._attend))
         yield statistics

@@ -86,11 +86,11 @@ def shape_of_attention(model: nn.Module) -> tuple[int, tuple[str, ...]]:
     return blocks, kinds_of(num_cls, fewest)
 
 
-class _Reduced(dict[int, torch.Tensor]):
+class _Reduced:
     """Takes maps in and keeps what they say."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        self.maps: dict[int, torch.Tensor] = {}
         self.tower, self.layer = tower_of(model)
         self.num_cls = self.tower.prefix - native_registers(self.tower)
         _, self.kinds = shape_of_attention(model)
@@ -98,14 +98,14 @@ class _Reduced(dict[int, torch.Tensor]):
         self.watched: PatchGrid | None = None
         self.inputs: Any = None
 
-    def __setitem__(self, block: int, attention: torch.Tensor) -> None:
+    def keep(self, block: int, attention: torch.Tensor) -> None:
         first = self.tower.prefix + (self.layer.count_at(block) if self.layer is not None else 0)
-        if not self and self.watched is not None:
+        if not self.maps and self.watched is not None:
             self.grid = self.watched.shape(len(attention), attention.shape[-2] - first, self.inputs)
         reduced = reduce_map(attention, self.num_cls, first, self.grid[0] * self.grid[1])
         if len(self.kinds) < reduced.shape[-1]:
             reduced = reduced[..., [kinds_of(self.num_cls, first).index(kind) for kind in self.kinds]]
-        super().__setitem__(block, reduced)
+        self.maps[block] = reduced
 
 
 def attention_features(
@@ -158,11 +158,11 @@ def attention_features(
 def _features(maps: _Reduced, inputs: torch.Tensor | dict[str, Any], device: torch.device) -> torch.Tensor:
     """One batch; all hooks are gone before anybody sees it."""
     tower = maps.tower
-    maps.clear()
-    with evaluating(tower.module), watch_patches(tower) as grid, record_attention_maps(tower, maps):
+    maps.maps.clear()
+    with evaluating(tower.module), watch_patches(tower) as grid, record_attention_maps(tower, maps.keep):
         maps.watched, maps.inputs = grid, inputs
         tower.run(inputs)
-    blocks = [maps[index].to(maps[0].device) for index in sorted(maps)]
+    blocks = [maps.maps[index].to(maps.maps[0].device) for index in sorted(maps.maps)]
     if len(shapes := {tuple(part.shape[2:]) for part in blocks}) != 1:
         raise UnsupportedModelError(
             f"blocks of {type(tower.module).__name__} have different numbers of heads: (heads, kinds) {sorted(shapes)}"
