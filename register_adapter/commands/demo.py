@@ -24,7 +24,7 @@ from ..testbed import LABELS, SceneDataset, load_planted_vit, load_vit, register
 from ..testbed import load_image_processor as load_scene_processor
 from ..training.objectives import ClassificationObjective
 from ..training.trainer import TrainArguments, train
-from ..tuner.layer import find_register_layer
+from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..viz import Maps, plot_before_after, read_maps
 from .reload import logits_in_fresh_process
@@ -221,8 +221,7 @@ def _test_time(
     start = start_from(fitted)
     fitted.unload()
     both = setting.objective.wrap(base, **start.options)
-    layer = find_register_layer(both)
-    assert layer is not None
+    layer = require_register_layer(both)
     start.fill(layer.tokens("default"))
     _train(args, setting, both, out / "both")
     table.add("both", "+ both: test-time, then trained", both.cpu().eval(), shown="both")

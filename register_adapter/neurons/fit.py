@@ -24,7 +24,7 @@ from ..features.running import place_of, source_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation
-from ..tuner.layer import find_register_layer
+from ..tuner.layer import find_register_layer, require_register_layer
 from ..tuner.peft_model import RegisterPeftModel, add_registers
 from ..tuner.registers import RegisterTokens
 from .constants import constant_pairs
@@ -142,8 +142,7 @@ def fit_test_time_registers(
     states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tried = add_registers(model, num_registers, adapter_name, register_neurons=neurons, **options)
     try:
-        layer = find_register_layer(tried)
-        assert layer is not None
+        layer = require_register_layer(tried)
         _set_usual(layer.tokens(adapter_name), candidates, ranks)
         pictures = [(view.cuts, [view.resized(batch) for batch in parts.held_out]) for view in found]
         with evaluating(tower.module):
@@ -187,8 +186,7 @@ def fit_test_time_registers(
         test_time_fit=fit,
         **options,
     )
-    layer = find_register_layer(fitted)
-    assert layer is not None
+    layer = require_register_layer(fitted)
     _set_usual(layer.tokens(adapter_name), chosen, ranks)
     if pairs is not None:
         layer.tokens(adapter_name).weight.data.copy_(pairs)

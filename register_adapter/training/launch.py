@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 from ..data.datasets import DataArguments, ProcessedDataset, load_data, load_image_processor
 from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
-from ..tuner.layer import find_register_layer
+from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from .arguments import TrainArguments
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
@@ -164,8 +164,7 @@ def _wrap(args: ModelArguments, objective: Objective, base: nn.Module, pictures:
     start = start_from(source, args.neurons, batches)
     source.unload()
     model = objective.wrap(base, **start.options)
-    layer = find_register_layer(model)
-    assert layer is not None
+    layer = require_register_layer(model)
     start.fill(layer.tokens(str(model.active_adapter)))
     return model
 

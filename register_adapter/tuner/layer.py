@@ -28,7 +28,7 @@ from .hooks.neurons import NeuronHooks
 from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens, Segment
 
-__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers"]
+__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers", "require_register_layer"]
 
 #: Among ``adapter_names``, PEFT's name for an image without an adapter.
 BASE = "__base__"
@@ -335,6 +335,18 @@ def _drop_copied_hooks(module: Any, layer: RegisterLayer) -> None:
 def find_register_layer(model: nn.Module) -> RegisterLayer | None:
     """The layer that holds a model's registers, the first of them if several towers have some, ``None`` if none has."""
     return next(iter(register_layers(model)), None)
+
+
+def require_register_layer(model: nn.Module) -> RegisterLayer:
+    """The layer that holds a model's registers.
+
+    Raises:
+        ValueError: The model has no registers.
+    """
+    layer = find_register_layer(model)
+    if layer is None:
+        raise ValueError(f"{type(model).__name__} has no registers; give it some with add_registers(model)")
+    return layer
 
 
 def register_layers(model: nn.Module) -> list[RegisterLayer]:
