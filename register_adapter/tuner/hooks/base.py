@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ...errors import UnsupportedModelError
 from ..registers import Segment
@@ -16,15 +17,40 @@ from ..tokens import cut_tokens
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower
-    from .methods import MethodCall
 
-__all__ = ["ATTACHING", "CallState", "LayerHooks", "refuse_tracing"]
+__all__ = ["ATTACHING", "CallState", "LayerHooks", "MethodCall", "refuse_tracing"]
 
 #: Called with a block's index, keys and values ``(B, H, N, d)``.
 RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 #: Held by a thread that puts hooks and stand-ins in place.
 ATTACHING = threading.RLock()
+
+
+class MethodCall:
+    """One call of a method that counts registers among the tower's prefix tokens.
+
+    It runs on a stand-in for the tower: an object of the tower's class with the very same modules and parameters, but
+    a count of its own. On the tower itself other threads would read it.
+
+    Args:
+        module: The tower.
+        counter: Attribute with the number of its prefix tokens.
+    """
+
+    def __init__(self, module: nn.Module, counter: str) -> None:
+        self.counter = counter
+        self.stand_in: Any = object.__new__(type(module))
+        self.stand_in.__dict__.update(module.__dict__)
+        self.length = 0
+
+    def enter(self, length: int, count: int) -> None:
+        """``count`` registers enter a sequence of ``length`` tokens: from here on they count as prefix tokens.
+
+        Not before: timm resamples its position embeddings by the same count.
+        """
+        self.length = length
+        self.stand_in.__dict__[self.counter] += count
 
 
 class CallState(threading.local):
