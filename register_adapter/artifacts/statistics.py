@@ -7,7 +7,7 @@ the output of block ``i``. Rules are applied afterwards, to what was summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -83,7 +83,7 @@ class Statistics:
                 hook = partial(self._after, index)
                 stack.callback(block.register_forward_hook(hook, prepend=True).remove)
             if self._attentions:
-                stack.enter_context(record_attention_maps(self.tower, _Reducing(self._attend)))
+                stack.enter_context(record_attention_maps(self.tower, self._attend))
             yield
 
     def take(self, batch: Batch) -> None:
@@ -233,18 +233,6 @@ class _Batch:
             None if valid is None else valid.to(device),
             None if similarity is None else similarity.to(device),
         )
-
-
-class _Reducing(dict[int, torch.Tensor]):
-    """A mapping of attention maps that hands each of them on and keeps nothing."""
-
-    def __init__(self, take: Callable[[int, torch.Tensor], None]) -> None:
-        super().__init__()
-        self.take = take
-
-    def __setitem__(self, block: int, attention: torch.Tensor) -> None:
-        super().__setitem__(block, torch.empty(0))  # recorders ask whether it has come
-        self.take(block, attention)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -15,18 +16,24 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModelError
 from ..towers.tower import Tower
+from .threads import in_this_thread
 
 __all__ = ["record_attention_maps"]
 
-Maps = dict[int, torch.Tensor]
+#: Called with a block's index and its attention map ``(B, H, N, N)``.
+OnMap = Callable[[int, torch.Tensor], None]
 
 
 @contextmanager
-def record_attention_maps(tower: Tower, maps: Maps) -> Iterator[None]:
-    """Write every block's map ``(B, H, N, N)`` into ``maps``, by the block's index, while the context lasts.
+def record_attention_maps(tower: Tower, on_map: OnMap) -> Iterator[None]:
+    """Hand every attention map of this thread's forward passes to a function while the context lasts.
 
-    Fused attention returns no maps: transformers' is switched to eager inside, that of other libraries is computed a
-    second time. What was in use is restored on the way out.
+    Fused attention returns no maps: transformers' is switched to eager inside, for every thread, that of other
+    libraries is computed a second time. What was in use is restored on the way out of the last such context.
+
+    Args:
+        tower: The tower.
+        on_map: Called with a block's index and its map ``(B, H, N, N)``, block by block.
 
     Raises:
         UnsupportedModelError: A block has no attention module where the anatomy says, or, in the forward pass, one that
@@ -39,12 +46,12 @@ def record_attention_maps(tower: Tower, maps: Maps) -> Iterator[None]:
             f"{tower.anatomy.attention!r}; say in the Anatomy where it is, or capture with attentions=False"
         )
     with ExitStack() as stack:
-        stack.enter_context(_RECORDERS[tower.anatomy.attention_maps](tower, parts, maps))
+        stack.enter_context(_RECORDERS[tower.anatomy.attention_maps](tower, parts, on_map))
         yield
 
 
 @contextmanager
-def _from_output(tower: Tower, parts: list[nn.Module], maps: Maps) -> Iterator[None]:
+def _from_output(tower: Tower, parts: list[nn.Module], on_map: OnMap) -> Iterator[None]:
     """transformers: the second output under the eager implementation."""
 
     def ask(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -59,33 +66,59 @@ def _from_output(tower: Tower, parts: list[nn.Module], maps: Maps) -> Iterator[N
 
     def keep(index: int, module: nn.Module, args: Any, output: Any) -> None:
         # Between the output and the map there may be a position bias.
-        found = [value for value in output[1:] if isinstance(value, torch.Tensor) and value.ndim == 4]
-        if not found:
+        maps = [value for value in output[1:] if isinstance(value, torch.Tensor) and value.ndim == 4]
+        if not maps:
             raise UnsupportedModelError(
                 f"{type(module).__name__} returns no attention map; load the model with attn_implementation='eager', "
                 "or capture with attentions=False"
             )
-        maps[index] = found[-1]
+        on_map(index, maps[-1])
 
-    before = getattr(tower.config, "_attn_implementation", None)
-    # A tower that is a plain module has no such method, but its blocks read the same config.
-    in_config = partial(setattr, tower.config, "_attn_implementation")
-    switch: Any = getattr(tower.module, "set_attn_implementation", in_config)
     with ExitStack() as stack:
-        if before not in (None, "eager"):
-            stack.callback(switch, before)
-            switch("eager")
+        stack.enter_context(_eager(tower))
         for index, part in enumerate(parts):
-            stack.callback(part.register_forward_pre_hook(ask, with_kwargs=True).remove)
-            stack.callback(part.register_forward_hook(partial(keep, index)).remove)
+            stack.callback(part.register_forward_pre_hook(in_this_thread(ask), with_kwargs=True).remove)
+            stack.callback(part.register_forward_hook(in_this_thread(partial(keep, index))).remove)
         yield
 
 
+#: Config's id to the implementation that was in use before, and the number of contexts that want eager attention.
+_SWITCHED: dict[int, tuple[str, int]] = {}
+_SWITCHING = threading.Lock()
+
+
 @contextmanager
-def _from_weights(tower: Tower, parts: list[nn.Module], maps: Maps) -> Iterator[None]:
+def _eager(tower: Tower) -> Iterator[None]:
+    """Eager attention inside; contexts of several threads may overlap, and the last one out restores what was."""
+    # A tower that is a plain module has no such method, but its blocks read the same config.
+    in_config = partial(setattr, tower.config, "_attn_implementation")
+    switch: Any = getattr(tower.module, "set_attn_implementation", in_config)
+    key = id(tower.config)
+    with _SWITCHING:
+        before, depth = _SWITCHED.get(key, (getattr(tower.config, "_attn_implementation", None), 0))
+        if before in (None, "eager"):
+            before = None
+        else:
+            _SWITCHED[key] = before, depth + 1
+            if not depth:
+                switch("eager")
+    try:
+        yield
+    finally:
+        if before is not None:
+            with _SWITCHING:
+                _, depth = _SWITCHED.pop(key)
+                if depth > 1:
+                    _SWITCHED[key] = before, depth - 1
+                else:
+                    switch(before)
+
+
+@contextmanager
+def _from_weights(tower: Tower, parts: list[nn.Module], on_map: OnMap) -> Iterator[None]:
     """``nn.MultiheadAttention``: its second output, if asked for it head by head."""
     if not all(isinstance(part, nn.MultiheadAttention) for part in parts):  # OpenCLIP has blocks with one of its own
-        with _from_dropout(tower, parts, maps):
+        with _from_dropout(tower, parts, on_map):
             yield
         return
 
@@ -93,24 +126,29 @@ def _from_weights(tower: Tower, parts: list[nn.Module], maps: Maps) -> Iterator[
         return args, {**kwargs, "need_weights": True, "average_attn_weights": False}
 
     def keep(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        maps[index] = output[1]
+        on_map(index, output[1])
 
     with ExitStack() as stack:
         for index, part in enumerate(parts):
-            stack.callback(part.register_forward_pre_hook(ask, with_kwargs=True).remove)
-            stack.callback(part.register_forward_hook(partial(keep, index)).remove)
+            stack.callback(part.register_forward_pre_hook(in_this_thread(ask), with_kwargs=True).remove)
+            stack.callback(part.register_forward_hook(in_this_thread(partial(keep, index))).remove)
         yield
 
 
 @contextmanager
-def _from_dropout(tower: Tower, parts: list[nn.Module], maps: Maps) -> Iterator[None]:
+def _from_dropout(tower: Tower, parts: list[nn.Module], on_map: OnMap) -> Iterator[None]:
     """For timm and DINOv2's own code: what goes into the dropout on the attention, or comes out of fused attention."""
+    seen: set[int] = set()
+
+    def take(index: int, attention: torch.Tensor) -> None:
+        seen.add(index)
+        on_map(index, attention)
 
     def keep(index: int, module: nn.Module, args: Any) -> None:
-        maps[index] = args[0]
+        take(index, args[0])
 
     def check(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if index not in maps:
+        if index not in seen:
             raise UnsupportedModelError(
                 f"{type(module).__name__} of block {index} computes its attention outside PyTorch, so there is no map "
                 "to record (xformers? switch it off with XFORMERS_DISABLED=1); or capture with attentions=False"
@@ -118,12 +156,12 @@ def _from_dropout(tower: Tower, parts: list[nn.Module], maps: Maps) -> Iterator[
 
     with ExitStack() as stack:
         for index, part in enumerate(parts):
-            watch = _FusedAttention(partial(maps.__setitem__, index))
-            stack.callback(part.register_forward_pre_hook(watch.start).remove)
-            stack.callback(part.register_forward_hook(watch.stop, always_call=True).remove)
-            stack.callback(part.register_forward_hook(partial(check, index)).remove)
+            watch = _FusedAttention(partial(take, index))
+            stack.callback(part.register_forward_pre_hook(in_this_thread(watch.start)).remove)
+            stack.callback(part.register_forward_hook(in_this_thread(watch.stop), always_call=True).remove)
+            stack.callback(part.register_forward_hook(in_this_thread(partial(check, index))).remove)
             if isinstance(dropout := getattr(part, "attn_drop", None), nn.Module):
-                stack.callback(dropout.register_forward_pre_hook(partial(keep, index)).remove)
+                stack.callback(dropout.register_forward_pre_hook(in_this_thread(partial(keep, index))).remove)
         yield
 
 
@@ -169,5 +207,5 @@ def _map(
     return logits.softmax(dim=-1)
 
 
-_Recorder = Callable[[Tower, list[nn.Module], Maps], AbstractContextManager[None]]
+_Recorder = Callable[[Tower, list[nn.Module], OnMap], AbstractContextManager[None]]
 _RECORDERS: dict[str, _Recorder] = {"output": _from_output, "weights": _from_weights, "dropout": _from_dropout}

@@ -14,6 +14,7 @@ from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower, find_tower
 from ..tuner.layer import RegisterLayer, find_register_layer
 from .attention_maps import record_attention_maps
+from .threads import in_this_thread
 
 __all__ = ["Trace", "capture"]
 
@@ -78,7 +79,7 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
 
     Works with and without registers. For attention maps the tower runs under the eager implementation inside the
     context; the implementation in use before, and every hook, are restored on the way out, also after an exception.
-    A second forward pass overwrites the first.
+    A second forward pass overwrites the first. Passes of other threads are not recorded.
 
     Args:
         model: A base model, or one with registers.
@@ -118,15 +119,15 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
 
     with ExitStack() as stack:
         blocks: nn.ModuleList = tower.part("blocks")
-        stack.callback(tower.module.register_forward_pre_hook(start, with_kwargs=True).remove)
+        stack.callback(tower.module.register_forward_pre_hook(in_this_thread(start), with_kwargs=True).remove)
         if hidden_states:
-            stack.callback(blocks[0].register_forward_pre_hook(first, with_kwargs=True).remove)
+            stack.callback(blocks[0].register_forward_pre_hook(in_this_thread(first), with_kwargs=True).remove)
             for index, module in enumerate(blocks):
-                stack.callback(module.register_forward_hook(partial(block, index), prepend=True).remove)
+                stack.callback(module.register_forward_hook(in_this_thread(partial(block, index)), prepend=True).remove)
         if attentions:
             if layer is not None:
                 stack.enter_context(_whole_attentions(layer))
-            stack.enter_context(record_attention_maps(tower, trace._attentions))
+            stack.enter_context(record_attention_maps(tower, trace._attentions.__setitem__))
         yield trace
 
 

@@ -24,7 +24,7 @@ from ..features.passes import PassOptions, open_pass, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.hooks.attention import reads_implementation
-from ..tuner.layer import RegisterLayer, find_register_layer
+from ..tuner.layer import RegisterLayer, find_register_layer, require_register_layer
 from ..tuner.peft_model import RegisterPeftModel, add_registers
 from ..tuner.registers import RegisterTokens
 from .constants import constant_pairs
@@ -254,7 +254,7 @@ class _Adapter:
         form = {} if pairs is None else {"key_value": True}
         options = {**self.options, **form, **options}
         model = add_registers(self.model, self.num_registers, self.name, register_neurons=units, **options)
-        tokens = self._layer(model).tokens(self.name)
+        tokens = require_register_layer(model).tokens(self.name)
         _set_usual(tokens, neurons, ranks)
         if pairs is not None:
             tokens.weight.data.copy_(pairs)
@@ -266,17 +266,11 @@ class _Adapter:
         states = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         model = self.attach(neurons)
         try:
-            yield self._layer(model)
+            yield require_register_layer(model)
         finally:
             model.unload()
             for parameter, state in states:
                 parameter.requires_grad_(state)
-
-    @staticmethod
-    def _layer(model: RegisterPeftModel) -> RegisterLayer:
-        layer = find_register_layer(model)
-        assert layer is not None
-        return layer
 
 
 def _record(trial: _Trial, views: list[View], parts: Parts, top: int, rule: str) -> dict[str, Any]:

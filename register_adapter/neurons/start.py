@@ -11,7 +11,7 @@ from torch import nn
 from ..data.batches import Batch
 from ..towers.calls import first_of
 from ..towers.modes import evaluating
-from ..tuner.layer import find_register_layer
+from ..tuner.layer import find_register_layer, require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..tuner.registers import RegisterTokens
 from .scores import run_up_to
@@ -49,8 +49,7 @@ def start_from(fitted: RegisterPeftModel, neurons: Neurons = "keep", batches: It
             has no register to start from.
     """
     name = str(fitted.active_adapter)
-    config, layer = fitted.peft_config[name], find_register_layer(fitted)
-    assert layer is not None
+    config, layer = fitted.peft_config[name], require_register_layer(fitted)
     tokens = layer.tokens(name)
     keys = ("num_registers", "insert_layer", "deep", "key_value", "gate", "remove", "attentions", "target_modules")
     options: dict[str, Any] = {key: getattr(config, key) for key in (*keys, "anatomy", "test_time_fit")}
@@ -78,8 +77,7 @@ def _copy(tokens: RegisterTokens, values: dict[str, torch.Tensor]) -> None:
 
 def _mean_state(fitted: RegisterPeftModel, block: int, batches: Iterable[Batch]) -> torch.Tensor:
     """``(R, D)``: the registers as they leave ``block``, mean over images."""
-    layer = find_register_layer(fitted)
-    assert layer is not None
+    layer = require_register_layer(fitted)
     tower, start = layer.tower, layer.prefix
     total: Any = 0
     number = 0

@@ -21,7 +21,7 @@ from ..data.datasets import DataArguments, ProcessedDataset, load_data
 from ..data.processors import load_image_processor
 from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
-from ..tuner.layer import find_register_layer
+from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
 from ..utils.staging import check_writable
@@ -208,8 +208,7 @@ def _wrap(
     start = start_from(source, args.neurons, batches)
     source.unload()
     model = objective.wrap(base, **start.options)
-    layer = find_register_layer(model)
-    assert layer is not None
+    layer = require_register_layer(model)
     start.fill(layer.tokens(str(model.active_adapter)))
     return model
 

@@ -30,6 +30,31 @@ FORMAT_VERSION = 2
 _MOST = 2**16
 _INITS = ("normal", "zeros", "cls", "test_time")
 _ATTENTIONS = ("slice", "full")
+_KINDS: dict[str, Any] = {
+    "num_registers": int,
+    "init": str,
+    "init_std": (int, float),
+    "target_modules": (str, list, tuple, set, type(None)),
+    "modules_to_save": (list, tuple, set, type(None)),
+    "id2label": (dict, type(None)),
+    "insert_layer": int,
+    "deep": bool,
+    "key_value": bool,
+    "gate": (int, float, type(None)),
+    "register_neurons": (dict, type(None)),
+    "remove": str,
+    "train_removal": bool,
+    "test_time_fit": (dict, type(None)),
+    "attentions": str,
+    "anatomy": (Anatomy, dict, type(None)),
+    "base_tower": (dict, type(None)),
+    "format_version": int,
+    "weights_sha256": (str, type(None)),
+    "base_model_name_or_path": (str, type(None)),
+    "revision": (str, type(None)),
+    "peft_version": (str, type(None)),
+    "inference_mode": bool,
+}
 
 
 @dataclass
@@ -141,32 +166,15 @@ class RegisterConfig(PeftConfig):
         self.auto_mapping: dict[str, Any] | None = without_unlisted(self.auto_mapping, any_package=CHECKS_IMPORTS)
         #: Whether a model has it; names of modules_to_save that this model lacks.
         self.attached, self.left_out = False, list[str]()
-        kinds: dict[str, Any] = {
-            "num_registers": int,
-            "init": str,
-            "init_std": (int, float),
-            "target_modules": (str, list, tuple, set, type(None)),
-            "modules_to_save": (list, tuple, set, type(None)),
-            "id2label": (dict, type(None)),
-            "insert_layer": int,
-            "deep": bool,
-            "key_value": bool,
-            "gate": (int, float, type(None)),
-            "register_neurons": (dict, type(None)),
-            "remove": str,
-            "train_removal": bool,
-            "test_time_fit": (dict, type(None)),
-            "attentions": str,
-            "anatomy": (Anatomy, dict, type(None)),
-            "base_tower": (dict, type(None)),
-            "format_version": int,
-            "weights_sha256": (str, type(None)),
-            "base_model_name_or_path": (str, type(None)),
-            "revision": (str, type(None)),
-            "peft_version": (str, type(None)),
-            "inference_mode": bool,
-        }
-        for name, kind in kinds.items():
+        self._check_types()
+        self._check_values()
+        self._check_combinations()
+        self._check_neurons()
+        self._convert()
+        self._warn_of_newer_format()
+
+    def _check_types(self) -> None:
+        for name, kind in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise TypeError(f"{name} must be {_spell(kind)}, got {value!r} of type {type(value).__name__}")
@@ -174,6 +182,9 @@ class RegisterConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str) and any(not isinstance(item, str) for item in value or ()):
                 raise TypeError(f"{name} must hold names, got {value!r}")
+
+    def _check_values(self) -> None:
+        """Each argument by itself."""
         if not 1 <= self.num_registers <= _MOST:
             raise ValueError(f"num_registers must be at least 1, and at most {_MOST}, got {self.num_registers}")
         for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
@@ -181,15 +192,19 @@ class RegisterConfig(PeftConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.insert_layer < 0:
             raise ValueError(f"insert_layer must be at least 0, got {self.insert_layer}")
+        if self.gate is not None and not is_finite(self.gate):
+            raise ValueError(f"gate must be a finite number or None, got {self.gate}")
+        if not is_finite(self.init_std) or self.init_std < 0:
+            raise ValueError(f"init_std must be a finite number of at least 0, got {self.init_std}")
+
+    def _check_combinations(self) -> None:
         if self.deep and self.key_value:
             raise ValueError("deep=True puts tokens into the sequence, key_value=True does not: choose one of them")
         if self.key_value and self.init == "cls":
             raise ValueError("init='cls' is for tokens; key/value pairs (key_value=True) start from init='normal'")
-        if self.gate is not None and not is_finite(self.gate):
-            raise ValueError(f"gate must be a finite number or None, got {self.gate}")
-        self._check_neurons()
-        if not is_finite(self.init_std) or self.init_std < 0:
-            raise ValueError(f"init_std must be a finite number of at least 0, got {self.init_std}")
+
+    def _convert(self) -> None:
+        """Bring what a JSON file or a user gives into the types of the fields."""
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
         #: A dictionary comes from a file, and says where modules are; an Anatomy made in code may say more.
@@ -202,11 +217,13 @@ class RegisterConfig(PeftConfig):
             check_fields(self.anatomy)
         if self.base_tower is not None:
             self.base_tower = TowerIdentity.from_dict(self.base_tower).to_dict()
+
+    def _warn_of_newer_format(self) -> None:
         if self.format_version > FORMAT_VERSION:
             warnings.warn(
                 f"this adapter was written in format {self.format_version}, newer than {FORMAT_VERSION}, the newest "
                 "this release knows; loading goes on. Upgrade with: pip install -U register-adapter",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _check_neurons(self) -> None:
@@ -215,7 +232,7 @@ class RegisterConfig(PeftConfig):
             self.register_neurons = None
             if self.init == "test_time" or self.train_removal:
                 raise ValueError(
-                    "init='test_time' and train_removal need register neurons, which are found on pictures: call "
+                    "init='test_time' and train_removal need register neurons, which are found on images: call "
                     "fit_test_time_registers(model, images)"
                 )
             return

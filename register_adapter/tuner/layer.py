@@ -7,7 +7,6 @@ around the embeddings would rename the base's keys, and a closure would make a d
 from __future__ import annotations
 
 import inspect
-import operator
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens, Segment
 from .undo import Before
 
-__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers"]
+__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers", "require_register_layer"]
 
 #: Among ``adapter_names``, PEFT's name for an image without an adapter.
 BASE = "__base__"
@@ -302,13 +301,18 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         module = self.tower.module
         if getattr(module, "registers", None) is not self:
             module.add_module("registers", self)
+        attending = self._in_attention or bool(self._configs)
         self._remove_hooks()
         self._handles = self._sequence_hooks()
         self._handles += self._neuron_hooks(self._neuron_blocks)
         self._wrap_methods()
-        if any(p.key_value or self.tokens(name).gate is not None for name, p in self.placements.items()):
+        if attending:
             self._enter_attention()
         self._hooked = self._all_points()
+
+    @property
+    def _in_attention(self) -> bool:
+        return any(p.key_value or self.tokens(name).gate is not None for name, p in self.placements.items())
 
     @property
     def _by_block(self) -> bool:
@@ -322,15 +326,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         points = self._hook_points()
         if blocks := self._neuron_blocks:
             points += self._neuron_points(blocks)
-        return points + self._attention_points()
-
-    def _renew_hooks(self) -> None:
-        points = self._all_points()
-        if len(points) == len(self._hooked) and all(map(operator.is_, points, self._hooked)):
-            return
-        for module in points:
-            _drop_copied_hooks(module, self)
-        self.attach()
+        return points + self._attention_points() if self._in_attention else points
 
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""
@@ -357,18 +353,21 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         )
 
 
-def _drop_copied_hooks(module: Any, layer: RegisterLayer) -> None:
-    """Take off the hooks that a copy of a hooked module has: those of a copy of the layer, which came along."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            owner = getattr(getattr(hook, "func", hook), "__self__", None)
-            if isinstance(owner, RegisterLayer) and owner is not layer:
-                del hooks[key]
-
-
 def find_register_layer(model: nn.Module) -> RegisterLayer | None:
     """The layer that holds a model's registers, the first of them if several towers have some, ``None`` if none has."""
     return next(iter(register_layers(model)), None)
+
+
+def require_register_layer(model: nn.Module) -> RegisterLayer:
+    """The layer that holds a model's registers.
+
+    Raises:
+        ValueError: The model has no registers.
+    """
+    layer = find_register_layer(model)
+    if layer is None:
+        raise ValueError(f"{type(model).__name__} has no registers; give it some with add_registers(model)")
+    return layer
 
 
 def register_layers(model: nn.Module) -> list[RegisterLayer]:

@@ -111,12 +111,14 @@ class Segment:
     @property
     def ragged(self) -> bool:
         """Whether some images have fewer registers than others, so that keys must be masked."""
-        return self.images is not None and (-1 in self.images or min(one.count for one in self.tokens) < self.count)
+        return self.images is not None and (
+            -1 in self.images or min(tokens.count for tokens in self.tokens) < self.count
+        )
 
     @property
     def biased(self) -> bool:
         """Whether the attention logits of the keys need a bias."""
-        return self.ragged or any(one.gate is not None for one in self.tokens)
+        return self.ragged or any(tokens.gate is not None for tokens in self.tokens)
 
     def _by_image(self, values: list[torch.Tensor], batch: int, fill: float = 0.0) -> torch.Tensor:
         """``(..., R_i, D)`` each, as one ``(B, ..., R, D)``; images without an adapter get rows of ``fill``."""
@@ -131,20 +133,20 @@ class Segment:
     def draw(self, hidden_states: torch.Tensor, block: int) -> torch.Tensor:
         """``(B, R, D)`` registers for block ``block``, like ``hidden_states`` ``(B, N, D)``."""
         index = block - self.placement.insert_layer if self.placement.deep else None
-        return self._by_image([one(hidden_states, index) for one in self.tokens], hidden_states.shape[0])
+        return self._by_image([tokens(hidden_states, index) for tokens in self.tokens], hidden_states.shape[0])
 
     def shift(
         self, activations: torch.Tensor, block: int, start: int, count: int, visible: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Activations ``(B, N, M)`` of block ``block`` with the shift done; see :class:`NeuronShift`."""
-        for number, one in enumerate(self.tokens):
-            if block not in one.slices:
+        for number, tokens in enumerate(self.tokens):
+            if block not in tokens.slices:
                 continue
             if self.images is None:
-                return one.shift(activations, block, start, count, visible)
-            own = min(count, one.count)
+                return tokens.shift(activations, block, start, count, visible)
+            own = min(count, tokens.count)
             chosen = torch.tensor([index == number for index in self.images], device=activations.device)
-            shifted = one.shift(activations, block, start, own, visible)
+            shifted = tokens.shift(activations, block, start, own, visible)
             activations = torch.where(chosen[:, None, None], shifted, activations)
         return activations
 
@@ -152,13 +154,13 @@ class Segment:
         """``(B, H, R, d)`` keys and values for block ``block``, like ``key`` ``(B, H, N, d)``."""
         index = block - self.placement.insert_layer
         batch, heads, _, width = key.shape
-        both = self._by_image([one(key, index) for one in self.tokens], batch)
+        both = self._by_image([tokens(key, index) for tokens in self.tokens], batch)
         both = both.reshape(batch, 2, self.count, heads, width).transpose(2, 3)
         return both[:, 0], both[:, 1]
 
     def bias(self, like: torch.Tensor, block: int) -> torch.Tensor:
         """``(1 or B, R)`` to add to the attention logits of the keys: the gate, minus infinity where there is none."""
         index = block - self.placement.insert_layer
-        gates = [one(like, index, part="gate").unsqueeze(-1) for one in self.tokens]
+        gates = [tokens(like, index, part="gate").unsqueeze(-1) for tokens in self.tokens]
         batch = 1 if self.images is None else like.shape[0]
         return self._by_image(gates, batch, fill=-torch.inf).squeeze(-1)

@@ -60,20 +60,18 @@ class ImageMaps:
     colours: Array | None = None
 
 
-class _Rows(dict[int, torch.Tensor]):
+class _Rows:
     """Keeps of all maps ``(1, H, N, N)`` the first rows of one block's, those of ``count`` tokens, and its mean row."""
 
     def __init__(self, block: int, count: int) -> None:
-        super().__init__()
         self.block, self.count = block, count
         self.rows, self.mean = torch.empty(0), torch.empty(0)
 
-    def __setitem__(self, index: int, maps: torch.Tensor) -> None:
+    def keep(self, index: int, maps: torch.Tensor) -> None:
         if index == self.block:
             length = maps.shape[2]  # keys of key/value pairs stand behind the tokens
             self.rows = maps[0, :, : self.count, :length].float()
             self.mean = maps[0, :, :, :length].float().mean(1)
-        super().__setitem__(index, maps.new_empty(0))
 
 
 @torch.no_grad()
@@ -104,7 +102,7 @@ def read_image_maps(model: nn.Module, image: PreparedImage, block: int = -1, ant
     rows = _Rows(block, first)
     with ExitStack() as stack:
         trace = stack.enter_context(capture(model, attentions=False))
-        stack.enter_context(record_attention_maps(tower, rows))
+        stack.enter_context(record_attention_maps(tower, rows.keep))
         patches = stack.enter_context(watch_patches(tower))
         if antialias:
             stack.enter_context(antialiased_positions(tower))

@@ -84,11 +84,11 @@ def shape_of_attention(model: nn.Module) -> tuple[int, tuple[str, ...]]:
     return blocks, kinds_of(num_cls, fewest)
 
 
-class _Reduced(dict[int, torch.Tensor]):
+class _Reduced:
     """Takes maps in and keeps what they say."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        self.maps: dict[int, torch.Tensor] = {}
         self.tower, self.layer = tower_of(model)
         self.num_cls = self.tower.prefix - native_registers(self.tower)
         _, self.kinds = shape_of_attention(model)
@@ -96,14 +96,14 @@ class _Reduced(dict[int, torch.Tensor]):
         self.watched: PatchGrid | None = None
         self.inputs: Any = None
 
-    def __setitem__(self, block: int, attention: torch.Tensor) -> None:
+    def keep(self, block: int, attention: torch.Tensor) -> None:
         first = self.tower.prefix + (self.layer.count_at(block) if self.layer is not None else 0)
-        if not self and self.watched is not None:
+        if not self.maps and self.watched is not None:
             self.grid = self.watched.shape(len(attention), attention.shape[-2] - first, self.inputs)
         reduced = reduce_map(attention, self.num_cls, first, self.grid[0] * self.grid[1])
         if len(self.kinds) < reduced.shape[-1]:
             reduced = reduced[..., [kinds_of(self.num_cls, first).index(kind) for kind in self.kinds]]
-        super().__setitem__(block, reduced)
+        self.maps[block] = reduced
 
 
 class AttentionFeatures:
@@ -124,12 +124,12 @@ class AttentionFeatures:
         tower = self._maps.tower
 
         def start(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._maps.clear()
+            self._maps.maps.clear()
             self._maps.inputs = dict(kwargs)
 
         handle = tower.module.register_forward_pre_hook(start, with_kwargs=True)
         try:
-            with watch_patches(tower) as grid, record_attention_maps(tower, self._maps):
+            with watch_patches(tower) as grid, record_attention_maps(tower, self._maps.keep):
                 self._maps.watched = grid
                 yield
         finally:
@@ -141,15 +141,15 @@ class AttentionFeatures:
         Raises:
             UnsupportedModelError: Blocks have different numbers of heads.
         """
-        maps = self._maps
+        maps = self._maps.maps
         blocks = [maps[index].to(maps[0].device) for index in sorted(maps)]
         if len(shapes := {tuple(part.shape[2:]) for part in blocks}) != 1:
             raise UnsupportedModelError(
-                f"blocks of {type(maps.tower.module).__name__} have different numbers of heads: (heads, kinds) "
+                f"blocks of {type(self._maps.tower.module).__name__} have different numbers of heads: (heads, kinds) "
                 f"{sorted(shapes)}"
             )
         stacked = torch.stack(blocks, 2)
-        self._on_features(stacked.view(len(stacked), *maps.grid, *stacked.shape[2:]))
+        self._on_features(stacked.view(len(stacked), *self._maps.grid, *stacked.shape[2:]))
 
 
 def attention_features(

@@ -25,7 +25,7 @@ from ...testbed import LABELS, SceneDataset, load_planted_vit, load_vit, random_
 from ...testbed import load_image_processor as load_scene_processor
 from ...training import TrainArguments, train
 from ...training.objectives import ClassificationObjective
-from ...tuner.layer import find_register_layer
+from ...tuner.layer import require_register_layer
 from ...tuner.peft_model import RegisterPeftModel
 from ...utils.staging import staged
 from ...viz import Maps, plot_before_after, read_maps
@@ -247,8 +247,7 @@ def _add_test_time(args: DemoArguments, setting: _Setting, table: _Table, out: P
     start = start_from(fitted)
     fitted.unload()
     both = setting.objective.wrap(base, **start.options)
-    layer = find_register_layer(both)
-    assert layer is not None
+    layer = require_register_layer(both)
     start.fill(layer.tokens("default"))
     _train(args, setting, both, out / "both")
     table.add("both", "+ both: test-time, then trained", both.cpu().eval(), shown="both")

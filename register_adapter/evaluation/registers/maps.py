@@ -18,18 +18,6 @@ __all__ = ["RegisterMaps"]
 _Array = npt.NDArray[np.float32]
 
 
-class _Rows(dict[int, torch.Tensor]):
-    """Keeps the registers' rows ``(B, H, R, N)`` of every map that is written into it, and drops the rest."""
-
-    def __init__(self, registers: Registers) -> None:
-        super().__init__()
-        self.registers = registers
-
-    def __setitem__(self, block: int, attention: torch.Tensor) -> None:
-        where = self.registers.where(self.registers.inside(block))
-        super().__setitem__(block, attention[:, :, where].float().clone())
-
-
 class RegisterMaps:
     """Sums over the registers' attention maps of many images, and the maps of the first ones.
 
@@ -50,8 +38,14 @@ class RegisterMaps:
 
     def look(self, batch: Batch) -> None:
         """Run the tower over a batch and take its maps in."""
-        tower, rows = self._registers.tower, _Rows(self._registers)
-        with watch_patches(tower) as grid, record_attention_maps(tower, rows):
+        tower, rows = self._registers.tower, dict[int, torch.Tensor]()
+
+        def keep(block: int, attention: torch.Tensor) -> None:
+            """Of every map, the registers' rows ``(B, H, R, N)``."""
+            where = self._registers.where(self._registers.inside(block))
+            rows[block] = attention[:, :, where].float().clone()
+
+        with watch_patches(tower) as grid, record_attention_maps(tower, keep):
             tower.run(batch.inputs)
         length = rows[self._block].shape[-1] - self._registers.inside(self._block).first_patch
         try:

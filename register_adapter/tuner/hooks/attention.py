@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .base import LayerHooks, RecordPairs
+from .base import ATTACHING, LayerHooks, RecordPairs
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower
@@ -162,19 +162,20 @@ class AttentionHooks(LayerHooks):
 
     def _enter_attention(self) -> None:
         """Put the stand-in configs in place; once."""
-        if self._configs:
-            return
-        ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
-        for block in range(len(self.tower.part("blocks"))):
-            for module in _attention_modules(self.tower, block):
-                eager = sys.modules[type(module).__module__].eager_attention_forward
-                self._configs.append((module, module.config))
-                stand_in: Any = AttentionConfig(module.config, self, block, eager)
-                module.config = stand_in
+        with ATTACHING:
+            if self._configs:
+                return
+            ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
+            for block in range(len(self.tower.part("blocks"))):
+                for module in _attention_modules(self.tower, block):
+                    eager = sys.modules[type(module).__module__].eager_attention_forward
+                    self._configs.append((module, module.config))
+                    stand_in: Any = AttentionConfig(module.config, self, block, eager)
+                    module.config = stand_in
 
     def _attention_points(self) -> list[Any]:
         """As ``_hook_points``, for the modules with stand-in configs."""
-        blocks = range(len(self.tower.part("blocks"))) if self._configs else ()
+        blocks = range(len(self.tower.part("blocks")))
         return [self.tower.block_part(block, "attention") for block in blocks]
 
     def _leave_attention(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ...errors import UnsupportedModelError
 from ..registers import Segment
@@ -15,12 +17,40 @@ from ..tokens import cut_tokens
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower
-    from .methods import MethodCall
 
-__all__ = ["CallState", "LayerHooks", "refuse_tracing"]
+__all__ = ["ATTACHING", "CallState", "LayerHooks", "MethodCall", "refuse_tracing"]
 
 #: Called with a block's index, keys and values ``(B, H, N, d)``.
 RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+#: Held by a thread that puts hooks and stand-ins in place.
+ATTACHING = threading.RLock()
+
+
+class MethodCall:
+    """One call of a method that counts registers among the tower's prefix tokens.
+
+    It runs on a stand-in for the tower: an object of the tower's class with the very same modules and parameters, but
+    a count of its own. On the tower itself other threads would read it.
+
+    Args:
+        module: The tower.
+        counter: Attribute with the number of its prefix tokens.
+    """
+
+    def __init__(self, module: nn.Module, counter: str) -> None:
+        self.counter = counter
+        self.stand_in: Any = object.__new__(type(module))
+        self.stand_in.__dict__.update(module.__dict__)
+        self.length = 0
+
+    def enter(self, length: int, count: int) -> None:
+        """``count`` registers enter a sequence of ``length`` tokens: from here on they count as prefix tokens.
+
+        Not before: timm resamples its position embeddings by the same count.
+        """
+        self.length = length
+        self.stand_in.__dict__[self.counter] += count
 
 
 class CallState(threading.local):
@@ -70,6 +100,8 @@ class LayerHooks:
     _mask_position: int | None
     #: Attention modules and the configs that stand-ins have replaced.
     _configs: list[tuple[Any, Any]]
+    #: What ``_all_points`` gave when the hooks were put there.
+    _hooked: list[Any]
 
     @property
     @abstractmethod
@@ -82,8 +114,12 @@ class LayerHooks:
         """Whether an adapter does something at single blocks."""
 
     @abstractmethod
-    def _renew_hooks(self) -> None:
-        """Put the hooks on the modules that are now where hooked ones were, if somebody has replaced any."""
+    def attach(self) -> None:
+        """Register the hooks that the adapters need."""
+
+    @abstractmethod
+    def _all_points(self) -> list[Any]:
+        """Modules that have hooks, or should have, in the tower as it is now."""
 
     @property
     @abstractmethod
@@ -97,6 +133,20 @@ class LayerHooks:
         if not torch.compiler.is_compiling():
             self._renew_hooks()
             self.call.segments = self.segments
+
+    def _renew_hooks(self) -> None:
+        """Put the hooks on the modules that are now where hooked ones were, if somebody has replaced any."""
+        if self._is_hooked(self._all_points()):
+            return
+        with ATTACHING:
+            points = self._all_points()
+            if not self._is_hooked(points):  # by another thread meanwhile
+                for module in points:
+                    _drop_copied_hooks(module, self)
+                self.attach()
+
+    def _is_hooked(self, points: list[Any]) -> bool:
+        return len(points) == len(self._hooked) and all(map(operator.is_, points, self._hooked))
 
     def _end_pass(self) -> None:
         self.call.segments = self.call.visible = self.call.rotary = None
@@ -147,6 +197,15 @@ class LayerHooks:
         for count in counts:
             value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
         return value
+
+
+def _drop_copied_hooks(module: Any, layer: LayerHooks) -> None:
+    """Take off the hooks that a copy of a hooked module has: those of a copy of the layer, which came along."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            owner = getattr(getattr(hook, "func", hook), "__self__", None)
+            if isinstance(owner, LayerHooks) and owner is not layer:
+                del hooks[key]
 
 
 def refuse_tracing(value: Any) -> None:

@@ -11,44 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...towers.anatomy import parent
 from ...towers.calls import hidden_states_of
 from ..tokens import cut_tokens
-from .base import LayerHooks
+from .base import LayerHooks, MethodCall
 
-__all__ = ["MethodCall", "MethodHooks"]
+__all__ = ["MethodHooks"]
 
 #: Keys of outputs that hold whole sequences, and the tokens before the patches.
 _SEQUENCE_KEYS = ("x_prenorm",)
 _PREFIX_KEYS = ("image_intermediates_prefix", "x_norm_regtokens")
-
-
-class MethodCall:
-    """One call of a method that counts registers among the tower's prefix tokens.
-
-    It runs on a stand-in for the tower: an object of the tower's class with the very same modules and parameters, but
-    a count of its own. On the tower itself other threads would read it.
-
-    Args:
-        module: The tower.
-        counter: Attribute with the number of its prefix tokens.
-    """
-
-    def __init__(self, module: nn.Module, counter: str) -> None:
-        self.counter = counter
-        self.stand_in: Any = object.__new__(type(module))
-        self.stand_in.__dict__.update(module.__dict__)
-        self.length = 0
-
-    def enter(self, length: int, count: int) -> None:
-        """``count`` registers enter a sequence of ``length`` tokens: from here on they count as prefix tokens.
-
-        Not before: timm resamples its position embeddings by the same count.
-        """
-        self.length = length
-        self.stand_in.__dict__[self.counter] += count
 
 
 class MethodHooks(LayerHooks):

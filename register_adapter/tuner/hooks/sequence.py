@@ -103,7 +103,7 @@ class SequenceHooks(LayerHooks):
         """
         if not self.tower.module.training or not torch.is_grad_enabled() or hidden_states.requires_grad:
             return False
-        trainable = any(p.requires_grad for s in self.segments for one in s.tokens for p in one.parameters())
+        trainable = any(p.requires_grad for s in self.segments for tokens in s.tokens for p in tokens.parameters())
         return trainable and any(_checkpoints_reentrantly(module) for module in self.tower.module.modules())
 
     def _insert_into_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,0 +1,140 @@
+"""Passes of several threads through one model: each gives what it gives alone, and nothing stays changed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_inputs
+from stacks_cases import build_stack, images
+from torch import nn
+
+from register_adapter import RegisterConfig, add_registers, capture, find_register_layer, find_tower
+
+MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}
+Call = Callable[[], Any]
+
+
+@pytest.fixture(autouse=True)
+def _switch_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+def same(found: Any, expected: Any) -> bool:
+    pairs = zip(tensors(found), tensors(expected), strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def agree(*calls: Call, times: int = 15) -> None:
+    """Every call, made again and again beside the others, returns what it returns alone; afterwards too."""
+    with torch.no_grad():
+        expected = [call() for call in calls]
+    wrong: list[Any] = []
+
+    def work(call: Call, wanted: Any) -> None:
+        try:
+            with torch.no_grad():
+                wrong.extend("differs" for _ in range(times) if not same(call(), wanted))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(calls, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    with torch.no_grad():
+        assert all(same(call(), wanted) for call, wanted in zip(calls, expected, strict=True))
+
+
+def counters(model: nn.Module) -> list[Any]:
+    names = ("num_prefix_tokens", "num_register_tokens")
+    return [getattr(module, name) for module in model.modules() for name in names if hasattr(module, name)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["timm", "dinov3-timm", "features_only", "open_clip", "hub"])
+def test_methods_past_the_forward(name: str, mode: str) -> None:
+    base = build_stack(name)
+    before = counters(base)
+    model = add_registers(base, 3, init_std=1.0, **MODES[mode]).eval()
+    method: Callable[[torch.Tensor], Any] = {
+        "features_only": base,
+        "hub": lambda x: base.get_intermediate_layers(x, 2),
+    }.get(name, lambda x: base.forward_intermediates(x))
+    agree(lambda: method(images()), lambda: method(images()[:1]), lambda: model(images()))
+    assert counters(base) == before
+
+
+@pytest.mark.parametrize("options", [*MODES.values(), {"key_value": True}, {"gate": -1.0}], ids=str)
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_each_thread_has_adapters_of_its_own(name: str, options: dict[str, Any]) -> None:
+    model = add_registers(build(name, "sdpa"), 2, "two", init_std=1.0, **options)
+    model.add_adapter("five", RegisterConfig(num_registers=5, init_std=1.0, **options))
+    inputs = make_inputs(name)
+    model.eval()
+
+    def plain() -> Any:
+        return model(**inputs).last_hidden_state
+
+    def disabled() -> Any:
+        with model.disable_adapter():
+            return model(**inputs).last_hidden_state
+
+    def named(*names: str) -> Call:
+        return lambda: model(**inputs, adapter_names=list(names)).last_hidden_state
+
+    agree(plain, disabled, named("five", "__base__"), named("two", "five"))
+
+
+@pytest.mark.parametrize("options", [{}, {"key_value": True}], ids=str)
+def test_captures_overlap(options: dict[str, Any]) -> None:
+    model, inputs = add_registers(build("vit", "sdpa"), 2, init_std=1.0, **options).eval(), make_inputs("vit")
+    other = {key: value + 1 for key, value in inputs.items()}
+
+    def recorded(given: dict[str, Any]) -> Call:
+        def call() -> Any:
+            with capture(model) as trace:
+                model(**given)
+            return [*trace.hidden_states, *trace.attentions]
+
+        return call
+
+    agree(recorded(inputs), recorded(other), lambda: model(**inputs).last_hidden_state)
+    assert find_tower(model).config._attn_implementation == "sdpa"
+
+
+def test_masks_of_two_threads_and_register_neurons() -> None:
+    model = add_registers(build("siglip2-vision"), 2, init_std=1.0, register_neurons={1: [0, 5]}).eval()
+    inputs = make_inputs("siglip2-vision")
+    name = next(key for key in inputs if "mask" in key)
+    masked = {**inputs, name: inputs[name].clone()}
+    masked[name][:, -1] = 0
+    agree(lambda: model(**inputs).last_hidden_state, lambda: model(**masked).last_hidden_state)
+
+
+def test_a_pass_goes_on_as_it_began() -> None:
+    """An adapter that another thread switches off for all threads stays in a pass that is under way."""
+    model, inputs = add_registers(build("vit"), 2, init_std=1.0).eval(), make_inputs("vit")
+    expected = model(**inputs).last_hidden_state
+    layer = find_register_layer(model)
+    block = find_tower(model).part("blocks")[1]
+    handle = block.register_forward_pre_hook(lambda module, args: layer.enable_adapters(False))
+    assert torch.equal(model(**inputs).last_hidden_state, expected)
+    handle.remove()
+    layer.enable_adapters(True)
