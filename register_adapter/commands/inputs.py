@@ -12,10 +12,11 @@ from torch import nn
 
 from ..data.batches import list_pictures
 from ..data.datasets import load_image_processor
-from ..testbed import SceneDataset, load_planted_vit, load_vit
+from ..testbed import SceneDataset, load_planted_vit, load_shipped, load_vit
 from ..testbed import load_image_processor as load_scene_processor
 from ..tuner.composed.composition import load_adapters
 from ..tuner.composed.folder import MANIFEST
+from ..utils.shipped import is_shipped
 
 __all__ = ["load_base", "load_pictures", "load_processor", "with_adapter"]
 
@@ -29,6 +30,9 @@ def load_base(name: str) -> nn.Module:
     if name in _MODELS and not Path(name).exists():
         shipped: nn.Module = _MODELS[name]()
         return shipped
+    if is_shipped(name):
+        named: nn.Module = load_shipped(name)
+        return named
     config = transformers.AutoConfig.from_pretrained(name)
     # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
     saved = (getattr(config, "architectures", None) or [""])[0]

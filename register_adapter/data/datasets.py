@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor
 
+from ..utils.shipped import local_folder
 from .images import ImageFileError, check_image, image_name, load_image, walk_files
 
 __all__ = [
@@ -113,7 +114,7 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
         ValueError: The folder or repository holds none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+        return AutoImageProcessor.from_pretrained(local_folder(name_or_path), **kwargs)
     except OSError as error:
         raise ValueError(
             f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "

@@ -18,6 +18,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
+from ..utils.shipped import is_shipped, shipped_name
 from ._peft_compat import PREFIX, remap_on_load
 from .config import RegisterConfig
 from .dry_run import check_anatomy
@@ -307,12 +308,16 @@ def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
         advice = (
             "Registers of another width can never fit."
             if "hidden_size" in differences
-            else "Load the right base, or, if you know that the registers fit, say so: "
+            else "If you know that the registers fit this base all the same, say so: "
             "PeftModel.from_pretrained(base, adapter, ignore_base_mismatch=True)."
         )
-        base = f" of {config.base_model_name_or_path!r}" if config.base_model_name_or_path else ""
+        name = shipped_name(config.base_model_name_or_path)
+        base = f" of {name!r}" if name else ""
+        kind = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
+        load = f"{'register_adapter.testbed.load_shipped' if is_shipped(name) else f'{kind}.from_pretrained'}({name!r})"
+        expected = f" Load that base: {load}." if name else " Load the base that it was made for."
         raise BaseModelMismatchError(
             f"the adapter was made for the vision tower {saved}{base}, the given base has {found}: they differ in "
-            f"{', '.join(differences)}. {advice} Nothing was changed."
+            f"{', '.join(differences)}.{expected} {advice} Nothing was changed."
         )
     return saved if differences else found
