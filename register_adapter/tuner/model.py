@@ -23,6 +23,7 @@ from ._peft_compat import PREFIX, remap_on_load
 from .config import RegisterConfig
 from .dry_run import check_anatomy
 from .heads import (
+    check_adapter_name,
     fit_heads,
     labels_for,
     lacking_modules,
@@ -99,6 +100,7 @@ class RegisterModel(BaseTuner):
             raise ValueError(
                 f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}"
             )
+        check_adapter_name(model, adapter_name, [*heads, *given.task_heads])
         labels = given.id2label if heads else None
         if not given.from_file:
             labels = labels_for(model, [*heads, *given.task_heads], given.labels_given)
@@ -171,9 +173,18 @@ class RegisterModel(BaseTuner):
             yield
             return
         layers = register_layers(self.model)
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
         known = [name for layer in layers for name in layer.names]
         if unknown := sorted({*names} - {*known, BASE}):
-            raise ValueError(f"adapter_names has {unknown}, the model has the register adapters {known}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has the register "
+                f"adapters {known}"
+            )
+        images = kwargs.get("pixel_values", next(iter(args), None))
+        batch = len(images) if isinstance(images, torch.Tensor) and images.ndim in (3, 4) else len(names)
+        if len(names) != batch:
+            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one an image")
         with ExitStack() as stack:
             for layer in layers:
                 own = [name if name in layer.names else BASE for name in names]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .._version import __version__
+from ..errors import AdapterFileError
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_errors
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
@@ -60,6 +61,10 @@ class RegisterPeftModel(PeftModel):
         kwargs["token"] = checked_token(kwargs.get("token"))
         if config is None:
             config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
+        place = Path(model_id, kwargs.get("subfolder") or "")
+        if Path(model_id).is_dir() and not (place / WEIGHTS_NAME).is_file():
+            # PEFT would look for a repository of the folder's name.
+            raise AdapterFileError(f"the adapter in {str(place)!r} has no weights: there is no {WEIGHTS_NAME}.")
         loaded: RegisterPeftModel = super().from_pretrained(
             model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
         )
@@ -74,6 +79,11 @@ class RegisterPeftModel(PeftModel):
         if adapter_name in self.peft_config:
             raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """As in PEFT, also when the last adapter was deleted."""
+        return bool(self.peft_config) and bool(super().has_active_enabled_adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; ``adapter_names`` as in PEFT."""
