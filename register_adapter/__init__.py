@@ -27,6 +27,7 @@ def _is_command_line() -> bool:
 _loaded = globals().get("_loaded", not _is_command_line())
 
 if _loaded:
+    from . import testbed  # noqa: F401 - says how the models that the package ships are written
     from .artifacts import ArtifactReport, audit
     from .errors import (
         AdapterFileError,

@@ -110,5 +110,7 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
         style="dim",
     )
     console.print(
-        f"Written to {output_dir}; load it with PeftModel.from_pretrained(base, {output_dir!r})", markup=False
+        f"Written to {output_dir}; load it, base and all, with AutoPeftModel.from_pretrained({output_dir!r}) after "
+        "`import register_adapter`, or onto a base with PeftModel.from_pretrained(base, ...)",
+        markup=False,
     )

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoImageProcessor
 
 from ..towers.tower import Tower
+from ..utils.shipped import local_folder
 
 __all__ = ["find_image_processor", "load_image_processor", "source_of"]
 
@@ -50,7 +51,7 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
         ValueError: The folder or repository holds none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path, **kwargs)
+        return AutoImageProcessor.from_pretrained(local_folder(name_or_path), **kwargs)
     except OSError as error:
         raise ValueError(
             f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from ..errors import MissingExtraError
 from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import RegisterPeftModel
+from ..utils.shipped import local_folder
 from .native import export_native, save_native
 from .program import export_onnx, export_program
 from .subject import Subject, example_inputs
@@ -90,7 +91,9 @@ def export_saved(
     said = FORMATS[form](model, target, image_size)
     if library == "transformers":
         # So that AutoImageProcessor works on the folder too.
-        processor = cached_file(base, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        processor = cached_file(
+            local_folder(base), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+        )
         if processor is not None:
             shutil.copyfile(processor, target / "preprocessor_config.json")
     return said
@@ -99,7 +102,7 @@ def export_saved(
 def _transformers(base: str, mapping: dict[str, str]) -> nn.Module:
     kind: Any = getattr(transformers, mapping.get("base_model_class", ""), transformers.AutoModel)
     try:
-        model: nn.Module = kind.from_pretrained(base)
+        model: nn.Module = kind.from_pretrained(local_folder(base))
     except HFValidationError as error:  # newer transformers say something like this themselves
         raise OSError(f"the base {base!r} is neither a folder nor the name of a repository on the Hub") from error
     return model

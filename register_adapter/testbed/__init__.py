@@ -3,7 +3,7 @@
 from .control import random_registers
 from .plant import Planting, plant_artifacts
 from .scenes import COLOURS, LABELS, SHAPES, Scene, SceneDataset, SceneObject, make_scene, photographs
-from .vit import load_image_processor, load_planted_vit, load_vit
+from .vit import load_image_processor, load_planted_vit, load_shipped, load_vit
 
 __all__ = [
     "COLOURS",
@@ -15,6 +15,7 @@ __all__ = [
     "SceneObject",
     "load_image_processor",
     "load_planted_vit",
+    "load_shipped",
     "load_vit",
     "make_scene",
     "photographs",

@@ -7,6 +7,7 @@ differs in four hidden units of one block, which ``scripts/plant_testbed.py`` fi
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..towers.tower import find_tower
+from ..utils.shipped import CLEAN, PLANTED, ship
 from .plant import Planting
 
-__all__ = ["load_image_processor", "load_planted_vit", "load_vit", "save_planting"]
+__all__ = ["load_image_processor", "load_planted_vit", "load_shipped", "load_vit", "save_planting"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 _PLANTED = "planted.safetensors"
@@ -26,7 +28,29 @@ _PLANTED = "planted.safetensors"
 
 def load_vit(folder: str | Path = WEIGHTS) -> Any:
     """The clean ``ViTForImageClassification``, in float32 and ``eval()`` mode; it is stored in float16."""
-    return transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    return _named(model, CLEAN) if folder == WEIGHTS else model
+
+
+def load_shipped(name: str) -> Any:
+    """A shipped model by its name, ``"register-adapter://clean"`` or ``"register-adapter://planted"``.
+
+    Adapters of these models carry such a name in their configs, and load anywhere.
+
+    Raises:
+        ValueError: The package ships no model of that name.
+    """
+    if name == CLEAN:
+        return load_vit()
+    if name == PLANTED:
+        return load_planted_vit().model
+    raise ValueError(f"{name!r} is not shipped with register-adapter; it has {CLEAN!r} and {PLANTED!r}")
+
+
+def _named(model: Any, name: str) -> Any:
+    """The model under a name that leads to it on any machine, not a folder of this one."""
+    model.name_or_path = model.config._name_or_path = name
+    return model
 
 
 def load_image_processor(folder: str | Path = WEIGHTS) -> Any:
@@ -49,7 +73,7 @@ def load_planted_vit(folder: str | Path = WEIGHTS) -> Planting:
         gate.weight[neurons] = rows
         gate.bias[neurons] = biases
         out.weight[:, neurons] = columns
-    return Planting(model, block, tuple(neurons))
+    return Planting(_named(model, PLANTED) if folder == WEIGHTS else model, block, tuple(neurons))
 
 
 def save_planting(planting: Planting, folder: str | Path = WEIGHTS) -> None:
@@ -60,3 +84,12 @@ def save_planting(planting: Planting, folder: str | Path = WEIGHTS) -> None:
     tensors = {"rows": gate.weight[neurons], "biases": gate.bias[neurons], "columns": out.weight[:, neurons]}
     metadata = {"layer": str(planting.block), "neurons": ",".join(map(str, neurons))}
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, Path(folder) / _PLANTED, metadata)
+
+
+def _write(name: str, folder: Path) -> None:
+    load_shipped(name).save_pretrained(folder)
+    load_image_processor().save_pretrained(folder)
+
+
+for _name in (CLEAN, PLANTED):
+    ship(_name, partial(_write, _name))

@@ -16,6 +16,7 @@ from ..towers.untrusted import check_fields
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, TensorInfo, check_adapter_file
 from ..utils.files import checksum
 from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
+from ..utils.shipped import is_shipped, local_folder, shipped_name
 from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
 from .heads import TASK_HEADS, checked_labels
 from .neuron_shift import REMOVALS, checked_neurons, count_neurons
@@ -155,6 +156,9 @@ class RegisterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        name: str | None = getattr(self, "base_model_name_or_path", None)
+        if name is not None and is_shipped(name):  # transformers wants a folder
+            self.base_model_name_or_path = local_folder(name)
         # Only a saved config names its base from the start: the registers' values are in the file beside it.
         self.from_file = self.base_tower is not None
         # Where from_pretrained has read the config, and what it has found beside it.
@@ -309,6 +313,7 @@ class RegisterConfig(PeftConfig):
         """The config as a JSON-ready dictionary."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         del values["ignore_base_mismatch"]
+        values["base_model_name_or_path"] = shipped_name(self.base_model_name_or_path)
         if self.modules_to_save:  # PEFT adds a task's at every load
             values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         if self.weights_sha256 is None:

@@ -19,6 +19,7 @@ from ..towers.tower import Tower
 __all__ = [
     "TASK_HEADS",
     "HeadLabels",
+    "check_adapter_name",
     "checked_labels",
     "fit_heads",
     "labels_for",
@@ -77,6 +78,21 @@ def lacking_modules(model: nn.Module, tower: Tower, names: Iterable[str]) -> lis
                 "cannot be trained and saved as a whole beside them. Name a head, or a block."
             )
     return lacking
+
+
+def check_adapter_name(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
+    """An adapter's name is a part of its tensors' keys, and must be told apart from the heads' own names.
+
+    Raises:
+        ValueError: PEFT would take it for a module of ``names``, or for a tensor in one.
+    """
+    for wanted in names:
+        tensors = [key for module in modules_called(model, wanted).values() for key in module.state_dict()]
+        if tensors and (adapter_name.endswith(wanted) or any(adapter_name in key.split(".") for key in tensors)):
+            raise ValueError(
+                f"an adapter called {adapter_name!r} cannot have {wanted!r} in modules_to_save: PEFT would take its "
+                "name for that of the module, or of a tensor in it. Choose another adapter_name."
+            )
 
 
 def _own_labels(model: nn.Module) -> dict[int, str] | None:

@@ -51,6 +51,8 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
 
     register_adapter_tokens: nn.ModuleDict
     adapter_layer_names: tuple[str, ...] = ("register_adapter_tokens",)
+    #: PEFT's ``disable_input_dtype_casting`` sets it; registers follow the sequence's dtype, not the other way round.
+    cast_input_dtype_enabled = True
     other_param_names: tuple[str, ...] = ("placements", "labels")
 
     def __init__(self, tower: Tower) -> None:
@@ -269,7 +271,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         """
         names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
         if self.training:
-            raise ValueError("adapter_names= is for inference; call model.eval() first")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
         places = {self.placements[name]._replace(num_registers=0, full_attentions=False) for name in names}
         if len(places) > 1:
             raise ValueError(

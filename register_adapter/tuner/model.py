@@ -20,10 +20,12 @@ from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
+from ..utils.shipped import is_shipped, shipped_name
 from ._peft_compat import PREFIX, remap_on_load
 from .config import RegisterConfig
 from .dry_run import check_anatomy
 from .heads import (
+    check_adapter_name,
     fit_heads,
     labels_for,
     lacking_modules,
@@ -111,6 +113,7 @@ class RegisterModel(BaseTuner):
         if anatomy is not None:
             check_anatomy(tower, given)
         heads, lacking = _heads_of(model, tower, given)
+        check_adapter_name(model, adapter_name, [*heads, *given.task_heads])
         labels = given.id2label if heads else None
         if not given.from_file:
             labels = labels_for(model, [*heads, *given.task_heads], given.labels_given)
@@ -184,9 +187,18 @@ class RegisterModel(BaseTuner):
             yield
             return
         layers = register_layers(self.model)
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
         known = [name for layer in layers for name in layer.names]
         if unknown := sorted({*names} - {*known, BASE}):
-            raise ValueError(f"adapter_names has {unknown}, the model has the register adapters {known}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has the register "
+                f"adapters {known}"
+            )
+        images = kwargs.get("pixel_values", next(iter(args), None))
+        batch = len(images) if isinstance(images, torch.Tensor) and images.ndim in (3, 4) else len(names)
+        if len(names) != batch:
+            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one an image")
         with ExitStack() as stack:
             for layer in layers:
                 own = [name if name in layer.names else BASE for name in names]
@@ -346,12 +358,16 @@ def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
         advice = (
             "Registers of another width can never fit."
             if "hidden_size" in differences
-            else "Load the right base, or, if you know that the registers fit, say so: "
+            else "If you know that the registers fit this base all the same, say so: "
             "PeftModel.from_pretrained(base, adapter, ignore_base_mismatch=True)."
         )
-        base = f" of {config.base_model_name_or_path!r}" if config.base_model_name_or_path else ""
+        name = shipped_name(config.base_model_name_or_path)
+        base = f" of {name!r}" if name else ""
+        kind = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
+        load = f"{'register_adapter.testbed.load_shipped' if is_shipped(name) else f'{kind}.from_pretrained'}({name!r})"
+        expected = f" Load that base: {load}." if name else " Load the base that it was made for."
         raise BaseModelMismatchError(
             f"the adapter was made for the vision tower {saved}{base}, the given base has {found}: they differ in "
-            f"{', '.join(differences)}. {advice} Nothing was changed."
+            f"{', '.join(differences)}.{expected} {advice} Nothing was changed."
         )
     return saved if differences else found

@@ -66,8 +66,10 @@ class RegisterPeftModel(PeftModel):
         kwargs["token"] = checked_token(kwargs.get("token"))
         if config is None:
             config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
-            if config.saved_weights is None:
-                raise AdapterFileError(f"the adapter in {config.folder} has no weights: there is no {WEIGHTS_NAME}.")
+        place = Path(model_id, kwargs.get("subfolder") or "")
+        if Path(model_id).is_dir() and not (place / WEIGHTS_NAME).is_file():
+            # PEFT would look for a repository of the folder's name.
+            raise AdapterFileError(f"the adapter in {str(place)!r} has no weights: there is no {WEIGHTS_NAME}.")
         with unchanged_if_refused(model):
             loaded: RegisterPeftModel = super().from_pretrained(
                 model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
@@ -101,6 +103,11 @@ class RegisterPeftModel(PeftModel):
             for layer in register_layers(self):
                 stack.enter_context(layer.without(layer.names))
             yield
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """As in PEFT, also when the last adapter was deleted."""
+        return bool(self.peft_config) and bool(super().has_active_enabled_adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; ``adapter_names`` as in PEFT."""

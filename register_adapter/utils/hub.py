@@ -77,13 +77,17 @@ def hub_errors(repo_id: str, revision: str | None = None, token: str | bool | No
         yield
     except LocalEntryNotFoundError as error:
         raise HubAccessError(_unreachable(repo_id, error.__cause__ or error)) from _shown(error, token)
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        if _shown(error, token) is None:
+            raise HubAccessError(_hidden(repo_id, error)) from None
         raise
     except Exception as error:
         # An upload that fails in a thread of huggingface_hub comes wrapped.
         inner = error.__cause__ if isinstance(error, RuntimeError) else None
         message = _explain(repo_id, revision, token, inner if isinstance(inner, Exception) else error)
         if message is None:
+            if _shown(error, token) is None:
+                raise HubAccessError(_hidden(repo_id, error)) from None
             raise
         raise HubAccessError(message) from _shown(error, token)
 
@@ -135,6 +139,10 @@ def _endpoint() -> str:
 
 def _secret(token: str | bool | None) -> str | None:
     return token if isinstance(token, str) else None if token is False else get_token()
+
+
+def _hidden(repo_id: str, error: Exception) -> str:
+    return f"talking to {_endpoint()} about {repo_id!r} failed ({type(error).__name__}); its message holds the token"
 
 
 def _shown(error: Exception, token: str | bool | None) -> Exception | None:
@@ -192,7 +200,8 @@ def find_weights(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path 
         HubAccessError: The repository cannot be read.
     """
     folder = Path(name, subfolder or "")
-    if (folder / CONFIG_NAME).is_file():
+    # A name that is a folder here is never looked up on the Hub.
+    if Path(name).is_dir():
         path = folder / WEIGHTS_NAME if (folder / WEIGHTS_NAME).is_file() else None
         pickled = path is None and (folder / _PICKLE).exists()
     else:

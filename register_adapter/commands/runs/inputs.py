@@ -13,10 +13,11 @@ from torch import nn
 
 from ...data.batches import list_images
 from ...data.processors import load_image_processor
-from ...testbed import SceneDataset, load_planted_vit, load_vit
+from ...testbed import SceneDataset, load_planted_vit, load_shipped, load_vit
 from ...testbed import load_image_processor as load_scene_processor
 from ...tuner import load_adapters
 from ...tuner.composed.folder import MANIFEST
+from ...utils.shipped import is_shipped
 
 __all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_processor", "with_adapter"]
 
@@ -30,6 +31,9 @@ def load_base(name: str) -> nn.Module:
     if _is_packaged(name):
         packaged: nn.Module = _MODELS[name]()
         return packaged
+    if is_shipped(name):
+        named: nn.Module = load_shipped(name)
+        return named
     config = transformers.AutoConfig.from_pretrained(name)
     # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
     saved = (getattr(config, "architectures", None) or [""])[0]

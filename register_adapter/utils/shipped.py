@@ -1,0 +1,75 @@
+"""Names of the models that the package ships, which lead to them wherever the package is installed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from .environment import version
+from .staging import staged
+
+__all__ = ["CLEAN", "PLANTED", "is_shipped", "local_folder", "ship", "shipped_name"]
+
+_SCHEME = "register-adapter://"
+CLEAN, PLANTED = f"{_SCHEME}clean", f"{_SCHEME}planted"
+_FOLDER = "register_adapter"
+_WRITERS: dict[str, Callable[[Path], None]] = {}
+
+
+def is_shipped(name: Any) -> bool:
+    """Whether a name is one of those."""
+    return isinstance(name, str) and name.startswith(_SCHEME)
+
+
+def local_folder(name: str) -> str:
+    """The folder in the cache that holds a shipped model, written on first use; any other name as it is.
+
+    Raises:
+        ValueError: The package ships no model of that name.
+    """
+    if not is_shipped(name):
+        return name
+    if name not in (CLEAN, PLANTED):
+        raise ValueError(f"{name!r} is not shipped with register-adapter; it has {CLEAN!r} and {PLANTED!r}")
+    return str(_written(name))
+
+
+def shipped_name(folder: str | None) -> str | None:
+    """The inverse of :func:`local_folder`."""
+    path = Path(folder) if folder and not is_shipped(folder) else None
+    if path is not None and path.parent.name == version() and path.parent.parent.name == _FOLDER:
+        return f"{_SCHEME}{path.name}" if f"{_SCHEME}{path.name}" in (CLEAN, PLANTED) else folder
+    return folder
+
+
+@cache
+def _written(name: str) -> Path:
+    place = Path(_FOLDER, version(), name.removeprefix(_SCHEME))
+    folder = Path(constants.HF_HOME) / place
+    try:
+        return _write(name, folder)
+    except OSError:  # a cache that cannot be written
+        return _write(name, Path(tempfile.mkdtemp()) / place)
+
+
+def _write(name: str, folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    with staged(folder, last=("config.json",)) as scratch:
+        _WRITERS[name](scratch)
+    return folder
+
+
+def ship(name: str, write: Callable[[Path], None]) -> None:
+    """Say how a shipped model is written; the test bed does, which knows what it holds.
+
+    Args:
+        name: One of :data:`CLEAN` and :data:`PLANTED`.
+        write: Writes model and image processor into a folder.
+    """
+    _WRITERS[name] = write
