@@ -533,6 +533,7 @@ def _without_a_tensor(folder: Path) -> None:
 def _of_another_width(folder: Path) -> None:
     path = folder / "other" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 3}))
+    _manifest(lambda values: [entry.pop("config_sha256") for entry in values["adapters"]] and None)(folder)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {

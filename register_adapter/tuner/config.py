@@ -189,8 +189,10 @@ class RegisterConfig(PeftConfig):
 
     def _check_values(self) -> None:
         """Each argument by itself."""
-        if not 1 <= self.num_registers <= _MOST:
-            raise ValueError(f"num_registers must be at least 1, and at most {_MOST}, got {self.num_registers}")
+        if self.num_registers < 1:
+            raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
+        if self.num_registers > _MOST:
+            raise ValueError(f"num_registers must be at most {_MOST}, got {self.num_registers}")
         for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

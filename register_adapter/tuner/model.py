@@ -80,7 +80,7 @@ class RegisterModel(BaseTuner):
         names = set(known)
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        except Exception:
+        except BaseException:
             # PEFT writes the name down beside the other adapters' before it injects.
             if adapter_name not in names:
                 known.pop(adapter_name, None)
