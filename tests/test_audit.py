@@ -6,6 +6,8 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,54 +235,104 @@ def naive_figures(model, tower, images, layer, threshold):
     }
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("rule", ["auto", "two_sided_sigma:2"])
-def test_every_figure_is_that_of_its_definition_on_stored_tokens(planting, held_out, rule, registers):
-    images = held_out[:40]
-    model = copy.deepcopy(planting.model)
+@dataclass
+class Figures:
+    """A report, and for each of its layers the figures by their definitions."""
+
+    report: ArtifactReport
+    expected: list[dict[str, Any]]
+
+    def __iter__(self):
+        return zip(self.report.layers, self.expected, strict=True)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("auto", 0), ("auto", 4), ("two_sided_sigma:2", 0), ("two_sided_sigma:2", 4)],
+    ids=["auto-0", "auto-4", "two-sided-0", "two-sided-4"],
+)
+def figures(request, planting, held_out):
+    """Of 40 images, by a rule and with a number of registers from block 2."""
+    rule, registers = request.param
+    images, model = held_out[:40], copy.deepcopy(planting.model)
     if registers:
-        torch.manual_seed(0)
-        model = add_registers(model, num_registers=registers, insert_layer=2).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = add_registers(model, num_registers=registers, insert_layer=2).eval()
     report = look(model, images, rule=rule, batch_size=16)
     tower = find_tower(model)
     assert (report.num_images, report.grid, report.num_registers) == (40, (10, 10), registers)
-    for layer in report.layers:
-        expected = naive_figures(model, tower, images, layer.layer, layer.threshold)
+    return Figures(report, [naive_figures(model, tower, images, layer.layer, layer.threshold) for layer in report.layers])
+
+
+def test_shares_of_outliers_are_those_of_stored_tokens(figures):
+    for layer, expected in figures:
         assert layer.outlier_share == pytest.approx(expected["share"].item(), abs=1e-12)
         assert layer.low_share == pytest.approx(expected["low"].item(), abs=1e-12)
+
+
+def test_outliers_per_image_are_those_of_stored_tokens(figures):
+    for layer, expected in figures:
         two_sided = layer.threshold.low > 0 and layer.threshold.high < float("inf")
         assert layer.images_with_outliers == pytest.approx(expected["images"].item(), abs=0.03 if two_sided else 1e-9)
         assert layer.per_image_mean == pytest.approx(expected["mean"].item())
         assert layer.per_image_std == pytest.approx(expected["std"].item(), rel=0.03 if two_sided else 1e-6)
+
+
+def test_places_of_outliers_are_those_of_stored_tokens(figures):
+    for layer, expected in figures:
         assert torch.allclose(torch.tensor(layer.position_map), expected["map"], atol=1e-6)
         if layer.outlier_share:
             assert layer.recurrence == pytest.approx(expected["recurrence"].item(), rel=1e-6)
             for key in ("outlier", "other"):
                 assert layer.border_distance[key] == pytest.approx(expected["border"][key].item())
-                assert layer.similarity[key] == pytest.approx(expected["similarity"][key].item(), rel=1e-4)
-        if layer.attention is None:
-            assert layer.layer == 8
-        else:
+
+
+def test_similarity_to_neighbours_is_that_of_stored_tokens(figures):
+    for layer, expected in figures:
+        for key in ("outlier", "other") if layer.outlier_share else ():
+            assert layer.similarity[key] == pytest.approx(expected["similarity"][key].item(), rel=1e-4)
+
+
+def test_attention_is_that_of_stored_maps(figures):
+    assert [layer.layer for layer in figures.report.layers if layer.attention is None] == [8], "there is no block 8"
+    for layer, expected in figures:
+        if layer.attention is not None:
             for key in ("outlier", "other", "cls"):
                 assert layer.attention.from_all[key] == pytest.approx(expected["attention"][key].tolist(), abs=1e-5)
-            assert layer.attention.from_cls["outlier"] == pytest.approx(
-                expected["attention"]["from_cls"].tolist(), abs=1e-5
-            )
-            total = np.sum([layer.attention.from_all[key] for key in layer.attention.from_all], axis=0)
+            from_cls = expected["attention"]["from_cls"].tolist()
+            assert layer.attention.from_cls["outlier"] == pytest.approx(from_cls, abs=1e-5)
+
+
+def test_shares_of_attention_sum_to_one_and_registers_have_theirs_from_their_block_on(figures):
+    for layer in figures.report.layers:
+        if layer.attention is not None:
+            total = np.sum(list(layer.attention.from_all.values()), axis=0)
             assert total == pytest.approx(np.ones(4), abs=1e-4)
-            assert all(
-                (share > 0) == (registers > 0 and layer.layer >= 2) for share in layer.attention.from_all["register"]
-            )
-        first = layer.massive_channels[0]
-        assert first.channel == expected["channels"].argmax()
-        assert first.largest == pytest.approx(expected["channels"].max().item())
-        assert first.over_median == pytest.approx((expected["channels"].max() / expected["channels"].median()).item())
-        norms = layer.norms["patch"]
-        assert norms.count == expected["norms"].numel()
-        assert norms.mean == pytest.approx(expected["norms"].double().mean().item(), rel=1e-6)
+            there = figures.report.num_registers > 0 and layer.layer >= 2
+            assert all((share > 0) == there for share in layer.attention.from_all["register"])
+
+
+def test_the_most_massive_channel_is_that_of_stored_tokens(figures):
+    for layer, expected in figures:
+        first, channels = layer.massive_channels[0], expected["channels"]
+        assert first.channel == channels.argmax()
+        assert first.largest == pytest.approx(channels.max().item())
+        assert first.over_median == pytest.approx((channels.max() / channels.median()).item())
+
+
+def test_norms_of_patches_are_those_of_stored_tokens(figures):
+    for layer, expected in figures:
+        norms, exact = layer.norms["patch"], expected["norms"].double()
+        assert norms.count == exact.numel()
+        assert norms.mean == pytest.approx(exact.mean().item(), rel=1e-6)
         for q, value in norms.quantiles.items():
-            exact = np.quantile(expected["norms"].double().numpy(), float(q))
-            assert value == pytest.approx(exact, rel=report.relative_error)
+            assert value == pytest.approx(np.quantile(exact.numpy(), float(q)), rel=figures.report.relative_error)
+
+
+def test_cls_and_registers_have_norms_where_they_are(figures):
+    registers = figures.report.num_registers
+    for layer in figures.report.layers:
         assert layer.norms["cls"].count == 40
         present = registers if layer.layer >= 3 else 0  # hidden_states[3] is the output of block 2, where they enter
         assert ("register" in layer.norms) == bool(present)
