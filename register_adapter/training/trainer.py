@@ -20,6 +20,7 @@ from ..data.datasets import ProcessedDataset, load_image_processor
 from ..errors import MissingExtraError
 from ..tuner._peft_compat import PREFIX
 from ..tuner.card import update_model_card
+from ..tuner.card_text import OFF
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.environment import git_commit, hardware, versions
@@ -45,6 +46,7 @@ def train(
     *,
     image_processor: Any = None,
     training_data: str | None = None,
+    evaluation_data: str | None = None,
     details: dict[str, Any] | None = None,
     hub_token: str | None = None,
 ) -> dict[str, Any]:
@@ -63,11 +65,13 @@ def train(
         eval_dataset: The same for the evaluation at the end; ``None`` for none.
         image_processor: Turns pictures into pixel values; by default that of the base model's folder or repository.
         training_data: What the model card says about the data.
+        evaluation_data: What it says about ``eval_dataset``; default the training data.
         details: More for ``results.json``.
         hub_token: Token for ``args.push_to_hub``; by default the one that huggingface_hub finds. Never logged.
 
     Returns:
-        What ``results.json`` holds: ``metrics`` (``train_loss``, ``eval_...``), ``global_step``, ``seconds``,
+        What ``results.json`` holds: ``metrics`` (``train_loss``, ``eval_...``, and ``eval_registers_off_...`` of the
+        same model and head with its registers switched off), ``global_step``, ``seconds``,
         ``images_per_second``, ``trainable_parameters``, ``objective``, ``arguments``, ``versions``, ``hardware``…
 
     Raises:
@@ -131,8 +135,14 @@ def train(
             collate_fn=objective.collate,
             num_workers=args.dataloader_num_workers,
         )
-        values = evaluate(accelerator, prepared, objective, accelerator.prepare(eval_loader))
+        eval_loader = accelerator.prepare(eval_loader)
+        values = evaluate(accelerator, prepared, objective, eval_loader)
         found = {f"eval_{name}": value for name, value in values.items()}
+        layer = find_register_layer(model)
+        if layer is not None:  # what the head does alone, or its gain would read as the registers'
+            with layer.set_aside():
+                off = evaluate(accelerator, prepared, objective, eval_loader)
+            found |= {f"{OFF}{name}": value for name, value in off.items()}
         accelerator.log(found, step=state.global_step)
         metrics |= found
     results = {
@@ -156,9 +166,10 @@ def train(
     trained.eval()
     _check_finite(weights or {name: parameter for name, parameter in trained.named_parameters() if name in trainable})
     if accelerator.is_main_process and args.output_dir:
-        _save(trained, weights, Path(args.output_dir), results, image_processor, training_data)
+        card = _card(results, args, training_data, evaluation_data)
+        _save(trained, weights, Path(args.output_dir), results, image_processor, card)
         if args.push_to_hub:
-            _push(trained, args, results, image_processor, training_data, hub_token)
+            _push(trained, args, image_processor, card, hub_token)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
@@ -295,7 +306,7 @@ def _save(
     folder: Path,
     results: dict[str, Any],
     image_processor: Any,
-    training_data: str | None,
+    card: dict[str, Any],
 ) -> None:
     """Write adapter, card, image processor and results."""
     model.save_pretrained(str(folder), state_dict=weights)
@@ -304,8 +315,7 @@ def _save(
         folder / "README.md",
         model.peft_config[name],
         type(model.get_base_model()),
-        training_data=training_data,
-        metrics=_evaluated(results),
+        **card,
         adapter=folder.absolute().name,
         subfolder=None if name == "default" else name,
     )
@@ -316,22 +326,30 @@ def _save(
     scratch.replace(folder / "results.json")
 
 
-def _evaluated(results: dict[str, Any]) -> dict[str, float] | None:
-    """The metrics that a card shows: measured on the evaluation set."""
-    return {key: value for key, value in results["metrics"].items() if key.startswith("eval_")} or None
+def _card(
+    results: dict[str, Any], args: TrainArguments, training_data: str | None, evaluation_data: str | None
+) -> dict[str, Any]:
+    """What the card says of the run: the data, its size, and the metrics that were measured on the evaluation set."""
+    metrics = {key: value for key, value in results["metrics"].items() if key.startswith("eval_")}
+    run = {"Training images": results["train_samples"], "Evaluation images": results["eval_samples"]}
+    return {
+        "training_data": training_data,
+        "evaluation_data": evaluation_data if metrics else None,
+        "metrics": metrics or None,
+        "run": run | {"Steps": results["global_step"], "Seed": args.seed, "Objective": results["objective"]["name"]},
+    }
 
 
 def _push(
     model: RegisterPeftModel,
     args: TrainArguments,
-    results: dict[str, Any],
     image_processor: Any,
-    training_data: str | None,
+    card: dict[str, Any],
     token: str | None,
 ) -> None:
     """Upload adapter, card and image processor."""
-    name, metrics = str(args.hub_model_id), _evaluated(results)
-    model.push_to_hub(name, private=args.hub_private, token=token, training_data=training_data, metrics=metrics)
+    name = str(args.hub_model_id)
+    model.push_to_hub(name, private=args.hub_private, token=token, **card)
     if image_processor is not None:
         with hub_errors(name, token=token):
             image_processor.push_to_hub(name, token=token)
