@@ -262,7 +262,9 @@ def figures(request, planting, held_out):
     report = look(model, images, rule=rule, batch_size=16)
     tower = find_tower(model)
     assert (report.num_images, report.grid, report.num_registers) == (40, (10, 10), registers)
-    return Figures(report, [naive_figures(model, tower, images, layer.layer, layer.threshold) for layer in report.layers])
+    return Figures(
+        report, [naive_figures(model, tower, images, layer.layer, layer.threshold) for layer in report.layers]
+    )
 
 
 def test_shares_of_outliers_are_those_of_stored_tokens(figures):

@@ -247,7 +247,7 @@ def test_bad_adapter_names_are_refused_and_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"training mode|for inference"):
         model.train()(**inputs, adapter_names=["one", "one"])
     snapshot = Snapshot(model.eval(), inputs)
-    with pytest.raises(ValueError, match=r"\['other'\].*'one'"):
+    with pytest.raises(ValueError, match=r"other.*'one'"):
         model(**inputs, adapter_names=["one", "other"])
     with pytest.raises(ValueError, match="different places"):
         model(**inputs, adapter_names=["one", "late"])

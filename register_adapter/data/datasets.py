@@ -264,6 +264,7 @@ class Data:
         labels: Class names in the order of their numbers.
         skipped: A line for each file that was left out: its name and what is wrong.
         name: What the model card says about the training data.
+        validation_name: What it says about the evaluation pictures.
     """
 
     train: Dataset
@@ -271,6 +272,7 @@ class Data:
     labels: list[str]
     skipped: list[str]
     name: str
+    validation_name: str = ""
 
 
 def load_data(
@@ -294,9 +296,11 @@ def load_data(
         train = read_image_folder(args.train_dir)
         folder = args.validation_dir
         validation = read_image_folder(folder, train.features["label"].names) if folder else None
+        validation_name = Path(folder).resolve().name if folder else name
     else:
         name = str(args.dataset_name)
         train, validation = _from_hub(args, token)
+        validation_name = name
     if len(train) < 2 and validation is None:
         raise ValueError(f"{name} has {len(train)} images; at least two are needed, one of them for the evaluation")
     if validation is None:
@@ -312,4 +316,4 @@ def load_data(
             data, lines = skip_bad(data, "image", args.verify == "full", args.strict, num_workers, progress)
             skipped += lines
         sets.append(data)
-    return Data(sets[0], sets[1], train.features["label"].names, skipped, name)
+    return Data(sets[0], sets[1], train.features["label"].names, skipped, name, validation_name)

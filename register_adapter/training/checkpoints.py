@@ -127,12 +127,14 @@ def save(
     target = Path(output_dir) / f"checkpoint-{state.global_step}"
     if accelerator.is_main_process:
         with scratch_folder(output_dir) as scratch:
-            accelerator.unwrap_model(model).save_pretrained(scratch / "new", state_dict=weights)
-            _write_tensors(tensors, scratch / "new" / _TENSORS)
-            (scratch / "new" / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
+            # Of the checkpoint's own name, which its card tells.
+            new = scratch / "new" / target.name
+            accelerator.unwrap_model(model).save_pretrained(new, state_dict=weights)
+            _write_tensors(tensors, new / _TENSORS)
+            (new / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
             if target.exists():  # a run resumed from an earlier checkpoint comes by here again
                 target.replace(scratch / "old")
-            (scratch / "new").replace(target)
+            new.replace(target)
             for index, extra in enumerate(find_all(output_dir)[: -total_limit or None] if total_limit else []):
                 extra.replace(scratch / f"extra-{index}")
     accelerator.wait_for_everyone()

@@ -186,6 +186,7 @@ def _train(
         ProcessedDataset(data.validation, image_processor),
         image_processor=image_processor,
         training_data=data.name,
+        evaluation_data=data.validation_name,
         details={"model": model_args.model_name_or_path, "num_registers": _registers_of(model)}
         | {"data": data.name, "skipped": data.skipped},
     )

@@ -15,7 +15,7 @@ from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, hub_errors
 from ..utils.staging import staged
 from .arguments import TrainArguments
 
-__all__ = ["check_finite", "push_run", "save_run"]
+__all__ = ["check_finite", "describe_run", "push_run", "save_run"]
 
 
 def check_finite(tensors: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ def save_run(
     folder: Path,
     results: dict[str, Any],
     image_processor: Any,
-    training_data: str | None,
+    card: dict[str, Any],
 ) -> None:
     """Write adapter, card, image processor and results, all or nothing."""
     name = str(model.active_adapter)
@@ -47,8 +47,7 @@ def save_run(
             scratch / "README.md",
             model.peft_config[name],
             type(model.get_base_model()),
-            training_data=training_data,
-            metrics=_evaluated(results),
+            **card,
             adapter=folder.absolute().name,
             subfolder=None if name == "default" else name,
         )
@@ -57,22 +56,26 @@ def save_run(
         (scratch / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
+def describe_run(
+    results: dict[str, Any], args: TrainArguments, training_data: str | None, evaluation_data: str | None
+) -> dict[str, Any]:
+    """What the card says of the run: the data, its size, and the metrics that were measured on the evaluation set."""
+    metrics = {key: value for key, value in results["metrics"].items() if key.startswith("eval_")}
+    run = {"Training images": results["train_samples"], "Evaluation images": results["eval_samples"]}
+    return {
+        "training_data": training_data,
+        "evaluation_data": evaluation_data if metrics else None,
+        "metrics": metrics or None,
+        "run": run | {"Steps": results["global_step"], "Seed": args.seed, "Objective": results["objective"]["name"]},
+    }
+
+
 def push_run(
-    model: RegisterPeftModel,
-    args: TrainArguments,
-    results: dict[str, Any],
-    image_processor: Any,
-    training_data: str | None,
-    token: str | None,
+    model: RegisterPeftModel, args: TrainArguments, image_processor: Any, card: dict[str, Any], token: str | None
 ) -> None:
     """Upload adapter, card and image processor."""
-    name, metrics = str(args.hub_model_id), _evaluated(results)
-    model.push_to_hub(name, private=args.hub_private, token=token, training_data=training_data, metrics=metrics)
+    name = str(args.hub_model_id)
+    model.push_to_hub(name, private=args.hub_private, token=token, **card)
     if image_processor is not None:
         with hub_errors(name, token=token):
             image_processor.push_to_hub(name, token=token)
-
-
-def _evaluated(results: dict[str, Any]) -> dict[str, float] | None:
-    """The metrics that a card shows: measured on the evaluation set."""
-    return {key: value for key, value in results["metrics"].items() if key.startswith("eval_")} or None

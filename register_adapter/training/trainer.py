@@ -14,6 +14,8 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from ..tuner.card_text import OFF
+from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.environment import git_commit, hardware, versions
 from ..utils.staging import check_writable
@@ -22,7 +24,7 @@ from .arguments import TrainArguments
 from .checkpoints import TrainState
 from .loop import Loop, evaluate, number_of_steps
 from .objectives import Objective
-from .saving import check_finite, push_run, save_run
+from .saving import check_finite, describe_run, push_run, save_run
 from .setup import (
     image_processor_for,
     make_accelerator,
@@ -46,6 +48,7 @@ def train(
     *,
     image_processor: Any = None,
     training_data: str | None = None,
+    evaluation_data: str | None = None,
     details: dict[str, Any] | None = None,
     hub_token: str | None = None,
 ) -> dict[str, Any]:
@@ -64,11 +67,13 @@ def train(
         eval_dataset: The same for the evaluation at the end; ``None`` for none.
         image_processor: Turns images into pixel values; by default that of the base model's folder or repository.
         training_data: What the model card says about the data.
+        evaluation_data: What it says about ``eval_dataset``; default the training data.
         details: More for ``results.json``.
         hub_token: Token for ``args.push_to_hub``; by default the one that huggingface_hub finds. Never logged.
 
     Returns:
-        What ``results.json`` holds: ``metrics`` (``train_loss``, ``eval_...``), ``global_step``, ``seconds``,
+        What ``results.json`` holds: ``metrics`` (``train_loss``, ``eval_...``, and ``eval_registers_off_...`` of the
+        same model and head with its registers switched off), ``global_step``, ``seconds``,
         ``images_per_second``, ``trainable_parameters``, ``objective``, ``arguments``, ``versions``, ``hardware``…
 
     Raises:
@@ -92,7 +97,7 @@ def train(
     first_step = state.global_step
     metrics = loop.fit()
     if eval_data is not None:
-        metrics |= _evaluate(loop, eval_data)
+        metrics |= _evaluate(loop, model, eval_data)
     results = {
         "metrics": metrics,
         "global_step": state.global_step,
@@ -114,9 +119,10 @@ def train(
     trained.eval()
     check_finite(weights or {name: parameter for name, parameter in trained.named_parameters() if name in trainable})
     if accelerator.is_main_process and args.output_dir:
-        save_run(trained, weights, Path(args.output_dir), results, image_processor, training_data)
+        card = describe_run(results, args, training_data, evaluation_data)
+        save_run(trained, weights, Path(args.output_dir), results, image_processor, card)
         if args.push_to_hub:
-            push_run(trained, args, results, image_processor, training_data, hub_token)
+            push_run(trained, args, image_processor, card, hub_token)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
@@ -219,8 +225,8 @@ def _open_outputs(accelerator: Accelerator, args: TrainArguments, resumed: bool)
         accelerator.init_trackers("register_adapter", flat)
 
 
-def _evaluate(loop: Loop, eval_data: Any) -> dict[str, float]:
-    """``eval_<name>`` of the objective's metrics on the evaluation set, logged too."""
+def _evaluate(loop: Loop, model: RegisterPeftModel, eval_data: Any) -> dict[str, float]:
+    """The objective's metrics on the evaluation set, with the registers and without; logged too."""
     accelerator, args, objective = loop.accelerator, loop.args, loop.objective
     loader = DataLoader(
         eval_data,
@@ -228,7 +234,13 @@ def _evaluate(loop: Loop, eval_data: Any) -> dict[str, float]:
         collate_fn=objective.collate,
         num_workers=args.dataloader_num_workers,
     )
-    means = evaluate(accelerator, loop.model, objective, accelerator.prepare(loader), progress=not args.quiet)
+    loader = accelerator.prepare(loader)
+    means = evaluate(accelerator, loop.model, objective, loader, progress=not args.quiet)
     metrics = {f"eval_{name}": value for name, value in means.items()}
+    layer = find_register_layer(model)
+    if layer is not None:  # what the head does alone, or its gain would read as the registers'
+        with layer.set_aside():
+            off = evaluate(accelerator, loop.model, objective, loader, progress=not args.quiet)
+        metrics |= {f"{OFF}{name}": value for name, value in off.items()}
     accelerator.log(metrics, step=loop.state.global_step)
     return metrics

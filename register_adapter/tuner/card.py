@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import EvalResult, ModelCardData, RepoCard
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.models.auto import modeling_auto
 
-from ..utils.environment import version
 from ..utils.hub import WEIGHTS_NAME
+from .card_text import OFF, base_name, body, is_hub_name, plain, transformers_class
 from .config import RegisterConfig
 
 __all__ = ["is_hub_name", "update_model_card"]
@@ -45,17 +42,6 @@ _TASKS = {
 }
 
 
-def is_hub_name(name: str | None) -> bool:
-    """Whether a base model's or data set's name is ``user/repo`` on the Hub, not a local folder or a description."""
-    if not name or name.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
-
-
 def update_model_card(
     path: Path,
     config: RegisterConfig,
@@ -67,6 +53,8 @@ def update_model_card(
     adapter: str | None = None,
     subfolder: str | None = None,
     tags: Sequence[str] = (),
+    evaluation_data: str | None = None,
+    run: dict[str, Any] | None = None,
 ) -> None:
     """Write an adapter's README.md, or bring the generated part of an existing one up to date.
 
@@ -86,6 +74,8 @@ def update_model_card(
         adapter: Name to load the adapter by, default the folder's name.
         subfolder: Folder of the weights below the README, ``None`` for its own.
         tags: More tags for the metadata.
+        evaluation_data: What ``metrics`` were measured on; ``None`` as above, or else the training data.
+        run: More to say of the run, such as ``{"Training images": 400, "Steps": 100}``; ``None`` as above.
 
     Raises:
         OSError: The file cannot be read or written.
@@ -97,32 +87,37 @@ def update_model_card(
         return
     found = _BLOCK.search(card.text)
     old = _read_record(found["record"]) if found else {}
-    training_data = _plain(training_data) if training_data else None
+    training_data = plain(training_data) if training_data else None
     weights = _digest(path.parent / (subfolder or "") / WEIGHTS_NAME) or old.get("weights")
     if weights == old.get("weights"):
         # Results describe weights: they stay in the card as long as these do.
         training_data = training_data or old.get("training_data")
         metrics = metrics if metrics is not None else old.get("metrics")
+        evaluation_data, run = evaluation_data or old.get("evaluation_data"), run or old.get("run")
     if license is not None:
         card.data["license"] = license
     adapter = adapter or path.absolute().parent.name
-    metadata = _metadata(config, base_class, training_data, metrics, license or old.get("license"), adapter, tags)
+    evaluation_data = plain(evaluation_data) if evaluation_data else None
+    measured = (metrics, evaluation_data or training_data)
+    metadata = _metadata(config, base_class, training_data, measured, license or old.get("license"), adapter, tags)
     _merge(card, metadata, old.get("metadata", {}))
 
     record = {
         "weights": weights,
         "training_data": training_data,
         "metrics": metrics,
+        "evaluation_data": evaluation_data,
+        "run": run,
         "license": license or old.get("license"),
         "metadata": metadata,
     }
     # An escaped ">" cannot end the comment.
     line = json.dumps(record).replace(">", "\\u003e")
-    body = _body(config, base_class, training_data, metrics, adapter, subfolder)
-    block = f"{_BEGIN} ({_NOTE}) {line} -->\n\n{body}\n{_END}"
+    text = body(config, base_class, training_data, metrics, adapter, subfolder, evaluation_data, run)
+    block = f"{_BEGIN} ({_NOTE}) {line} -->\n\n{text}\n{_END}"
     start, end = found.span() if found else (len(card.text), len(card.text))
     if not card.text.strip():
-        block = f"\n# Register tokens for {_base_name(config) or base_class.__name__}\n\n{block}\n"
+        block = f"\n# Register tokens for {base_name(config) or base_class.__name__}\n\n{block}\n"
     elif not found:
         block = f"\n{block}\n" if card.text.endswith("\n") else f"\n\n{block}\n"
     if "\r\n" in card.text:
@@ -148,7 +143,7 @@ def _metadata(
     config: RegisterConfig,
     base_class: type,
     training_data: str | None,
-    metrics: dict[str, float] | None,
+    measured: tuple[dict[str, float] | None, str | None],
     license: str | None,
     adapter: str,
     tags: Sequence[str],
@@ -159,7 +154,7 @@ def _metadata(
     on_hub = base if is_hub_name(base) else None
     task = _pipeline_tag(base_class)
     names = ["register-tokens", "vision-transformer", "peft", "register-adapter"]
-    if _transformers_class(base_class):
+    if transformers_class(base_class):
         names.append("transformers")
     names += [family] if family else []
     names += [f"base_model:adapter:{on_hub}"] if on_hub else []
@@ -176,20 +171,22 @@ def _metadata(
     values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
     if on_hub:
         values["base_model_relation"] = "adapter"
-    finite = {key: value for key, value in (metrics or {}).items() if math.isfinite(value)}
+    metrics, evaluation_data = measured
+    # The baseline is no result of this adapter's.
+    finite = {k: value for k, value in (metrics or {}).items() if math.isfinite(value) and not k.startswith(OFF)}
     # The Hub wants to know what a result was measured on; without that it stays in the text alone.
-    if finite and training_data:
+    if finite and evaluation_data:
         values["metrics"] = [_metric(name) for name in finite]
-        values["model-index"] = _model_index(finite, training_data, task, adapter)
+        values["model-index"] = _model_index(finite, evaluation_data, task, adapter)
     return values
 
 
-def _model_index(metrics: dict[str, float], training_data: str, task: str | None, adapter: str) -> list[dict[str, Any]]:
+def _model_index(metrics: dict[str, float], measured_on: str, task: str | None, adapter: str) -> list[dict[str, Any]]:
     results = [
         EvalResult(
             task_type=task or "image-feature-extraction",
-            dataset_type=training_data if is_hub_name(training_data) else "custom",
-            dataset_name=training_data,
+            dataset_type=measured_on if is_hub_name(measured_on) else "custom",
+            dataset_name=measured_on,
             metric_type=_metric(name),
             metric_value=float(value),
             metric_name=name,
@@ -216,14 +213,9 @@ def _merge(card: RepoCard, ours: dict[str, Any], before: dict[str, Any]) -> None
             card.data[key] = ours.get(key)
 
 
-def _transformers_class(base_class: type) -> type | None:
-    """The class of transformers' that a base model's class is or derives from."""
-    return next((kind for kind in base_class.__mro__ if kind.__module__.startswith("transformers.models.")), None)
-
-
 def _pipeline_tag(base_class: type) -> str | None:
     """The Hub's name of the base model's task, where transformers' own tables tell it."""
-    kind = _transformers_class(base_class)
+    kind = transformers_class(base_class)
     for table, task in _TASKS.items() if kind else ():
         for names in getattr(modeling_auto, table, {}).values():
             if kind and kind.__name__ in ((names,) if isinstance(names, str) else names):
@@ -231,96 +223,3 @@ def _pipeline_tag(base_class: type) -> str | None:
     if kind and kind.__name__.endswith(("VisionModel", "VisionModelWithProjection")):
         return "image-feature-extraction"
     return None
-
-
-def _base_name(config: RegisterConfig) -> str | None:
-    """The base model's name on the Hub, or the last part of its local path."""
-    name = config.base_model_name_or_path
-    return name if not name or is_hub_name(name) else Path(name).absolute().name
-
-
-def _plain(text: str) -> str:
-    """Text that can stand in a line of Markdown; of a local path, the last part."""
-    try:
-        local = Path(text).is_absolute() or Path(text).exists()
-    except OSError:  # too long for a file's name
-        local = False
-    if local:
-        text = Path(text).absolute().name
-    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
-
-
-def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
-    """Python code that loads the adapter; it runs where the two names lead somewhere."""
-    name, kind = _base_name(config), _transformers_class(base_class)
-    quoted, revision = json.dumps(name or "path/to/base"), f", revision={json.dumps(config.revision)}"
-    load = f"{base_class.__name__}.from_pretrained({quoted}{revision if config.revision else ''})"
-    if kind is None:
-        load = f"{base_class.__name__}(...)  # built as it was for the training"
-    elif not is_hub_name(name):
-        load += "  # a local folder: put its path here"
-    known = getattr(transformers, base_class.__name__, None) is base_class
-    imports = f"from {'transformers' if known else base_class.__module__} import {base_class.__name__}"
-    if base_class.__module__ == "__main__":
-        imports = f"# {base_class.__name__} is the class of the base model, defined in the script that trained it"
-    place = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
-    return (
-        "import register_adapter  # makes the method known to PEFT\n"
-        "from peft import PeftModel\n"
-        f"{imports}\n\n"
-        f"base = {load}\n"
-        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)}{place})\n"
-        "model.eval()  # every output has the shape of the base model's output"
-    )
-
-
-def _body(
-    config: RegisterConfig,
-    base_class: type,
-    training_data: str | None,
-    metrics: dict[str, float] | None,
-    adapter: str,
-    subfolder: str | None,
-) -> str:
-    """The generated text, in Markdown."""
-    base = _base_name(config)
-    link = f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{base}`, a local folder"
-    tower = config.identity
-    rows = {
-        "Registers": f"{config.num_registers}" + (f" × {tower.hidden_size}" if tower else ""),
-        "Base model": f"{link if base else 'not named'} (`{base_class.__name__}`)",
-        "Its vision tower": str(tower) if tower else "not recorded",
-        "Initial values": f"`{config.init}`, standard deviation {config.init_std:g}",
-        "Saved as a whole beside them": ", ".join(f"`{name}`" for name in config.modules_to_save or []) or "nothing",
-        "Written by": f"register-adapter {version()}, PEFT {config.peft_version}",
-    }
-    results = [f"| {_plain(name)} | {value:.6g} |" for name, value in (metrics or {}).items()]
-    return "\n".join(
-        [
-            "Register tokens ([Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588)) retrofitted onto "
-            "a frozen vision transformer: learned tokens that enter its sequence behind the embedding layer and are "
-            "cut off every output. The base model's weights are not changed.",
-            "",
-            "## Load it",
-            "",
-            "```bash\npip install register-adapter\n```",
-            "",
-            f"```python\n{_snippet(config, base_class, adapter, subfolder)}\n```",
-            "",
-            "A base model with other weights is refused at load.",
-            "",
-            "## What it is",
-            "",
-            "| | |\n|---|---|",
-            *(f"| {key} | {value} |" for key, value in rows.items()),
-            "",
-            "## Training data",
-            "",
-            training_data or "Not stated.",
-            "",
-            "## Results",
-            "",
-            *(["| measured | value |\n|---|---|", *results] if results else ["None recorded."]),
-            "",
-        ]
-    )

@@ -197,6 +197,15 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         super().enable_adapters(enabled)
         self.show_labels()
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within the context no registers take part; heads trained beside them, and gradients, stay as they are."""
+        before, self._disable_adapters = self._disable_adapters, True
+        try:
+            yield
+        finally:
+            self._disable_adapters = before
+
     def show_labels(self) -> None:
         """Have the model's config name the classes of the active adapter's head."""
         active = [] if self._disable_adapters else self._active_names

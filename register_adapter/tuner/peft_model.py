@@ -198,7 +198,9 @@ class RegisterPeftModel(PeftModel):
         create_pr: bool = False,
         tags: list[str] | None = None,
         training_data: str | None = None,
+        evaluation_data: str | None = None,
         metrics: dict[str, float] | None = None,
+        run: dict[str, Any] | None = None,
         license: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
@@ -217,7 +219,9 @@ class RegisterPeftModel(PeftModel):
             create_pr: Open a pull request instead of committing.
             tags: More tags for the card.
             training_data: What the registers were trained on, for the card; see :func:`update_model_card`.
+            evaluation_data: What ``metrics`` were measured on.
             metrics: Measured results for the card.
+            run: More about the run for the card.
             license: Licence of the adapter for the card.
             **kwargs: For :meth:`save_pretrained`, such as ``selected_adapters``.
 
@@ -246,6 +250,7 @@ class RegisterPeftModel(PeftModel):
                 shutil.copyfile(readme, folder / "README.md")
             self.save_pretrained(folder, **kwargs)
             facts = {"training_data": training_data, "metrics": metrics, "license": license, "tags": tags or ()}
+            facts |= {"evaluation_data": evaluation_data, "run": run}
             self._write_card(folder, adapter=repo_id, names=kwargs.get("selected_adapters"), **facts)
             self._warn_of_local_base()
             files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,192 @@
+"""The text of an adapter's model card: what the adapter is, how it is loaded, what it was made from and measured at."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ..utils.environment import version
+from ..utils.shipped import is_shipped, shipped_name
+from .config import RegisterConfig
+from .neuron_shift import count_neurons
+
+__all__ = ["INSTALL", "OFF", "base_name", "body", "is_hub_name", "plain", "transformers_class"]
+
+#: The package is installed from its repository, see [project.urls] in pyproject.toml.
+INSTALL = "pip install git+https://github.com/register-adapter/register-adapter"
+#: Prefix of what was measured again with the registers switched off, with the same head.
+OFF = "eval_registers_off_"
+_SHOWN = 20
+_LEARNED = (
+    "Register tokens ([Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588)) retrofitted onto a "
+    "frozen vision transformer: learned tokens that enter its sequence behind the embedding layer and are removed "
+    "from every output. The base model's weights are not changed."
+)
+_FITTED = (
+    "Registers with register neurons ([Vision Transformers Don't Need Trained "
+    "Registers](https://arxiv.org/abs/2506.08010)) on a frozen vision transformer: what a few hidden units of its MLPs "
+    "write into patches is moved, as they are computed, to tokens that are cut off every output. The base model's "
+    "weights are not changed."
+)
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Whether a base model's or data set's name is ``user/repo`` on the Hub, not a local folder or a description."""
+    if not name or name.count("/") != 1:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def transformers_class(base_class: type) -> type | None:
+    """The class of transformers' that a base model's class is or derives from."""
+    return next((kind for kind in base_class.__mro__ if kind.__module__.startswith("transformers.models.")), None)
+
+
+def base_name(config: RegisterConfig) -> str | None:
+    """The base model's name on the Hub, or the last part of its local path."""
+    name = shipped_name(config.base_model_name_or_path)
+    return name if not name or is_hub_name(name) or is_shipped(name) else Path(name).absolute().name
+
+
+def plain(text: str) -> str:
+    """Text that can stand in a line of Markdown; of a local path, the last part."""
+    try:
+        local = Path(text).is_absolute() or Path(text).exists()
+    except OSError:  # too long for a file's name
+        local = False
+    if local:
+        text = Path(text).absolute().name
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
+    """Python code that loads the adapter; it runs where the two names lead somewhere."""
+    name, kind = base_name(config), transformers_class(base_class)
+    quoted, revision = json.dumps(name or "path/to/base"), f", revision={json.dumps(config.revision)}"
+    load = f"{base_class.__name__}.from_pretrained({quoted}{revision if config.revision else ''})"
+    if kind is None:
+        load = f"{base_class.__name__}(...)  # built as it was for the training"
+    elif is_shipped(name):
+        load = f"load_shipped({quoted})  # a small model that comes with the package"
+    elif not is_hub_name(name):
+        load += "  # a local folder: put its path here"
+    known = getattr(transformers, base_class.__name__, None) is base_class
+    imports = f"from {'transformers' if known else base_class.__module__} import {base_class.__name__}"
+    if is_shipped(name):
+        imports = "from register_adapter.testbed import load_shipped"
+    elif base_class.__module__ == "__main__":
+        imports = f"# {base_class.__name__} is the class of the base model, defined in the script that trained it"
+    place = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
+    return (
+        "import register_adapter  # makes the method known to PEFT\n"
+        "from peft import PeftModel\n"
+        f"{imports}\n\n"
+        f"base = {load}\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)}{place})\n"
+        "model.eval()  # every output has the shape of the base model's output"
+    )
+
+
+def body(
+    config: RegisterConfig,
+    base_class: type,
+    training_data: str | None,
+    metrics: dict[str, float] | None,
+    adapter: str,
+    subfolder: str | None,
+    evaluation_data: str | None = None,
+    run: dict[str, Any] | None = None,
+) -> str:
+    """The generated text, in Markdown; see :func:`update_model_card` for the arguments."""
+    base = base_name(config)
+    link = f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{base}`, a local folder"
+    link = f"`{base}`, which comes with the package" if is_shipped(base) else link
+    tower = config.identity
+    rows = {
+        "Registers": f"{config.num_registers}" + (f" × {tower.hidden_size}" if tower else ""),
+        "Base model": f"{link if base else 'not named'} (`{base_class.__name__}`)",
+        "Its vision tower": str(tower) if tower else "not recorded",
+        **(_fit_rows(config) or {"Initial values": f"`{config.init}`, standard deviation {config.init_std:g}"}),
+        "Saved as a whole beside them": ", ".join(f"`{name}`" for name in config.modules_to_save or []) or "nothing",
+        **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),
+        **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
+        "Written by": f"register-adapter {version()}, PEFT {config.peft_version}",
+    }
+    return "\n".join(
+        [
+            _FITTED if config.register_neurons else _LEARNED,
+            "",
+            "## Load it",
+            "",
+            f"```bash\n{INSTALL}\n```",
+            "",
+            f"```python\n{_snippet(config, base_class, adapter, subfolder)}\n```",
+            "",
+            "A base model with other weights is refused at load.",
+            "",
+            "## What it is",
+            "",
+            "| | |\n|---|---|",
+            *(f"| {key} | {value} |" for key, value in rows.items()),
+            "",
+            "## Training data",
+            "",
+            training_data or "Not stated.",
+            "",
+            "## Results",
+            "",
+            *([f"Measured on {evaluation_data}.", ""] if evaluation_data and metrics else []),
+            *(_results(metrics) if metrics else ["None recorded."]),
+            "",
+        ]
+    )
+
+
+def _results(metrics: dict[str, float]) -> list[str]:
+    """A table of the metrics; where registers were switched off for a second evaluation, beside each other."""
+    if not any(name.startswith(OFF) for name in metrics):
+        return [
+            "| measured | value |\n|---|---|",
+            *(f"| {plain(key)} | {value:.6g} |" for key, value in metrics.items()),
+        ]
+    rows = []
+    for name, value in metrics.items():
+        off = metrics.get(f"{OFF}{name.removeprefix('eval_')}")
+        if not name.startswith(OFF):
+            rows.append(f"| {plain(name)} | {value:.6g} | {'' if off is None else f'{off:.6g}'} |")
+    return ["| measured | with the registers | registers off, the same head |\n|---|---|---|", *rows]
+
+
+def _fit_rows(config: RegisterConfig) -> dict[str, str]:
+    """How register neurons were found, empty without any."""
+    if not config.register_neurons:
+        return {}
+    counts = count_neurons(config.register_neurons)
+    blocks = ", ".join(f"block {block}: {number}" for block, number in counts.items())
+    rows = {"Register neurons": f"{sum(counts.values())} hidden units of MLPs ({blocks}); remove `{config.remove}`"}
+    fit = config.test_time_fit or {}
+    images = fit.get("num_images")
+    if isinstance(images, dict) and all(isinstance(number, int) for number in images.values()):
+        parts = ", ".join(f"{plain(str(name))} {number}" for name, number in images.items())
+        rows["Images they were found on"] = f"{sum(images.values())} ({parts})"
+    if "rule" in fit:
+        rows["Rule for outliers"] = f"`{plain(str(fit['rule']))}`"
+    shares = [fit.get("share_before"), fit.get("share_after")]
+    if all(isinstance(share, int | float) and math.isfinite(share) for share in shares):
+        rows["Outlier patches on held-out images"] = f"{shares[0]:.3%} before, {shares[1]:.3%} after"
+    return rows
+
+
+def _classes(labels: dict[int, str]) -> str:
+    names = ", ".join(f"`{plain(name)}`" for name in list(labels.values())[:_SHOWN])
+    return f"{len(labels)}: {names}" + (" …" if len(labels) > _SHOWN else "")
