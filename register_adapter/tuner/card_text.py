@@ -31,7 +31,7 @@ _LEARNED = (
 _FITTED = (
     "Registers with register neurons ([Vision Transformers Don't Need Trained "
     "Registers](https://arxiv.org/abs/2506.08010)) on a frozen vision transformer: what a few hidden units of its MLPs "
-    "write into patches is moved, as they are computed, to tokens that are cut off every output. The base model's "
+    "write into patches is moved, as they are computed, to tokens that are removed from every output. The base model's "
     "weights are not changed."
 )
 

@@ -63,7 +63,7 @@ class RegisterConfig(PeftConfig):
     """Configuration of register tokens retrofitted onto a frozen vision transformer.
 
     Registers are R learned tokens that enter the sequence behind the embedding layer, take part in every attention, and
-    are cut off every output ("Vision Transformers Need Registers", arXiv 2309.16588; 4 is the paper's default).
+    are removed from every output ("Vision Transformers Need Registers", arXiv 2309.16588; 4 is the paper's default).
 
     Args:
         num_registers: Number R of registers, at least 1.
