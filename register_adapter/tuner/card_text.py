@@ -25,8 +25,8 @@ OFF = "eval_registers_off_"
 _SHOWN = 20
 _LEARNED = (
     "Register tokens ([Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588)) retrofitted onto a "
-    "frozen vision transformer: learned tokens that enter its sequence behind the embedding layer and are cut off every "
-    "output. The base model's weights are not changed."
+    "frozen vision transformer: learned tokens that enter its sequence behind the embedding layer and are cut off "
+    "every output. The base model's weights are not changed."
 )
 _FITTED = (
     "Registers with register neurons ([Vision Transformers Don't Need Trained "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ def _written(name: str) -> Path:
 def _write(name: str, folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
-    from ..testbed.vit import load_image_processor, load_shipped  # which need what this module is needed for
-
+    # By its name, and only now: whoever builds the models is above everything that needs their names.
+    maker = import_module("register_adapter.testbed.vit")
     with staged(folder, last=("config.json",)) as scratch:
-        load_shipped(name).save_pretrained(scratch)
-        load_image_processor().save_pretrained(scratch)
+        maker.load_shipped(name).save_pretrained(scratch)
+        maker.load_image_processor().save_pretrained(scratch)
     return folder
