@@ -228,12 +228,12 @@ def _native_config(base: nn.Module, path: str, row: NativeClass, options: dict[s
 
 def _owners(config: PretrainedConfig, part: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
     """Where a config holds one of the class and shape of ``part``: pairs of its owner and the attribute."""
-    found: list[tuple[PretrainedConfig, str]] = []
+    owners: list[tuple[PretrainedConfig, str]] = []
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             same = type(value) is type(part) and value.num_hidden_layers == part.num_hidden_layers
-            found += [(config, name)] if same else _owners(value, part)
-    return found
+            owners += [(config, name)] if same else _owners(value, part)
+    return owners
 
 
 def _positions(subject: Subject, image_size: int) -> torch.Tensor:

@@ -42,14 +42,14 @@ class Subject:
             AdapterFileError: An active adapter still waits for its values.
         """
         base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-        found = [(path, one) for path, one in base.named_modules() if isinstance(one, RegisterLayer)]
-        if len(found) != 1:
-            places = f"{len(found)} vision towers with registers: {[path for path, _ in found]}" if found else "none"
+        layers = [(path, module) for path, module in base.named_modules() if isinstance(module, RegisterLayer)]
+        if len(layers) != 1:
+            places = f"{len(layers)} vision towers with registers: {[path for path, _ in layers]}" if layers else "none"
             raise ValueError(
                 f"an export needs a model with the registers of one vision tower, {type(base).__name__} has {places}. "
                 "Give the result of add_registers or PeftModel.from_pretrained, or one tower of a larger model."
             )
-        path, layer = found[0]
+        path, layer = layers[0]
         active = [name for name in cast("list[str]", layer.active_adapters) if name in layer.names]
         if layer.disable_adapters or not active:
             state = "disabled" if layer.disable_adapters else "not active"

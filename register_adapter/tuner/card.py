@@ -85,8 +85,8 @@ def update_model_card(
     except (ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("%s is not a model card in UTF-8 with valid metadata and is left as it is: %s", path, error)
         return
-    found = _BLOCK.search(card.text)
-    old = _read_record(found["record"]) if found else {}
+    generated = _BLOCK.search(card.text)
+    old = _read_record(generated["record"]) if generated else {}
     training_data = plain(training_data) if training_data else None
     weights = _digest(path.parent / (subfolder or "") / WEIGHTS_NAME) or old.get("weights")
     if weights == old.get("weights"):
@@ -115,10 +115,10 @@ def update_model_card(
     line = json.dumps(record).replace(">", "\\u003e")
     text = body(config, base_class, training_data, metrics, adapter, subfolder, evaluation_data, run)
     block = f"{_BEGIN} ({_NOTE}) {line} -->\n\n{text}\n{_END}"
-    start, end = found.span() if found else (len(card.text), len(card.text))
+    start, end = generated.span() if generated else (len(card.text), len(card.text))
     if not card.text.strip():
         block = f"\n# Register tokens for {base_name(config) or base_class.__name__}\n\n{block}\n"
-    elif not found:
+    elif not generated:
         block = f"\n{block}\n" if card.text.endswith("\n") else f"\n\n{block}\n"
     if "\r\n" in card.text:
         block = block.replace("\n", "\r\n")

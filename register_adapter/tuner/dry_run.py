@@ -51,10 +51,10 @@ def check_anatomy(tower: Tower, config: RegisterConfig) -> None:
                 _call(tower, pixels, f"{name}: it does not run on an input of shape {shape} (input_shape=)")
             )
         _check_sequence(tower, seen, name)
-        found = _shapes(_with_registers(tower, config, pixels, name))
-    if found != expected:
+        actual = _shapes(_with_registers(tower, config, pixels, name))
+    if actual != expected:
         raise UnsupportedModelError(
-            f"{name}: with registers its outputs have the shapes {found}, without {expected}. They must leave before "
+            f"{name}: with registers its outputs have the shapes {actual}, without {expected}. They must leave before "
             f"anything reads the sequence: 'remove' is {tower.anatomy.remove!r} ({tower.anatomy.remove_from})."
         )
 

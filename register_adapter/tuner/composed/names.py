@@ -50,7 +50,7 @@ def _rename(holder: nn.Module, old: str, new: str) -> None:
         if isinstance(value, str) and value == old:
             setattr(holder, name, new)
         elif isinstance(value, list | set):
-            setattr(holder, name, type(value)(new if one == old else one for one in value))
+            setattr(holder, name, type(value)(new if adapter == old else adapter for adapter in value))
 
 
 _TORCH_TABLES = frozenset(vars(nn.Module()))
