@@ -44,7 +44,7 @@ def check_equal(subject: Subject, plain: nn.Module, inputs: dict[str, torch.Tens
     """
     name = type(plain).__name__
     advice = (
-        f"The model reads or returns the registers of its own tower elsewhere, so {name} is no equivalent. Use "
+        f"The model reads or returns the registers of its own tower elsewhere, so {name} is not equivalent. Use "
         "export_onnx(model, path) or export_program(model, path), or export the tower alone."
     )
     with evaluating(subject.base, plain):

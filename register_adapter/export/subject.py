@@ -133,18 +133,18 @@ def plain_state(subject: Subject) -> dict[str, torch.Tensor]:
 
 
 def example_inputs(subject: Subject, image_size: int | None = None, batch: int = 2) -> dict[str, torch.Tensor]:
-    """A random batch of pictures under the name that the model's forward gives to it.
+    """A random batch of images under the name that the model's forward gives to it.
 
     Args:
         subject: What is exported.
-        image_size: Side of the pictures in pixels; default the size that the model was made for.
-        batch: Number of pictures; from 2 on a traced graph does not take the batch for a constant.
+        image_size: Side of the images in pixels; default the size that the model was made for.
+        batch: Number of images; from 2 on a traced graph does not take the batch for a constant.
 
     Returns:
         ``{name: (batch, channels, height, width)}`` in the dtype and on the device of the patch embedding.
 
     Raises:
-        ValueError: The size of a picture is not known, or the model needs more than pictures.
+        ValueError: The size of an image is not known, or the model needs more than images.
     """
     tower = subject.layer.tower
     name = getattr(subject.base, "main_input_name", "x")

@@ -93,7 +93,7 @@ class Anatomy:
 
         Raises:
             TypeError: A value has the wrong type.
-            ValueError: ``values`` has a key that is no field, or no family.
+            ValueError: ``values`` has a key that is not a field, or no family.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):

@@ -60,7 +60,7 @@ class Tower:
             yield None, part
 
     def run(self, inputs: torch.Tensor | Mapping[str, Any]) -> Any:
-        """Call the tower, at any picture size that it can take.
+        """Call the tower, at any image size that it can take.
 
         Args:
             inputs: Pixel values ``(B, 3, H, W)``, or the tower's own keywords, such as an image processor's output.

@@ -33,7 +33,7 @@ def check_fields(anatomy: Anatomy) -> None:
     """Refuse what no file may say, before there is a model.
 
     Raises:
-        ValueError: A field has a power, is no path of plain names, or a size without a sensible bound.
+        ValueError: A field has a power, is not a path of plain names, or is a size without a sensible bound.
     """
     defaults = {item.name: item.default for item in fields(Anatomy)}
     if given := [name for name in _POWERS if getattr(anatomy, name) != defaults[name]]:
@@ -107,8 +107,8 @@ def _child(owner: Any, part: str, name: str, path: str) -> Any:
         child = next((table[part] for table in tables if part in table), None)
     if child is None and not part.startswith("-") and getattr(owner, part, None) is not None:
         raise UnsupportedModelError(
-            f"{name!r} of an anatomy from a file is {path!r}, and {part!r} of {type(owner).__name__} is no module and "
-            "no parameter. If you trust it, give it in code: PeftModel.from_pretrained(base, adapter, "
+            f"{name!r} of an anatomy from a file is {path!r}, and {part!r} of {type(owner).__name__} is neither a "
+            "module nor a parameter. If you trust it, give it in code: PeftModel.from_pretrained(base, adapter, "
             "anatomy=Anatomy(...)). Nothing was changed."
         )
     return child

@@ -150,7 +150,7 @@ def _metadata(
 ) -> dict[str, Any]:
     """The card's metadata, JSON-ready."""
     base, family = config.base_model_name_or_path, config.identity.family if config.identity else None
-    # A local path is no model of the Hub's: it is refused as base_model there, and tells others about this machine.
+    # A local path is not a model on the Hub: it is refused as base_model there, and tells others about this machine.
     on_hub = base if is_hub_name(base) else None
     task = _pipeline_tag(base_class)
     names = ["register-tokens", "vision-transformer", "peft", "register-adapter"]
@@ -172,7 +172,7 @@ def _metadata(
     if on_hub:
         values["base_model_relation"] = "adapter"
     metrics, evaluation_data = measured
-    # The baseline is no result of this adapter's.
+    # The baseline is not a result of this adapter.
     finite = {k: value for k, value in (metrics or {}).items() if math.isfinite(value) and not k.startswith(OFF)}
     # The Hub wants to know what a result was measured on; without that it stays in the text alone.
     if finite and evaluation_data:

@@ -79,7 +79,7 @@ def _call(tower: Tower, pixels: torch.Tensor, trouble: str) -> Any:
 
 
 def _input_shape(tower: Tower, name: str) -> tuple[int, ...]:
-    """The anatomy's, or ``(C, H, W)`` of a square picture with as many patches as there are position embeddings."""
+    """The anatomy's, or ``(C, H, W)`` of a square image with as many patches as there are position embeddings."""
     if tower.anatomy.input_shape is not None:
         return tower.anatomy.input_shape
     patches, positions = tower.part("patch_embedding"), tower.part("position_embedding")

@@ -44,7 +44,7 @@ def checked_labels(labels: Mapping[Any, Any]) -> dict[int, str]:
     """``id2label`` with numbers for keys, as JSON does not have them.
 
     Raises:
-        TypeError: A name is no text.
+        TypeError: A name is not a string.
         ValueError: The numbers are not 0, 1, 2…
     """
     if wrong := [name for name in labels.values() if not isinstance(name, str)]:
@@ -96,7 +96,7 @@ def check_adapter_name(model: nn.Module, adapter_name: str, names: Iterable[str]
 
 
 def _own_labels(model: nn.Module) -> dict[int, str] | None:
-    """The classes that the model's config names, ``None`` if it is no config of transformers' or names none."""
+    """The classes that the model's config names, ``None`` if it is not a transformers config or names none."""
     config = getattr(model, "config", None)
     labels = None if isinstance(config, dict) else getattr(config, "id2label", None)
     return {int(key): str(name) for key, name in labels.items()} if isinstance(labels, dict) and labels else None
@@ -214,7 +214,7 @@ class HeadLabels(dict[str, dict[int, str]]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._model: list[nn.Module] = []  # in a list, which is no submodule of whoever holds this
+        self._model: list[nn.Module] = []  # in a list, which is not a submodule of whoever holds this
         self._own: tuple[Any, Any] | None = None
         self._shown: dict[int, str] | None = None
 

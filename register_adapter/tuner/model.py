@@ -198,7 +198,7 @@ class RegisterModel(BaseTuner):
         images = kwargs.get("pixel_values", next(iter(args), None))
         batch = len(images) if isinstance(images, torch.Tensor) and images.ndim in (3, 4) else len(names)
         if len(names) != batch:
-            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one an image")
+            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one per image")
         with ExitStack() as stack:
             for layer in layers:
                 own = [name if name in layer.names else BASE for name in names]
@@ -314,7 +314,7 @@ def _check_placement(tower: Tower, config: RegisterConfig) -> None:
     name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
     if config.insert_layer >= blocks:
         raise ValueError(
-            f"insert_layer={config.insert_layer} is no block of {name}, which has {blocks} (0 to {blocks - 1})"
+            f"insert_layer={config.insert_layer} is not a block of {name}, which has {blocks} (0 to {blocks - 1})"
         )
     if config.insert_layer and tower.part("positions_between") is not None:
         raise UnsupportedModelError(

@@ -41,7 +41,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
         **options: ``autocast_adapter_dtype`` and ``low_cpu_mem_usage`` as in ``get_peft_model``.
 
     Raises:
-        ValueError: A name is in use or no plain name, a method cannot be composed, or two adapters train the same
+        ValueError: A name is in use or not a plain name, a method cannot be composed, or two adapters train the same
             module of ``modules_to_save``. The model is unchanged.
 
     Example:
@@ -277,7 +277,7 @@ class ComposedPeftModel(SavesAll):
             if names:
                 self._known(names)
                 tuner = self.base_model.tuner_of(names)
-                tuner.training = self.training  # it is no submodule, and train() does not reach it
+                tuner.training = self.training  # it is not a submodule, and train() does not reach it
                 stack.enter_context(tuner._enable_peft_forward_hooks(*args, **kwargs))
             yield
 

@@ -85,7 +85,7 @@ class ComposedTuner(BaseTuner):
         self.model = model
         if not hasattr(model, "peft_config"):
             self.model.peft_config = {}
-        # In a dictionary, which is no submodule: each of them holds the model too.
+        # In a dictionary, which is not a submodule: each of them holds the model too.
         self._tuners: dict[Any, BaseTuner] = {}
         remap_on_load(self, RegisterModel._remap_adapter_state_dict_for_load)
         for tuner in tuners:
