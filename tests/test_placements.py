@@ -259,7 +259,7 @@ def test_bad_adapter_names_are_refused_and_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"insert_layer": BLOCKS}, ValueError, f"insert_layer={BLOCKS} is no block of ViTModel, which has {BLOCKS}"),
+        ({"insert_layer": BLOCKS}, ValueError, f"insert_layer={BLOCKS} is not a block of ViTModel, which has {BLOCKS}"),
         ({"insert_layer": -1}, ValueError, "at least 0"),
         ({"insert_layer": True}, TypeError, "insert_layer must be int"),
         ({"deep": 1}, TypeError, "deep must be bool"),

@@ -264,7 +264,7 @@ class Data:
         labels: Class names in the order of their numbers.
         skipped: A line for each file that was left out: its name and what is wrong.
         name: What the model card says about the training data.
-        validation_name: What it says about the evaluation pictures.
+        validation_name: What it says about the evaluation images.
     """
 
     train: Dataset

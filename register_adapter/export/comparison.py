@@ -24,10 +24,10 @@ def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return {name or "output": value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
-    found: dict[str, torch.Tensor] = {}
+    named: dict[str, torch.Tensor] = {}
     for key, item in items:
-        found |= tensors(item, f"{name}_{key}" if name else str(key))
-    return found
+        named |= tensors(item, f"{name}_{key}" if name else str(key))
+    return named
 
 
 def check_equal(subject: Subject, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
@@ -44,7 +44,7 @@ def check_equal(subject: Subject, plain: nn.Module, inputs: dict[str, torch.Tens
     """
     name = type(plain).__name__
     advice = (
-        f"The model reads or returns the registers of its own tower elsewhere, so {name} is no equivalent. Use "
+        f"The model reads or returns the registers of its own tower elsewhere, so {name} is not equivalent. Use "
         "export_onnx(model, path) or export_program(model, path), or export the tower alone."
     )
     with evaluating(subject.base, plain):
@@ -56,12 +56,12 @@ def check_equal(subject: Subject, plain: nn.Module, inputs: dict[str, torch.Tens
                 "cannot be checked: give example_inputs={...}, the tensors of one forward pass by name."
             ) from error
         try:
-            found = tensors(call(plain, inputs))
+            actual = tensors(call(plain, inputs))
         except Exception as error:
             raise UnsupportedModelError(f"{name} cannot be run with native registers ({error}). {advice}") from error
     count = sum(segment.count for segment in subject.segments)
     for key, value in expected.items():
-        other = found.get(key)
+        other = actual.get(key)
         if other is not None and other.shape != value.shape and other.ndim == 3:
             other = cut_tokens(other, subject.layer.prefix, count, value.shape[1] + count)
         if other is None or other.shape != value.shape:

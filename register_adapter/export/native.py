@@ -76,11 +76,11 @@ def export_native(
     Args:
         model: The result of ``add_registers`` or ``PeftModel.from_pretrained``, or a Hugging Face model with
             ``add_adapter``.
-        image_size: Side of the pictures in pixels, default the config's. At any other size DINOv2 resizes its position
+        image_size: Side of the images in pixels, default the config's. At any other size DINOv2 resizes its position
             embeddings without and DINOv2 with registers with antialiasing, so the numbers differ; given here, they are
             resized once, as DINOv2 does it, and the result is exact at this size. Not for timm, which has one way.
         example_inputs: Tensors by name for one forward pass, with which the result is compared with ``model``; needed
-            where a model wants more than pictures.
+            where a model wants more than images.
 
     Returns:
         A transformers or timm model. Save it with :func:`save_native`, or with ``save_pretrained`` of its own.
@@ -189,7 +189,7 @@ def _native_part(subject: Subject) -> str:
         )
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(base).__name__} around the {type(tower).__name__} is no model of transformers and cannot be built "
+            f"{type(base).__name__} around the {type(tower).__name__} is not a transformers model and cannot be built "
             f"again from a config. Export the tower: export_native(model.{path}), and put it into your model."
         )
     return path
@@ -228,12 +228,12 @@ def _native_config(base: nn.Module, path: str, row: NativeClass, options: dict[s
 
 def _owners(config: PretrainedConfig, part: PretrainedConfig) -> list[tuple[PretrainedConfig, str]]:
     """Where a config holds one of the class and shape of ``part``: pairs of its owner and the attribute."""
-    found: list[tuple[PretrainedConfig, str]] = []
+    owners: list[tuple[PretrainedConfig, str]] = []
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             same = type(value) is type(part) and value.num_hidden_layers == part.num_hidden_layers
-            found += [(config, name)] if same else _owners(value, part)
-    return found
+            owners += [(config, name)] if same else _owners(value, part)
+    return owners
 
 
 def _positions(subject: Subject, image_size: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Export of any model with registers to a file that needs neither this package nor PEFT: ONNX or ``torch.export``.
 
-Both are traces of one forward pass in evaluation mode, registers and all; the picture size is fixed, the batch is not.
+Both are traces of one forward pass in evaluation mode, registers and all; the image size is fixed, the batch is not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def export_program(
     Args:
         model: A model with an active register adapter; other adapters (LoRA) may be active beside it. Not changed.
         path: The file.
-        example_inputs: Tensors by name for one forward pass; default random pictures of the config's size. They fix
+        example_inputs: Tensors by name for one forward pass; default random images of the config's size. They fix
             every size but the batch; make the batch at least 2.
         dynamic_batch: Whether the batch size (the first dimension of every input) may be another one later.
 

@@ -58,7 +58,7 @@ def export_saved(
         form: One of :data:`FORMATS`.
         base: Folder or name of the base; default the one in the adapter's config. For timm what ``create_model`` takes,
             such as ``hf-hub:timm/…`` or ``local-dir:…``.
-        image_size: Side of the pictures in pixels, see :func:`export_native`; for ``onnx`` and ``program`` the size
+        image_size: Side of the images in pixels, see :func:`export_native`; for ``onnx`` and ``program`` the size
             that the graph is made for.
 
     Returns:

@@ -42,14 +42,14 @@ class Subject:
             AdapterFileError: An active adapter still waits for its values.
         """
         base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-        found = [(path, one) for path, one in base.named_modules() if isinstance(one, RegisterLayer)]
-        if len(found) != 1:
-            places = f"{len(found)} vision towers with registers: {[path for path, _ in found]}" if found else "none"
+        layers = [(path, module) for path, module in base.named_modules() if isinstance(module, RegisterLayer)]
+        if len(layers) != 1:
+            places = f"{len(layers)} vision towers with registers: {[path for path, _ in layers]}" if layers else "none"
             raise ValueError(
                 f"an export needs a model with the registers of one vision tower, {type(base).__name__} has {places}. "
                 "Give the result of add_registers or PeftModel.from_pretrained, or one tower of a larger model."
             )
-        path, layer = found[0]
+        path, layer = layers[0]
         active = [name for name in cast("list[str]", layer.active_adapters) if name in layer.names]
         if layer.disable_adapters or not active:
             state = "disabled" if layer.disable_adapters else "not active"
@@ -133,18 +133,18 @@ def plain_state(subject: Subject) -> dict[str, torch.Tensor]:
 
 
 def example_inputs(subject: Subject, image_size: int | None = None, batch: int = 2) -> dict[str, torch.Tensor]:
-    """A random batch of pictures under the name that the model's forward gives to it.
+    """A random batch of images under the name that the model's forward gives to it.
 
     Args:
         subject: What is exported.
-        image_size: Side of the pictures in pixels; default the size that the model was made for.
-        batch: Number of pictures; from 2 on a traced graph does not take the batch for a constant.
+        image_size: Side of the images in pixels; default the size that the model was made for.
+        batch: Number of images; from 2 on a traced graph does not take the batch for a constant.
 
     Returns:
         ``{name: (batch, channels, height, width)}`` in the dtype and on the device of the patch embedding.
 
     Raises:
-        ValueError: The size of a picture is not known, or the model needs more than pictures.
+        ValueError: The size of an image is not known, or the model needs more than images.
     """
     tower = subject.layer.tower
     name = getattr(subject.base, "main_input_name", "x")

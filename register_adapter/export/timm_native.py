@@ -98,7 +98,7 @@ def save_timm(model: nn.Module, folder: Path, model_args: dict[str, Any]) -> Non
         model_args: Arguments of ``create_model`` that it was made with, and timm did not remember.
 
     Raises:
-        ValueError: It is no model of timm's factory, or cannot be made again from its arguments.
+        ValueError: It is not a model of timm's factory, or cannot be made again from its arguments.
         MissingExtraError: timm is not installed.
     """
     name = type(model).__name__

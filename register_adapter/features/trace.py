@@ -84,7 +84,7 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
     Args:
         model: A base model, or one with registers.
         hidden_states: Record hidden states (needed for ``trace.registers``).
-        attentions: Record attention maps, which takes ``B * H * N * N`` floats a block.
+        attentions: Record attention maps, which takes ``B * H * N * N`` floats per block.
 
     Yields:
         The :class:`Trace`.

@@ -93,7 +93,7 @@ class Anatomy:
 
         Raises:
             TypeError: A value has the wrong type.
-            ValueError: ``values`` has a key that is no field, or no family.
+            ValueError: ``values`` has a key that is not a field, or no family.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -129,18 +129,18 @@ _CHOICES = {
 def resolve(root: Any, paths: Paths | None) -> Any:
     """The first of the dotted ``paths`` that exists below ``root``, or ``None``."""
     for path in (paths,) if isinstance(paths, str) else paths or ():
-        found = root
+        value = root
         for name in path.split("."):
             # A list of modules has attributes for its places, but none that count from the end.
-            found = (
-                found[int(name)]
-                if name.startswith("-") and hasattr(found, "__getitem__")
-                else getattr(found, name, None)
+            value = (
+                value[int(name)]
+                if name.startswith("-") and hasattr(value, "__getitem__")
+                else getattr(value, name, None)
             )
-            if found is None:
+            if value is None:
                 break
         else:
-            return found
+            return value
     return None
 
 

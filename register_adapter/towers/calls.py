@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["as_named", "first_of", "hidden_states_of", "with_first", "with_hidden_states"]
 
-# What modules call the sequence that comes in, where it is no positional argument.
+# What modules call the sequence that comes in, where it is not a positional argument.
 _NAMES = ("hidden_states", "inputs_embeds", "x")
 
 

@@ -57,7 +57,7 @@ _BLIP = replace(_CLIP, family="blip", norm_patches=True)
 _SIGLIP = replace(_CLIP, family="siglip", prefix=0, cls_token=None, norm_patches=True)
 # The mask is made behind the embeddings, for the length it finds there: registers join at the encoder.
 _MASKED = replace(_SIGLIP, family="idefics3", embeddings="encoder", insert_at="input")
-# A linear patch embedding is what quantisers change: it is no part of the fingerprint.
+# A linear patch embedding is what quantisers change: it is not part of the fingerprint.
 _NAFLEX = replace(_MASKED, family="siglip2", patch_embedding=None)
 _AIMV2 = replace(
     _SIGLIP,
@@ -314,7 +314,7 @@ _WHY: dict[str, tuple[str, ...]] = {
     "states of single blocks go straight into its connector, and registers would go with them": (
         "GraniteDoclingVisionModel",
     ),
-    "its patches come from a convolution or from an encoder with windows, not from the picture": (
+    "its patches come from a convolution or from an encoder with windows, not from the image": (
         "UnlimitedOcrVisionModel",
     ),
 }

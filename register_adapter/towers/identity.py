@@ -160,10 +160,10 @@ class TowerIdentity:
     def differences(self, other: TowerIdentity) -> list[str]:
         """Names of the fields in which two identities differ; empty if they can be the same weights."""
         names = ("family", "hidden_size", "num_hidden_layers", "patch_size")
-        found = [name for name in names if getattr(self, name) != getattr(other, name)]
-        if not found and self.fingerprint and other.fingerprint:
+        differing = [name for name in names if getattr(self, name) != getattr(other, name)]
+        if not differing and self.fingerprint and other.fingerprint:
             pairs = zip(self.fingerprint, other.fingerprint, strict=False)
             same_length = len(self.fingerprint) == len(other.fingerprint)
             if not same_length or max(abs(a - b) for a, b in pairs) > TOLERANCE:
-                found.append("weights")
-        return found
+                differing.append("weights")
+        return differing

@@ -46,21 +46,21 @@ class Tower:
     def block_part(self, index: int, field: str) -> Any:
         """The same below block ``index``."""
         block = self.part("blocks")[index]
-        found = resolve(block, getattr(self.anatomy, field))
+        part = resolve(block, getattr(self.anatomy, field))
         # DINOv3 calls the only layer into an MLP that is not gated "up".
-        only = field == "mlp_up" and found is resolve(block, self.anatomy.mlp_in)
-        return None if only else found
+        only = field == "mlp_up" and part is resolve(block, self.anatomy.mlp_in)
+        return None if only else part
 
     def parts(self, field: str) -> Iterator[tuple[int | None, Any]]:
         """``(block, part)`` for every block that has what the path ``field`` names, ``(None, part)`` for the tower."""
         for index, block in enumerate(self.part("blocks")):
-            if (found := resolve(block, getattr(self.anatomy, field))) is not None:
-                yield index, found
-        if (found := self.part(field)) is not None:
-            yield None, found
+            if (part := resolve(block, getattr(self.anatomy, field))) is not None:
+                yield index, part
+        if (part := self.part(field)) is not None:
+            yield None, part
 
     def run(self, inputs: torch.Tensor | Mapping[str, Any]) -> Any:
-        """Call the tower, at any picture size that it can take.
+        """Call the tower, at any image size that it can take.
 
         Args:
             inputs: Pixel values ``(B, 3, H, W)``, or the tower's own keywords, such as an image processor's output.
@@ -209,21 +209,21 @@ def find_tower(model: nn.Module, name: str | None = None, anatomy: Anatomy | Non
 def _checked(tower: Tower) -> Tower:
     """The tower, if it has the attributes that its family needs."""
     for path, wanted, reason in CONDITIONS.get(tower.anatomy.family, ()):
-        if (found := resolve(tower.module, path)) != wanted:
+        if (actual := resolve(tower.module, path)) != wanted:
             raise UnsupportedModelError(
-                f"{type(tower.module).__name__} has {path}={found!r}, and registers need {wanted!r}: {reason}"
+                f"{type(tower.module).__name__} has {path}={actual!r}, and registers need {wanted!r}: {reason}"
             )
     return tower
 
 
 def _strangers(model: nn.Module) -> str:
     """Modules of a class that is refused, or that lack what the table describes, as sentences for an error."""
-    found = []
+    sentences = []
     for path, module in model.named_modules():
         if reason := REFUSED.get(type(module).__name__):
             return f"{path or 'the model itself'} is a {type(module).__name__}, which is refused: {reason}. "
         anatomy = _row(type(module))
         if anatomy is not None and (fields := Tower(path, module, anatomy).missing):
             lacks = {field: getattr(anatomy, field) for field in fields}
-            found.append(f"{path or 'the model itself'} is a {type(module).__name__}, but without {lacks}. ")
-    return "".join(found)
+            sentences.append(f"{path or 'the model itself'} is a {type(module).__name__}, but without {lacks}. ")
+    return "".join(sentences)

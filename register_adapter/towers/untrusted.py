@@ -33,7 +33,7 @@ def check_fields(anatomy: Anatomy) -> None:
     """Refuse what no file may say, before there is a model.
 
     Raises:
-        ValueError: A field has a power, is no path of plain names, or a size without a sensible bound.
+        ValueError: A field has a power, is not a path of plain names, or is a size without a sensible bound.
     """
     defaults = {item.name: item.default for item in fields(Anatomy)}
     if given := [name for name in _POWERS if getattr(anatomy, name) != defaults[name]]:
@@ -67,7 +67,7 @@ def check_parts(tower: Tower) -> None:
     """
     defaults = {item.name: item.default for item in fields(Anatomy)}
     places: list[tuple[nn.Module, str]] = [(tower.module, name) for name in _TOWER]
-    blocks = _found(tower.module, "blocks", tower.anatomy.blocks)
+    blocks = _resolved(tower.module, "blocks", tower.anatomy.blocks)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
         raise UnsupportedModelError(
             f"the anatomy {tower.anatomy.family!r} from a file names {tower.anatomy.blocks!r} for the blocks, which is "
@@ -77,45 +77,45 @@ def check_parts(tower: Tower) -> None:
     for root, name in places:
         if getattr(tower.anatomy, name) == defaults[name]:
             continue  # not the file's words
-        part = _found(root, name, getattr(tower.anatomy, name))
+        part = _resolved(root, name, getattr(tower.anatomy, name))
         if isinstance(part, torch.Tensor) and name not in _PARAMETERS:
             raise _refusal(tower, name, "a parameter")
 
 
-def _found(root: nn.Module, name: str, paths: Any) -> Any:
+def _resolved(root: nn.Module, name: str, paths: Any) -> Any:
     """What is at the first of the paths that exists, found without leaving the tables of modules and parameters."""
     for path in (paths,) if isinstance(paths, str) else paths or ():
-        found: Any = root
+        value: Any = root
         for part in path.split("."):
-            found = _child(found, part, name, path)
-            if found is None:
+            value = _child(value, part, name, path)
+            if value is None:
                 break
         else:
-            return found
+            return value
     return None
 
 
 def _child(owner: Any, part: str, name: str, path: str) -> Any:
-    found: Any = None
+    child: Any = None
     if not isinstance(owner, nn.Module):
         return None
     if part.startswith("-"):
         children = [*owner.children(), None]
-        found = children[int(part) - 1] if -int(part) < len(children) else None
+        child = children[int(part) - 1] if -int(part) < len(children) else None
     else:
         tables = (owner._modules, owner._parameters, owner._buffers)
-        found = next((table[part] for table in tables if part in table), None)
-    if found is None and not part.startswith("-") and getattr(owner, part, None) is not None:
+        child = next((table[part] for table in tables if part in table), None)
+    if child is None and not part.startswith("-") and getattr(owner, part, None) is not None:
         raise UnsupportedModelError(
-            f"{name!r} of an anatomy from a file is {path!r}, and {part!r} of {type(owner).__name__} is no module and "
-            "no parameter. If you trust it, give it in code: PeftModel.from_pretrained(base, adapter, "
+            f"{name!r} of an anatomy from a file is {path!r}, and {part!r} of {type(owner).__name__} is neither a "
+            "module nor a parameter. If you trust it, give it in code: PeftModel.from_pretrained(base, adapter, "
             "anatomy=Anatomy(...)). Nothing was changed."
         )
-    return found
+    return child
 
 
-def _refusal(tower: Tower, name: str, found: str) -> UnsupportedModelError:
+def _refusal(tower: Tower, name: str, kind: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{name!r} of an anatomy from a file must name a module of {type(tower.module).__name__}, and "
-        f"{getattr(tower.anatomy, name)!r} is {found}. Nothing was changed."
+        f"{getattr(tower.anatomy, name)!r} is {kind}. Nothing was changed."
     )

@@ -85,8 +85,8 @@ def update_model_card(
     except (ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("%s is not a model card in UTF-8 with valid metadata and is left as it is: %s", path, error)
         return
-    found = _BLOCK.search(card.text)
-    old = _read_record(found["record"]) if found else {}
+    generated = _BLOCK.search(card.text)
+    old = _read_record(generated["record"]) if generated else {}
     training_data = plain(training_data) if training_data else None
     weights = _digest(path.parent / (subfolder or "") / WEIGHTS_NAME) or old.get("weights")
     if weights == old.get("weights"):
@@ -115,10 +115,10 @@ def update_model_card(
     line = json.dumps(record).replace(">", "\\u003e")
     text = body(config, base_class, training_data, metrics, adapter, subfolder, evaluation_data, run)
     block = f"{_BEGIN} ({_NOTE}) {line} -->\n\n{text}\n{_END}"
-    start, end = found.span() if found else (len(card.text), len(card.text))
+    start, end = generated.span() if generated else (len(card.text), len(card.text))
     if not card.text.strip():
         block = f"\n# Register tokens for {base_name(config) or base_class.__name__}\n\n{block}\n"
-    elif not found:
+    elif not generated:
         block = f"\n{block}\n" if card.text.endswith("\n") else f"\n\n{block}\n"
     if "\r\n" in card.text:
         block = block.replace("\n", "\r\n")
@@ -150,7 +150,7 @@ def _metadata(
 ) -> dict[str, Any]:
     """The card's metadata, JSON-ready."""
     base, family = config.base_model_name_or_path, config.identity.family if config.identity else None
-    # A local path is no model of the Hub's: it is refused as base_model there, and tells others about this machine.
+    # A local path is not a model on the Hub: it is refused as base_model there, and tells others about this machine.
     on_hub = base if is_hub_name(base) else None
     task = _pipeline_tag(base_class)
     names = ["register-tokens", "vision-transformer", "peft", "register-adapter"]
@@ -172,7 +172,7 @@ def _metadata(
     if on_hub:
         values["base_model_relation"] = "adapter"
     metrics, evaluation_data = measured
-    # The baseline is no result of this adapter's.
+    # The baseline is not a result of this adapter.
     finite = {k: value for k, value in (metrics or {}).items() if math.isfinite(value) and not k.startswith(OFF)}
     # The Hub wants to know what a result was measured on; without that it stays in the text alone.
     if finite and evaluation_data:

@@ -81,8 +81,8 @@ class RegisterConfig(PeftConfig):
             the block before ("Visual Prompt Tuning", deep, arXiv 2203.12119).
         key_value: Learned key/value pairs in the attention of every block from ``insert_layer`` on, instead of tokens
             in the sequence ("Prefix-Tuning", arXiv 2101.00190).
-        gate: Initial value of a learned bias on the attention logits of the registers' keys, one a block and register;
-            ``None``, the default, for no gate. At -5 to -10 registers hardly change a model at first.
+        gate: Initial value of a learned bias on the attention logits of the registers' keys, one per block and
+            register; ``None``, the default, for no gate. At -5 to -10 registers hardly change a model at first.
         register_neurons: Block to its register neurons, hidden units of its MLP whose activations are moved from the
             other tokens to the registers ("Vision Transformers Don't Need Trained Registers", arXiv 2506.08010). A
             saved config has their numbers only; which ones they are is in the weights' file.

@@ -51,10 +51,10 @@ def check_anatomy(tower: Tower, config: RegisterConfig) -> None:
                 _call(tower, pixels, f"{name}: it does not run on an input of shape {shape} (input_shape=)")
             )
         _check_sequence(tower, seen, name)
-        found = _shapes(_with_registers(tower, config, pixels, name))
-    if found != expected:
+        actual = _shapes(_with_registers(tower, config, pixels, name))
+    if actual != expected:
         raise UnsupportedModelError(
-            f"{name}: with registers its outputs have the shapes {found}, without {expected}. They must leave before "
+            f"{name}: with registers its outputs have the shapes {actual}, without {expected}. They must leave before "
             f"anything reads the sequence: 'remove' is {tower.anatomy.remove!r} ({tower.anatomy.remove_from})."
         )
 
@@ -79,7 +79,7 @@ def _call(tower: Tower, pixels: torch.Tensor, trouble: str) -> Any:
 
 
 def _input_shape(tower: Tower, name: str) -> tuple[int, ...]:
-    """The anatomy's, or ``(C, H, W)`` of a square picture with as many patches as there are position embeddings."""
+    """The anatomy's, or ``(C, H, W)`` of a square image with as many patches as there are position embeddings."""
     if tower.anatomy.input_shape is not None:
         return tower.anatomy.input_shape
     patches, positions = tower.part("patch_embedding"), tower.part("position_embedding")

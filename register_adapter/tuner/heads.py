@@ -44,7 +44,7 @@ def checked_labels(labels: Mapping[Any, Any]) -> dict[int, str]:
     """``id2label`` with numbers for keys, as JSON does not have them.
 
     Raises:
-        TypeError: A name is no text.
+        TypeError: A name is not a string.
         ValueError: The numbers are not 0, 1, 2…
     """
     if wrong := [name for name in labels.values() if not isinstance(name, str)]:
@@ -69,10 +69,10 @@ def lacking_modules(model: nn.Module, tower: Tower, names: Iterable[str]) -> lis
     hooked = [tower.module, tower.part("embeddings"), tower.part("remove")]
     lacking = []
     for wanted in dict.fromkeys(names):
-        found = modules_called(model, wanted)
-        if not found:
+        modules = modules_called(model, wanted)
+        if not modules:
             lacking.append(wanted)
-        if any(part is hook for module in found.values() for part in module.modules() for hook in hooked):
+        if any(part is hook for module in modules.values() for part in module.modules() for hook in hooked):
             raise ValueError(
                 f"modules_to_save names {wanted!r}, where registers enter or leave {type(tower.module).__name__}: it "
                 "cannot be trained and saved as a whole beside them. Name a head, or a block."
@@ -96,10 +96,10 @@ def check_adapter_name(model: nn.Module, adapter_name: str, names: Iterable[str]
 
 
 def _own_labels(model: nn.Module) -> dict[int, str] | None:
-    """The classes that the model's config names, ``None`` if it is no config of transformers' or names none."""
+    """The classes that the model's config names, ``None`` if it is not a transformers config or names none."""
     config = getattr(model, "config", None)
-    found = None if isinstance(config, dict) else getattr(config, "id2label", None)
-    return {int(key): str(name) for key, name in found.items()} if isinstance(found, dict) and found else None
+    labels = None if isinstance(config, dict) else getattr(config, "id2label", None)
+    return {int(key): str(name) for key, name in labels.items()} if isinstance(labels, dict) and labels else None
 
 
 def number_of_labels(model: nn.Module) -> int:
@@ -153,8 +153,8 @@ def without_left_out(
     for key in state_dict:
         if ".modules_to_save." not in key:
             gone.update((key, name) for name in (*left_out, *lacking) if f".{name}." in f".{key}")
-    if found := [name for name in lacking if name in gone.values()]:
-        warn_of_left_out(model, found)
+    if dropped := [name for name in lacking if name in gone.values()]:
+        warn_of_left_out(model, dropped)
     return {key: value for key, value in state_dict.items() if key not in gone}
 
 
@@ -214,7 +214,7 @@ class HeadLabels(dict[str, dict[int, str]]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._model: list[nn.Module] = []  # in a list, which is no submodule of whoever holds this
+        self._model: list[nn.Module] = []  # in a list, which is not a submodule of whoever holds this
         self._own: tuple[Any, Any] | None = None
         self._shown: dict[int, str] | None = None
 

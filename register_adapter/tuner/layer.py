@@ -382,5 +382,5 @@ def require_register_layer(model: nn.Module) -> RegisterLayer:
 
 
 def register_layers(model: nn.Module) -> list[RegisterLayer]:
-    """All layers with registers in a model, one a tower."""
+    """All layers with registers in a model, one per tower."""
     return [module for module in model.modules() if isinstance(module, RegisterLayer)]

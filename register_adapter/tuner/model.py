@@ -198,7 +198,7 @@ class RegisterModel(BaseTuner):
         images = kwargs.get("pixel_values", next(iter(args), None))
         batch = len(images) if isinstance(images, torch.Tensor) and images.ndim in (3, 4) else len(names)
         if len(names) != batch:
-            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one an image")
+            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one per image")
         with ExitStack() as stack:
             for layer in layers:
                 own = [name if name in layer.names else BASE for name in names]
@@ -240,10 +240,10 @@ class RegisterModel(BaseTuner):
         if not any(own in key for key in state_dict):
             # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
             state_dict = model.state_dict()
-        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
+        tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return {key: value for key, value in found.items() if own in key}
+        return {key: value for key, value in tensors.items() if own in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -314,7 +314,7 @@ def _check_placement(tower: Tower, config: RegisterConfig) -> None:
     name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
     if config.insert_layer >= blocks:
         raise ValueError(
-            f"insert_layer={config.insert_layer} is no block of {name}, which has {blocks} (0 to {blocks - 1})"
+            f"insert_layer={config.insert_layer} is not a block of {name}, which has {blocks} (0 to {blocks - 1})"
         )
     if config.insert_layer and tower.part("positions_between") is not None:
         raise UnsupportedModelError(
@@ -349,11 +349,11 @@ def _heads_of(model: nn.Module, tower: Tower, config: RegisterConfig) -> tuple[l
 
 def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
     """The tower's identity, after comparing it with the one the config was saved with."""
-    found = TowerIdentity.of(tower)
+    identity = TowerIdentity.of(tower)
     saved = config.identity
     if saved is None or not config.from_file:  # a new one, or one in use on another base too
-        return found
-    differences = found.differences(saved)
+        return identity
+    differences = identity.differences(saved)
     if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):
         advice = (
             "Registers of another width can never fit."
@@ -367,7 +367,7 @@ def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
         load = f"{'register_adapter.testbed.load_shipped' if is_shipped(name) else f'{kind}.from_pretrained'}({name!r})"
         expected = f" Load that base: {load}." if name else " Load the base that it was made for."
         raise BaseModelMismatchError(
-            f"the adapter was made for the vision tower {saved}{base}, the given base has {found}: they differ in "
+            f"the adapter was made for the vision tower {saved}{base}, the given base has {identity}: they differ in "
             f"{', '.join(differences)}.{expected} {advice} Nothing was changed."
         )
-    return saved if differences else found
+    return saved if differences else identity

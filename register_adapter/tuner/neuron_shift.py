@@ -28,7 +28,7 @@ def checked_neurons(neurons: Mapping[Any, Any], numbers_only: bool) -> dict[int,
         numbers_only: Whether a number may stand for the neurons themselves.
 
     Raises:
-        ValueError: They are no such dictionary, or a neuron is named twice.
+        ValueError: They are not such a dictionary, or a neuron is named twice.
     """
 
     def fits(value: Any) -> bool:
@@ -64,7 +64,7 @@ def _usual_for_outliers(activations: torch.Tensor, usual: torch.Tensor, limits: 
     return torch.where(activations.abs() > limits, usual, activations)
 
 
-#: What a token that is no register keeps of its activations ``(B, N, K)``, given the usual ones and limits ``(K,)``.
+#: What a token that is not a register keeps of its activations ``(B, N, K)``, given the usual ones and limits ``(K,)``.
 REMOVALS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "zero": _nothing,
     "mean": _usual,

@@ -63,13 +63,13 @@ def _heads(model: nn.Module, names: list[str]) -> Iterator[tuple[str, nn.Module]
 def _misshapen(
     path: str, module: nn.Module, shapes: dict[str, tuple[int, ...]], layout: dict[str, TensorInfo]
 ) -> list[str]:
-    found: dict[str, Any] = {key: layout.get(_PREFIX + key, layout.get(key)) for key in shapes}
-    bad = {key: info.shape for key, info in found.items() if info is not None and info.shape != shapes[key]}
+    infos: dict[str, Any] = {key: layout.get(_PREFIX + key, layout.get(key)) for key in shapes}
+    bad = {key: info.shape for key, info in infos.items() if info is not None and info.shape != shapes[key]}
     weight = bad.get(f"{path}.weight")
     if isinstance(module, nn.Linear) and weight is not None and len(weight) == 2 and weight[0]:
         # As fit_heads makes it.
         resized = {f"{path}.weight": (weight[0], module.in_features), f"{path}.bias": (weight[0],)}
         bad = {
-            key: info.shape for key, info in found.items() if info is not None and info.shape != resized.get(key, ())
+            key: info.shape for key, info in infos.items() if info is not None and info.shape != resized.get(key, ())
         }
     return [f"{key} has shape {shape}, the model's has {shapes[key]}" for key, shape in bad.items()]

@@ -63,7 +63,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit of the current folder's git checkout, ``None`` outside of one."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        completed = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return completed.stdout.strip() or None

@@ -85,7 +85,7 @@ def _agreeing(scores: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     first, second = (values / values.norm(dim=0).clamp_min(1e-12) for values in (first, second))
     correlation = first.T @ second
     places = torch.arange(3)
-    order = max(permutations(range(3)), key=lambda one: float(correlation[list(one), places].abs().sum()))
+    order = max(permutations(range(3)), key=lambda candidate: float(correlation[list(candidate), places].abs().sum()))
     chosen = correlation[list(order), places]
     return scores[:, list(order)] * torch.where(chosen < 0, -1.0, 1.0)
 

@@ -66,7 +66,7 @@ class DetectorConfig:
 
     @property
     def channels(self) -> int:
-        """Values C a patch: blocks × heads × kinds."""
+        """Values C per patch: blocks × heads × kinds."""
         return self.blocks * self.heads * len(self.kinds)
 
     def num_parameters(self, width: int) -> int:
@@ -80,8 +80,8 @@ class DetectorConfig:
             if self.num_parameters(width) <= MAX_PARAMETERS:
                 return width
         raise ValueError(
-            f"{self.blocks} blocks with {self.heads} heads are {self.channels} values a patch, too many for a detector "
-            f"of {MAX_PARAMETERS} parameters with depth={self.depth}"
+            f"{self.blocks} blocks with {self.heads} heads are {self.channels} values per patch, too many for a "
+            f"detector of {MAX_PARAMETERS} parameters with depth={self.depth}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _FLOOR = 1e-3
 
 
 def reduce_map(attention: torch.Tensor, num_cls: int, first: int, patches: int) -> torch.Tensor:
-    """Five values a patch and head from one attention map.
+    """Five values per patch and head from one attention map.
 
     Shares of attention are logarithms of multiples of the uniform share ``1 / N``, floored at 0.001: 0 is "as much as
     any other token".

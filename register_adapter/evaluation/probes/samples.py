@@ -1,4 +1,4 @@
-"""Drawing a few tokens an image out of a stream of forward passes: normal and outlying patches, CLS, registers."""
+"""Drawing a few tokens per image out of a stream of forward passes: normal and outlying patches, CLS, registers."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
         **options: ``autocast_adapter_dtype`` and ``low_cpu_mem_usage`` as in ``get_peft_model``.
 
     Raises:
-        ValueError: A name is in use or no plain name, a method cannot be composed, or two adapters train the same
+        ValueError: A name is in use or not a plain name, a method cannot be composed, or two adapters train the same
             module of ``modules_to_save``. The model is unchanged.
 
     Example:
@@ -118,49 +118,49 @@ def load_adapters(
     base = innermost(model)
     hub, options = ComposedPeftModel._split_kwargs(options)
     saved = read_folder(fetch_folder(folder, hub), selected_adapters)
-    check_adapters(base, {one.name: one.config for one in saved})
+    check_adapters(base, {adapter.name: adapter.config for adapter in saved})
     # Registers first: they know their base by the names and values of its own parameters.
-    saved_first = sorted(saved, key=lambda one: not isinstance(one.config, RegisterConfig))
-    with _all_or_nothing(model, [one.config for one in saved]):
+    saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, RegisterConfig))
+    with _all_or_nothing(model, [adapter.config for adapter in saved]):
         composed = ComposedPeftModel(model)
         kept = composed.active_adapters
-        for one in saved_first:
-            if isinstance(one.config, RegisterConfig):
-                one.config.ignore_base_mismatch = ignore_base_mismatch
-            one.config.inference_mode = not is_trainable
-            with naming(one.path):
-                composed.add_adapter(one.name, one.config, options.get("low_cpu_mem_usage", False))
-            _check_own(composed, one)
+        for adapter in saved_first:
+            if isinstance(adapter.config, RegisterConfig):
+                adapter.config.ignore_base_mismatch = ignore_base_mismatch
+            adapter.config.inference_mode = not is_trainable
+            with naming(adapter.path):
+                composed.add_adapter(adapter.name, adapter.config, options.get("low_cpu_mem_usage", False))
+            _check_own(composed, adapter)
             try:
-                result = composed.load_adapter(one.path, one.name, is_trainable=is_trainable, **options)
+                result = composed.load_adapter(adapter.path, adapter.name, is_trainable=is_trainable, **options)
             except (RuntimeError, KeyError) as error:
                 raise AdapterFileError(
-                    f"the tensors in {one.path} do not fit {type(base).__name__}: {error}"
+                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: {error}"
                 ) from error
             # PEFT takes any key with these letters in it for the adapter's.
-            end = PEFT_TYPE_TO_PREFIX_MAPPING[one.config.peft_type]
-            missing = [key for key in result.missing_keys if one.name in key.rpartition(end)[2].split(".")]
+            end = PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]
+            missing = [key for key in result.missing_keys if adapter.name in key.rpartition(end)[2].split(".")]
             # PEFT 0.18 draws VeRA's shared projections again from their seed, and leaves the saved ones unread.
             drawn = tuple(f"base_model.{child}" for child in composed.base_model.shared)
             strange = [*missing, *(key for key in result.unexpected_keys if not key.startswith(drawn))]
             if strange:
                 raise AdapterFileError(
-                    f"the tensors in {one.path} do not fit {type(base).__name__}: missing or not expected {strange}"
+                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: missing or not expected {strange}"
                 )
-        active = list(dict.fromkeys([*kept, *(one.name for one in saved if one.active)]))
+        active = list(dict.fromkeys([*kept, *(adapter.name for adapter in saved if adapter.active)]))
         with flags_kept(base):
-            composed.base_model.activate(active, methods={one.config.peft_type for one in saved})
+            composed.base_model.activate(active, methods={adapter.config.peft_type for adapter in saved})
         if is_trainable:
-            composed.set_requires_grad([one.name for one in saved if one.active])
+            composed.set_requires_grad([adapter.name for adapter in saved if adapter.active])
     return composed
 
 
-def _check_own(composed: ComposedPeftModel, one: SavedAdapter) -> None:
+def _check_own(composed: ComposedPeftModel, adapter: SavedAdapter) -> None:
     """No tensor of a file has the name of one that is in the model already, and not the adapter's."""
-    strange = one.keys - set(adapter_tensors(composed, one.name, composed.state_dict()))
+    strange = adapter.keys - set(adapter_tensors(composed, adapter.name, composed.state_dict()))
     if foreign := sorted(strange & set(composed.state_dict())):
         raise AdapterFileError(
-            f"the tensors in {one.path} would replace tensors of the base that the adapter does not train: "
+            f"the tensors in {adapter.path} would replace tensors of the base that the adapter does not train: "
             f"{foreign[:10]}. Nothing was changed."
         )
 
@@ -277,7 +277,7 @@ class ComposedPeftModel(SavesAll):
             if names:
                 self._known(names)
                 tuner = self.base_model.tuner_of(names)
-                tuner.training = self.training  # it is no submodule, and train() does not reach it
+                tuner.training = self.training  # it is not a submodule, and train() does not reach it
                 stack.enter_context(tuner._enable_peft_forward_hooks(*args, **kwargs))
             yield
 

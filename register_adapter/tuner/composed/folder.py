@@ -160,7 +160,7 @@ def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> li
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise AdapterFileError(
-            f"there is no {MANIFEST} in {folder}: it is no folder of save_adapters. A folder with one adapter is "
+            f"there is no {MANIFEST} in {folder}: it is not a folder of save_adapters. A folder with one adapter is "
             "loaded with PeftModel.from_pretrained."
         )
     entries = _entries(path)

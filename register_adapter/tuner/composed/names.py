@@ -25,7 +25,7 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         new: The name it gets.
 
     Raises:
-        ValueError: There is no adapter ``old``, or ``new`` is in use or no plain name.
+        ValueError: There is no adapter ``old``, or ``new`` is in use or not a plain name.
     """
     base = innermost(model)
     configs = configs_of(base)
@@ -50,7 +50,7 @@ def _rename(holder: nn.Module, old: str, new: str) -> None:
         if isinstance(value, str) and value == old:
             setattr(holder, name, new)
         elif isinstance(value, list | set):
-            setattr(holder, name, type(value)(new if one == old else one for one in value))
+            setattr(holder, name, type(value)(new if adapter == old else adapter for adapter in value))
 
 
 _TORCH_TABLES = frozenset(vars(nn.Module()))
@@ -86,8 +86,9 @@ def check_adapters(base: nn.Module, new: Mapping[str, PeftConfig]) -> None:
         new: Config by name of adapters to come.
 
     Raises:
-        ValueError: A name is in use, no plain name, or stands for two adapters; a method puts no layers on a model.
-        TypeError: What is to come is no config.
+        ValueError: A name is in use, is not a plain name, or stands for two adapters; a method puts no layers on a
+            model.
+        TypeError: What is to come is not a config.
     """
     known = configs_of(base)
     for layer in base.modules():

@@ -140,14 +140,14 @@ class SavesAll(PeftModel):
         if not Path(model_id, MANIFEST).is_file():
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         saved = read_folder(model_id)
-        if lacking := [one.name for one in saved if one.name not in self.peft_config]:
+        if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
             raise ValueError(
                 f"{model_id} holds the adapters {lacking}, which the model lacks; it has {list(self.peft_config)}. Put "
                 "them on a base with load_adapters(base, folder)."
             )
         result = None
-        for one in saved:
-            result = super().load_adapter(str(one.path), one.name, *args, **kwargs)
+        for adapter in saved:
+            result = super().load_adapter(str(adapter.path), adapter.name, *args, **kwargs)
         return result
 
     def create_or_update_model_card(self, output_dir: str) -> None:
@@ -158,8 +158,8 @@ class SavesAll(PeftModel):
         except (ValueError, TypeError, yaml.YAMLError):
             return  # somebody's own text
         base = getattr(self.get_base_model(), "name_or_path", None)
-        found = card.data.get("tags")
-        tags = [found] if isinstance(found, str) else list(found or [])
+        existing = card.data.get("tags")
+        tags = [existing] if isinstance(existing, str) else list(existing or [])
         methods = sorted({str(config.peft_type.value).lower() for config in self.peft_config.values()})
         card.data["library_name"] = "peft"
         card.data["tags"] = list(dict.fromkeys([*tags, "peft", "register-adapter", *methods]))

@@ -85,12 +85,12 @@ class ComposedTuner(BaseTuner):
         self.model = model
         if not hasattr(model, "peft_config"):
             self.model.peft_config = {}
-        # In a dictionary, which is no submodule: each of them holds the model too.
+        # In a dictionary, which is not a submodule: each of them holds the model too.
         self._tuners: dict[Any, BaseTuner] = {}
         remap_on_load(self, RegisterModel._remap_adapter_state_dict_for_load)
         for tuner in tuners:
-            for one in tuner._tuners.values() if isinstance(tuner, ComposedTuner) else [tuner]:
-                self._keep(one)
+            for member in tuner._tuners.values() if isinstance(tuner, ComposedTuner) else [tuner]:
+                self._keep(member)
 
     def _keep(self, tuner: BaseTuner) -> None:
         method = next(
@@ -146,9 +146,9 @@ class ComposedTuner(BaseTuner):
         methods = {self.peft_config[name].peft_type for name in names}
         tuner = self._tuners.get(next(iter(methods)))
         if len(methods) != 1 or tuner is None or not hasattr(tuner, "_enable_peft_forward_hooks"):
-            found = sorted(method.value for method in methods)
+            method_names = sorted(method.value for method in methods)
             raise ValueError(
-                f"adapter_names in one batch must be of one method that supports it, these are of {found}; "
+                f"adapter_names in one batch must be of one method that supports it, these are of {method_names}; "
                 "run the batch once per method's adapters, with set_adapter"
             )
         return tuner
@@ -295,7 +295,7 @@ class ComposedTuner(BaseTuner):
         with _hooks_lifted(self.model):
             done: list[str] = []
             for path, module in list(self.model.named_modules()):
-                if any(path.startswith(f"{one}.") for one in done):
+                if any(path.startswith(f"{outer}.") for outer in done):
                     continue
                 if isinstance(module, RegisterLayer) and isinstance(module, kinds):
                     module.detach()

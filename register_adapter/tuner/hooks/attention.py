@@ -49,9 +49,9 @@ def _adds_mask(eager: Callable[..., Any]) -> bool:
     """Whether an eager implementation adds its mask to the logits: ViT's in transformers 4 multiplies maps by it."""
     stub: Any = nn.Identity()
     stub.num_key_value_groups = 1
-    one = torch.ones(1, 1, 1, 1, device="cpu")
+    ones = torch.ones(1, 1, 1, 1, device="cpu")
     try:
-        weights = eager(stub, one, one, one, one - 1, scaling=1.0, dropout=0.0)[1]
+        weights = eager(stub, ones, ones, ones, ones - 1, scaling=1.0, dropout=0.0)[1]
     except (AttributeError, TypeError):  # it reads more off its module, as none of those that multiply does
         return True
     return bool(weights.any())
