@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-import register_adapter
 from register_adapter import (
     FAMILIES,
     Anatomy,
@@ -27,6 +26,7 @@ from register_adapter import (
     find_tower,
 )
 from register_adapter.towers.anatomy import resolve
+from register_adapter.tuner import _peft_compat
 
 
 def test_defaults_are_the_papers_four_registers() -> None:
@@ -42,7 +42,7 @@ def test_the_method_is_registered_with_peft() -> None:
     assert kind.value == "REGISTER_ADAPTER"
     assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is RegisterConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is RegisterModel
-    register_adapter._register(RegisterConfig, RegisterModel)  # a second time does nothing
+    _peft_compat.register(RegisterConfig, RegisterModel)  # a second time does nothing
 
 
 def test_the_dictionary_is_json_and_makes_the_same_config() -> None:
