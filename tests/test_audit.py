@@ -157,6 +157,7 @@ def places(held_out):
     return torch.rand(len(held_out), 100, generator=torch.Generator().manual_seed(8)) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.1, 0.2, 0.3])
 def test_artifacts_of_low_norm_are_found(held_out, places, factor):
     model = load_vit()
@@ -578,6 +579,7 @@ def test_models_of_other_libraries(name):
     assert np.sum(list(report.layers[1].attention.from_all.values()), axis=0) == pytest.approx(np.ones(4), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_half_precision_model(planting, held_out):
     model = copy.deepcopy(planting.model).to(torch.bfloat16)
     report = look(model, held_out[:24], attentions=False)

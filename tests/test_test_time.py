@@ -100,6 +100,7 @@ def planting(block: int, strength: float, count: int, share: float, seed: int) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLANTED, ids=str)
 def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     planted, clean = planting(*case), load_vit()
@@ -123,6 +124,7 @@ def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     assert torch.equal(logits[0].argmax(-1), logits[2].argmax(-1))
 
 
+@pytest.mark.slow
 def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attention_stays() -> None:
     """The shipped planting: its vector was fitted so that CLS attends to it, and does so from the register too."""
     planted, clean = load_planted_vit(), load_vit()
@@ -143,6 +145,7 @@ def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attent
     assert right[0] < right[1] < right[2]
 
 
+@pytest.mark.slow
 def test_the_whole_batch_is_repaired() -> None:
     planted = planting(*PLANTED[1])
     model = fit(copy.deepcopy(planted.model), scenes(128, 555, "train")[0])
@@ -384,6 +387,7 @@ def test_two_pictures_are_too_few() -> None:
         fit(load_planted_vit().model, scenes(2, 1)[0])
 
 
+@pytest.mark.slow
 def test_several_sizes_are_pooled() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model, pixels, image_sizes=(80, 112))
@@ -393,6 +397,7 @@ def test_several_sizes_are_pooled() -> None:
     assert neurons_of(model) == {planted.layer: sorted(planted.neurons)}
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model.bfloat16(), pixels)
@@ -438,6 +443,7 @@ def test_the_attention_bias_form_has_no_token() -> None:
     assert torch.isfinite(layer.tokens("default").weight).all()
 
 
+@pytest.mark.slow
 def test_the_attention_bias_form_is_what_the_register_would_say() -> None:
     """With pictures that are all the same, the mean over pictures is the register's own key and value."""
     pixels = scenes(256, 20_001, "test")[0]
