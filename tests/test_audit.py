@@ -366,6 +366,7 @@ def test_the_same_audit_repeats_bit_for_bit(planting, held_out):
     assert one == other
 
 
+@pytest.mark.slow
 def test_several_rules_can_be_applied_to_one_pass(planting, held_out):
     tower = find_tower(planting.model)
     with torch.no_grad(), collect_statistics(tower, attentions=False) as statistics:
@@ -379,6 +380,7 @@ def test_several_rules_can_be_applied_to_one_pass(planting, held_out):
     assert shares["auto"] == [0, pytest.approx(shares["fixed:100"][1], rel=0.1)]
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_grow_with_the_pictures(planting, held_out):
     tower = find_tower(planting.model)
     sizes = []

@@ -345,6 +345,7 @@ def _batch(inputs, size):
     return {key: torch.cat([value] * size)[:size] for key, value in inputs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_gives_the_same_numbers_for_any_batch(name, tmp_path):
     model, inputs = adapted(name), make_inputs(name)
@@ -418,6 +419,7 @@ def test_onnx_without_its_packages_names_the_extra(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_could_not_be_written_leaves_the_earlier_one(monkeypatch, tmp_path):
     path = tmp_path / "model.pt2"
     path.write_bytes(b"earlier")

@@ -228,6 +228,7 @@ def test_what_is_kept_of_an_image_is_what_the_model_computed() -> None:
         assert set(sizes.values()) == {min(2, int(mask[one.image].sum()))} or set(sizes) == {"normal"}
 
 
+@pytest.mark.slow
 def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
     pictures, _ = _pictures(300)
     counts = np.zeros(300)

@@ -284,6 +284,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(after: int) -> No
     snapshot.check()
 
 
+@pytest.mark.slow
 def test_two_fits_are_the_same_and_draw_no_random_numbers() -> None:
     pixels, _ = scenes(128, 555, "train")
     models = [load_planted_vit().model for _ in range(2)]
@@ -306,6 +307,7 @@ def test_the_mode_and_the_gradients_are_as_after_add_registers() -> None:
 # --- what can be chosen -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_by_hand() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model, pixels, threshold=150.0, top_layer=planted.layer, num_neurons=2)
@@ -373,6 +375,7 @@ def test_where_no_number_is_enough_the_fewest_of_those_that_leave_least() -> Non
     assert Searched([1.0, 0.9, 0.8, 0.8, 0.7]).choose(0.05, [9.0, 0.0, 0.0, 0.0]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 10, 40])
 def test_few_pictures(count: int) -> None:
     planted = load_planted_vit()
@@ -473,6 +476,7 @@ def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_pat
     assert (tmp_path / "fitted" / "adapter_model.safetensors").stat().st_size < 14_000
 
 
+@pytest.mark.slow
 def test_pictures_in_a_folder_with_a_bad_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     SceneDataset(40, seed=4, split=None).write(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
@@ -585,6 +589,7 @@ def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
     assert not scores._seen
 
 
+@pytest.mark.slow
 def test_batches_that_rank_are_let_go() -> None:
     """Those that outliers are found on (64 pictures) and those held out (24) are kept, the others are not."""
     pixels, given, most = scenes(96, 5)[0].numpy(), [], []

@@ -41,6 +41,7 @@ def test_the_weights_are_small_safetensors():
     assert not [file for file in WEIGHTS.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_recorded_accuracy_is_the_shipped_model_s(held_out):
     recorded = json.loads((WEIGHTS / "results.json").read_text())["accuracy"]
