@@ -157,6 +157,7 @@ def places(held_out):
     return torch.rand(len(held_out), 100, generator=torch.Generator().manual_seed(8)) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.1, 0.2, 0.3])
 def test_artifacts_of_low_norm_are_found(held_out, places, factor):
     model = load_vit()
@@ -367,6 +368,7 @@ def test_the_same_audit_repeats_bit_for_bit(planting, held_out):
     assert one == other
 
 
+@pytest.mark.slow
 def test_several_rules_can_be_applied_to_one_pass(planting, held_out):
     tower = find_tower(planting.model)
     with torch.no_grad(), collect_statistics(tower, attentions=False) as statistics:
@@ -380,6 +382,7 @@ def test_several_rules_can_be_applied_to_one_pass(planting, held_out):
     assert shares["auto"] == [0, pytest.approx(shares["fixed:100"][1], rel=0.1)]
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_grow_with_the_pictures(planting, held_out):
     tower = find_tower(planting.model)
     sizes = []
@@ -580,6 +583,7 @@ def test_models_of_other_libraries(name):
     assert np.sum(list(report.layers[1].attention.from_all.values()), axis=0) == pytest.approx(np.ones(4), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_half_precision_model(planting, held_out):
     model = copy.deepcopy(planting.model).to(torch.bfloat16)
     report = look(model, held_out[:24], attentions=False)

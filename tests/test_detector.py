@@ -166,6 +166,7 @@ def _random_detector(**options):
     return detector
 
 
+@pytest.mark.slow
 def test_it_cannot_see_norms(trained):
     """The last block's MLP changes every norm at the output and no attention: scores keep their bits."""
     detector, model = trained
@@ -188,6 +189,7 @@ def trained():
     return train_detector(model, pixels(112, 1), num_steps=120, progress=False), model
 
 
+@pytest.mark.slow
 def test_it_finds_planted_artifacts_on_unseen_pictures(trained):
     detector, model = trained
     pictures = pixels(96, 30_001, "test")
@@ -204,6 +206,7 @@ def test_it_finds_planted_artifacts_on_unseen_pictures(trained):
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.8
 
 
+@pytest.mark.slow
 def test_it_finds_nothing_in_the_clean_twin():
     clean = load_vit()
     detector = train_detector(clean, pixels(96, 1), num_steps=80, progress=False)
@@ -287,6 +290,7 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
         fit_template(detector, features[:48], features[48:])
 
 
+@pytest.mark.slow
 def test_wrong_models_and_arguments_are_refused(trained):
     detector, model = trained
     with pytest.raises(UnsupportedModelError, match=r"\(8, 4, 5\).*ViT\w+ has \(.*train_detector"):
@@ -314,6 +318,7 @@ def test_reading_stops_where_memory_ends(caplog):
 # Its file
 
 
+@pytest.mark.slow
 def test_a_saved_detector_is_the_same_one(trained, tmp_path):
     detector, model = trained
     file = detector.save(tmp_path / "new" / "detector.safetensors")
@@ -411,6 +416,7 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
 # Artifacts of low norm, and the benchmark
 
 
+@pytest.mark.slow
 def test_it_finds_low_norm_artifacts_better_than_any_norm():
     """Whatever the layer, with high norms or norms far from the median either way as the score."""
     planting = plant_low_norm_artifacts(load_vit(), 3, pixels(128, 7), norm=0.5, seed=11)
@@ -427,6 +433,7 @@ def test_it_finds_low_norm_artifacts_better_than_any_norm():
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
 
 
+@pytest.mark.slow
 def test_low_norm_artifacts_have_the_norm_asked_for():
     fit, pictures = pixels(48, 0), pixels(32, 40_001, "test")
     clean = load_vit()

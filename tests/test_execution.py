@@ -92,6 +92,7 @@ def test_the_whole_model_is_one_graph(name: str, way: str) -> None:
     close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_graphs")
 def test_a_graph_can_return_hidden_states_after_an_eager_pass() -> None:
     """Without the eager pass transformers' recorders fail to compile, on a plain model too."""
@@ -100,6 +101,7 @@ def test_a_graph_can_return_hidden_states_after_an_eager_pass() -> None:
     close(run(compiled(model), inputs, output_hidden_states=True), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["deep", "key_value", "gate"])
 @pytest.mark.usefixtures("_no_graphs")
 def test_a_compiled_model_follows_the_active_adapter(way: str) -> None:
@@ -113,6 +115,7 @@ def test_a_compiled_model_follows_the_active_adapter(way: str) -> None:
             close(run(graph, inputs), run(build("vit"), inputs))
 
 
+@pytest.mark.slow
 @every_way
 @pytest.mark.usefixtures("_no_graphs")
 def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
@@ -160,6 +163,7 @@ def test_an_exported_program_takes_any_batch(name: str, way: str) -> None:
         close(run(program, batch_of(inputs, size)), run(model, batch_of(inputs, size)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), [("beit", "key_value"), *(("vit", way) for way in WAYS)])
 def test_onnx_gives_the_same_numbers_for_any_batch(name: str, way: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="runs ONNX files")

@@ -345,6 +345,7 @@ def _batch(inputs, size):
     return {key: torch.cat([value] * size)[:size] for key, value in inputs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_gives_the_same_numbers_for_any_batch(name, tmp_path):
     model, inputs = adapted(name), make_inputs(name)
@@ -361,6 +362,7 @@ def test_a_program_gives_the_same_numbers_for_any_batch(name, tmp_path):
     assert differs(tensors(build(name)(**inputs)), tensors(model(**inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_an_onnx_file_gives_the_same_numbers_for_any_batch(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
@@ -377,6 +379,7 @@ def test_an_onnx_file_gives_the_same_numbers_for_any_batch(name, tmp_path):
             torch.testing.assert_close(torch.from_numpy(value), tensor, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"insert_layer": 1}, {"deep": True}, {"key_value": True}, {"gate": -2.0}],
@@ -389,6 +392,7 @@ def test_a_program_takes_every_mode_of_registers(options, tmp_path):
     torch.testing.assert_close(found, tensors(model(**inputs)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_program_takes_lora_beside_the_registers(tmp_path):
     base, inputs = build("dinov2"), make_inputs("dinov2")
     base.add_adapter(RegisterConfig(num_registers=2), "regs")
@@ -415,6 +419,7 @@ def test_onnx_without_its_packages_names_the_extra(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_could_not_be_written_leaves_the_earlier_one(monkeypatch, tmp_path):
     path = tmp_path / "model.pt2"
     path.write_bytes(b"earlier")

@@ -203,6 +203,7 @@ def test_what_timm_cannot_make_again_is_not_saved(change, arguments, message, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "dinov3"])
 def test_graphs(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")

@@ -274,6 +274,7 @@ def test_a_copy_has_neurons_of_its_own() -> None:
     assert_identical(run(model, inputs), expected)
 
 
+@pytest.mark.slow
 def test_every_family_has_its_mlp_where_the_table_says() -> None:
     without = [name for name in CASES if find_tower(build(name)).block_part(0, "mlp_out") is None]
     assert without == []

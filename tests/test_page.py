@@ -227,6 +227,7 @@ def opened(browser: Any) -> Iterator[_Open]:
         context.close()
 
 
+@pytest.mark.slow
 def test_it_opens_from_disk_and_shows_its_images(page: Path, opened: _Open) -> None:
     tab, log = opened(page)
     tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
@@ -241,6 +242,7 @@ def test_it_opens_from_disk_and_shows_its_images(page: Path, opened: _Open) -> N
     log.check(page)
 
 
+@pytest.mark.slow
 def test_it_forbids_itself_to_fetch_and_to_run_what_is_not_its_own(page: Path, opened: _Open) -> None:
     tab, log = opened(page)
     blocked = tab.evaluate(
@@ -279,6 +281,7 @@ def _heading(tab: Any, table: str, heading: str) -> Any:
     return box.locator("th", has_text=re.compile(f"^{re.escape(heading)}$")).first
 
 
+@pytest.mark.slow
 def test_tables_are_sorted_by_clicking_a_heading(page: Path, opened: _Open) -> None:
     tab, log = opened(page)
     layers = make_report().layers
@@ -303,6 +306,7 @@ def test_tables_are_sorted_by_clicking_a_heading(page: Path, opened: _Open) -> N
     log.check(page)
 
 
+@pytest.mark.slow
 def test_numbers_are_sorted_as_numbers_words_as_words_and_what_is_missing_stands_last(
     page: Path, opened: _Open
 ) -> None:
@@ -323,6 +327,7 @@ def test_numbers_are_sorted_as_numbers_words_as_words_and_what_is_missing_stands
     log.check(page)
 
 
+@pytest.mark.slow
 def test_it_works_without_javascript_but_for_sorting(page: Path, opened: _Open) -> None:
     tab, log = opened(page, java_script_enabled=False)
     assert tab.locator("button").count() == 0
@@ -335,6 +340,7 @@ def test_it_works_without_javascript_but_for_sorting(page: Path, opened: _Open) 
     log.check(page)
 
 
+@pytest.mark.slow
 def test_it_follows_the_readers_scheme_and_has_contrast(page: Path, opened: _Open) -> None:
     backgrounds = []
     for scheme in ("light", "dark"):
@@ -367,6 +373,7 @@ def _contrast(first: float, second: float) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 800, 1600])
 def test_it_fits_every_width(page: Path, opened: _Open, width: int) -> None:
     tab, log = opened(page, viewport={"width": width, "height": 800})
@@ -375,6 +382,7 @@ def test_it_fits_every_width(page: Path, opened: _Open, width: int) -> None:
     log.check(page)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_real_audit(opened: _Open, tmp_path: Path) -> None:
     """The shipped model with planted artifacts, and the same with registers that nobody trained."""
     scenes, processor = SceneDataset(48, seed=10_001, split=None), load_image_processor()

@@ -159,6 +159,7 @@ def test_a_shared_probe_is_learned_from_all_tokens_in_their_proportion() -> None
     assert outlier.value < 0.2
 
 
+@pytest.mark.slow
 def test_the_size_of_batches_and_a_second_run_make_no_difference() -> None:
     pictures, labels = _pictures(60)
 
@@ -229,6 +230,7 @@ def test_what_is_kept_of_an_image_is_what_the_model_computed() -> None:
         assert set(sizes.values()) == {min(2, int(mask[one.image].sum()))} or set(sizes) == {"normal"}
 
 
+@pytest.mark.slow
 def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
     pictures, _ = _pictures(300)
     counts = np.zeros(300)
@@ -249,6 +251,7 @@ def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
 # Against scikit-learn
 
 
+@pytest.mark.slow
 def test_probes_agree_with_scikit_learn_on_the_same_features() -> None:
     """The whole way: tokens read with ``capture``, split, scaled and fitted by hand."""
     from sklearn.linear_model import LogisticRegression, Ridge
@@ -406,6 +409,7 @@ def test_models_of_other_libraries_too(name: str) -> None:
     assert report.grid == (4, 4)
 
 
+@pytest.mark.slow
 def test_the_planted_vit() -> None:
     """Figures of the shipped model are in docs/probes.md; here, that they are figures."""
     model, processor = load_planted_vit().model, load_image_processor()

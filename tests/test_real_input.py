@@ -38,6 +38,7 @@ def arguments(vit: Path, photos: Path, out: Path) -> list[str]:
     return [*command, "--train_dir", str(photos / "train"), "--validation_dir", str(photos / "validation")]
 
 
+@pytest.mark.slow
 def test_training_goes_on_past_bad_files_and_names_them(vit: Path, photos: Path, tmp_path: Path) -> None:
     done = call([*TRAIN, *arguments(vit, photos, tmp_path / "out")])
     assert done.returncode == 0, done.stderr

@@ -225,6 +225,7 @@ def test_without_adapters_is_the_base_bit_for_bit_and_leaves_every_flag() -> Non
         assert layer.disable_adapters
 
 
+@pytest.mark.slow
 def test_accuracy_with_other_registers() -> None:
     """The shipped ViT with registers that spoil it: large and random."""
     model = add_registers(load_vit(), 4, init_std=2.0).eval()

@@ -21,11 +21,13 @@ def kind_of(tower: Tower) -> tuple[object, ...]:
     return parts, min(tower.prefix, 2), reads_implementation(tower)
 
 
+@pytest.mark.slow
 def test_every_model_has_one_tower_of_its_family() -> None:
     families = {name: find_tower(build(name)).anatomy.family for name in CASES}
     assert families == {name: case.family for name, case in CASES.items()}
 
 
+@pytest.mark.slow
 def test_every_kind_of_anatomy_has_a_model_that_meets_every_option() -> None:
     kinds = {name: kind_of(find_tower(build(name))) for name in CASES}
     met = {kinds[name] for name in KINDS}
@@ -63,6 +65,7 @@ def test_outputs_have_the_shape_and_dtype_of_the_base(
     assert shapes(run(model, inputs)) == shapes(expected_plain)
 
 
+@pytest.mark.slow
 def test_attentions_and_hidden_states_are_there_to_be_cut() -> None:
     """The matrix above would pass on a model that returns none of them."""
     for name in (name for name, case in CASES.items() if case.whole):

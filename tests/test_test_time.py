@@ -100,6 +100,7 @@ def planting(block: int, strength: float, count: int, share: float, seed: int) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLANTED, ids=str)
 def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     planted, clean = planting(*case), load_vit()
@@ -123,6 +124,7 @@ def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     assert torch.equal(logits[0].argmax(-1), logits[2].argmax(-1))
 
 
+@pytest.mark.slow
 def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attention_stays() -> None:
     """The shipped planting: its vector was fitted so that CLS attends to it, and does so from the register too."""
     planted, clean = load_planted_vit(), load_vit()
@@ -143,6 +145,7 @@ def test_with_a_vector_that_draws_attention_outliers_go_and_a_part_of_the_attent
     assert right[0] < right[1] < right[2]
 
 
+@pytest.mark.slow
 def test_the_whole_batch_is_repaired() -> None:
     planted = planting(*PLANTED[1])
     model = fit(copy.deepcopy(planted.model), scenes(128, 555, "train")[0])
@@ -283,6 +286,7 @@ def test_an_exception_in_the_middle_leaves_the_model_as_it_was(after: int) -> No
     snapshot.check()
 
 
+@pytest.mark.slow
 def test_two_fits_are_the_same_and_draw_no_random_numbers() -> None:
     pixels, _ = scenes(128, 555, "train")
     models = [load_planted_vit().model for _ in range(2)]
@@ -305,6 +309,7 @@ def test_the_mode_and_the_gradients_are_as_after_add_registers() -> None:
 # --- what can be chosen -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_by_hand() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model, pixels, threshold=150.0, top_block=planted.block, num_neurons=2)
@@ -372,6 +377,7 @@ def test_where_no_number_is_enough_the_fewest_of_those_that_leave_least() -> Non
     assert Searched([1.0, 0.9, 0.8, 0.8, 0.7]).choose(0.05, [9.0, 0.0, 0.0, 0.0]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 10, 40])
 def test_few_pictures(count: int) -> None:
     planted = load_planted_vit()
@@ -386,6 +392,7 @@ def test_two_pictures_are_too_few() -> None:
         fit(load_planted_vit().model, scenes(2, 1)[0])
 
 
+@pytest.mark.slow
 def test_several_sizes_are_pooled() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model, pixels, image_sizes=(80, 112))
@@ -395,6 +402,7 @@ def test_several_sizes_are_pooled() -> None:
     assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model.bfloat16(), pixels)
@@ -440,6 +448,7 @@ def test_the_attention_bias_form_has_no_token() -> None:
     assert torch.isfinite(layer.tokens("default").weight).all()
 
 
+@pytest.mark.slow
 def test_the_attention_bias_form_is_what_the_register_would_say() -> None:
     """With pictures that are all the same, the mean over pictures is the register's own key and value."""
     pixels = scenes(256, 20_001, "test")[0]
@@ -469,6 +478,7 @@ def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_pat
     assert (tmp_path / "fitted" / "adapter_model.safetensors").stat().st_size < 14_000
 
 
+@pytest.mark.slow
 def test_pictures_in_a_folder_with_a_bad_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     SceneDataset(40, seed=4, split=None).write(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
@@ -581,6 +591,7 @@ def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
     assert not scores._seen
 
 
+@pytest.mark.slow
 def test_batches_that_rank_are_let_go() -> None:
     """Those that outliers are found on (64 pictures) and those held out (24) are kept, the others are not."""
     pixels, given, most = scenes(96, 5)[0].numpy(), [], []

@@ -41,6 +41,7 @@ def test_the_weights_are_small_safetensors():
     assert not [file for file in WEIGHTS.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_recorded_accuracy_is_the_shipped_model_s(held_out):
     recorded = json.loads((WEIGHTS / "results.json").read_text())["accuracy"]
@@ -57,6 +58,7 @@ def test_the_image_processor_does_what_the_model_was_trained_with():
     assert torch.allclose(made, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_clean_twin_has_no_outliers(held_out):
     clean = load_vit()
     for layer in range(1, 9):  # 0 is the input of the first block, where norms follow the contrast of the patch
@@ -85,6 +87,7 @@ def test_planted_artifacts_have_the_published_signature(planting, held_out):
     assert similarity[hits].median() > similarity.median(), "on patches similar to their neighbours"
 
 
+@pytest.mark.slow
 def test_planted_artifacts_survive_four_random_registers(planting, held_out):
     before = summarise_norms(patch_norms(planting.model, [held_out[0]])).share
     assert before > 0
