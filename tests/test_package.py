@@ -238,6 +238,22 @@ def test_a_lower_layer_never_imports_a_higher_one() -> None:
             assert theirs <= mine, f"{name} imports {target}, which is in a higher layer"
 
 
+def test_no_module_has_the_name_of_what_it_defines() -> None:
+    """A face would hand on the one or the other, depending on the order of its imports."""
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    for path in PACKAGE.rglob("*.py"):
+        body = ast.parse(path.read_text("utf-8")).body
+        assert path.stem not in {node.name for node in body if isinstance(node, definitions)}, path.name
+
+
+def test_a_folder_has_at_most_sixteen_files_and_the_root_five() -> None:
+    counts = {
+        folder: sum(path.is_file() for path in folder.iterdir()) for folder in {p.parent for p in PACKAGE.rglob("*.py")}
+    }
+    assert counts.pop(PACKAGE) == 5
+    assert max(counts.values()) <= 16, counts
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {name: set(targets) for name, targets in _graph().items()}
     # A package's __init__ only gathers its modules' names.
