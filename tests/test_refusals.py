@@ -165,7 +165,6 @@ FAULTS: dict[str, Spoil] = {
     "a head whose bias has another size": change({f"{HEAD}bias": torch.ones(3)}),
     "a head with a tensor too many": change({f"{HEAD}scale": torch.ones(3)}),
     "a head with NaN": change({f"{HEAD}bias": torch.full((CLASSES,), torch.nan)}),
-    "a head that the base lacks": change({"decoder.weight": torch.ones(2)}, modules_to_save=["classifier", "decoder"]),
     "a head around the tower": change({"vit.x": torch.ones(2)}, modules_to_save=["classifier", "vit"]),
     "the base's own tensor": change({f"{PREFIX}vit.layernorm.weight": torch.zeros(WIDTH)}),
     "the base's own tensor without a prefix": change({"vit.layernorm.weight": torch.zeros(WIDTH)}),
@@ -181,7 +180,7 @@ FAULTS: dict[str, Spoil] = {
     "another base, excused by the file": of_another_base(ignore_base_mismatch=True),
     "a block that is not there": change(insert_layer=9),
     "a tower that is not there": change(target_modules="text"),
-    "an anatomy that counts": anatomy(prefix_counter="layernorm_before.eps"),
+    "an anatomy that counts": anatomy(method_counter="layernorm_before.eps"),
     "an anatomy with methods": anatomy(methods=["named_modules"]),
     "an anatomy with a method of the config": anatomy(counted_methods=["config.to_dict"], method_counter="training"),
     "an anatomy with a rotary argument": anatomy(rotary="nothing"),
@@ -379,22 +378,6 @@ def test_an_anatomy_given_in_code_may_do_what_a_file_may_not(adapter: Path, base
         PeftModel.from_pretrained(copy.deepcopy(base), adapter)
     model = PeftModel.from_pretrained(base, adapter, anatomy=with_power)
     assert model.peft_config["default"].anatomy == with_power
-
-
-def test_what_an_anatomy_counts_is_as_before_when_registers_are_off(base: Any) -> None:
-    blocks = base.vit.layers
-    for block in blocks:
-        block.tokens_before = 7
-    config = RegisterConfig(
-        num_registers=2,
-        target_modules="vit",
-        anatomy=Anatomy("vit", blocks="layers", prefix_counter="tokens_before", input_shape=(3, 32, 32)),
-    )
-    model = get_peft_model(base, config).eval()
-    run(model, PIXELS)
-    assert blocks[0].tokens_before == 1 + 2
-    model.unload()
-    assert [block.tokens_before for block in blocks] == [7, 7]
 
 
 def test_an_interrupt_while_registers_are_put_on_leaves_the_model_as_it_was(
