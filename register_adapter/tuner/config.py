@@ -359,7 +359,7 @@ class RegisterConfig(PeftConfig):
         values = read_json(path)
         method = values.get("peft_type")
         if method != METHOD.upper():
-            raise AdapterFileError(f"{path} is of an adapter of the method {method!r:.100}, not registers.")
+            raise AdapterFileError(f"{path} of {name!r} is of the method {method!r:.100}, not registers.")
         if (anatomy := kwargs.get("anatomy")) is not None:
             values["anatomy"] = anatomy
         with naming(path):
@@ -369,7 +369,7 @@ class RegisterConfig(PeftConfig):
         if weights is None and config.base_tower is not None:
             # A config without a base's identity was never attached to a model, and may well stand alone.
             raise AdapterFileError(
-                f"the adapter in {path.parent} has no weights: there is no {WEIGHTS_NAME}. Save it again."
+                f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME} in {path.parent}. Save it again."
             )
         config.folder = path.parent
         if weights is not None:
