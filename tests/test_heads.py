@@ -30,8 +30,8 @@ from register_adapter import (
     load_adapters,
     save_adapters,
 )
-from register_adapter.commands.audit import AuditArguments, run_audit
-from register_adapter.commands.probe import ProbeArguments, run_probes
+from register_adapter.commands.runs.audit import AuditArguments, run_audit
+from register_adapter.commands.runs.probe import ProbeArguments, run_probes
 
 NAMES = {0: "cat", 1: "dog", 2: "emu", 3: "fox", 4: "gnu"}
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
-from register_adapter.commands.inputs import load_base, load_processor
 from transformers import AutoModelForImageClassification
 
 from register_adapter import BaseModelMismatchError, RegisterConfig, add_registers, audit
-from register_adapter.commands.fit import FitArguments, run_fit
-from register_adapter.data.datasets import load_image_processor
+from register_adapter.commands.runs.fit import FitArguments, run_fit
+from register_adapter.commands.runs.inputs import load_base, load_processor
+from register_adapter.data import load_image_processor
 from register_adapter.testbed import SceneDataset, load_planted_vit, load_shipped, load_vit
 from register_adapter.utils.shipped import CLEAN, PLANTED, local_folder
 

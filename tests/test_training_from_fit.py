@@ -77,7 +77,7 @@ def test_a_plain_adapter_goes_on_too() -> None:
     ("options", "neurons", "message"),
     [
         ({"key_value": True}, "drop", "attention-bias"),
-        ({}, "drop", "pictures"),
+        ({}, "drop", "images"),
         (None, "anneal", "no register neurons"),
     ],
 )
