@@ -208,7 +208,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
 
     def show_labels(self) -> None:
         """Have the model's config name the classes of the active adapter's head."""
-        active = [] if self._disable_adapters else self._active_names
+        active = [] if self.disable_adapters else self._active_names
         self.labels.show(next((self.labels[name] for name in active if name in self.labels), None))
 
     @property
@@ -262,10 +262,12 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         """
         before = self.call.without
         self.call.without = before.union(names)
+        self.show_labels()
         try:
             yield
         finally:
             self.call.without = before
+            self.show_labels()
 
     @contextmanager
     def images_with(self, adapter_names: list[str]) -> Iterator[None]:
