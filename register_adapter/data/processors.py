@@ -55,5 +55,5 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
     except OSError as error:
         raise ValueError(
             f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "
-            f"--image_processor_name ({type(error).__name__})"
+            f"--image-processor-name ({type(error).__name__})"
         ) from error
