@@ -117,17 +117,17 @@ def ranking(truth: torch.Tensor, scores: torch.Tensor) -> dict[str, float]:
     labels, values = truth.flatten().numpy(), scores.flatten().numpy()
     precision, recall, _ = precision_recall_curve(labels, values)
     best = (2 * precision * recall / np.clip(precision + recall, 1e-9, None)).max()
-    found = {
+    measures = {
         "auroc": roc_auc_score(labels, values),
         "ap": average_precision_score(labels, values),
         "best_f1": best,
     }
-    return {name: round(float(value), 4) for name, value in found.items()}
+    return {name: round(float(value), 4) for name, value in measures.items()}
 
 
-def f1(truth: torch.Tensor, found: torch.Tensor) -> float:
+def f1(truth: torch.Tensor, flagged: torch.Tensor) -> float:
     """F1 of a decision."""
-    return round(2 * float((truth & found).sum()) / max(float(truth.sum() + found.sum()), 1.0), 4)
+    return round(2 * float((truth & flagged).sum()) / max(float(truth.sum() + flagged.sum()), 1.0), 4)
 
 
 def norm_rules(
@@ -232,40 +232,40 @@ def run_extras(clean: nn.Module, images: Pictures, steps: int) -> dict[str, Any]
         alone = train_detector(clean, trained_on, num_steps=steps, seed=seed, progress=False)
         flagged = alone.outliers(alone.score(clean, images.report))
         runs.append({"template": alone.has_template, "flagged_share": round(float(flagged.float().mean()), 5)})
-    found: dict[str, Any] = {"clean_twin": runs}
+    extras: dict[str, Any] = {"clean_twin": runs}
     trained, other = Case("high", 5.0, 0.02, 3, 3901), Case("high", 5.0, 0.02, 4, 3902)
     _, detector = run_case(trained, clean, images, steps)
     planting = other.plant(clean, images.fit)
     truth = planting.hits(images.report)
     moved = {"of another planted model": detector, "of the clean twin": alone}
-    found["transfer"] = {"scored": asdict(other), "trained": asdict(trained)}
-    for name, one in moved.items():
-        scores = one.score(planting.model, images.report).flatten(1)
-        alone_scores = one.score(planting.model, images.report, template=False).flatten(1)
-        found["transfer"][name] = {
+    extras["transfer"] = {"scored": asdict(other), "trained": asdict(trained)}
+    for name, moved_detector in moved.items():
+        scores = moved_detector.score(planting.model, images.report).flatten(1)
+        alone_scores = moved_detector.score(planting.model, images.report, template=False).flatten(1)
+        extras["transfer"][name] = {
             **ranking(truth, scores),
-            "f1": f1(truth, one.outliers(scores)),
+            "f1": f1(truth, moved_detector.outliers(scores)),
             "surprise_alone": ranking(truth, alone_scores),
         }
     larger = torch.nn.functional.interpolate(images.report, size=(112, 112), mode="bicubic", antialias=True)
     truth = planting.hits(larger)
     scores = detector.score(planting.model, larger).flatten(1)
-    found["transfer"]["of another planted model, at 112 px"] = {
+    extras["transfer"]["of another planted model, at 112 px"] = {
         **ranking(truth, scores),
         "hits": float(truth.float().mean()),
     }
-    return found
+    return extras
 
 
 def check_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was to be reached, one line a planted model."""
-    found: list[dict[str, Any]] = []
+    targets: list[dict[str, Any]] = []
     for result in results:
         where = {key: result[key] for key in ("group", "size", "share", "layer", "seed")}
         detector, rules = result["detector"], result["norm_rules"]
         if rules["norm"]["auroc"] >= MIN_AUROC:
             passed = detector["auroc"] >= MIN_AUROC
-            found.append(
+            targets.append(
                 {
                     "target": "AUROC where the norm works",
                     **where,
@@ -277,7 +277,7 @@ def check_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if result["group"] == "low" or (result["group"] == "high" and result["size"] <= 2):
             for key in ("auroc", "ap", "f1"):
                 limit = max(rule[key] for rule in rules.values() if key in rule)
-                found.append(
+                targets.append(
                     {
                         "target": f"{key} above every norm rule's",
                         **where,
@@ -286,7 +286,7 @@ def check_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "passed": detector[key] > limit,
                     }
                 )
-    return found
+    return targets
 
 
 def draw(report: dict[str, Any], clean: nn.Module, images: Pictures, steps: int, path: Path) -> None:

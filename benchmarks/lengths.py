@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = {"benchmark": "lengths", "config": config, **describe_machine(), "results": []}
     for model in args.models.split(","):
         for dtype in (torch.float32, torch.bfloat16):
-            found = {length: kernels(*MODELS[model], length, dtype) for length in lengths}
-            for name in found[BASE]:
-                calls = {str(length): found[length][name] for length in lengths}
+            counts = {length: kernels(*MODELS[model], length, dtype) for length in lengths}
+            for name in counts[BASE]:
+                calls = {str(length): counts[length][name] for length in lengths}
                 pairs = [(str(length), str(BASE)) for length in lengths[1:]]
                 with torch.no_grad():
                     taken = take_turns(calls, pairs, "cpu", args.repeats, args.min_time, args.budget)

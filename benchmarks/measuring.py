@@ -110,17 +110,19 @@ class Turns:
         self.builds.append(times)
 
     def report(self, ratios: Iterable[tuple[str, str]]) -> dict[str, Any]:
-        """``repeats``, ``calls_per_repeat``, ``milliseconds`` by variant, and ``ratios`` by ``"one/other"``.
+        """``repeats``, ``calls_per_repeat``, ``milliseconds`` by variant, and ``ratios`` by ``"name/name"``.
 
         Ratios are taken within each turn. Of several builds there are their number, ``builds``, and the median ratio of
         each, ``ratios_by_build``, too.
         """
         pairs = {
-            f"{one}/{other}": [[a / b for a, b in zip(t[one], t[other], strict=True)] for t in self.builds]
-            for one, other in ratios
+            f"{numerator}/{denominator}": [
+                [a / b for a, b in zip(t[numerator], t[denominator], strict=True)] for t in self.builds
+            ]
+            for numerator, denominator in ratios
         }
         times = {name: [value for t in self.builds for value in t[name]] for name in self.builds[0]}
-        found: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "repeats": len(next(iter(times.values()))),
             "calls_per_repeat": self.calls_per_repeat,
             "milliseconds": {name: spread(1000 * value for value in values) for name, values in times.items()},
@@ -128,8 +130,8 @@ class Turns:
         }
         if len(self.builds) > 1:
             medians = {name: [spread(values)["median"] for values in builds] for name, builds in pairs.items()}
-            found |= {"builds": len(self.builds), "ratios_by_build": medians}
-        return found
+            summary |= {"builds": len(self.builds), "ratios_by_build": medians}
+        return summary
 
 
 def _in_a_row(

@@ -120,10 +120,10 @@ def make_calls(case: Case) -> dict[str, Callable[[], None]]:
 
     def fit() -> None:
         fitted = fit_test_time_registers(model, images, batch_size=case.batch, max_images=case.images, progress=False)
-        found = fitted.peft_config["default"].register_neurons
+        fitted_neurons = fitted.peft_config["default"].register_neurons
         fitted.unload()
-        if found != {planted: [0, 1]} and found != {planted: [1, 0]}:
-            raise RuntimeError(f"the fit found {found}, planted were the units 0 and 1 of block {planted}")
+        if fitted_neurons != {planted: [0, 1]} and fitted_neurons != {planted: [1, 0]}:
+            raise RuntimeError(f"the fit found {fitted_neurons}, planted were the units 0 and 1 of block {planted}")
 
     def infer(neurons: bool) -> Callable[[], None]:
         options: dict[str, Any] = {"register_neurons": {planted: list(range(10))}} if neurons else {}

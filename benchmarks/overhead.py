@@ -211,10 +211,10 @@ def check_targets(
     results: list[dict[str, Any]], wrapping: list[dict[str, Any]], registers: int, late: Iterable[dict[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """Compare what was measured with what was to be reached."""
-    found: list[dict[str, Any]] = []
+    targets: list[dict[str, Any]] = []
 
     def add(name: str, where: dict[str, Any], value: float, limit: float) -> None:
-        found.append(
+        targets.append(
             {"target": name, **where, "value": round(float(value), 4), "limit": limit, "passed": bool(value <= limit)}
         )
 
@@ -237,10 +237,10 @@ def check_targets(
         peaks = [result["bytes"][name]["activation_peak"] for name in ("half", "start")]
         if None not in peaks:
             add("insert_layer at half the depth, peak memory", where, peaks[0] / peaks[1], MAX_LATE_MEMORY)
-    for one in wrapping:
-        if one["model"] == "l":
-            add("milliseconds to wrap a ViT-L", {"model": "l"}, one["ms"]["median"], MAX_WRAP_MS)
-    return found
+    for wrap in wrapping:
+        if wrap["model"] == "l":
+            add("milliseconds to wrap a ViT-L", {"model": "l"}, wrap["ms"]["median"], MAX_WRAP_MS)
+    return targets
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -46,9 +46,9 @@ def check(folder: Path) -> dict[str, str]:
     report = {}
     for route, load in ROUTES.items():
         try:
-            found = run(load(kind, str(folder / "base"), str(folder / "adapter")).eval(), saved["inputs"])
+            outputs = run(load(kind, str(folder / "base"), str(folder / "adapter")).eval(), saved["inputs"])
             expected = saved["outputs"]
-            same = list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
+            same = list(outputs) == list(expected) and all(torch.equal(outputs[key], expected[key]) for key in expected)
             report[route] = "identical" if same else "different"
         except Exception as error:
             report[route] = f"{type(error).__name__}: {error}"

@@ -35,16 +35,16 @@ def shapes(outputs: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in outputs.items()}
 
 
-def assert_identical(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_identical(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Equal names, dtypes and bits."""
-    assert list(found) == list(expected)
-    different = [name for name in found if found[name].dtype != expected[name].dtype]
-    different += [name for name in found if not torch.equal(found[name], expected[name])]
+    assert list(actual) == list(expected)
+    different = [name for name in actual if actual[name].dtype != expected[name].dtype]
+    different += [name for name in actual if not torch.equal(actual[name], expected[name])]
     assert not different, f"outputs differ: {different}"
 
 
-def differs(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return any(not torch.equal(found[name], expected[name]) for name in expected)
+def differs(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def hooks(model: nn.Module) -> dict[str, int]:

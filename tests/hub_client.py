@@ -147,15 +147,15 @@ def stranger(out: Path) -> None:
     results: dict[str, dict[str, Any]] = {}
 
     def attempt(case: str, action: Callable[[], Any]) -> None:
-        found = {"type": "nothing raised", "message": "", "own": False}
+        outcome = {"type": "nothing raised", "message": "", "own": False}
         try:
             action()
         except Exception as error:
             traceback.print_exc()
             own = type(error).__module__.startswith("register_adapter")
-            found = {"type": type(error).__name__, "message": str(error), "own": own}
+            outcome = {"type": type(error).__name__, "message": str(error), "own": own}
         same = [name for name, _ in base.named_modules()] == names and torch.equal(logits(base), expected)
-        results[case] = {**found, "unchanged": same}
+        results[case] = {**outcome, "unchanged": same}
 
     def load(case: str, repo: str, **options: Any) -> None:
         attempt(case, lambda: RegisterPeftModel.from_pretrained(base, repo, **options))

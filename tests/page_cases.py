@@ -39,7 +39,7 @@ def make_layer(
     if registers:
         kinds["register"] = distribution(norms.mean(1) * 0.5)
     heads = [share * (3 + head) for head in range(HEADS)]
-    other = [1 - one - 0.2 for one in heads]
+    other = [1 - head_share - 0.2 for head_share in heads]
     shares = {"outlier": heads, "other": other, "cls": [0.2] * HEADS, "register": [0.0] * HEADS}
     return LayerReport(
         layer=index,
@@ -65,7 +65,7 @@ def make_report(
     """A model whose outliers begin at layer ``first`` (``None``: it has none)."""
     rng, grid, images = np.random.default_rng(0), (6, 8), 40
     hits = rng.random((images, grid[0] * grid[1])) < 0.02
-    found = []
+    layer_reports = []
     for index in range(layers):
         norms = 10 * 1.3**index * np.exp(0.1 * rng.standard_normal((images, grid[0] * grid[1])))
         if first is not None and index >= first:
@@ -73,7 +73,7 @@ def make_report(
             threshold = Threshold("mad", high=30 * 1.3**index, separated=True, reason="two kinds of tokens")
         else:
             threshold = Threshold("mad", reason="one kind of tokens")
-        found.append(make_layer(index, norms, threshold, grid, index == layers - 1, registers))
+        layer_reports.append(make_layer(index, norms, threshold, grid, index == layers - 1, registers))
     return ArtifactReport(
         name=name,
         verdict="none" if first is None else "present",
@@ -81,7 +81,7 @@ def make_report(
         if first is None
         else f"2 % of the patches have 8 times the median from layer {first}.",
         first_layer=first,
-        layers=found,
+        layers=layer_reports,
         rule="mad",
         family="vit",
         num_images=images,

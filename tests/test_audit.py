@@ -53,8 +53,8 @@ def look(model, images, **options):
     return audit(model, images, progress=False, **options)
 
 
-def f1(found, expected):
-    return (2 * (found & expected).sum() / (found.sum() + expected.sum()).clamp_min(1)).item()
+def f1(flagged, expected):
+    return (2 * (flagged & expected).sum() / (flagged.sum() + expected.sum()).clamp_min(1)).item()
 
 
 def found_at(model, images, report, layer=-1):
@@ -347,10 +347,10 @@ def test_the_batch_size_makes_no_difference(planting, held_out):
     reports = [look(planting.model, held_out[:30], batch_size=size).to_dict() for size in (30, 7)]
     for report in reports:
         report.pop("environment")
-    one, other = (flat(report) for report in reports)
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert other[key] == (pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value), key
+    small, large = (flat(report) for report in reports)
+    assert small.keys() == large.keys()
+    for key, value in small.items():
+        assert large[key] == (pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value), key
 
 
 def flat(value, path=""):
@@ -362,10 +362,10 @@ def flat(value, path=""):
 
 
 def test_the_same_audit_repeats_bit_for_bit(planting, held_out):
-    one, other = (look(planting.model, held_out[:16]).to_dict() for _ in range(2))
-    one.pop("environment")
-    other.pop("environment")
-    assert one == other
+    first, second = (look(planting.model, held_out[:16]).to_dict() for _ in range(2))
+    first.pop("environment")
+    second.pop("environment")
+    assert first == second
 
 
 @pytest.mark.slow
@@ -482,9 +482,9 @@ def test_kinds_of_tokens(name, cls, native):
 def test_the_active_adapter_takes_part(held_out):
     model = add_registers(load_vit(), num_registers=4, init_std=1.0)
     model.add_adapter("late", RegisterConfig(num_registers=2, insert_layer=6))
-    found = look(model, held_out[:4])
-    assert found.num_registers == 4
-    assert "default" in found.name
+    report = look(model, held_out[:4])
+    assert report.num_registers == 4
+    assert "default" in report.name
     model.set_adapter("late")
     late = look(model, held_out[:4])
     assert [("register" in layer.norms) for layer in late.layers] == [False] * 7 + [True] * 2
@@ -625,7 +625,7 @@ def test_the_command_audits_a_base_and_its_adapters(tmp_path):
         [*command, "--adapter", str(adapter), "--batch_size", "8"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    reports = [ArtifactReport.from_dict(one) for one in json.loads((out / "audit.json").read_text())["reports"]]
+    reports = [ArtifactReport.from_dict(entry) for entry in json.loads((out / "audit.json").read_text())["reports"]]
     assert [report.name for report in reports] == ["planted", "my adapter"]
     assert [report.num_registers for report in reports] == [0, 4]
     assert reports[0].verdict == "present"

@@ -384,13 +384,13 @@ def test_a_chosen_tower_of_two_gets_the_registers_and_is_found_again(chosen: str
     model, inputs = Twins().eval(), make_inputs("vit")
     plain = run(model, inputs)
     trained = add_registers(model, 4, target_modules=chosen).eval()
-    found = run(trained, inputs)
+    outputs = run(trained, inputs)
     (other,) = {"student", "teacher"} - {chosen}
-    assert torch.equal(found[other], plain[other])
-    assert not torch.equal(found[chosen], plain[chosen])
-    assert found[chosen].shape == plain[chosen].shape
+    assert torch.equal(outputs[other], plain[other])
+    assert not torch.equal(outputs[chosen], plain[chosen])
+    assert outputs[chosen].shape == plain[chosen].shape
     trained.save_pretrained(str(tmp_path))
-    assert_identical(run(PeftModel.from_pretrained(Twins().eval(), str(tmp_path)), inputs), found)
+    assert_identical(run(PeftModel.from_pretrained(Twins().eval(), str(tmp_path)), inputs), outputs)
 
 
 def test_both_towers_of_two_can_carry_registers() -> None:
@@ -529,14 +529,14 @@ def test_an_adapter_of_another_method_is_not_taken_for_registers(tmp_path: Path)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
     """The limit on a file's size makes a write fail in the middle, as a full disk does: of any file, of the weights."""
-    found = json.loads(run_script("save_to_a_full_disk", tmp_path, 10, 8192).stdout.splitlines()[-1])
-    assert found["size"] > 16_000
-    for report in found["reports"].values():
+    outcome = json.loads(run_script("save_to_a_full_disk", tmp_path, 10, 8192).stdout.splitlines()[-1])
+    assert outcome["size"] > 16_000
+    for report in outcome["reports"].values():
         assert "could not be saved" in report["error"]
         assert "what was there before is untouched" in report["error"]
         assert report["same"]
         assert report["left"] == ["adapter"], "half-written files are gone"
-    assert found["replaced"], "with room again it is saved"
+    assert outcome["replaced"], "with room again it is saved"
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:

@@ -97,11 +97,11 @@ def add_registers_removed(base: torch.nn.Module) -> torch.nn.Module:
 
 def test_adding_to_a_base_that_carries_registers_adds_an_adapter() -> None:
     base, inputs = build("vit"), make_inputs("vit")
-    one = add_registers(base, 4).eval()
-    expected = run(one, inputs)
-    two = add_registers(base, 2, adapter_name="other").eval()
+    first = add_registers(base, 4).eval()
+    expected = run(first, inputs)
+    second = add_registers(base, 2, adapter_name="other").eval()
     assert sum(isinstance(module, RegisterLayer) for module in base.modules()) == 1
-    assert two.active_adapters == ["other"]
+    assert second.active_adapters == ["other"]
     find_register_layer(base).set_adapter("default")
     assert_identical(run(base, inputs), expected)
 

@@ -143,19 +143,19 @@ def test_missed_targets_are_reported_as_missed(overhead: ModuleType) -> None:
         "ratios": {"adapter/native": {"median": 1.009}, "adapter/base": {"median": 1.031}},
         "bytes": {"adapter": {"activation_peak": 1020}, "native": {"activation_peak": 1000}},
     }
-    found = overhead.check_targets([result], [{"model": "l", "ms": {"median": 49.0}}], 4)
-    assert [target["passed"] for target in found] == [True, False, False, True]
+    targets = overhead.check_targets([result], [{"model": "l", "ms": {"median": 49.0}}], 4)
+    assert [target["passed"] for target in targets] == [True, False, False, True]
     assert len(overhead.check_targets([result], [], 16)) == 2
 
 
 def test_the_peak_is_the_most_that_was_alive_at_once(measuring: ModuleType) -> None:
     known = torch.zeros(10_000)
     with measuring.PeakBytes([known]) as counter:
-        one = torch.ones(1000)
-        two = one + 1
-        del one
-        view = two[:10]
-        del two
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        view = second[:10]
+        del second
         three = torch.ones(500)
         three.add_(1)
         known[:100].add_(1)
@@ -187,11 +187,11 @@ def test_ratios_are_taken_within_a_turn(measuring: ModuleType, monkeypatch: pyte
         return now[0] * call()
 
     monkeypatch.setattr(measuring, "clock", clock)
-    found = measuring.take_turns(
+    measured = measuring.take_turns(
         {"one": lambda: 2.0, "other": lambda: 1.0}, [("one", "other")], "cpu", repeats=30, min_time=0, budget=1e9
     )
-    assert found["ratios"]["one/other"]["median"] == pytest.approx(2, rel=0.02)
-    assert found["milliseconds"]["one"]["p90"] > 1.2 * found["milliseconds"]["one"]["p10"]
+    assert measured["ratios"]["one/other"]["median"] == pytest.approx(2, rel=0.02)
+    assert measured["milliseconds"]["one"]["p90"] > 1.2 * measured["milliseconds"]["one"]["p10"]
 
 
 OTHERS = {
@@ -214,9 +214,9 @@ def test_the_other_benchmarks_write_what_they_compared(name: str, tmp_path: Path
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert {"benchmark", "config", "versions", "hardware", "commit", "results", "targets"} <= set(report)
-    found = {key: value for result in report["results"] for key, value in result["ratios"].items()}
-    assert set(found) == ratios
-    assert all(0 < ratio["p10"] <= ratio["median"] <= ratio["p90"] for ratio in found.values())
+    measured = {key: value for result in report["results"] for key, value in result["ratios"].items()}
+    assert set(measured) == ratios
+    assert all(0 < ratio["p10"] <= ratio["median"] <= ratio["p90"] for ratio in measured.values())
     assert len(report["targets"]) == len(ratios)
     assert done.stdout.count("reached") + done.stdout.count("missed") == len(ratios)
 
@@ -228,9 +228,9 @@ def test_kernels_at_other_lengths(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())["results"]
-    assert {(one["kernel"], one["dtype"]) for one in results} == {
+    assert {(result["kernel"], result["dtype"]) for result in results} == {
         (kernel, dtype) for kernel in ("attention", "linear") for dtype in ("float32", "bfloat16")
     }
-    for one in results:
-        assert set(one["milliseconds"]) == {"257", "261"}
-        assert one["ratios"]["261/257"]["median"] > 0
+    for result in results:
+        assert set(result["milliseconds"]) == {"257", "261"}
+        assert result["ratios"]["261/257"]["median"] > 0

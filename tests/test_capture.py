@@ -66,10 +66,10 @@ def test_the_first_state_holds_the_registers_themselves(name: str) -> None:
     model, inputs = add_registers(build(name), 4).eval(), make_inputs(name)
     with torch.no_grad(), capture(model) as trace:
         model(**inputs)
-    found = trace.hidden_states[0][:, trace.prefix : trace.prefix + 4]
+    registers = trace.hidden_states[0][:, trace.prefix : trace.prefix + 4]
     weight = find_register_layer(model).tokens("default").weight
     norm = getattr(find_register_layer(model).tower.module, "pre_layrnorm", nn.Identity())  # CLIP's, before block 0
-    torch.testing.assert_close(found, norm(weight).expand_as(found))
+    torch.testing.assert_close(registers, norm(weight).expand_as(registers))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -63,11 +63,11 @@ def test_the_trainer_saves_and_resumes_all_adapters(tmp_path: Path) -> None:
     first = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     resumed = composed(seed=1)
     trainer(resumed, tmp_path / "again").train(resume_from_checkpoint=str(first))
-    expected, found = trained(whole), trained(resumed)
-    assert list(found) == list(expected)
-    assert any("lora" in name for name in found)
-    assert any("register" in name for name in found)
-    for name, value in found.items():
+    expected, weights = trained(whole), trained(resumed)
+    assert list(weights) == list(expected)
+    assert any("lora" in name for name in weights)
+    assert any("register" in name for name in weights)
+    for name, value in weights.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
@@ -91,10 +91,10 @@ def test_the_trainer_loads_the_best_of_all_adapters_at_the_end(tmp_path: Path) -
     run_.add_callback(Keep())
     with mock.patch.object(run_, "evaluate", side_effect=[{"eval_loss": 1.0}, {"eval_loss": 2.0}]):
         run_.train()
-    found = trained(model)
-    assert set(found) == set(seen[0])
-    assert all(torch.equal(found[name], seen[0][name]) for name in found)
-    assert any(not torch.equal(found[name], seen[1][name]) for name in found)
+    weights = trained(model)
+    assert set(weights) == set(seen[0])
+    assert all(torch.equal(weights[name], seen[0][name]) for name in weights)
+    assert any(not torch.equal(weights[name], seen[1][name]) for name in weights)
 
 
 @pytest.mark.parametrize("name", ["is_main_process", "safe_serialization", "save_function", "max_shard_size", "state"])
@@ -108,11 +108,11 @@ def test_saving_takes_the_arguments_of_peft(name: str, tmp_path: Path) -> None:
         "state": {"state_dict": {key: value * 2 for key, value in model.state_dict().items()}},
     }[name]
     model.save_pretrained(tmp_path, **given)
-    found = load_adapters(build("vit-classifier"), tmp_path).state_dict()
+    state = load_adapters(build("vit-classifier"), tmp_path).state_dict()
     scale = 2 if name == "state" else 1
-    own = [key for key in found if "lora_" in key or "register_adapter_tokens" in key]
+    own = [key for key in state if "lora_" in key or "register_adapter_tokens" in key]
     assert own
-    assert all(torch.equal(found[key], model.state_dict()[key] * scale) for key in own)
+    assert all(torch.equal(state[key], model.state_dict()[key] * scale) for key in own)
 
 
 def test_another_process_writes_nothing_and_what_is_not_offered_is_refused(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_disable_adapter_acts_on_what_is_named(method: str) -> None:
     without_other = run_and_fail(model, inputs)
     assert_identical(run(model, inputs), both)
     assert trainable(model) == flags
-    assert all(differs(one, two) for one, two in ((without_registers, without_other), (without_other, plain)))
+    assert all(differs(left, right) for left, right in ((without_registers, without_other), (without_other, plain)))
 
 
 def run_and_fail(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -301,10 +301,10 @@ def test_merging_keeps_registers(method: str, order: int, tmp_path: Path) -> Non
     assert differs(run(again, inputs), expected)
 
 
-def assert_identical_nearly(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert list(found) == list(expected)
+def assert_identical_nearly(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert list(actual) == list(expected)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=0)
 
 
 def test_a_peft_models_own_merge_keeps_the_registers_at_work() -> None:
@@ -525,7 +525,7 @@ def _without_a_tensor(folder: Path) -> None:
     tensors.popitem()
     save_file(tensors, path)
     manifest = json.loads((folder / "adapters.json").read_text())
-    entry = next(one for one in manifest["adapters"] if one["name"] == "other")
+    entry = next(adapter for adapter in manifest["adapters"] if adapter["name"] == "other")
     entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (folder / "adapters.json").write_text(json.dumps(manifest))
 

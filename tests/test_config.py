@@ -145,9 +145,9 @@ def test_a_plain_model_described_by_hand_gets_registers(tmp_path: Path) -> None:
     base, inputs = PlainViT().eval(), make_inputs("vit")
     snapshot = Snapshot(base, inputs)
     model = add_registers(base, 4, anatomy=MINE, init_std=1.0).eval()
-    found = run(model, inputs)
-    assert found[""].shape == snapshot.outputs[""].shape
-    assert differs(found, snapshot.outputs)
+    outputs = run(model, inputs)
+    assert outputs[""].shape == snapshot.outputs[""].shape
+    assert differs(outputs, snapshot.outputs)
     with torch.no_grad(), capture(model, attentions=False) as trace:
         model(**inputs)
     assert trace.registers.shape == (2, 4, 16)
@@ -156,7 +156,7 @@ def test_a_plain_model_described_by_hand_gets_registers(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     again = PlainViT()
     again.load_state_dict(base.state_dict(), strict=False)
-    assert_identical(run(PeftModel.from_pretrained(again, str(tmp_path)), inputs), found)
+    assert_identical(run(PeftModel.from_pretrained(again, str(tmp_path)), inputs), outputs)
     model.unload()
     snapshot.check_values()
 

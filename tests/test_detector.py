@@ -55,7 +55,7 @@ def test_a_map_says_what_plain_loops_say(num_cls, first):
     patches, heads = 6, 2
     total = first + patches
     maps = (3 * torch.randn(2, heads, total, total)).softmax(-1)
-    found = reduce_map(maps, num_cls, first, patches)
+    reduced = reduce_map(maps, num_cls, first, patches)
     for image in range(2):
         for head in range(heads):
             for p in range(patches):
@@ -70,12 +70,12 @@ def test_a_map_says_what_plain_loops_say(num_cls, first):
                     "entropy": -sum(v * math.log(v) for v in given.tolist()) - math.log(patches),
                 }
                 wanted = [expected[kind] for kind in KINDS if expected[kind] is not None]
-                assert found[image, p, head].tolist() == pytest.approx(wanted, abs=1e-4)
+                assert reduced[image, p, head].tolist() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_uniform_attention_is_zero():
-    found = reduce_map(torch.full((1, 2, 9, 9), 1 / 9), 1, 1, 8)
-    assert found.abs().max() < 2e-3
+    reduced = reduce_map(torch.full((1, 2, 9, 9), 1 / 9), 1, 1, 8)
+    assert reduced.abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -88,13 +88,13 @@ def test_every_family_gives_finite_values_and_is_left_as_it_was(name, registers)
     model.train()
     snapshot = Snapshot(model, inputs) if not registers else None
     before = hooks(model)
-    (found,) = attention_features(model, [inputs["pixel_values"]])
+    (features,) = attention_features(model, [inputs["pixel_values"]])
     blocks = len(find_tower(model).part("blocks"))
-    assert found.shape[:4] == (len(inputs["pixel_values"]), SIDE, SIDE, blocks)
+    assert features.shape[:4] == (len(inputs["pixel_values"]), SIDE, SIDE, blocks)
     expected = 5 if name not in ("ijepa", "siglip-vision") else 4 if registers else 3
-    assert found.shape[-1] == expected
-    assert torch.isfinite(found).all()
-    assert not found.requires_grad
+    assert features.shape[-1] == expected
+    assert torch.isfinite(features).all()
+    assert not features.requires_grad
     assert model.training
     assert hooks(model) == before
     if snapshot is not None:
@@ -106,11 +106,11 @@ def test_other_libraries_and_late_registers():
     model = timm.models.vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3
     )
-    (found,) = attention_features(model, torch.randn(2, 3, 32, 32))
-    assert found.shape == (2, 4, 4, 2, 2, 5)
+    (features,) = attention_features(model, torch.randn(2, 3, 32, 32))
+    assert features.shape == (2, 4, 4, 2, 2, 5)
     late = add_registers(build("siglip-vision"), num_registers=2, insert_layer=1)
-    (found,) = attention_features(late, torch.randn(1, 3, IMAGE, IMAGE))
-    assert found.shape[-1] == 3, "kinds that only some blocks have are left out"
+    (features,) = attention_features(late, torch.randn(1, 3, IMAGE, IMAGE))
+    assert features.shape[-1] == 3, "kinds that only some blocks have are left out"
 
 
 def test_a_model_is_whole_after_an_exception():
@@ -124,8 +124,8 @@ def test_a_model_is_whole_after_an_exception():
 
 def test_rectangular_pictures_keep_their_rows_and_columns():
     model = build("vit")
-    (found,) = attention_features(model, torch.randn(1, 3, IMAGE, 2 * IMAGE))
-    assert found.shape[1:3] == (SIDE, 2 * SIDE)
+    (features,) = attention_features(model, torch.randn(1, 3, IMAGE, 2 * IMAGE))
+    assert features.shape[1:3] == (SIDE, 2 * SIDE)
 
 
 # The network
@@ -202,8 +202,8 @@ def test_it_finds_planted_artifacts_on_unseen_pictures(trained):
         assert roc_auc_score(truth.flatten(), values.flatten()) > 0.95
     assert detector.has_template
     assert average_precision_score(truth.flatten(), scores.flatten()) > 0.85
-    found = detector.outliers(scores).flatten(1)
-    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.8
+    flagged = detector.outliers(scores).flatten(1)
+    assert 2 * (flagged & truth).sum() / (flagged.sum() + truth.sum()) > 0.8
 
 
 @pytest.mark.slow
@@ -220,13 +220,13 @@ def test_training_repeats_bit_for_bit_and_leaves_no_trace():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     snapshot = Snapshot(model.eval(), {"pixel_values": images[:2]})
-    one = train_detector(model, images, num_steps=6, progress=False, seed=5)
+    first = train_detector(model, images, num_steps=6, progress=False, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
-    two = train_detector(model, [images[:4], images[4:]], num_steps=6, progress=False, seed=5)
+    second = train_detector(model, [images[:4], images[4:]], num_steps=6, progress=False, seed=5)
     other = train_detector(model, images, num_steps=6, progress=False, seed=6)
-    assert all(torch.equal(value, two.state_dict()[key]) for key, value in one.state_dict().items())
-    assert one.config == two.config
-    assert not torch.equal(one.leave.weight, other.leave.weight)
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+    assert first.config == second.config
+    assert not torch.equal(first.leave.weight, other.leave.weight)
     snapshot.check()
 
 
@@ -256,8 +256,8 @@ def test_common_surprises_make_a_template_and_noise_makes_none():
     assert fit_template(detector, features[:48], features[48:])
     scores = detector.score_features(features)
     calibrate(detector, scores)
-    found = detector.outliers(scores)
-    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.95
+    flagged = detector.outliers(scores)
+    assert 2 * (flagged & truth).sum() / (flagged.sum() + truth.sum()) > 0.95
     assert detector.config.rule.startswith("auto: ")
 
 
@@ -310,8 +310,8 @@ def test_wrong_models_and_arguments_are_refused(trained):
 def test_reading_stops_where_memory_ends(caplog):
     model = build("vit")
     images = [torch.randn(2, 3, IMAGE, IMAGE)] * 20
-    one = SIDE * SIDE * math.prod(next(attention_features(model, images)).shape[3:]) * 2
-    train_detector(model, images, num_steps=1, max_gib=5 * one / 2**30, progress=False)
+    image_bytes = SIDE * SIDE * math.prod(next(attention_features(model, images)).shape[3:]) * 2
+    train_detector(model, images, num_steps=1, max_gib=5 * image_bytes / 2**30, progress=False)
     assert "stopped after 6 images" in caplog.text
 
 
@@ -429,8 +429,8 @@ def test_it_finds_low_norm_artifacts_better_than_any_norm():
     norms = max(roc_auc_score(truth, score) for log in logs for score in (log, -log, (log - log.median()).abs()))
     scores = detector.score(planting.model, pictures)
     assert roc_auc_score(truth, scores.flatten()) > max(norms, 0.98)
-    found = detector.outliers(scores).flatten()
-    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
+    flagged = detector.outliers(scores).flatten()
+    assert 2 * (flagged & truth).sum() / (flagged.sum() + truth.sum()) > 0.85
 
 
 @pytest.mark.slow

@@ -52,14 +52,14 @@ def _prose(path: Path) -> str:
 def _anchors(path: Path) -> set[str]:
     """Anchors of a document's headings as GitHub makes them, and those that mkdocstrings makes of ``:::`` lines."""
     text = _FENCE.sub("", path.read_text("utf-8"))
-    found: set[str] = set()
+    anchors: set[str] = set()
     for heading in re.findall(r"(?m)^#{1,6} +(.+?) *#*$", text):
         slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
         copies = [slug, *(f"{slug}-{number}" for number in range(1, 99))]
-        found.add(next(one for one in copies if one not in found))
+        anchors.add(next(anchor for anchor in copies if anchor not in anchors))
     for module, options in re.findall(r"(?m)^::: (\S+)\n((?:[ \t].*\n|\n(?=[ \t]))*)", text):
-        found |= {module, *(f"{module}.{name}" for name in re.findall(r"(?m)^ {8}- (\w+)$", options))}
-    return found
+        anchors |= {module, *(f"{module}.{name}" for name in re.findall(r"(?m)^ {8}- (\w+)$", options))}
+    return anchors
 
 
 def _links(path: Path) -> list[str]:
@@ -147,8 +147,8 @@ def test_the_api_reference_has_every_public_name(face: str) -> None:
 def test_the_api_reference_has_no_name_that_is_gone(page: str) -> None:
     text = (API / page).read_text("utf-8")
     modules = re.findall(r"(?m)^::: (\S+)$", text) or ["register_adapter"]
-    found = {name for module in modules for name in dir(importlib.import_module(module))}
-    gone = _listed(API / page) - found
+    names = {name for module in modules for name in dir(importlib.import_module(module))}
+    gone = _listed(API / page) - names
     assert not gone, f"docs/api/{page} lists {sorted(gone)}, which {modules} do not have"
 
 

@@ -37,9 +37,9 @@ def pair(
     return native, model
 
 
-def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape
-    return (found - expected).abs().max().item()
+def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return (actual - expected).abs().max().item()
 
 
 @pytest.mark.parametrize("registers", [1, 4, 16])
@@ -50,17 +50,17 @@ def test_native_registers_and_the_adapter_are_the_same_function(attention: str, 
     pixel_values = torch.randn(2, 3, IMAGE, IMAGE)
     with torch.no_grad():
         expected = native(pixel_values, output_hidden_states=True)
-        found = model(pixel_values, output_hidden_states=True)
+        outputs = model(pixel_values, output_hidden_states=True)
         with capture(model, attentions=False) as trace:
             model(pixel_values)
     assert expected.last_hidden_state.abs().max() > 0.5
     last = expected.last_hidden_state
-    assert largest_difference(found.last_hidden_state[:, 0], last[:, 0]) <= 1e-5
-    assert largest_difference(found.pooler_output, expected.pooler_output) <= 1e-5
-    assert largest_difference(found.last_hidden_state[:, 1:], last[:, 1 + registers :]) <= 1e-5
+    assert largest_difference(outputs.last_hidden_state[:, 0], last[:, 0]) <= 1e-5
+    assert largest_difference(outputs.pooler_output, expected.pooler_output) <= 1e-5
+    assert largest_difference(outputs.last_hidden_state[:, 1:], last[:, 1 + registers :]) <= 1e-5
     assert largest_difference(trace.registers, last[:, 1 : 1 + registers]) <= 1e-5
-    assert len(found.hidden_states) == len(expected.hidden_states) == len(trace.hidden_states) == BLOCKS + 2
-    for mine, theirs, whole in zip(found.hidden_states, expected.hidden_states, trace.hidden_states, strict=True):
+    assert len(outputs.hidden_states) == len(expected.hidden_states) == len(trace.hidden_states) == BLOCKS + 2
+    for mine, theirs, whole in zip(outputs.hidden_states, expected.hidden_states, trace.hidden_states, strict=True):
         kept = torch.cat([theirs[:, :1], theirs[:, 1 + registers :]], dim=1)
         assert mine.shape == (2, 1 + PATCHES, WIDTH)
         assert largest_difference(mine, kept) <= 1e-5
@@ -84,5 +84,5 @@ def test_gradients_of_the_registers_are_the_native_ones() -> None:
     native(pixel_values).pooler_output.square().sum().backward()
     model(pixel_values).pooler_output.square().sum().backward()
     expected = native.embeddings.register_tokens.grad[0]
-    found = find_register_layer(model).tokens("default").weight.grad
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    gradient = find_register_layer(model).tokens("default").weight.grad
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)

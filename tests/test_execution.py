@@ -42,16 +42,16 @@ def ways_in_turn_by(option: str, values: Iterable[Any], names: list[str] = NAMES
     return pytest.mark.parametrize(("name", "way", option), cases)
 
 
-def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
-    assert list(found) == list(expected)
+def close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert list(actual) == list(expected)
     for key, value in expected.items():
-        equal = torch.allclose(found[key], value, rtol=tolerance, atol=tolerance)
-        assert equal, f"{key} differs, relative error {error(found[key], value):.1e}"
+        equal = torch.allclose(actual[key], value, rtol=tolerance, atol=tolerance)
+        assert equal, f"{key} differs, relative error {error(actual[key], value):.1e}"
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Of all values together, relative."""
-    return float((found.float() - expected).norm() / expected.norm())
+    return float((actual.float() - expected).norm() / expected.norm())
 
 
 @contextmanager
@@ -88,8 +88,8 @@ def test_the_whole_model_is_one_graph(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     expected = run(model, inputs)
     with as_far_as_the_base(lambda: run(compiled(build(name)), inputs)):
-        found = run(compiled(model), inputs)
-    close(found, expected)
+        outputs = run(compiled(model), inputs)
+    close(outputs, expected)
 
 
 @pytest.mark.slow
@@ -123,8 +123,8 @@ def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
     expected = gradients(model, inputs)
     model.zero_grad()
     compiled(model, "aot_eager")(**inputs).last_hidden_state.square().mean().backward()
-    found = {name.rpartition("register_adapter_tokens.")[2]: value.grad for name, value in model.named_parameters()}
-    close({name: found[name] for name in expected}, expected)
+    grads = {name.rpartition("register_adapter_tokens.")[2]: value.grad for name, value in model.named_parameters()}
+    close({name: grads[name] for name in expected}, expected)
 
 
 @pytest.mark.slow
@@ -135,8 +135,8 @@ def test_inductor_trains(name: str, way: str) -> None:
     expected = gradients(model, inputs)
     graph = compiled(model, "inductor")
     with as_far_as_the_base(lambda: run(compiled(build(name)), inputs)):
-        found = gradients(graph, inputs)
-    close(found, expected)
+        grads = gradients(graph, inputs)
+    close(grads, expected)
     close(run(graph.eval(), inputs), run(model, inputs))
 
 
@@ -330,9 +330,9 @@ def test_half_weights(name: str, way: str, precision: str) -> None:
     model = registered(name, way, build(name, dtype=dtype))
     inputs = make_inputs(name, dtype=dtype)
     whole = registered(name, way).to(dtype)
-    for found in (run(model, inputs)[OUTPUT], run(whole, inputs)[OUTPUT]):
-        assert found.dtype == dtype
-        assert error(found, expected) < limit
+    for output in (run(model, inputs)[OUTPUT], run(whole, inputs)[OUTPUT]):
+        assert output.dtype == dtype
+        assert error(output, expected) < limit
     for value in gradients(model.train(), inputs).values():
         assert value.dtype == torch.float32  # PEFT keeps what is trained in float32
         assert torch.isfinite(value).all()
@@ -380,10 +380,10 @@ def test_int8_before_or_after_the_registers_is_the_same(name: str, way: str, kin
     base = quantised(build(name), kind)
     before = run(base, inputs)
     loaded = PeftModel.from_pretrained(base, tmp_path / "float", is_trainable=True).eval()
-    found = run(loaded, inputs)
-    assert 0 < error(found[OUTPUT], expected) < 0.02
+    outputs = run(loaded, inputs)
+    assert 0 < error(outputs[OUTPUT], expected) < 0.02
     quantised(model.get_base_model(), kind)
-    assert_identical(run(model, inputs), found)
+    assert_identical(run(model, inputs), outputs)
     with loaded.disable_adapter():
         assert_identical(run(loaded, inputs), before)
     loaded.save_pretrained(tmp_path / "int8")  # and back to the float base
@@ -395,9 +395,9 @@ def test_int8_before_or_after_the_registers_is_the_same(name: str, way: str, kin
 def test_registers_train_on_int8_weights(name: str, way: str) -> None:
     inputs = make_inputs(name)
     expected = gradients(registered(name, way).train(), inputs)
-    found = gradients(registered(name, way, quantised(build(name), "weights")).train(), inputs)
+    grads = gradients(registered(name, way, quantised(build(name), "weights")).train(), inputs)
     for key, value in expected.items():
-        assert 0 < error(found[key], value) < 0.1
+        assert 0 < error(grads[key], value) < 0.1
 
 
 BITS = {
@@ -424,12 +424,12 @@ def test_bitsandbytes(way: str, kind: str, tmp_path: Path) -> None:
     for value in gradients(loaded.train(), inputs).values():
         assert torch.isfinite(value).all()
         assert value.abs().sum() > 0
-    found = run(loaded.eval(), inputs)[OUTPUT]
+    output = run(loaded.eval(), inputs)[OUTPUT]
     with loaded.disable_adapter():
         plain = run(loaded, inputs)[OUTPUT]
     limit = 2 * error(plain, run(base, inputs)[OUTPUT])
-    assert 0 < error(found, run(model, inputs)[OUTPUT]) < limit
-    assert error(found, plain) > 0
+    assert 0 < error(output, run(model, inputs)[OUTPUT]) < limit
+    assert error(output, plain) > 0
 
 
 # Attention implementations
@@ -489,7 +489,7 @@ def test_padding_patches_stay_out_of_the_others(way: str, attention: str) -> Non
     expected = run(model, inputs)
     inputs["pixel_values"] = inputs["pixel_values"].clone()
     inputs["pixel_values"][0, 12:] += 100.0
-    found = run(model, inputs)
-    assert torch.equal(found[OUTPUT][0, :12], expected[OUTPUT][0, :12])
-    assert torch.equal(found["pooler_output"], expected["pooler_output"])
-    assert differs({"": found[OUTPUT][0, 12:]}, {"": expected[OUTPUT][0, 12:]})
+    outputs = run(model, inputs)
+    assert torch.equal(outputs[OUTPUT][0, :12], expected[OUTPUT][0, :12])
+    assert torch.equal(outputs["pooler_output"], expected["pooler_output"])
+    assert differs({"": outputs[OUTPUT][0, 12:]}, {"": expected[OUTPUT][0, 12:]})

@@ -65,11 +65,11 @@ def native_registers(model):
 
 def outputs(model, inputs, prefix=None, count=0):
     """The flat outputs; with a prefix, tokens of the last hidden state after it are cut out."""
-    found = run(model, inputs)
-    if prefix is not None and "last_hidden_state" in found:
-        hidden = found["last_hidden_state"]
-        found["last_hidden_state"] = cut_tokens(hidden, prefix, count, hidden.shape[1])
-    return found
+    results = run(model, inputs)
+    if prefix is not None and "last_hidden_state" in results:
+        hidden = results["last_hidden_state"]
+        results["last_hidden_state"] = cut_tokens(hidden, prefix, count, hidden.shape[1])
+    return results
 
 
 # The native class
@@ -224,11 +224,11 @@ def test_a_tower_inside_a_larger_model(make, inputs, tmp_path):
     plain = export_native(model, example_inputs=inputs)
     assert type(plain) is type(model.get_base_model())
     plain.save_pretrained(tmp_path)
-    for one in (plain, type(plain).from_pretrained(tmp_path).eval()):
-        found = run(one, inputs)
+    for exported in (plain, type(plain).from_pretrained(tmp_path).eval()):
+        results = run(exported, inputs)
         # The dual encoder returns its tower's whole sequence too.
-        found["vision_model_output.last_hidden_state"] = expected.get("vision_model_output.last_hidden_state")
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        results["vision_model_output.last_hidden_state"] = expected.get("vision_model_output.last_hidden_state")
+        assert all(torch.equal(results[key], value) for key, value in expected.items())
 
 
 def _captioner():
@@ -355,10 +355,10 @@ def test_a_program_gives_the_same_numbers_for_any_batch(name, tmp_path):
     program = torch.export.load(tmp_path / "model.pt2").module()
     for size in (1, 2, 5):
         expected = tensors(model(**_batch(inputs, size)))
-        found = program(**_batch(inputs, size))
-        assert tuple(found) == tuple(expected) == names
+        results = program(**_batch(inputs, size))
+        assert tuple(results) == tuple(expected) == names
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(results[key], value, atol=1e-5, rtol=1e-5)
     assert differs(tensors(build(name)(**inputs)), tensors(model(**inputs)))
 
 
@@ -369,13 +369,13 @@ def test_an_onnx_file_gives_the_same_numbers_for_any_batch(name, tmp_path):
     model, inputs = adapted(name), make_inputs(name)
     names = export_onnx(model, tmp_path / "model.onnx", inputs)
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [one.name for one in session.get_inputs()] == list(inputs)
+    assert [node.name for node in session.get_inputs()] == list(inputs)
     for size in (1, 2, 5):
         batch = _batch(inputs, size)
         expected = tensors(model(**batch))
-        found = session.run(None, {key: value.numpy() for key, value in batch.items()})
-        assert tuple(one.name for one in session.get_outputs()) == tuple(expected) == names
-        for value, tensor in zip(found, expected.values(), strict=True):
+        arrays = session.run(None, {key: value.numpy() for key, value in batch.items()})
+        assert tuple(node.name for node in session.get_outputs()) == tuple(expected) == names
+        for value, tensor in zip(arrays, expected.values(), strict=True):
             torch.testing.assert_close(torch.from_numpy(value), tensor, atol=1e-4, rtol=1e-4)
 
 
@@ -383,13 +383,13 @@ def test_an_onnx_file_gives_the_same_numbers_for_any_batch(name, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [{"insert_layer": 1}, {"deep": True}, {"key_value": True}, {"gate": -2.0}],
-    ids=lambda one: next(iter(one)),
+    ids=lambda options: next(iter(options)),
 )
 def test_a_program_takes_every_mode_of_registers(options, tmp_path):
     model, inputs = adapted("vit", **options), make_inputs("vit")
     export_program(model, tmp_path / "model.pt2")
-    found = torch.export.load(tmp_path / "model.pt2").module()(**inputs)
-    torch.testing.assert_close(found, tensors(model(**inputs)), atol=1e-5, rtol=1e-5)
+    results = torch.export.load(tmp_path / "model.pt2").module()(**inputs)
+    torch.testing.assert_close(results, tensors(model(**inputs)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -399,8 +399,8 @@ def test_a_program_takes_lora_beside_the_registers(tmp_path):
     perturb_registers(base)
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)).eval()
     export_program(model, tmp_path / "model.pt2")
-    found = torch.export.load(tmp_path / "model.pt2").module()(**inputs)
-    torch.testing.assert_close(found, tensors(model(**inputs)), atol=1e-5, rtol=1e-5)
+    results = torch.export.load(tmp_path / "model.pt2").module()(**inputs)
+    torch.testing.assert_close(results, tensors(model(**inputs)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def calls(model, x, cut=lambda hidden: hidden):
     with torch.no_grad():
         features = model.forward_features(x)
         last, maps = model.forward_intermediates(x)
-        found = {
+        results = {
             "logits": model(x) if model.global_pool else cut(model(x)),
             "features": cut(features),
             "pooled": model.forward_head(features, pre_logits=True) if model.global_pool else cut(features),
@@ -93,8 +93,8 @@ def calls(model, x, cut=lambda hidden: hidden):
             "normed": model.forward_intermediates(x, norm=True, intermediates_only=True, output_fmt="NLC"),
         }
         if hasattr(model, "get_intermediate_layers"):
-            found["layers"] = model.get_intermediate_layers(x, n=2, reshape=True)
-    return flatten(found)
+            results["layers"] = model.get_intermediate_layers(x, n=2, reshape=True)
+    return flatten(results)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,10 +116,10 @@ def test_the_export_is_what_timm_makes_and_exact(name):
     assert settings(plain) == settings(again)
     assert vars(plain).keys() == vars(again).keys()
     assert hooks(plain) == {}
-    for one in (plain, again):
-        one.requires_grad_(False)  # as the base is: older torch rounds otherwise where a weight wants a gradient
-        found = calls(one, x, lambda hidden: cut_tokens(hidden, prefix, R, hidden.shape[1]))
-        assert_identical(found, expected)
+    for exported in (plain, again):
+        exported.requires_grad_(False)  # as the base is: older torch rounds otherwise where a weight wants a gradient
+        results = calls(exported, x, lambda hidden: cut_tokens(hidden, prefix, R, hidden.shape[1]))
+        assert_identical(results, expected)
     # The base is as it was.
     assert all(torch.equal(base.state_dict()[key], value) for key, value in state.items())
     assert_identical(calls(base, x), expected)
@@ -138,9 +138,9 @@ def test_features_only_gives_the_same_maps():
     model, x = adapted("registers", features_only=True, out_indices=[0, 1]), pictures()
     plain = export_native(model)
     with torch.no_grad():
-        found, expected = plain(x), model(x)
-    assert len(found) == 2
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        maps, expected = plain(x), model(x)
+    assert len(maps) == 2
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(maps, expected, strict=True))
     assert plain.model.reg_token.shape[1] == 2 + R
 
 

@@ -210,7 +210,7 @@ def test_the_pipeline_and_an_export_have_the_names(trained: Path) -> None:
     model = HEADS["PeftModel"](trained).eval()
     processor = tf.AutoImageProcessor.from_pretrained(trained / "base")
     classify = tf.pipeline("image-classification", model=model, image_processor=processor)
-    assert {found["label"] for found in classify(Image.new("RGB", (32, 32)), top_k=5)} == set(NAMES.values())
+    assert {answer["label"] for answer in classify(Image.new("RGB", (32, 32)), top_k=5)} == set(NAMES.values())
     plain = export_native(model, image_size=32)
     assert (plain.config.num_labels, plain.config.id2label) == (5, NAMES)
 

@@ -107,10 +107,10 @@ def pushed(session: Session) -> dict[str, torch.Tensor]:
 
 
 def test_what_is_loaded_is_what_was_pushed_bit_for_bit(session: Session) -> None:
-    expected, found = pushed(session), load_file(session.folder / "reader" / "outputs.safetensors")
-    different = [name for name in found if not torch.equal(found[name], expected[name.split(":")[0]])]
+    expected, loaded = pushed(session), load_file(session.folder / "reader" / "outputs.safetensors")
+    different = [name for name in loaded if not torch.equal(loaded[name], expected[name.split(":")[0]])]
     assert not different
-    assert set(found) == LOADED_AS
+    assert set(loaded) == LOADED_AS
 
 
 def test_the_versions_differ_from_one_another(session: Session) -> None:
@@ -274,10 +274,10 @@ def failures(session: Session, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_a_failure_is_named_and_changes_nothing(
     failures: tuple[dict[str, Any], str], case: str, kind: str, words: list[str]
 ) -> None:
-    found = failures[0][case]
-    assert found["type"] == kind, found
-    assert not [word for word in words if word not in found["message"]], found["message"]
-    assert found["unchanged"]
+    failure = failures[0][case]
+    assert failure["type"] == kind, failure
+    assert not [word for word in words if word not in failure["message"]], failure["message"]
+    assert failure["unchanged"]
 
 
 def test_no_token_in_an_error_or_a_log(failures: tuple[dict[str, Any], str]) -> None:

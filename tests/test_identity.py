@@ -20,8 +20,8 @@ from register_adapter.towers import TowerIdentity
 from register_adapter.towers.identity import TOLERANCE, fingerprint
 
 
-def distance(one: nn.Module, other: nn.Module) -> float:
-    first, second = fingerprint(find_tower(one)), fingerprint(find_tower(other))
+def distance(model: nn.Module, other: nn.Module) -> float:
+    first, second = fingerprint(find_tower(model)), fingerprint(find_tower(other))
     assert first is not None
     assert second is not None
     assert len(first) == len(second)
@@ -100,8 +100,8 @@ def test_it_differs_for_another_initialisation(name: str) -> None:
 @pytest.mark.parametrize("part", ["patch_embedding", "position_embedding"])
 def test_it_sees_a_change_of_one_part(part: str) -> None:
     base = build("vit")
-    found = find_tower(base).part(part)
-    weight = found if isinstance(found, torch.Tensor) else found.weight
+    component = find_tower(base).part(part)
+    weight = component if isinstance(component, torch.Tensor) else component.weight
     before = fingerprint(find_tower(base))
     with torch.no_grad():
         weight += 0.1 * weight.std() * torch.randn(weight.shape)

@@ -50,11 +50,11 @@ def folder(tmp_path):
 def test_a_folder_is_read_in_order_and_bad_files_are_named(folder, caplog):
     processor = load_image_processor()
     with caplog.at_level(logging.WARNING):
-        batches, found = read(folder, processor, batch_size=3, num_workers=3)
+        batches, collected = read(folder, processor, batch_size=3, num_workers=3)
     assert batches.total == 10
-    made = torch.cat([batch["pixel_values"] for batch in found])
+    made = torch.cat([batch["pixel_values"] for batch in collected])
     expected = [processor(images=SceneDataset(7, seed=3, split=None)[i]["image"])["pixel_values"][0] for i in range(7)]
-    assert torch.equal(made, torch.stack([torch.as_tensor(np.asarray(one)) for one in expected]))
+    assert torch.equal(made, torch.stack([torch.as_tensor(np.asarray(image)) for image in expected]))
     for name in ("zero.jpg", "notes.txt", "cut.png"):
         assert any(name in line for line in batches.skipped)
         assert name in caplog.text
@@ -79,11 +79,11 @@ def test_every_form_of_pictures_gives_the_same(folder, form):
         "generator": lambda: (scenes[index] for index in range(4)),
         "datasets": lambda: _dataset([str(folder / f"{index}.png") for index in range(4)]),
     }
-    batches, found = read(forms[form](), load_image_processor(), batch_size=3)
-    assert [len(batch["pixel_values"]) for batch in found] == [3, 1]
+    batches, collected = read(forms[form](), load_image_processor(), batch_size=3)
+    assert [len(batch["pixel_values"]) for batch in collected] == [3, 1]
     assert batches.total == (None if form == "generator" else 4)
     expected = load_image_processor()(images=[scenes[i]["image"] for i in range(4)], return_tensors="pt")
-    assert torch.equal(torch.cat([batch["pixel_values"] for batch in found]), expected["pixel_values"])
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in collected]), expected["pixel_values"])
 
 
 def _dataset(paths):
@@ -94,23 +94,23 @@ def _dataset(paths):
 
 def test_a_function_from_a_picture_to_a_tensor_is_a_processor():
     scenes = SceneDataset(3, seed=3, split=None)
-    _, found = read(scenes, lambda picture: torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255, batch_size=2)
-    assert [tuple(batch.shape) for batch in found] == [(2, 3, 80, 80), (1, 3, 80, 80)]
+    _, collected = read(scenes, lambda picture: torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255, batch_size=2)
+    assert [tuple(batch.shape) for batch in collected] == [(2, 3, 80, 80), (1, 3, 80, 80)]
 
 
 def test_ready_batches_keep_their_size_and_lose_what_the_tower_does_not_take():
     pictures = torch.rand(5, 3, 8, 8)
-    _, found = read([pictures[:2], pictures[2:]])
-    assert [len(batch) for batch in found] == [2, 3]
-    batches, found = read(pictures, batch_size=2)
-    assert (batches.total, [len(batch) for batch in found]) == (5, [2, 2, 1])
-    _, found = read([{"pixel_values": pictures, "labels": torch.zeros(5)}], dtype=torch.bfloat16)
-    assert list(found[0]) == ["pixel_values"]
-    assert found[0]["pixel_values"].dtype == torch.bfloat16
-    _, found = read([{"pixel_values": pictures}], module=Positional())
-    assert torch.equal(found[0], pictures)
-    _, found = read([(pictures, torch.zeros(5))], max_images=3)
-    assert torch.equal(found[0], pictures[:3])
+    _, collected = read([pictures[:2], pictures[2:]])
+    assert [len(batch) for batch in collected] == [2, 3]
+    batches, collected = read(pictures, batch_size=2)
+    assert (batches.total, [len(batch) for batch in collected]) == (5, [2, 2, 1])
+    _, collected = read([{"pixel_values": pictures, "labels": torch.zeros(5)}], dtype=torch.bfloat16)
+    assert list(collected[0]) == ["pixel_values"]
+    assert collected[0]["pixel_values"].dtype == torch.bfloat16
+    _, collected = read([{"pixel_values": pictures}], module=Positional())
+    assert torch.equal(collected[0], pictures)
+    _, collected = read([(pictures, torch.zeros(5))], max_images=3)
+    assert torch.equal(collected[0], pictures[:3])
 
 
 def test_a_slice_of_a_batch_takes_what_there_is_one_of_for_each_image():
@@ -125,8 +125,8 @@ def test_a_slice_of_a_batch_takes_what_there_is_one_of_for_each_image():
 
 
 def test_max_images_stops_early():
-    batches, found = read(SceneDataset(9, split=None), load_image_processor(), batch_size=4, max_images=6)
-    assert (batches.total, [len(batch["pixel_values"]) for batch in found]) == (6, [4, 2])
+    batches, collected = read(SceneDataset(9, split=None), load_image_processor(), batch_size=4, max_images=6)
+    assert (batches.total, [len(batch["pixel_values"]) for batch in collected]) == (6, [4, 2])
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,10 @@ def test_hidden_patches_do_not_leak_through_registers(name: str, kind: str, atte
     expected = outputs(base, mask)
     torch.testing.assert_close(outputs(base, mask, change=3.0), expected, msg="the mask does not hide in the base")
     model = add_registers(base, 4, init_std=1.0).eval()
-    found = outputs(model, mask)
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() > 1e-4, "registers had no effect"
-    torch.testing.assert_close(outputs(model, mask, change=3.0), found)
+    hidden = outputs(model, mask)
+    assert hidden.shape == expected.shape
+    assert (hidden - expected).abs().max() > 1e-4, "registers had no effect"
+    torch.testing.assert_close(outputs(model, mask, change=3.0), hidden)
     unmasked = torch.ones_like(mask) if mask.ndim == 2 else None
     assert (outputs(model, unmasked, change=3.0) - outputs(model, unmasked)).abs().max() > 1e-3
 
@@ -92,9 +92,9 @@ def test_hidden_patches_do_not_leak_through_registers(name: str, kind: str, atte
 def test_a_mask_of_ones_changes_nothing(name: str) -> None:
     model = add_registers(masked(name, "eager"), 4).eval()
     inputs, length = make_inputs(name), find_tower(build(name)).prefix + PATCHES
-    found = run(model, {**inputs, "attention_mask": torch.ones(2, length)})
+    results = run(model, {**inputs, "attention_mask": torch.ones(2, length)})
     for key, value in run(model, inputs).items():
-        torch.testing.assert_close(found[key], value)
+        torch.testing.assert_close(results[key], value)
 
 
 @pytest.mark.parametrize("name", FLAT)
@@ -106,9 +106,9 @@ def test_a_positional_mask_grows_too(name: str) -> None:
     position = list(inspect.signature(type(base).forward).parameters)[1:].index("attention_mask")
     arguments: list[Any] = [inputs["pixel_values"], *[None] * (position - 1), mask]
     with torch.no_grad():
-        found = model(*arguments).last_hidden_state
+        hidden = model(*arguments).last_hidden_state
         expected = model(**inputs, attention_mask=mask).last_hidden_state
-    assert torch.equal(found, expected)
+    assert torch.equal(hidden, expected)
 
 
 def test_disabled_registers_leave_the_mask_alone() -> None:

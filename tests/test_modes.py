@@ -40,9 +40,9 @@ def test_another_resolution_has_the_shapes_of_the_base(name: str, size: int) -> 
         ask["interpolate_pos_encoding"] = True
     expected = run(base, inputs, **ask)
     assert expected["last_hidden_state"].shape[1] == (size // PATCH) ** 2 + find_tower(base).prefix
-    found = run(add_registers(base, 4).eval(), inputs, **ask)
-    assert shapes(found) == shapes(expected)
-    assert differs(found, expected)
+    outputs = run(add_registers(base, 4).eval(), inputs, **ask)
+    assert shapes(outputs) == shapes(expected)
+    assert differs(outputs, expected)
 
 
 def test_resolutions_can_alternate() -> None:
@@ -93,12 +93,12 @@ def test_autocast_runs_and_trains_float32_registers(name: str, precision: str) -
     model, inputs = registered(name), make_inputs(name)
     expected = run(model, inputs)["last_hidden_state"]
     with torch.autocast("cpu", dtype=getattr(torch, precision)):
-        found = run(model, inputs)["last_hidden_state"]
+        hidden = run(model, inputs)["last_hidden_state"]
         grad = gradient(model, inputs)
     assert grad.dtype == torch.float32
     assert torch.isfinite(grad).all()
     assert grad.abs().sum() > 0
-    assert (found.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+    assert (hidden.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -169,7 +169,7 @@ def test_a_batch_gives_what_single_pictures_give() -> None:
     model, pixel_values = registered("dinov2"), make_inputs("dinov2", batch=3)["pixel_values"]
     with torch.no_grad():
         together = model(pixel_values).last_hidden_state
-        alone = torch.cat([model(one[None]).last_hidden_state for one in pixel_values])
+        alone = torch.cat([model(image[None]).last_hidden_state for image in pixel_values])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 

@@ -131,16 +131,16 @@ def test_every_image_with_another_adapter(name: str) -> None:
     model.eval()
     expected = []
     for index, adapter in enumerate(["b", "a", None]):
-        one = {key: value[index : index + 1] for key, value in inputs.items()}
+        row = {key: value[index : index + 1] for key, value in inputs.items()}
         if adapter is None:
             with model.disable_adapter():
-                expected.append(run(model, one)["last_hidden_state"])
+                expected.append(run(model, row)["last_hidden_state"])
         else:
             model.set_adapter(adapter)
-            expected.append(run(model, one)["last_hidden_state"])
+            expected.append(run(model, row)["last_hidden_state"])
     with torch.no_grad():
-        found = model(**inputs, adapter_names=["b", "a", "__base__"]).last_hidden_state
-    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
+        hidden = model(**inputs, adapter_names=["b", "a", "__base__"]).last_hidden_state
+    torch.testing.assert_close(hidden, torch.cat(expected), rtol=0, atol=1e-5)
 
 
 def test_strength_goes_from_the_activation_as_it_is_to_the_shifted_one() -> None:
@@ -149,9 +149,9 @@ def test_strength_goes_from_the_activation_as_it_is_to_the_shifted_one() -> None
     with torch.no_grad():
         for strength, reference in ((0.0, 0.0), (-3.0, 0.0), (1.0, 1.0), (7.0, 1.0)):
             tokens_of(model).strength.fill_(strength)
-            found = run(model, inputs)
+            outputs = run(model, inputs)
             tokens_of(model).strength.fill_(reference)
-            assert_identical(found, run(model, inputs))
+            assert_identical(outputs, run(model, inputs))
     registers = RegisterConfig(num_registers=2, init_std=0.0)
     model.add_adapter("plain", registers)
     with torch.no_grad():

@@ -47,7 +47,7 @@ def test_registers_that_nobody_sees_change_nothing(name: str, monkeypatch: pytes
     model = add_registers(base, REGISTERS, init_std=1.0).eval()
     prefix = find_register_layer(model).prefix
     with unseen(prefix, prefix + REGISTERS + CASES[name].patches, monkeypatch) as calls:
-        found = run(model, inputs, output_hidden_states=True)
+        outputs = run(model, inputs, output_hidden_states=True)
     assert len(calls) >= blocks
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(outputs[key], value, rtol=1e-3, atol=1e-3)

@@ -130,7 +130,7 @@ def test_every_pin_is_one_exact_version() -> None:
 
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert all(pin.specifier and all(one.operator == "==" for one in pin.specifier) for pin in pins)
+    assert all(pin.specifier and all(clause.operator == "==" for clause in pin.specifier) for pin in pins)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     wanted = [line for extra in project["optional-dependencies"].values() for line in extra] + project["dependencies"]
     pinned = {pin.name.replace("_", "-") for pin in pins}
@@ -205,7 +205,7 @@ def _imports(path: Path) -> set[str]:
     here = path.relative_to(ROOT).with_suffix("").parts
     package = here if path.name == "__init__.py" else here[:-1]
     package = package[:-1] if path.name == "__init__.py" else package
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -216,8 +216,8 @@ def _imports(path: Path) -> set[str]:
             targets = [start, *(f"{start}.{alias.name}" for alias in node.names)]
         else:
             continue
-        found |= {target for target in targets if target in MODULES}
-    return {target.removeprefix("register_adapter.") for target in found}
+        imported |= {target for target in targets if target in MODULES}
+    return {target.removeprefix("register_adapter.") for target in imported}
 
 
 @functools.cache
@@ -234,7 +234,7 @@ def test_a_lower_layer_never_imports_a_higher_one() -> None:
     assert not unplaced, f"put {sorted(unplaced)} into LAYERS and into docs/architecture.md"
     for name, targets in graph.items():
         for target in targets:
-            mine, theirs = (level[one.partition(".")[0]] for one in (name, target))
+            mine, theirs = (level[module.partition(".")[0]] for module in (name, target))
             assert theirs <= mine, f"{name} imports {target}, which is in a higher layer"
 
 

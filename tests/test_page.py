@@ -192,12 +192,12 @@ _FLAGS = (
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
+    executable = next((path for path in map(shutil.which, names) if path), None)
+    if executable is None:
         pytest.skip(f"no browser is installed: looked for {', '.join(names)} (Debian: apt-get install chromium)")
     interface = pytest.importorskip("playwright.sync_api")
     with interface.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=list(_FLAGS))
+        browser = driver.chromium.launch(executable_path=executable, args=list(_FLAGS))
         yield browser
         browser.close()
 
@@ -259,12 +259,12 @@ def test_it_forbids_itself_to_fetch_and_to_run_what_is_not_its_own(page: Path, o
     }""")
     assert tab.evaluate("window.ran") is None
     assert log.requests[0] == page.as_uri()
-    assert all("nowhere.png" in one for one in log.requests[1:])  # asked for, and blocked before it was read
-    assert any("nowhere.png" in one for one in log.errors)
+    assert all("nowhere.png" in request for request in log.requests[1:])  # asked for, and blocked before it was read
+    assert any("nowhere.png" in error for error in log.errors)
 
 
 def _column(tab: Any, table: str, heading: str) -> list[str]:
-    found: list[str] = tab.evaluate(
+    cells: list[str] = tab.evaluate(
         """([caption, heading]) => {
             const all = [...document.querySelectorAll("table")];
             const table = all.find((one) => one.caption.textContent === caption);
@@ -273,7 +273,7 @@ def _column(tab: Any, table: str, heading: str) -> list[str]:
         }""",
         [table, heading],
     )
-    return found
+    return cells
 
 
 def _heading(tab: Any, table: str, heading: str) -> Any:
@@ -321,9 +321,9 @@ def test_numbers_are_sorted_as_numbers_words_as_words_and_what_is_missing_stands
     # "10.4 ×" comes after "9.2 ×", although not in the alphabet.
     ratio = _heading(tab, "Layer by layer", "largest /\u00a0median").get_by_role("button")
     ratio.click()
-    found = [float(words.split()[0]) for words in _column(tab, "Layer by layer", "largest /\u00a0median")]
-    assert found == sorted(found)
-    assert found[0] < 9.5
+    ratios = [float(words.split()[0]) for words in _column(tab, "Layer by layer", "largest /\u00a0median")]
+    assert ratios == sorted(ratios)
+    assert ratios[0] < 9.5
     log.check(page)
 
 
@@ -347,14 +347,14 @@ def test_it_follows_the_readers_scheme_and_has_contrast(page: Path, opened: _Ope
         tab, log = opened(page, color_scheme=scheme)
         colours = tab.evaluate(
             """() => {
-                const style = (one) => getComputedStyle(document.querySelector(one));
+                const style = (selector) => getComputedStyle(document.querySelector(selector));
                 return [style("body").color, style("section").backgroundColor, style(".note").color,
-                        ...[...document.querySelectorAll(".badge")].map((one) => getComputedStyle(one).color)];
+                        ...[...document.querySelectorAll(".badge")].map((badge) => getComputedStyle(badge).color)];
             }"""
         )
         text, back, *others = (_luminance(colour) for colour in colours)
         assert _contrast(text, back) > 10
-        assert all(_contrast(one, back) > 4.5 for one in others)  # WCAG 2.1, level AA
+        assert all(_contrast(colour, back) > 4.5 for colour in others)  # WCAG 2.1, level AA
         backgrounds.append(back)
         log.check(page)
     assert backgrounds[0] > 0.9
@@ -404,8 +404,8 @@ def test_the_page_of_a_real_audit(opened: _Open, tmp_path: Path) -> None:
     assert tab.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
     shares = [layer.outlier_share for layer in reports[0].layers]
     _heading(tab, "Layer by layer", "outliers").get_by_role("button").click()
-    found = [int(layer) for layer in _column(tab, "Layer by layer", "layer")]
-    assert [shares[layer] for layer in found] == sorted(shares)
+    layers = [int(layer) for layer in _column(tab, "Layer by layer", "layer")]
+    assert [shares[layer] for layer in layers] == sorted(shares)
     for definition in reports[0].definitions.values():
         assert definition in tab.locator("#definitions").inner_text()
     log.check(path)

@@ -78,11 +78,11 @@ def test_labels_stay_with_their_pictures_where_others_are_bad(folder: Path) -> N
     given = np.arange(10) * 11
     options = PassOptions(load_image_processor(), batch_size=4)
     batches = list(open_pass(load_vit(), folder, options, labels=given, with_labels=True))
-    found = np.concatenate([batch.labels for batch in batches])
-    assert found.tolist() == [0, 11, 22, 44, 55, 66, 77, 88]
+    labels = np.concatenate([batch.labels for batch in batches])
+    assert labels.tolist() == [0, 11, 22, 44, 55, 66, 77, 88]
     assert sum(batch.size for batch in batches) == 8
     alone = load_image_processor()([SceneDataset(10, seed=8, split=None)[4]["image"]], return_tensors="pt")
-    place = found.tolist().index(44)
+    place = labels.tolist().index(44)
     assert torch.equal(torch.cat([batch.inputs["pixel_values"] for batch in batches])[place], alone["pixel_values"][0])
 
 

@@ -66,9 +66,9 @@ def test_outputs_have_the_shape_of_the_base(name: str, mode: str, attention: str
     ask = {**ASK, **({"output_attentions": True} if attention == "eager" else {})}
     with model.disable_adapter():
         expected = run(model, inputs, **ask)
-    found = run(model, inputs, **ask)
-    assert shapes(found) == shapes(expected)
-    assert differs(found, expected)
+    outputs = run(model, inputs, **ask)
+    assert shapes(outputs) == shapes(expected)
+    assert differs(outputs, expected)
     with model.disable_adapter():
         assert_identical(run(model, inputs, **ask), run(build(name, attention), inputs, **ask))
 
@@ -123,11 +123,11 @@ def test_copies_are_independent(name: str, mode: str) -> None:
 
 def test_insert_layer_zero_is_the_default() -> None:
     inputs = make_inputs("vit")
-    found = []
+    outputs = []
     for options in ({}, {"insert_layer": 0}):
         torch.manual_seed(0)
-        found.append(run(add_registers(build("vit"), 3, **options).eval(), inputs))
-    assert_identical(*found)
+        outputs.append(run(add_registers(build("vit"), 3, **options).eval(), inputs))
+    assert_identical(*outputs)
 
 
 @pytest.mark.parametrize("insert_layer", range(BLOCKS))
@@ -182,8 +182,8 @@ def test_deep_registers_are_key_value_pairs_for_the_other_tokens(attention: str,
     weights = [find_register_layer(model).tokens("default").weight for model in (tokens, pairs)]
     with torch.no_grad():
         weights[1].copy_(_projected("vit", weights[0]))
-    expected, found = run(tokens, inputs), run(pairs, inputs)
-    torch.testing.assert_close(found["last_hidden_state"], expected["last_hidden_state"], rtol=0, atol=1e-5)
+    expected, outputs = run(tokens, inputs), run(pairs, inputs)
+    torch.testing.assert_close(outputs["last_hidden_state"], expected["last_hidden_state"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_every_image_of_a_batch_with_an_adapter_of_its_own(name: str, options: d
     model.add_adapter("five", RegisterConfig(num_registers=5, init_std=1.0, **options))
     model.eval()
     names = ["five", "__base__", "two", "five"]
-    found = run(model, {**inputs, "adapter_names": names}, **ASK)
+    outputs = run(model, {**inputs, "adapter_names": names}, **ASK)
     for index, adapter in enumerate(names):
         alone = {key: value[index : index + 1] for key, value in inputs.items()}
         if adapter == "__base__":
@@ -235,7 +235,7 @@ def test_every_image_of_a_batch_with_an_adapter_of_its_own(name: str, options: d
             model.set_adapter(adapter)
             expected = run(model, alone, **ASK)
         for key, value in expected.items():
-            torch.testing.assert_close(found[key][index : index + 1], value, rtol=1e-4, atol=2e-5, msg=key)
+            torch.testing.assert_close(outputs[key][index : index + 1], value, rtol=1e-4, atol=2e-5, msg=key)
     with model.disable_adapter():
         assert_identical(run(model, inputs), run(build(name, attention), inputs))
 

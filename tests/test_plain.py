@@ -170,9 +170,9 @@ def attach(name: str, mode: str = "input") -> Any:
 def test_two_names_are_enough(name: str, mode: str) -> None:
     expected = run(build(name), images())
     model = attach(name, mode)
-    found = run(model, images())
-    assert shapes(found) == shapes(expected)
-    assert differs(found, expected)
+    outputs = run(model, images())
+    assert shapes(outputs) == shapes(expected)
+    assert differs(outputs, expected)
     with model.disable_adapter():
         for key, value in run(model, images()).items():
             # With hooks on its layers nn.TransformerEncoderLayer takes its slow path, which rounds otherwise.

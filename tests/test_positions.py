@@ -78,12 +78,12 @@ def _norm_map(model: Any, pixels: torch.Tensor, antialias: bool) -> torch.Tensor
     return trace.patches(0)[0].norm(dim=-1).reshape(SMALLER, SMALLER)
 
 
-def _stripes(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def _stripes(actual: torch.Tensor, wanted: torch.Tensor) -> float:
     """How far a map's columns wander from those of a map without aliasing, as a share of the map's mean.
 
     The outermost columns are left out: there an interpolation has no neighbours on one side.
     """
-    difference = (found - wanted).mean(0)[2:-2]
+    difference = (actual - wanted).mean(0)[2:-2]
     return float(difference.std() / wanted.mean())
 
 
@@ -166,8 +166,8 @@ def test_the_size_it_was_trained_at_is_computed_bit_for_bit() -> None:
     with torch.no_grad():
         wanted = tower.run(pixels).last_hidden_state
         with antialiased_positions(tower):
-            found = tower.run(pixels).last_hidden_state
-    assert torch.equal(found, wanted)
+            hidden = tower.run(pixels).last_hidden_state
+    assert torch.equal(hidden, wanted)
 
 
 def test_only_the_towers_own_positions_are_touched_and_nothing_is_left_behind() -> None:

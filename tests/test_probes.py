@@ -186,8 +186,8 @@ def test_too_few_outliers_give_a_sentence_and_no_figure(threshold: Threshold | N
     report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), threshold=threshold, min_images=20)
     row = report.row("outlier")
     assert row.classification is row.position_top1 is row.reconstruction_l2 is None
-    found = 5 if threshold else 0
-    assert row.note == f"not enough outlier tokens ({found} found, in {found} images; 20 images with some needed)"
+    count = 5 if threshold else 0
+    assert row.note == f"not enough outlier tokens ({count} found, in {count} images; 20 images with some needed)"
     assert report.row("normal").num_images == 60
     assert report.row("CLS").classification.value > 0.9
     assert report.difference == {}
@@ -217,17 +217,17 @@ def test_what_is_kept_of_an_image_is_what_the_model_computed() -> None:
     mask = norms > threshold.high
     assert samples.num_outliers == int(mask.sum()) > 0
     assert samples.num_images_with_both == int(mask.any(1).sum())
-    assert {one.image for one in samples.with_both} == set(mask.any(1).nonzero().flatten().tolist())
+    assert {sample.image for sample in samples.with_both} == set(mask.any(1).nonzero().flatten().tolist())
     patches = F.unfold(pixels, 8, stride=8).transpose(1, 2)
-    for one in samples.with_both + samples.plain:
-        assert torch.equal(torch.from_numpy(one.prefix), trace.hidden_states[6][one.image, :1])
-        for kind, places in one.places.items():
+    for sample in samples.with_both + samples.plain:
+        assert torch.equal(torch.from_numpy(sample.prefix), trace.hidden_states[6][sample.image, :1])
+        for kind, places in sample.places.items():
             assert len(set(places)) == len(places) <= 2
-            assert (mask[one.image, places] == (kind == "outlier")).all()
-            assert torch.equal(torch.from_numpy(one.patches[kind]), trace.patches(6)[one.image, places])
-            assert torch.equal(torch.from_numpy(one.pixels[kind]), patches[one.image, places])
-        sizes = {kind: len(places) for kind, places in one.places.items()}
-        assert set(sizes.values()) == {min(2, int(mask[one.image].sum()))} or set(sizes) == {"normal"}
+            assert (mask[sample.image, places] == (kind == "outlier")).all()
+            assert torch.equal(torch.from_numpy(sample.patches[kind]), trace.patches(6)[sample.image, places])
+            assert torch.equal(torch.from_numpy(sample.pixels[kind]), patches[sample.image, places])
+        sizes = {kind: len(places) for kind, places in sample.places.items()}
+        assert set(sizes.values()) == {min(2, int(mask[sample.image].sum()))} or set(sizes) == {"normal"}
 
 
 @pytest.mark.slow
@@ -238,13 +238,13 @@ def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
         samples = _draw(ViTModel(), _batches(pictures, 100), THRESHOLD, 2, False, 1, 30, seed)
         assert len(samples.with_both) == 30
         assert samples.num_images_with_both == 300
-        images = [one.image for one in samples.with_both]
+        images = [sample.image for sample in samples.with_both]
         assert len(set(images)) == 30
         counts[images] += 1
     # 400 draws for each third of the stream.
     assert all(330 < third.sum() < 470 for third in np.split(counts, 3))
-    one = samples.with_both[0]
-    kept = [one.prefix, *one.patches.values()]
+    sample = samples.with_both[0]
+    kept = [sample.prefix, *sample.patches.values()]
     assert all(array.base is None or array.base.nbytes == array.nbytes for array in kept)
 
 
@@ -280,9 +280,9 @@ def test_probes_agree_with_scikit_learn_on_the_same_features() -> None:
     assert score.constant == np.mean(labels[test] == np.bincount(labels[~test]).argmax())
 
     samples = _draw(model, [pixels], None, 5, True, 3, 1000, 2)
-    drawn = sorted(samples.plain, key=lambda one: one.image)
-    x, y = (np.concatenate([getattr(one, name)["normal"] for one in drawn]) for name in ("patches", "pixels"))
-    places = np.concatenate([one.places["normal"] for one in drawn])
+    drawn = sorted(samples.plain, key=lambda sample: sample.image)
+    x, y = (np.concatenate([getattr(sample, name)["normal"] for sample in drawn]) for name in ("patches", "pixels"))
+    places = np.concatenate([sample.places["normal"] for sample in drawn])
     part = np.repeat(test, 3)
     features = scaled(x.astype(np.float64), ~part)
     score = report.row("normal").reconstruction_l2
@@ -290,9 +290,9 @@ def test_probes_agree_with_scikit_learn_on_the_same_features() -> None:
     assert score.value == pytest.approx(np.linalg.norm(errors, axis=1).mean(), rel=1e-5)
     top1, distance = report.row("normal").position_top1, report.row("normal").position_distance
     direct = LogisticRegression(C=top1.penalty, max_iter=300).fit(features[~part], places[~part])
-    found = direct.predict(features[part])
-    assert top1.value == pytest.approx(np.mean(found == places[part]), abs=0.01)
-    apart = np.hypot(found // 10 - places[part] // 10, found % 10 - places[part] % 10)
+    predicted = direct.predict(features[part])
+    assert top1.value == pytest.approx(np.mean(predicted == places[part]), abs=0.01)
+    apart = np.hypot(predicted // 10 - places[part] // 10, predicted % 10 - places[part] % 10)
     assert distance.value == pytest.approx(apart.mean(), abs=0.1)
 
 
@@ -328,12 +328,14 @@ def test_penalties_are_chosen_on_training_data_as_by_a_plain_search() -> None:
 
 def test_the_standard_error_is_over_images() -> None:
     values = np.random.default_rng(0).normal(size=40)
-    one = mean_over_images(values)
-    assert one.standard_error == pytest.approx(values.std(ddof=1) / 40**0.5)
-    assert one.interval == pytest.approx((one.value - 1.96 * one.standard_error, one.value + 1.96 * one.standard_error))
+    estimate = mean_over_images(values)
+    assert estimate.standard_error == pytest.approx(values.std(ddof=1) / 40**0.5)
+    assert estimate.interval == pytest.approx(
+        (estimate.value - 1.96 * estimate.standard_error, estimate.value + 1.96 * estimate.standard_error)
+    )
     # Copies of a token in the same image tell nothing new.
     copied = mean_over_images(np.repeat(values, 5), np.repeat(np.arange(40), 5))
-    assert copied.standard_error == pytest.approx(one.standard_error)
+    assert copied.standard_error == pytest.approx(estimate.standard_error)
     assert (copied.num_images, copied.num_tokens) == (40, 200)
     # Images of unequal size: as drawing images again and again says.
     rng = np.random.default_rng(1)

@@ -108,9 +108,9 @@ def pixels(image: PILImage.Image, tmp_path: Path, name: str, **options: Any) -> 
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
     values = np.array([[0, 257, 25700], [32896, 65278, 65535]], np.uint16)
     for name in ("deep.png", "deep.tif"):
-        found = pixels(PILImage.fromarray(values), tmp_path, name)
-        assert found[..., 0].tolist() == [[0, 1, 100], [128, 254, 255]]
-        assert (found == found[..., :1]).all()
+        loaded = pixels(PILImage.fromarray(values), tmp_path, name)
+        assert loaded[..., 0].tolist() == [[0, 1, 100], [128, 254, 255]]
+        assert (loaded == loaded[..., :1]).all()
 
 
 def test_float_pictures_are_read_from_zero_to_one_and_refused_beyond(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def test_float_pictures_are_read_from_zero_to_one_and_refused_beyond(tmp_path: P
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     values = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)
-    found = pixels(PILImage.fromarray(values, "RGBA"), tmp_path, "see.png")
-    assert found.tolist() == [[[200, 0, 0], [255, 255, 255], [204, 204, 204]]]
+    loaded = pixels(PILImage.fromarray(values, "RGBA"), tmp_path, "see.png")
+    assert loaded.tolist() == [[[200, 0, 0], [255, 255, 255], [204, 204, 204]]]
     grey = np.array([[[100, 255], [100, 0]]], np.uint8)
     assert pixels(PILImage.fromarray(grey, "LA"), tmp_path, "la.png").tolist() == [[[100] * 3, [255] * 3]]
     palette = PILImage.new("P", (2, 1))
@@ -151,9 +151,9 @@ def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [PILImage.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for name in ("moving.gif", "moving.webp", "pages.tif"):
         options = {"lossless": True} if name.endswith("webp") else {}
-        found = pixels(frames[0], tmp_path, name, save_all=True, append_images=frames[1:], **options)
-        assert found.shape == (4, 4, 3)
-        assert found[0, 0].tolist() == [255, 0, 0]
+        loaded = pixels(frames[0], tmp_path, name, save_all=True, append_images=frames[1:], **options)
+        assert loaded.shape == (4, 4, 3)
+        assert loaded[0, 0].tolist() == [255, 0, 0]
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     image.putpixel((0, 0), (0, 0, 0))
     exif = PILImage.Exif()
     exif[0x0112] = 6  # the camera was turned: the stored left edge is the top
-    found = pixels(image, tmp_path, "turned.png", exif=exif)
-    assert found.shape == (4, 2, 3)
-    assert found[0, 1].tolist() == [0, 0, 0]
+    loaded = pixels(image, tmp_path, "turned.png", exif=exif)
+    assert loaded.shape == (4, 2, 3)
+    assert loaded[0, 1].tolist() == [0, 0, 0]
 
 
 def test_postscript_is_never_interpreted(tmp_path: Path) -> None:

@@ -96,10 +96,10 @@ def test_transformers(name: str, kind: str, attention: str) -> None:
     assert tower.config._attn_implementation == before
     assert (report.kind, report.num_images, report.num_mean_images) == (kind, 4, 4)
     _check(report, model, kind, pixels[4:], pixels[:4])
-    assert [one.kind for one in report.ablations] == ["mean", "shuffle"]
-    for one in report.ablations:  # random registers of size one are read by other tokens
-        assert one.change.patches.value > 1e-7
-        assert one.change.patches.num_images == 4
+    assert [ablation.kind for ablation in report.ablations] == ["mean", "shuffle"]
+    for ablation in report.ablations:  # random registers of size one are read by other tokens
+        assert ablation.change.patches.value > 1e-7
+        assert ablation.change.patches.num_images == 4
     assert (report.drift is None) == (kind == "native")
 
 
@@ -116,7 +116,7 @@ def test_other_libraries(name: str, kind: str) -> None:
     assert report.kind == kind
     _check(report, model, kind, pixels[4:], pixels[:4])
     assert (report.ablations[0].change.cls is None) == (name == "timm-registers-only")
-    assert all(one.change.patches.value > 1e-7 for one in report.ablations)
+    assert all(ablation.change.patches.value > 1e-7 for ablation in report.ablations)
 
 
 # Known answers
@@ -128,17 +128,17 @@ def test_registers_that_are_the_same_in_all_images_can_be_replaced_without_a_tra
     same = _pixels(1).expand(4, -1, -1, -1)
     report = analyse_registers(model, [same, same], each=True, kind=kind)
     assert len(report.ablations) == 2 * (len(report.names) + 1)
-    for one in report.ablations:
-        assert abs(one.change.patches.value) <= 1e-6
-        assert one.change.patches_relative.value <= 1e-6
-        assert one.change.cls_relative.value <= 1e-6
+    for ablation in report.ablations:
+        assert abs(ablation.change.patches.value) <= 1e-6
+        assert ablation.change.patches_relative.value <= 1e-6
+        assert ablation.change.cls_relative.value <= 1e-6
     np.testing.assert_allclose(report.constancy, 1, atol=1e-6)
     # At the input of the first block they are the same in any images.
     report = analyse_registers(model, list(_pixels().split(4)), ablate_blocks=[0], kind=kind)
-    assert all(one.change.patches_relative.value <= 1e-6 for one in report.ablations)
-    assert all(one.blocks == (0,) for one in report.ablations)
+    assert all(ablation.change.patches_relative.value <= 1e-6 for ablation in report.ablations)
+    assert all(ablation.blocks == (0,) for ablation in report.ablations)
     report = analyse_registers(model, list(_pixels().split(4)), ablate_blocks=[-1], kind=kind)
-    assert all(one.change.patches_relative.value > 1e-5 for one in report.ablations)
+    assert all(ablation.change.patches_relative.value > 1e-5 for ablation in report.ablations)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("vit", "adapter"), ("dinov2-registers", "native")])
@@ -155,13 +155,13 @@ def test_an_ablation_is_what_the_last_block_makes_of_other_registers(name: str, 
     hidden, clean = states[0][-2].clone(), states[0][-1]
     hidden[:, place] = states[1][-2][:, place].mean(0)
     with torch.no_grad():
-        found = tower.part("blocks")[-1](hidden)
-    found = found[0] if isinstance(found, tuple) else found
+        ablated = tower.part("blocks")[-1](hidden)
+    ablated = ablated[0] if isinstance(ablated, tuple) else ablated
     start = trace.prefix + trace.num_registers
-    moved = 1 - F.cosine_similarity(found[:, start:].double(), clean[:, start:].double(), dim=-1)
+    moved = 1 - F.cosine_similarity(ablated[:, start:].double(), clean[:, start:].double(), dim=-1)
     change = report.ablations[0].change
     assert change.patches.value == pytest.approx(moved.mean().item(), rel=1e-4)
-    cls = 1 - F.cosine_similarity(found[:, 0].double(), clean[:, 0].double(), dim=-1)
+    cls = 1 - F.cosine_similarity(ablated[:, 0].double(), clean[:, 0].double(), dim=-1)
     assert change.cls.value == pytest.approx(cls.mean().item(), rel=1e-4)
     assert change.cls.standard_error == pytest.approx(cls.std().item() / 2, rel=1e-4)
 
@@ -176,10 +176,10 @@ def test_a_shuffle_takes_the_registers_of_another_image() -> None:
     hidden = trace.hidden_states[-2].clone()
     hidden[:, 1:5] = trace.hidden_states[-2][:, 1:5].flip(0)
     with torch.no_grad():
-        found = tower.part("blocks")[-1](hidden)
-    found = found[0] if isinstance(found, tuple) else found
+        shuffled = tower.part("blocks")[-1](hidden)
+    shuffled = shuffled[0] if isinstance(shuffled, tuple) else shuffled
     clean = trace.hidden_states[-1]
-    relative = (found - clean)[:, 5:].norm(dim=-1) / clean[:, 5:].norm(dim=-1)
+    relative = (shuffled - clean)[:, 5:].norm(dim=-1) / clean[:, 5:].norm(dim=-1)
     assert report.ablations[1].change.patches_relative.value == pytest.approx(relative.mean().item(), rel=1e-4)
 
 
@@ -188,12 +188,12 @@ def test_drift_is_the_distance_to_the_model_without_adapters() -> None:
     report = analyse_registers(model, [pixels[:4], pixels[4:]])
     with torch.no_grad(), capture(model, attentions=False) as trace:
         model(pixels[:4])
-        found = trace.hidden_states[-1][:, 0].double()
+        adapted = trace.hidden_states[-1][:, 0].double()
         with model.disable_adapter():
             model(pixels[:4])
     base = trace.hidden_states[-1][:, 0].double()
-    assert report.drift.cls.value == pytest.approx((1 - F.cosine_similarity(found, base, dim=-1)).mean().item())
-    relative = ((found - base).norm(dim=-1) / base.norm(dim=-1)).mean().item()
+    assert report.drift.cls.value == pytest.approx((1 - F.cosine_similarity(adapted, base, dim=-1)).mean().item())
+    relative = ((adapted - base).norm(dim=-1) / base.norm(dim=-1)).mean().item()
     assert report.drift.cls_relative.value == pytest.approx(relative)
     assert report.drift.patches.value > 1e-5
 
@@ -203,7 +203,7 @@ def test_registers_that_nobody_sees_have_no_drift_and_no_effect() -> None:
     report = analyse_registers(model, list(_pixels().split(4)))
     assert report.drift.patches_relative.value <= 1e-6
     assert report.drift.cls_relative.value <= 1e-6
-    assert all(one.change.patches_relative.value <= 1e-6 for one in report.ablations)
+    assert all(ablation.change.patches_relative.value <= 1e-6 for ablation in report.ablations)
 
 
 def test_without_adapters_is_the_base_bit_for_bit_and_leaves_every_flag() -> None:
@@ -238,9 +238,9 @@ def test_accuracy_with_other_registers() -> None:
         hits = model(pixel_values=pixels[:24]).logits.argmax(-1) == labels[:24]
     assert report.accuracy.value == pytest.approx(hits.float().mean().item())
     assert report.notes == []
-    for one in report.ablations:
-        assert one.accuracy_change.value == pytest.approx(one.accuracy.value - report.accuracy.value)
-        assert one.accuracy.num_images == 24
+    for ablation in report.ablations:
+        assert ablation.accuracy_change.value == pytest.approx(ablation.accuracy.value - report.accuracy.value)
+        assert ablation.accuracy.num_images == 24
     assert report.grid == (10, 10)
     again = analyse_registers(model, batches)
     assert again.to_dict() == report.to_dict()
@@ -253,15 +253,15 @@ def test_accuracy_with_other_registers() -> None:
 def test_the_report_is_json_and_says_why_nothing_is_zeroed() -> None:
     model = _model("vit-classifier", "adapter")
     report = analyse_registers(model, list(_pixels().split(4)), [0] * 8, each=True)
-    found = json.loads(json.dumps(report.to_dict()))
-    assert np.array(found["attention"]).shape == (4, families.HEADS, 4, 4, 4)
-    assert "2402.17762" in found["why_not_zero"]
+    parsed = json.loads(json.dumps(report.to_dict()))
+    assert np.array(parsed["attention"]).shape == (4, families.HEADS, 4, 4, 4)
+    assert "2402.17762" in parsed["why_not_zero"]
     text = report.to_markdown()
     assert "2604.14433" in text
     assert text.count("| mean ablation |") == text.count("| shuffle ablation |") == 5
     assert "| drift to the base | all |" in text
     assert report.accuracy is not None
-    assert not any(one.kind == "zero" for one in report.ablations)
+    assert not any(ablation.kind == "zero" for ablation in report.ablations)
 
 
 # Where images come from
@@ -284,7 +284,7 @@ def test_means_are_of_other_images() -> None:
 def test_a_last_batch_of_one_image_is_left_out_of_the_exchange() -> None:
     model, pixels = _model("vit", "adapter"), _pixels(5)
     report = analyse_registers(model, [pixels[:4], pixels[4:]], mean_images=[_pixels(4, seed=9)])
-    assert [one.change.patches.num_images for one in report.ablations] == [5, 4]
+    assert [ablation.change.patches.num_images for ablation in report.ablations] == [5, 4]
     with pytest.raises(ValueError, match="batches of two images"):
         analyse_registers(model, pixels.split(1))
 
@@ -326,7 +326,7 @@ def test_several_adapters_at_once() -> None:
     assert np.isnan(report.map_similarity[0, 4:]).all()
     assert np.isfinite(report.map_similarity[0, :4, :4]).all()
     assert "register 4, register 5" in report.notes[0]
-    assert [one.registers for one in report.ablations[::2]] == [(0, 1, 2, 3, 4, 5), (0,), (1,), (2,), (3,)]
+    assert [ablation.registers for ablation in report.ablations[::2]] == [(0, 1, 2, 3, 4, 5), (0,), (1,), (2,), (3,)]
 
 
 def test_what_has_no_registers_is_refused_by_name() -> None:

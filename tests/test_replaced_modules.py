@@ -99,5 +99,5 @@ def test_the_first_pass_of_a_loaded_trainable_adapter_is_one_graph(tmp_path: Pat
     expected = run(RegisterPeftModel.from_pretrained(build("vit"), tmp_path), inputs)["last_hidden_state"]
     model = RegisterPeftModel.from_pretrained(build("vit"), tmp_path, is_trainable=True)
     torch._dynamo.reset()
-    found = torch.compile(model, fullgraph=True, backend="eager")(**inputs).last_hidden_state
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    hidden = torch.compile(model, fullgraph=True, backend="eager")(**inputs).last_hidden_state
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)

@@ -34,13 +34,13 @@ def test_mlcd_computes_what_its_blocks_give_for_registers_without_a_position(ins
     model = add_registers(build("mlcd-vision", attention), R, init_std=1.0, insert_layer=insert_layer).eval()
     base = build("mlcd-vision", attention)
     tower = getattr(base, "vision_model", base)
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    embeddings: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = tower.encoder.register_forward_pre_hook(
-        lambda module, args, kwargs: found.append(kwargs["position_embeddings"]), with_kwargs=True
+        lambda module, args, kwargs: embeddings.append(kwargs["position_embeddings"]), with_kwargs=True
     )
     run(base, inputs)
     handle.remove()
-    cos, sin = found[0]
+    cos, sin = embeddings[0]
     width = cos.shape[-1]
     grown = (
         torch.cat([cos[:1], torch.ones(R, width), cos[1:]]),

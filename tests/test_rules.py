@@ -78,8 +78,8 @@ def test_on_the_histogram_lines_move_by_no_more_than_its_bins_allow(rule, kind):
     assert sketched.separated == exact.separated
     # A line k MADs of log-norms off moves with the median, and k times with the MAD.
     bins = {"mad": 1 + 6 * 1.4826, "two_sided_mad:4": 1 + 4 * 1.4826}.get(rule, 2.5)
-    for one, other in ((sketched.high, exact.high), (sketched.low, exact.low)):
-        assert one == other or abs(np.log(one / other)) <= bins * np.log1p(RELATIVE_ERROR)
+    for sketched_line, exact_line in ((sketched.high, exact.high), (sketched.low, exact.low)):
+        assert sketched_line == exact_line or abs(np.log(sketched_line / exact_line)) <= bins * np.log1p(RELATIVE_ERROR)
 
 
 def test_quantiles_of_the_histogram_are_within_its_relative_error():
@@ -88,16 +88,16 @@ def test_quantiles_of_the_histogram_are_within_its_relative_error():
         histogram = NormHistogram(torch.device("cpu"))
         for part in values.split(777):
             histogram.add(part, torch.bincount(bins_of(part), minlength=BINS))
-        found = histogram.summary()
+        summary = histogram.summary()
         exact = values.double().numpy()
-        for q, value in found["quantiles"].items():
+        for q, value in summary["quantiles"].items():
             assert value == pytest.approx(np.quantile(exact, float(q)), rel=RELATIVE_ERROR)
-        assert found["quantiles"]["0"] == exact.min()
-        assert found["quantiles"]["1"] == exact.max()
-        assert found["mean"] == pytest.approx(exact.mean(), rel=1e-9)
-        assert found["std"] == pytest.approx(exact.std(), rel=1e-6)
-        assert found["count"] == sum(found["counts"]) == len(exact)
-        assert np.array_equal(np.histogram(exact, found["edges"])[0], found["counts"])
+        assert summary["quantiles"]["0"] == exact.min()
+        assert summary["quantiles"]["1"] == exact.max()
+        assert summary["mean"] == pytest.approx(exact.mean(), rel=1e-9)
+        assert summary["std"] == pytest.approx(exact.std(), rel=1e-6)
+        assert summary["count"] == sum(summary["counts"]) == len(exact)
+        assert np.array_equal(np.histogram(exact, summary["edges"])[0], summary["counts"])
 
 
 def test_norms_out_of_range_are_counted_at_the_ends():
@@ -148,13 +148,13 @@ def test_the_mixture_finds_a_second_mode_too(kind):
 def test_the_mixture_is_scikit_learns():
     sklearn = pytest.importorskip("sklearn.mixture")
     logs = np.sort(np.log(norms("high", 4000).astype(np.float64)))
-    found = fit_mixture(logs, np.ones_like(logs))
+    mixture = fit_mixture(logs, np.ones_like(logs))
     theirs = sklearn.GaussianMixture(2, n_init=3, random_state=0, tol=1e-8, max_iter=500).fit(logs[:, None])
     order = np.argsort(theirs.means_[:, 0])
-    assert found.means == pytest.approx(theirs.means_[order, 0], abs=1e-3)
-    assert found.shares == pytest.approx(theirs.weights_[order], abs=1e-3)
-    assert found.stds == pytest.approx(np.sqrt(theirs.covariances_[order, 0, 0]), rel=0.01)
-    assert found.bic == pytest.approx(theirs.bic(logs[:, None]), rel=1e-4)
+    assert mixture.means == pytest.approx(theirs.means_[order, 0], abs=1e-3)
+    assert mixture.shares == pytest.approx(theirs.weights_[order], abs=1e-3)
+    assert mixture.stds == pytest.approx(np.sqrt(theirs.covariances_[order, 0, 0]), rel=0.01)
+    assert mixture.bic == pytest.approx(theirs.bic(logs[:, None]), rel=1e-4)
 
 
 @pytest.mark.parametrize("values", [[3.0], [2.0] * 50, [0.0] * 9, [0.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]])

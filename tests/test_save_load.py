@@ -84,8 +84,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    found: dict[str, dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    answers: dict[str, dict[str, str]] = json.loads(result.stdout.splitlines()[-1])
+    return answers
 
 
 def class_of(name: str) -> Any:

@@ -49,10 +49,10 @@ def activate(model: Any, names: Any) -> None:
 def test_adapters_together_are_one_with_all_their_registers(name: str, names: tuple[str, ...]) -> None:
     model, inputs = several(name), make_inputs(name)
     activate(model, names)
-    one = add_registers(build(name), sum(COUNTS[adapter] for adapter in names)).eval()
+    joined = add_registers(build(name), sum(COUNTS[adapter] for adapter in names)).eval()
     with torch.no_grad():
-        tokens(one, "default").copy_(torch.cat([tokens(model, adapter) for adapter in names]))
-    assert_identical(run(model, inputs), run(one, inputs))
+        tokens(joined, "default").copy_(torch.cat([tokens(model, adapter) for adapter in names]))
+    assert_identical(run(model, inputs), run(joined, inputs))
     assert differs(run(model, inputs), run(build(name), inputs))
 
 
@@ -74,7 +74,9 @@ def test_adapters_are_switched_and_deleted(name: str) -> None:
     for adapter in COUNTS:
         model.set_adapter(adapter)
         alone[adapter] = run(model, inputs)
-    assert all(differs(alone[one], alone[two]) for one, two in (("one", "four"), ("four", "eight"), ("eight", "one")))
+    assert all(
+        differs(alone[left], alone[right]) for left, right in (("one", "four"), ("four", "eight"), ("eight", "one"))
+    )
     model.delete_adapter("four")
     assert_identical(run(model, inputs), alone["eight"])
     model.delete_adapter("eight")

@@ -57,11 +57,11 @@ def test_outputs_have_the_shape_and_dtype_of_the_base(
         assert isinstance(base(**inputs, **ask), tuple) == (form == "tuple")
     expected, expected_plain = run(base, inputs, **ask), run(base, inputs)
     model = add_registers(base, num_registers, init_std=1.0).eval()
-    found = run(model, inputs, **ask)
-    assert shapes(found) == shapes(expected)
-    assert {k: v.dtype for k, v in found.items()} == {k: v.dtype for k, v in expected.items()}
-    assert differs(found, expected), "registers had no effect at all"
-    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    outputs = run(model, inputs, **ask)
+    assert shapes(outputs) == shapes(expected)
+    assert {k: v.dtype for k, v in outputs.items()} == {k: v.dtype for k, v in expected.items()}
+    assert differs(outputs, expected), "registers had no effect at all"
+    assert all(torch.isfinite(tensor).all() for tensor in outputs.values())
     assert shapes(run(model, inputs)) == shapes(expected_plain)
 
 
@@ -78,9 +78,9 @@ def test_attentions_and_hidden_states_are_there_to_be_cut() -> None:
 def test_full_attentions_keep_registers_and_rows_that_sum_to_one(name: str) -> None:
     base, inputs = build(name, "eager"), make_inputs(name)
     expected = run(base, inputs, output_attentions=True)
-    found = run(add_registers(base, 4, attentions="full").eval(), inputs, output_attentions=True)
+    outputs = run(add_registers(base, 4, attentions="full").eval(), inputs, output_attentions=True)
     length = expected["attentions.0"].shape[-1]
-    for key, tensor in found.items():
+    for key, tensor in outputs.items():
         if key.startswith("attentions."):
             assert tensor.shape == (2, HEADS, length + 4, length + 4)
             torch.testing.assert_close(tensor.sum(-1), torch.ones(2, HEADS, length + 4))
@@ -116,8 +116,8 @@ def test_image_features_of_clip_and_siglip_have_the_shape_of_the_base() -> None:
     for name in ("clip", "siglip"):
         base, pixel_values = build(name), make_inputs(name)["pixel_values"]
         expected = base.get_image_features(pixel_values=pixel_values)
-        found = add_registers(base, 4).eval().get_image_features(pixel_values=pixel_values)
+        features = add_registers(base, 4).eval().get_image_features(pixel_values=pixel_values)
         if not isinstance(expected, torch.Tensor):  # transformers 4 returns the features alone
-            found, expected = found["pooler_output"], expected["pooler_output"]
-        assert found.shape == expected.shape
-        assert not torch.equal(found, expected)
+            features, expected = features["pooler_output"], expected["pooler_output"]
+        assert features.shape == expected.shape
+        assert not torch.equal(features, expected)

@@ -93,9 +93,9 @@ def test_the_table_knows_the_tower(name: str) -> None:
 def test_every_call_returns_what_the_base_returns_in_shape(name: str, mode: str) -> None:
     base, model = build_stack(name), attach(name, mode)
     for kind in STACKS[name].calls:
-        expected, found = call(kind, base, images()), call(kind, model, images())
-        assert shapes(found) == shapes(expected), kind
-        assert differs(found, expected) != (mode == "late" and kind in EARLY), kind
+        expected, outputs = call(kind, base, images()), call(kind, model, images())
+        assert shapes(outputs) == shapes(expected), kind
+        assert differs(outputs, expected) != (mode == "late" and kind in EARLY), kind
 
 
 @pytest.mark.parametrize(("name", "mode"), crossings(STACKS, MODES, whole=ONE_EACH))
@@ -113,8 +113,8 @@ def test_other_sizes_of_pictures(name: str, mode: str) -> None:
     for size in (64, (48, 16)):
         for kind in STACKS[name].calls:
             if kind != "masks":
-                found = call(kind, model, images(size))
-                assert shapes(found) == shapes(call(kind, build_stack(name), images(size))), (kind, size)
+                outputs = call(kind, model, images(size))
+                assert shapes(outputs) == shapes(call(kind, build_stack(name), images(size))), (kind, size)
 
 
 @pytest.mark.parametrize("name", ["timm", "dinov3-timm", "open_clip", "hub", "torchvision"])
@@ -124,8 +124,8 @@ def test_two_adapters_that_enter_at_different_blocks(name: str) -> None:
     model.base_model.set_adapter(["default", "late"])
     alone = attach(name)
     for kind in STACKS[name].calls:
-        found = call(kind, model, images())
-        assert shapes(found) == shapes(call(kind, build_stack(name), images()))
+        outputs = call(kind, model, images())
+        assert shapes(outputs) == shapes(call(kind, build_stack(name), images()))
     assert differs(call(first_call(name), model, images()), call(first_call(name), alone, images()))
 
 
@@ -168,9 +168,9 @@ def test_every_call_gives_what_the_same_registers_give_natively(name: str) -> No
             pairs = [key for key in expected if expected[key].shape[1] == R]
             expected = {key: value for key, value in expected.items() if key not in pairs}
         expected = {key: without(value, STACKS[name].prefix, patches) for key, value in expected.items()}
-        found = call(kind, model, x)
-        assert len(found) == len(expected)
-        for (key, value), reference in zip(found.items(), expected.values(), strict=True):
+        outputs = call(kind, model, x)
+        assert len(outputs) == len(expected)
+        for (key, value), reference in zip(outputs.items(), expected.values(), strict=True):
             assert torch.equal(value, reference), f"{kind}, {key} at {size}: {(value - reference).abs().max()}"
 
 
@@ -189,9 +189,9 @@ def test_intermediates_are_what_the_blocks_return_in_a_forward_pass(name: str, k
         model(images())
     norm = {"open_clip": "ln_post", "hub": "norm", "hub-registers": "norm"}.get(name)
     finish = getattr(build_stack(name), norm) if norm else lambda tokens: tokens
-    found = list(call(kind, model, images()).values())
-    patches = [value for value in found if value.ndim == 3 and value.shape[1] == PATCHES]
-    prefixes = [value for value in found if value.ndim == 3 and value.shape[1] == trace.prefix]
+    outputs = list(call(kind, model, images()).values())
+    patches = [value for value in outputs if value.ndim == 3 and value.shape[1] == PATCHES]
+    prefixes = [value for value in outputs if value.ndim == 3 and value.shape[1] == trace.prefix]
     assert len(patches) == BLOCKS
     for index, value in enumerate(patches, start=1):
         assert torch.equal(value, finish(trace.patches(index)))
@@ -368,9 +368,9 @@ def test_bfloat16(name: str, mode: str) -> None:
     model = add_registers(build_stack(name, torch.bfloat16), R, **MODES[mode]).eval()
     for kind in STACKS[name].calls:
         x = images(dtype=torch.bfloat16)
-        found, expected = call(kind, model, x), call(kind, build_stack(name, torch.bfloat16), x)
-        assert shapes(found) == shapes(expected)
-        assert [value.dtype for value in found.values()] == [value.dtype for value in expected.values()]
+        outputs, expected = call(kind, model, x), call(kind, build_stack(name, torch.bfloat16), x)
+        assert shapes(outputs) == shapes(expected)
+        assert [value.dtype for value in outputs.values()] == [value.dtype for value in expected.values()]
 
 
 # Looking inside
@@ -385,8 +385,8 @@ def test_capture(name: str, mode: str) -> None:
     modules = dict(model.named_modules())
     fused = {key: vars(module).get("fused_attn") for key, module in modules.items()}
     with capture(model) as trace:
-        found = call(kind, model, images())
-    for key, value in found.items():
+        outputs = call(kind, model, images())
+    for key, value in outputs.items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5)
     assert {key: vars(module).get("fused_attn") for key, module in modules.items()} == fused
     assert_identical(call(kind, model, images()), expected)
@@ -444,9 +444,9 @@ def test_lora_beside_registers(name: str) -> None:
     targets = ["fc1", "fc2"] if name != "eva02" else ["fc1_g", "fc2"]
     both = get_peft_model(model.base_model.model, LoraConfig(target_modules=targets, init_lora_weights=False)).eval()
     for kind in STACKS[name].calls:
-        base, found = call(kind, build_stack(name), images()), call(kind, both, images())
-        assert shapes(found) == shapes(base)
-        assert differs(found, base)
+        base, outputs = call(kind, build_stack(name), images()), call(kind, both, images())
+        assert shapes(outputs) == shapes(base)
+        assert differs(outputs, base)
 
 
 @pytest.mark.parametrize("mode", MODES)

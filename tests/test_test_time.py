@@ -48,8 +48,8 @@ def fit(model: Any, pixels: torch.Tensor, **options: Any) -> Any:
 
 
 def neurons_of(model: Any) -> dict[int, list[int]]:
-    found = find_register_layer(model).tokens("default").neurons()
-    return {block: sorted(units) for block, units in found.items()}
+    neurons = find_register_layer(model).tokens("default").neurons()
+    return {block: sorted(units) for block, units in neurons.items()}
 
 
 @torch.no_grad()
@@ -68,8 +68,8 @@ def planted_share(model: Any, pixels: torch.Tensor, thresholds: dict[int, Thresh
 
 
 def thresholds_of(model: Any) -> dict[int, Threshold]:
-    (found,) = model.peft_config["default"].test_time_fit["thresholds"]
-    return {int(layer): Threshold("auto", high, low, True) for layer, (low, high) in found.items()}
+    (thresholds,) = model.peft_config["default"].test_time_fit["thresholds"]
+    return {int(layer): Threshold("auto", high, low, True) for layer, (low, high) in thresholds.items()}
 
 
 # --- the shipped ViT, planted anew ------------------------------------------------------------------------------------
@@ -109,9 +109,9 @@ def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     model = fit(copy.deepcopy(planted.model), scenes(128, 555, "train")[0])
     assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
     traces, logits = [], []
-    for one in (clean, planted.model, model):
-        with torch.no_grad(), capture(one, attentions=False) as trace:
-            logits.append(one(pixel_values=held_out).logits)
+    for network in (clean, planted.model, model):
+        with torch.no_grad(), capture(network, attentions=False) as trace:
+            logits.append(network(pixel_values=held_out).logits)
         traces.append(trace)
     for layer, threshold in thresholds_of(model).items():
         shares = [float(threshold.mask(trace.patches(layer)).float().mean()) for trace in traces]
@@ -151,13 +151,13 @@ def test_the_whole_batch_is_repaired() -> None:
     model = fit(copy.deepcopy(planted.model), scenes(128, 555, "train")[0])
     held_out, _ = scenes(100, 20_001, "test")
     together, _ = look(model, held_out[:32])
-    alone = torch.cat([look(model, one)[0] for one in held_out[:32].split(1)])
+    alone = torch.cat([look(model, image)[0] for image in held_out[:32].split(1)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * together.abs().max().item())
     normed = F.normalize(together, dim=-1), F.normalize(alone, dim=-1)
     torch.testing.assert_close(*normed, rtol=0, atol=1e-5)
     with torch.no_grad():
         together = model(pixel_values=held_out[:32]).logits
-        alone = torch.cat([model(pixel_values=one).logits for one in held_out[:32].split(1)])
+        alone = torch.cat([model(pixel_values=image).logits for image in held_out[:32].split(1)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
@@ -194,15 +194,16 @@ def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -
     assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
     hits = planted.hits(held_out)
     for layer, threshold in thresholds_of(model).items():
-        found = [
-            threshold.mask(patches_of(one, held_out, layer)).float().mean() for one in (planted.model, model, clean)
+        shares = [
+            threshold.mask(patches_of(network, held_out, layer)).float().mean()
+            for network in (planted.model, model, clean)
         ]
-        assert found[0] >= 0.9 * hits.float().mean()
-        assert found[1] == found[2] == 0
+        assert shares[0] >= 0.9 * hits.float().mean()
+        assert shares[1] == shares[2] == 0
     twin = patches_of(clean, held_out)
     before, after = (
-        F.cosine_similarity(patches_of(one, held_out)[hits], twin[hits], dim=-1).mean()
-        for one in (planted.model, model)
+        F.cosine_similarity(patches_of(network, held_out)[hits], twin[hits], dim=-1).mean()
+        for network in (planted.model, model)
     )
     assert before < 0.6
     assert after >= 0.99
@@ -225,9 +226,9 @@ def test_weak_artifacts_in_other_families(name: str, block: int) -> None:
     norms, own = patches_of(planted.model, pixels, block + 1).norm(dim=-1), planted.hits(pixels)
     threshold = float((norms[own].min() * norms[~own].max()).sqrt())
     model = fit(copy.deepcopy(planted.model), pixels, threshold=threshold, top_block=block, max_neurons=16)
-    found = {(at, unit) for at, units in neurons_of(model).items() for unit in units}
+    fitted = {(at, unit) for at, units in neurons_of(model).items() for unit in units}
     true = {(planted.block, unit) for unit in planted.neurons}
-    assert len(found & true) >= 0.9 * max(len(found), len(true))
+    assert len(fitted & true) >= 0.9 * max(len(fitted), len(true))
     hits, twin = planted.hits(held_out), patches_of(build(name), held_out)
     assert F.cosine_similarity(patches_of(model, held_out)[hits], twin[hits], dim=-1).mean() >= 0.97
 
@@ -247,7 +248,7 @@ def test_the_tower_of_a_vision_language_model() -> None:
     model = fit(copy.deepcopy(planted.model), pixels, max_neurons=16)
     check_repair(clean, planted, model, held_out)
     given = {**make_inputs("llava"), "pixel_values": held_out[planted.hits(held_out).any(1)][:2]}
-    wanted, broken, repaired = (run(one, given)["logits"] for one in (clean, planted.model, model))
+    wanted, broken, repaired = (run(network, given)["logits"] for network in (clean, planted.model, model))
     assert (repaired - wanted).norm() < 0.3 * (broken - wanted).norm()
 
 
@@ -313,10 +314,10 @@ def test_the_mode_and_the_gradients_are_as_after_add_registers() -> None:
 def test_everything_by_hand() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model, pixels, threshold=150.0, top_block=planted.block, num_neurons=2)
-    found = model.peft_config["default"].test_time_fit
-    assert found["rule"] == "fixed"
-    assert found["top_block"] == planted.block
-    assert len(neurons_of(model)[planted.block]) == found["num_neurons"] == 2
+    record = model.peft_config["default"].test_time_fit
+    assert record["rule"] == "fixed"
+    assert record["top_block"] == planted.block
+    assert len(neurons_of(model)[planted.block]) == record["num_neurons"] == 2
     assert set(neurons_of(model)[planted.block]) < set(planted.neurons)
     assert thresholds_of(model)[planted.block + 1].high == 150.0
     many = fit(load_planted_vit().model, pixels, num_neurons=12)
@@ -325,12 +326,12 @@ def test_everything_by_hand() -> None:
 
 def test_the_curve_is_on_held_out_pictures_and_falls_to_nothing() -> None:
     model = fit(load_planted_vit().model, scenes(128, 555, "train")[0])
-    found = model.peft_config["default"].test_time_fit
-    curve = {int(number): share for number, share in found["curve"].items()}
-    assert found["share_before"] >= curve[0] > 0.005
-    assert curve[found["num_neurons"]] == found["share_after"] == 0
-    assert all(share > 0 for number, share in curve.items() if number < found["num_neurons"])
-    assert found["num_images"] == {"detect": 64, "rank": 40, "held_out": 24}
+    record = model.peft_config["default"].test_time_fit
+    curve = {int(number): share for number, share in record["curve"].items()}
+    assert record["share_before"] >= curve[0] > 0.005
+    assert curve[record["num_neurons"]] == record["share_after"] == 0
+    assert all(share > 0 for number, share in curve.items() if number < record["num_neurons"])
+    assert record["num_images"] == {"detect": 64, "rank": 40, "held_out": 24}
 
 
 class Searched(Repair):
@@ -396,9 +397,9 @@ def test_two_pictures_are_too_few() -> None:
 def test_several_sizes_are_pooled() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model, pixels, image_sizes=(80, 112))
-    found = model.peft_config["default"].test_time_fit
-    assert found["image_sizes"] == [80, 112]
-    assert len(found["thresholds"]) == 2
+    record = model.peft_config["default"].test_time_fit
+    assert record["image_sizes"] == [80, 112]
+    assert len(record["thresholds"]) == 2
     assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
 
 
@@ -453,10 +454,10 @@ def test_the_attention_bias_form_is_what_the_register_would_say() -> None:
     """With pictures that are all the same, the mean over pictures is the register's own key and value."""
     pixels = scenes(256, 20_001, "test")[0]
     hit = pixels[load_planted_vit().hits(pixels).any(1)][:1].expand(96, -1, -1, -1)
-    token, bias = (fit(load_planted_vit().model, hit, attention_bias=one) for one in (False, True))
+    token, bias = (fit(load_planted_vit().model, hit, attention_bias=as_bias) for as_bias in (False, True))
     with torch.no_grad():
-        found = [model(pixel_values=hit[:1]).logits for model in (token, bias)]
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-3)
+        logits = [model(pixel_values=hit[:1]).logits for model in (token, bias)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-3)
 
 
 def test_the_attention_bias_form_needs_the_attention_interface() -> None:
@@ -494,24 +495,24 @@ def test_pictures_in_a_folder_with_a_bad_one(tmp_path: Path, caplog: pytest.LogC
 def by_hand(tower: Any, inputs: list[Any]) -> float:
     """A norm between the largest and the others behind block 0, so that there are a few outliers whatever the model."""
     with torch.no_grad(), collect_statistics(tower, attentions=False) as statistics:
-        for one in inputs:
-            tower.run(one)
+        for batch in inputs:
+            tower.run(batch)
     return RULES["percentile"](*statistics.norms(1), percent=80.0).high
 
 
 def batches(name: str) -> list[dict[str, Any]]:
     """Eight batches of two images, all different."""
-    found = []
+    made = []
     for seed in range(8):
-        one = make_inputs(name)
+        batch = make_inputs(name)
         generator = torch.Generator().manual_seed(seed)
-        key = next(key for key in one if key in ("pixel_values", "input_values", "flattened_patches"))
-        noise = torch.randn(one[key].shape, generator=generator)
+        key = next(key for key in batch if key in ("pixel_values", "input_values", "flattened_patches"))
+        noise = torch.randn(batch[key].shape, generator=generator)
         if key == "flattened_patches":  # the first two values are the place
             noise[..., :2] = 0
-        one[key] = one[key] + noise
-        found.append(one)
-    return found
+        batch[key] = batch[key] + noise
+        made.append(batch)
+    return made
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -521,12 +522,12 @@ def test_every_family(name: str, tmp_path: Path) -> None:
     seen: list[Any] = []
     handle = tower.module.register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
     given = batches(name)
-    for one in given:
-        run(model, one)
+    for batch in given:
+        run(model, batch)
     handle.remove()
     names = list(inspect.signature(tower.module.forward).parameters)
     inputs = [{**dict(zip(names, args, strict=False)), **kwargs} for args, kwargs in seen]
-    inputs = [{key: value for key, value in one.items() if isinstance(value, torch.Tensor)} for one in inputs]
+    inputs = [{key: value for key, value in batch.items() if isinstance(value, torch.Tensor)} for batch in inputs]
     fitted = fit(model, inputs, threshold=by_hand(tower, inputs), top_block=0, num_neurons=3, target_modules=None)
     assert len(neurons_of(fitted)[0]) == 3
     expected = run(fitted, make_inputs(name))
@@ -581,7 +582,7 @@ def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
 
     def size() -> int:
         sums = [*scores._outliers.values(), *scores._all.values()]
-        return sum(part.nbytes for one in sums for part in (one.first, one.second))
+        return sum(part.nbytes for pair in sums for part in (pair.first, pair.second))
 
     scores.add(pixels[:8])
     first = size()
@@ -601,7 +602,7 @@ def test_batches_that_rank_are_let_go() -> None:
             for index in range(30):
                 batch = pixels[8 * (index % 12) : 8 * (index % 12) + 8].copy()
                 given.append(weakref.ref(batch))
-                most.append(sum(one() is not None for one in given))
+                most.append(sum(reference() is not None for reference in given))
                 yield torch.from_numpy(batch)
                 del batch
 
@@ -613,6 +614,6 @@ def test_batches_that_rank_are_let_go() -> None:
 def test_more_neurons_than_there_are_can_be_asked_for() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     model = fit(load_planted_vit().model, pixels, num_neurons=10**6, remove="mean")
-    found = neurons_of(model)
+    neurons = neurons_of(model)
     width = planted.model.config.intermediate_size
-    assert {block: len(units) for block, units in found.items()} == dict.fromkeys(range(planted.block + 1), width)
+    assert {block: len(units) for block, units in neurons.items()} == dict.fromkeys(range(planted.block + 1), width)

@@ -46,9 +46,9 @@ def test_the_weights_are_small_safetensors():
 def test_the_recorded_accuracy_is_the_shipped_model_s(held_out):
     recorded = json.loads((WEIGHTS / "results.json").read_text())["accuracy"]
     pixel_values, labels = held_out
-    found = (load_vit()(pixel_values).logits.argmax(-1) == labels).float().mean().item()
+    accuracy = (load_vit()(pixel_values).logits.argmax(-1) == labels).float().mean().item()
     error = 3 * (recorded * (1 - recorded) / len(labels)) ** 0.5 + 0.02
-    assert abs(found - recorded) < error
+    assert abs(accuracy - recorded) < error
 
 
 def test_the_image_processor_does_what_the_model_was_trained_with():
@@ -140,12 +140,12 @@ def test_neighbour_similarity_is_the_mean_over_existing_neighbours():
     tower = find_tower(load_vit())
     image = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     features = F.normalize(tower.part("patch_embedding")(image)[0].detach(), dim=0)
-    found = neighbour_similarity(tower, image)[0]
+    similarity = neighbour_similarity(tower, image)[0]
     for row in range(3):
         for column in range(3):
             around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
             cosines = [features[:, row, column] @ features[:, r, c] for r, c in around if 0 <= r < 3 and 0 <= c < 3]
-            assert found[row, column] == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-5)
+            assert similarity[row, column] == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

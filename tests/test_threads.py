@@ -34,8 +34,8 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in tensors(item)]
 
 
-def same(found: Any, expected: Any) -> bool:
-    pairs = zip(tensors(found), tensors(expected), strict=True)
+def same(actual: Any, expected: Any) -> bool:
+    pairs = zip(tensors(actual), tensors(expected), strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 

@@ -171,8 +171,8 @@ def uninterrupted(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def newest(out: Path) -> int:
-    found = checkpoints.find_all(out)
-    return int(found[-1].name.rpartition("-")[2]) if found else 0
+    saved = checkpoints.find_all(out)
+    return int(saved[-1].name.rpartition("-")[2]) if saved else 0
 
 
 def kill_at(out: Path, step: int, delay: float, pid: int, running: Any) -> None:
@@ -239,10 +239,10 @@ def test_a_checkpoint_at_an_epochs_end_and_by_path(
     vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     main(flags(vit, photos, tmp_path / "a", *RUN, "--checkpointing_steps", "epoch"))
-    found = checkpoints.find_all(tmp_path / "a")
-    assert [path.name for path in found] == [f"checkpoint-{step}" for step in range(3, STEPS + 1, 3)]
+    saved = checkpoints.find_all(tmp_path / "a")
+    assert [path.name for path in saved] == [f"checkpoint-{step}" for step in range(3, STEPS + 1, 3)]
     AcceleratorState._reset_state(reset_partial_state=True)
-    more = [*RUN, "--resume_from_checkpoint", str(found[2])]
+    more = [*RUN, "--resume_from_checkpoint", str(saved[2])]
     assert main(flags(vit, photos, tmp_path / "b", *more))["resumed_from_step"] == 9
     assert adapter_bytes(tmp_path / "b") == adapter_bytes(uninterrupted)
 
@@ -286,10 +286,10 @@ def test_a_checkpoint_that_fails_leaves_the_last_one(
     monkeypatch.setattr(torch, "save", fail_second)
     with pytest.raises(SystemExit):
         main(flags(vit, photos, tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "1"))
-    found = checkpoints.find("latest", tmp_path)
-    assert found is not None
-    assert found.name == "checkpoint-1"
-    assert {file.name for file in found.iterdir()} >= {"train_state.pt", "adapter_model.safetensors"}
+    latest = checkpoints.find("latest", tmp_path)
+    assert latest is not None
+    assert latest.name == "checkpoint-1"
+    assert {file.name for file in latest.iterdir()} >= {"train_state.pt", "adapter_model.safetensors"}
 
 
 def test_latest_without_a_checkpoint_starts_anew(
@@ -365,9 +365,9 @@ def test_two_processes_train_and_save_what_one_does(photos: Path, tmp_path: Path
     more = [*common, "--per_device_train_batch_size", "5", "--checkpointing_steps", "2"]
     done = call([*launch, script, *flags(vit, photos, tmp_path / "two", *more)])
     assert done.returncode == 0, done.stderr
-    one, two = read_results(tmp_path / "one"), read_results(tmp_path / "two")
-    assert two["hardware"]["num_processes"] == 2
-    assert two["global_step"] == one["global_step"] == 6
+    alone, shared = read_results(tmp_path / "one"), read_results(tmp_path / "two")
+    assert shared["hardware"]["num_processes"] == 2
+    assert shared["global_step"] == alone["global_step"] == 6
     # Both replicas hold the same weights, and those were saved.
     replicas = [load_file(tmp_path / "two" / f"replica-{rank}.safetensors") for rank in (0, 1)]
     saved = load_file(tmp_path / "two" / "adapter_model.safetensors")
@@ -377,8 +377,8 @@ def test_two_processes_train_and_save_what_one_does(photos: Path, tmp_path: Path
     for key, tensor in load_file(tmp_path / "one" / "adapter_model.safetensors").items():
         torch.testing.assert_close(saved[key], tensor, atol=1e-4, rtol=1e-3)
     # Six images on two processes: each counts once.
-    assert two["eval_samples"] == 6
-    assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], abs=1e-4)
+    assert shared["eval_samples"] == 6
+    assert shared["metrics"]["eval_loss"] == pytest.approx(alone["metrics"]["eval_loss"], abs=1e-4)
     assert AutoPeftModel.from_pretrained(tmp_path / "two") is not None
     assert len(torch.load(tmp_path / "two" / "checkpoint-6" / "train_state.pt", weights_only=True)["random"]) == 2
 

@@ -50,9 +50,9 @@ def test_it_is_what_the_model_attends_to(name: str, registers: int) -> None:
     query = rows[:, 0] if tower.prefix else rows.mean(1)
     side = image.shape[-1] // PATCH
     wanted = query[:, : side**2].reshape(HEADS, side, side).numpy()
-    found = attention_map(model, image, head="all")
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    attention = attention_map(model, image, head="all")
+    assert attention.dtype == np.float32
+    np.testing.assert_allclose(attention, wanted, atol=1e-6)
     np.testing.assert_allclose(attention_map(model, image), wanted.mean(0), atol=1e-6)
     np.testing.assert_allclose(attention_map(model, image, head=1), wanted[1], atol=1e-6)
     early = trace.attentions[0][0, :, 0 if tower.prefix else slice(None), first : first + side**2]
@@ -117,9 +117,9 @@ def test_registers_of_every_placement(options: dict[str, Any]) -> None:
 def test_sides_are_cropped_to_a_multiple_of_the_patch_size(height: int, width: int) -> None:
     model, image = build("dinov2"), _pixels(height, width)
     rows, columns = height // PATCH, width // PATCH
-    found = attention_map(model, image)
-    assert found.shape == (rows, columns)
-    np.testing.assert_array_equal(found, attention_map(model, image[:, : rows * PATCH, : columns * PATCH]))
+    attention = attention_map(model, image)
+    assert attention.shape == (rows, columns)
+    np.testing.assert_array_equal(attention, attention_map(model, image[:, : rows * PATCH, : columns * PATCH]))
 
 
 def test_a_image_of_230_by_245_has_16_by_17_patches_of_14_pixels() -> None:
@@ -128,8 +128,8 @@ def test_a_image_of_230_by_245_has_16_by_17_patches_of_14_pixels() -> None:
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=518, patch_size=14)
     model = Dinov2Model(config).eval()
     image = _image(230, 245)
-    found = attention_map(model, image, image_processor=load_image_processor(), size=230)
-    assert found.shape == (16, 17)
+    attention = attention_map(model, image, image_processor=load_image_processor(), size=230)
+    assert attention.shape == (16, 17)
     (example,) = read_examples(model, [image], image_processor=load_image_processor(), size=230)
     np.testing.assert_array_equal(example.image, np.asarray(image)[:224, :238])
     figure = viz.plot_attention(example, overlay=True)
@@ -154,8 +154,8 @@ def test_a_torchvision_transform_is_a_processor() -> None:
     transforms = pytest.importorskip("torchvision.transforms")
     steps = [transforms.Resize(40), transforms.CenterCrop(32), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
     transform, image, model = transforms.Compose(steps), _image(60, 120), build("vit")
-    found = attention_map(model, image, image_processor=transform)
-    np.testing.assert_array_equal(found, attention_map(model, transform(image)))
+    attention = attention_map(model, image, image_processor=transform)
+    np.testing.assert_array_equal(attention, attention_map(model, transform(image)))
     assert attention_map(model, image, image_processor=transform, size=48).shape == (6, 12)
 
 
@@ -165,8 +165,8 @@ def test_models_that_say_how_their_images_are_prepared(name: str, tmp_path: Any)
 
     _image(60, 80).save(tmp_path / "image.png")
     model = build_stack(name)
-    found = attention_map(model, tmp_path / "image.png")
-    assert found.shape == (4, 4)
+    attention = attention_map(model, tmp_path / "image.png")
+    assert attention.shape == (4, 4)
     (example,) = read_examples(model, [tmp_path / "image.png"])
     assert example.name == "image.png"
     assert example.image.shape == (32, 32, 3)
@@ -313,10 +313,10 @@ def test_adapters_are_read_one_by_one() -> None:
     model.set_adapter("b")
     alone["+ b"] = read_examples({"x": model}, [_pixels(seed=1)])[0].maps["x"]
     for name, wanted in alone.items():
-        found = examples[0].maps[name]
-        np.testing.assert_array_equal(found.attention, wanted.attention)
-        np.testing.assert_array_equal(found.norms, wanted.norms)
-        np.testing.assert_array_equal(found.registers, wanted.registers)
+        drawn = examples[0].maps[name]
+        np.testing.assert_array_equal(drawn.attention, wanted.attention)
+        np.testing.assert_array_equal(drawn.norms, wanted.norms)
+        np.testing.assert_array_equal(drawn.registers, wanted.registers)
     assert [len(maps.registers) for maps in examples[0].maps.values()] == [0, 2, 3]
 
 
@@ -359,16 +359,16 @@ def test_principal_components_are_those_of_scikit_learn() -> None:
     scale = torch.linspace(5, 0.5, 12)
     features = [torch.randn(count, 12, generator=generator) * scale for count in (20, 30)]
     colours = principal_colours(features, [(4, 5), (6, 5)])
-    assert [one.shape for one in colours] == [(4, 5, 3), (6, 5, 3)]
-    found = np.concatenate([one.reshape(-1, 3) for one in colours])
+    assert [image.shape for image in colours] == [(4, 5, 3), (6, 5, 3)]
+    pixels = np.concatenate([image.reshape(-1, 3) for image in colours])
     scores = decomposition.PCA(3).fit_transform(torch.cat(features).numpy())
-    inside = (found > 0) & (found < 1)
+    inside = (pixels > 0) & (pixels < 1)
     for channel in range(3):
         kept = inside[:, channel]
         assert kept.sum() > 40
-        assert abs(np.corrcoef(found[kept, channel], scores[kept, channel])[0, 1]) > 0.9999
-        assert 0 < (found[:, channel] == 0).sum() <= 2
-        assert 0 < (found[:, channel] == 1).sum() <= 2
+        assert abs(np.corrcoef(pixels[kept, channel], scores[kept, channel])[0, 1]) > 0.9999
+        assert 0 < (pixels[:, channel] == 0).sum() <= 2
+        assert 0 < (pixels[:, channel] == 1).sum() <= 2
 
 
 def test_colours_repeat_and_follow_those_of_another_model() -> None:
@@ -382,10 +382,12 @@ def test_colours_repeat_and_follow_those_of_another_model() -> None:
     # The same three directions in another order of their variance.
     shapes = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
     shapes = torch.linalg.qr(shapes - shapes.mean(0))[0]
-    one, two = (principal_colours([shapes * torch.tensor(s)], [(4, 4)])[0] for s in ((3.0, 2.0, 1.0), (1.0, 2.0, 3.0)))
-    assert np.abs(one - two).mean() > 0.1
-    (found,) = principal_colours([shapes * torch.tensor([1.0, 2.0, 3.0])], [(4, 4)], like=[one])
-    np.testing.assert_allclose(found, one, atol=1e-5)
+    falling, rising = (
+        principal_colours([shapes * torch.tensor(s)], [(4, 4)])[0] for s in ((3.0, 2.0, 1.0), (1.0, 2.0, 3.0))
+    )
+    assert np.abs(falling - rising).mean() > 0.1
+    (followed,) = principal_colours([shapes * torch.tensor([1.0, 2.0, 3.0])], [(4, 4)], like=[falling])
+    np.testing.assert_allclose(followed, falling, atol=1e-5)
     few = principal_colours([torch.randn(2, 8)], [(1, 2)])
     assert np.isfinite(few[0]).all()
 
@@ -451,11 +453,11 @@ def test_figures(examples: list[viz.Example], draw: Any, count: int, tmp_path: A
 def test_figures_show_the_maps_on_one_scale(examples: list[viz.Example], tmp_path: Any) -> None:
     figure = viz.plot_norm_maps(examples[0], layers=[1], path=tmp_path / "norms.png")
     shown = [axis.get_images()[0] for axis in figure.axes if axis.get_title()]
-    maps = [one.norms[1] for one in examples[0].maps.values()]
-    assert len({one.get_clim() for one in shown}) == 1
-    assert shown[0].get_clim() == (0, pytest.approx(max(one.max() for one in maps)))
-    for one, wanted in zip(shown, maps, strict=True):
-        np.testing.assert_array_equal(one.get_array(), wanted)
+    maps = [model_maps.norms[1] for model_maps in examples[0].maps.values()]
+    assert len({artist.get_clim() for artist in shown}) == 1
+    assert shown[0].get_clim() == (0, pytest.approx(max(norms.max() for norms in maps)))
+    for artist, wanted in zip(shown, maps, strict=True):
+        np.testing.assert_array_equal(artist.get_array(), wanted)
     assert (tmp_path / "norms.png").stat().st_size > 1000
 
 

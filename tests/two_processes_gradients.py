@@ -86,15 +86,15 @@ def main() -> None:
     else:
         distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    found = {"plain layer": times_of_a_plain_layer()} if "fsdp2" in kinds else {}
+    results = {"plain layer": times_of_a_plain_layer()} if "fsdp2" in kinds else {}
     for kind in kinds:
         for name, way in SHARDED:
             inputs = {key: value[rank : rank + 1] for key, value in make_inputs(name).items()}
             grads, values = STEPS[kind](registered(name, way).train(), inputs)
-            found |= {f"{kind} {name} {way} grad {key}": value for key, value in grads.items()}
-            found |= {f"{kind} {name} {way} step {key}": value for key, value in values.items()}
+            results |= {f"{kind} {name} {way} grad {key}": value for key, value in grads.items()}
+            results |= {f"{kind} {name} {way} step {key}": value for key, value in values.items()}
     if rank == 0:
-        save_file(found, file)
+        save_file(results, file)
     distributed.destroy_process_group()
 
 
