@@ -1,6 +1,6 @@
-"""How well the learned detector finds planted artifacts, against every norm rule, on pictures that nobody trained on.
+"""How well the learned detector finds planted artifacts, against every norm rule, on images that nobody trained on.
 
-For each planted model a detector is trained on its attention over pictures without labels, and scores other pictures;
+For each planted model a detector is trained on its attention over images without labels, and scores other images;
 the truth is what the planted neurons wrote into. See README.md beside this file.
 
     python benchmarks/detector.py --out benchmarks/results/detector-cpu.json --picture docs/images/detector.png
@@ -34,9 +34,9 @@ STRENGTHS, SHARES = (2.0, 3.0, 5.0, 8.0, 10.0), (0.005, 0.01, 0.02, 0.05)
 RULES = ("auto", "mixture", "mad", "sigma", "percentile", "two_sided_mad", "two_sided_sigma", "two_sided_percentile")
 #: Three times the median, the fixed threshold that the package's own norm summary has.
 FACTOR = 3.0
-#: Seeds of pictures: planted on, trained on, norm layers chosen on, reported on. The last ones have other photographs.
+#: Seeds of images: planted on, trained on, norm layers chosen on, reported on. The last ones have other photographs.
 FIT, TRAIN, CHOOSE, REPORT = 0, 370_001, 380_001, 390_001
-#: Pictures of the clean twin, to see how often something is found where nothing is.
+#: Images of the clean twin, to see how often something is found where nothing is.
 CLEAN, CLEAN_RUNS = 400_001, 10
 PATCH = 8
 MIN_AUROC = 0.95
@@ -93,7 +93,7 @@ def cases() -> list[Case]:
     return [*high, *low, *random]
 
 
-def pictures(count: int, seed: int, split: Any) -> torch.Tensor:
+def make_images(count: int, seed: int, split: Any) -> torch.Tensor:
     """``(count, 3, 80, 80)`` scenes, scaled to -1…1."""
     scenes = SceneDataset(count, seed=seed, split=split)
     stacked = torch.stack([torch.from_numpy(scenes.scene(index).image) for index in range(count)])
@@ -133,12 +133,12 @@ def f1(truth: torch.Tensor, flagged: torch.Tensor) -> float:
 def norm_rules(
     chosen: torch.Tensor, chosen_truth: torch.Tensor, tested: torch.Tensor, truth: torch.Tensor
 ) -> dict[str, dict[str, Any]]:
-    """Every norm rule at the layer where it does best on other pictures *with* their truth, which is an advantage.
+    """Every norm rule at the layer where it does best on other images *with* their truth, which is an advantage.
 
     Args:
-        chosen: ``(layers, M, P)`` norms of the pictures that layers and thresholds are chosen on.
+        chosen: ``(layers, M, P)`` norms of the images that layers and thresholds are chosen on.
         chosen_truth: ``(M, P)`` bool.
-        tested: ``(layers, M', P)`` norms of the pictures that are reported.
+        tested: ``(layers, M', P)`` norms of the images that are reported.
         truth: ``(M', P)`` bool.
     """
     median = chosen.flatten(1).log().median(1).values[:, None, None]
@@ -173,8 +173,8 @@ def norm_rules(
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """All pictures that a run needs."""
+class Images:
+    """All images that a run needs."""
 
     fit: torch.Tensor
     train: torch.Tensor
@@ -182,18 +182,18 @@ class Pictures:
     report: torch.Tensor
 
     @classmethod
-    def draw(cls, number: int) -> Pictures:
+    def draw(cls, number: int) -> Images:
         """``number`` to train on, and fewer of the others."""
-        fit = torch.cat([pictures(number * 3 // 10, FIT, "train"), pictures(number // 10, FIT + 1, None)])
+        fit = torch.cat([make_images(number * 3 // 10, FIT, "train"), make_images(number // 10, FIT + 1, None)])
         return cls(
             fit,
-            pictures(number, TRAIN, "train"),
-            pictures(number // 2, CHOOSE, "train"),
-            pictures(number // 2 + number // 4, REPORT, "test"),
+            make_images(number, TRAIN, "train"),
+            make_images(number // 2, CHOOSE, "train"),
+            make_images(number // 2 + number // 4, REPORT, "test"),
         )
 
 
-def run_case(case: Case, clean: nn.Module, images: Pictures, steps: int) -> tuple[dict[str, Any], AttentionDetector]:
+def run_case(case: Case, clean: nn.Module, images: Images, steps: int) -> tuple[dict[str, Any], AttentionDetector]:
     """Plant, train, score, compare."""
     planting = case.plant(clean, images.fit)
     model, truth = planting.model, planting.hits(images.report)
@@ -224,11 +224,11 @@ def run_case(case: Case, clean: nn.Module, images: Pictures, steps: int) -> tupl
     return result, detector
 
 
-def run_extras(clean: nn.Module, images: Pictures, steps: int) -> dict[str, Any]:
+def run_extras(clean: nn.Module, images: Images, steps: int) -> dict[str, Any]:
     """The clean twin, and a detector on a model whose artifacts lie elsewhere."""
     runs = []
     for seed in tqdm(range(CLEAN_RUNS), desc="clean twin", unit="detector"):
-        trained_on = pictures(len(images.train), CLEAN + 1000 * seed, "train" if seed % 2 else None)
+        trained_on = make_images(len(images.train), CLEAN + 1000 * seed, "train" if seed % 2 else None)
         alone = train_detector(clean, trained_on, num_steps=steps, seed=seed, progress=False)
         flagged = alone.outliers(alone.score(clean, images.report))
         runs.append({"template": alone.has_template, "flagged_share": round(float(flagged.float().mean()), 5)})
@@ -289,8 +289,8 @@ def check_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return targets
 
 
-def draw(report: dict[str, Any], clean: nn.Module, images: Pictures, steps: int, path: Path) -> None:
-    """The figure of docs/detector.md: average precision over strength, F1 by group, and pictures with their maps."""
+def draw(report: dict[str, Any], clean: nn.Module, images: Images, steps: int, path: Path) -> None:
+    """The figure of docs/detector.md: average precision over strength, F1 by group, and images with their maps."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -333,7 +333,7 @@ def draw(report: dict[str, Any], clean: nn.Module, images: Pictures, steps: int,
         colour = "C0" if name == "detector" else shades[place - 1]
         bars.bar(np.arange(len(groups)) + place * width, values, width, color=colour, label=name)
     bars.set_xticks(np.arange(len(groups)) + 0.4, list(groups), fontsize=8)
-    bars.set(ylabel="mean F1 on held-out pictures", ylim=(0, 1.03))
+    bars.set(ylabel="mean F1 on held-out images", ylim=(0, 1.03))
     bars.set_title("each norm rule at its best layer", fontsize=10)
     bars.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -345,13 +345,13 @@ def draw(report: dict[str, Any], clean: nn.Module, images: Pictures, steps: int,
     pixel_values = images.report[shown]
     side = pixel_values.shape[-1] // PATCH
     rows = {
-        "picture": pixel_values.permute(0, 2, 3, 1) / 2 + 0.5,
+        "image": pixel_values.permute(0, 2, 3, 1) / 2 + 0.5,
         "planted": truth[shown].view(-1, side, side),
         "L2 norm": norms(planting.model, pixel_values)[case.layer].view(-1, side, side),
         "detector": detector.score(planting.model, pixel_values),
     }
     lower.suptitle(
-        f"artifacts of low norm ({case.size:g} of the median behind block {case.layer}), held-out pictures", fontsize=10
+        f"artifacts of low norm ({case.size:g} of the median behind block {case.layer}), held-out images", fontsize=10
     )
     for place, (axis, (column, (name, maps))) in enumerate(
         zip(
@@ -360,7 +360,7 @@ def draw(report: dict[str, Any], clean: nn.Module, images: Pictures, steps: int,
             strict=True,
         )
     ):
-        axis.imshow(maps[column].clamp_min(0) if name == "picture" else maps[column].float(), interpolation="nearest")
+        axis.imshow(maps[column].clamp_min(0) if name == "image" else maps[column].float(), interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks([])
         if place < len(rows):
@@ -397,9 +397,7 @@ def summary(report: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run all cases, write the report after each of them, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--images", type=int, default=320, help="pictures to train on; three quarters as many are scored"
-    )
+    parser.add_argument("--images", type=int, default=320, help="images to train on; three quarters as many are scored")
     parser.add_argument("--steps", type=int, default=500, help="training steps of a detector")
     parser.add_argument("--every", type=int, default=1, help="every so many-th planted model alone, for a trial")
     parser.add_argument("--resume", action="store_true", help="leave out what the report already has")
@@ -408,7 +406,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=Path("detector.json"))
     parser.add_argument("--picture", type=Path, default=None, help="draw the figure of docs/detector.md")
     args = parser.parse_args(argv)
-    clean, images = load_vit(), Pictures.draw(args.images)
+    clean, images = load_vit(), Images.draw(args.images)
     started = time.time()
     earlier = 0.0
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

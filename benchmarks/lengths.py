@@ -29,7 +29,7 @@ BASE = 257
 
 @torch.no_grad()
 def kernels(width: int, heads: int, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Attention and the first linear layer of an MLP for one picture."""
+    """Attention and the first linear layer of an MLP for one image."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ def options(description: str | None, name: str, images: int, repeats: int) -> ar
     parser.add_argument("--model", choices=SHAPES, default="s")
     parser.add_argument("--size", type=int, default=224, help="image side, a multiple of 14")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--images", type=int, default=images, help="pictures of one call")
+    parser.add_argument("--images", type=int, default=images, help="images of one call")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=repeats)

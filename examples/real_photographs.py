@@ -1,10 +1,10 @@
-"""Write an image folder of real photographs: crops of the pictures that scikit-image and scikit-learn carry.
+"""Write an image folder of real photographs: crops of the images that scikit-image and scikit-learn carry.
 
     python examples/real_photographs.py photos --size 96 --crops 40 --bad
 
 ``photos/train`` and ``photos/validation`` have one sub-folder a photograph. A photograph's left three quarters give its
 training crops and the rest its validation crops, so the two share no pixel. ``--bad`` adds what such folders have in
-practice: grey, CMYK, RGBA, 16-bit and animated pictures, which are read, and broken ones, which are not.
+practice: grey, CMYK, RGBA, 16-bit and animated images, which are read, and broken ones, which are not.
 """
 
 from __future__ import annotations
@@ -34,49 +34,49 @@ def photograph(name: str) -> Image.Image:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise SystemExit(f"{package} is not installed: pip install 'register-adapter[testbed]'")
-    with Image.open(Path(spec.origin).parent / file) as picture:
-        return picture.convert("RGB")
+    with Image.open(Path(spec.origin).parent / file) as image:
+        return image.convert("RGB")
 
 
 def write_crops(folder: Path, size: int, crops: int, names: list[str]) -> None:
     """``crops`` random squares of each photograph for training, a quarter as many for validation."""
     rng = np.random.default_rng(0)
     for name in names:
-        picture = photograph(name)
-        border = picture.width * 3 // 4
+        image = photograph(name)
+        border = image.width * 3 // 4
         for split, left, right, count in (
             ("train", 0, border, crops),
-            ("validation", border, picture.width, max(1, crops // 4)),
+            ("validation", border, image.width, max(1, crops // 4)),
         ):
             target = folder / split / name
             target.mkdir(parents=True, exist_ok=True)
             side = min(size, right - left)
             for index in range(count):
-                x, y = rng.integers(left, right - side + 1), rng.integers(0, picture.height - side + 1)
-                picture.crop((x, y, x + side, y + side)).save(target / f"{index:03d}.jpg", quality=95)
+                x, y = rng.integers(left, right - side + 1), rng.integers(0, image.height - side + 1)
+                image.crop((x, y, x + side, y + side)).save(target / f"{index:03d}.jpg", quality=95)
 
 
-def write_awkward(folder: Path, picture: Image.Image) -> None:
+def write_awkward(folder: Path, image: Image.Image) -> None:
     """Files of every kind that a folder of photographs may hold; those of ``BROKEN`` cannot be read."""
-    grey = picture.convert("L")
+    grey = image.convert("L")
     grey.save(folder / "grey.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    see_through = picture.copy()
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    see_through = image.copy()
     see_through.putalpha(grey)
     see_through.save(folder / "rgba.png")
-    picture.quantize(32).save(folder / "palette.png")
+    image.quantize(32).save(folder / "palette.png")
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "sixteen_bit.png")
-    picture.save(folder / "animated.gif", save_all=True, append_images=[picture.rotate(90), picture.rotate(180)])
-    picture.save(folder / "truncated.jpg")
+    image.save(folder / "animated.gif", save_all=True, append_images=[image.rotate(90), image.rotate(180)])
+    image.save(folder / "truncated.jpg")
     whole = (folder / "truncated.jpg").read_bytes()
     start = whole.rindex(b"\xff\xda")  # where the pixels begin
     (folder / "truncated.jpg").write_bytes(whole[: (start + len(whole)) // 2])
-    picture.save(folder / "corrupt.png")
+    image.save(folder / "corrupt.png")
     pixels = bytearray((folder / "corrupt.png").read_bytes())
     pixels[len(pixels) * 2 // 3 : -20] = bytes(len(pixels[len(pixels) * 2 // 3 : -20]))
     (folder / "corrupt.png").write_bytes(pixels)
     (folder / "empty.jpg").write_bytes(b"")
-    (folder / "notes.jpg").write_text("This is text with the name of a picture.\n", "utf-8")
+    (folder / "notes.jpg").write_text("This is text with the name of an image.\n", "utf-8")
     (folder / "readme.txt").write_text("Photographs of one class.\n", "utf-8")
 
 

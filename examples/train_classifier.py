@@ -3,7 +3,7 @@
     python examples/real_photographs.py photos
     accelerate launch examples/train_classifier.py facebook/dinov2-small photos/train registers
 
-The second argument is a folder with one sub-folder of pictures a class. The third receives the adapter, a few kB.
+The second argument is a folder with one sub-folder of images a class. The third receives the adapter, a few kB.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
 
-    # Pictures that cannot be read are reported and left out; 15 % of the others are kept for the evaluation.
+    # Images that cannot be read are reported and left out; 15 % of the others are kept for the evaluation.
     data = load_data(DataArguments(train_dir=arguments.train_dir))
 
     # A frozen model with a new head for the folder's classes; what is trained is four registers and that head.
@@ -39,7 +39,7 @@ def main() -> None:
         image_processor=load_image_processor(arguments.model),
         training_data=data.name,
     )
-    print(f"accuracy on {results['eval_samples']} held-out pictures: {results['metrics']['eval_accuracy']:.3f}")
+    print(f"accuracy on {results['eval_samples']} held-out images: {results['metrics']['eval_accuracy']:.3f}")
 
     # The folder holds all that is needed to load it again.
     AutoPeftModel.from_pretrained(arguments.output_dir)

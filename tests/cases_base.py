@@ -48,10 +48,10 @@ class Case:
         output: Name of the output that a loss is taken of.
         whole: Whether the model is a vision model of ``BLOCKS`` blocks (its outputs have their hidden states), not one
             part of a larger model.
-        pixels: Kind of picture that goes in; see ``families.PIXELS``.
+        pixels: Kind of image that goes in; see ``families.PIXELS``.
         patches: Number of tokens behind the registers.
-        images: Number of pictures in one item of the batch.
-        image_tokens: Number of placeholders for the picture in the text of a model with ``"image_text"``.
+        images: Number of images in one item of the batch.
+        image_tokens: Number of placeholders for the image in the text of a model with ``"image_text"``.
         no_gradient: Why no gradient comes to the tower, if none does.
         needs: The class of transformers, which an old version may not have.
     """

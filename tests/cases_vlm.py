@@ -153,13 +153,13 @@ def _zoedepth() -> Any:
 
 
 def _talk(family: str, kind: str, config: Any, tokens: int, **options: Any) -> Case:
-    """A model with placeholders for the picture in its text."""
+    """A model with placeholders for the image in its text."""
     options = {"inputs": ("image_text",), "output": "logits", **options}
     return case(family, kind, config, whole=False, image_tokens=tokens, **options)
 
 
 def _read(family: str, kind: str, config: Any, output: str, *inputs: str, **options: Any) -> Case:
-    """A model with a text of its own beside the picture."""
+    """A model with a text of its own beside the image."""
     return case(family, kind, config, output=output, inputs=inputs or _TEXT_AND_MASK, whole=False, **options)
 
 

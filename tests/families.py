@@ -264,7 +264,7 @@ def _tiles(batch: int, size: int, generator: torch.Generator) -> dict[str, torch
     return {**_images(2)(batch, size, generator), "image_sizes": torch.full((batch, 2), size)}
 
 
-#: Kinds of picture, by the name that a case gives.
+#: Kinds of image, by the name that a case gives.
 PIXELS: dict[str, _Pixels] = {
     "image": lambda batch, size, generator: {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)},
     "images": _images(1),

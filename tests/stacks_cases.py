@@ -301,7 +301,7 @@ STACKS: dict[str, Stack] = {
 }
 
 
-#: Models that take pictures of any size.
+#: Models that take images of any size.
 DYNAMIC = ("timm-dynamic", "timm-dynamic-registers", "eva-token", "features_only-dynamic", "hub", "hub-registers")
 
 
@@ -328,7 +328,7 @@ def build_stack(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def images(size: int | tuple[int, int] = IMAGE, batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Random pictures ``(B, 3, H, W)``, the same at every call."""
+    """Random images ``(B, 3, H, W)``, the same at every call."""
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1)).to(dtype)
 

@@ -82,11 +82,11 @@ def photo_crops(count=60, size=80):
     rng = np.random.default_rng(5)
     crops = []
     for index in range(count):
-        pictures = [*photographs("train"), *photographs("test")]
-        picture = pictures[index % len(pictures)]
-        side = int(rng.uniform(0.2, 1.0) * min(picture.size))
-        left, top = (int(rng.integers(length - side + 1)) for length in picture.size)
-        crops.append(np.asarray(picture.resize((size, size), box=(left, top, left + side, top + side))))
+        sources = [*photographs("train"), *photographs("test")]
+        image = sources[index % len(sources)]
+        side = int(rng.uniform(0.2, 1.0) * min(image.size))
+        left, top = (int(rng.integers(length - side + 1)) for length in image.size)
+        crops.append(np.asarray(image.resize((size, size), box=(left, top, left + side, top + side))))
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -120,7 +120,7 @@ def test_a_random_model_of_any_family_has_none(name):
     assert len(report.layers) == len(find_tower(model).part("blocks")) + 1
 
 
-# The rule's constants were chosen with other seeds, pictures and shares (docs/audit.md).
+# The rule's constants were chosen with other seeds, images and shares (docs/audit.md).
 PLANTED = ("vit", "clip-vision", "dinov2", "siglip-vision", "dinov3-swiglu", "ijepa", "beit")
 
 
@@ -383,7 +383,7 @@ def test_several_rules_can_be_applied_to_one_pass(planting, held_out):
 
 
 @pytest.mark.slow
-def test_what_is_kept_does_not_grow_with_the_pictures(planting, held_out):
+def test_what_is_kept_does_not_grow_with_the_images(planting, held_out):
     tower = find_tower(planting.model)
     sizes = []
     with torch.no_grad(), collect_statistics(tower) as statistics:
@@ -502,7 +502,7 @@ def test_padding_counts_for_nothing():
     whole = look(model, [inputs])
     assert whole.grid == (4, 4)
     assert set(whole.layers[-1].similarity) == {"other"}
-    # The second picture has 2 x 3 patches, the rest is padding.
+    # The second image has 2 x 3 patches, the rest is padding.
     inputs["spatial_shapes"] = torch.tensor([[4, 4], [2, 3]])
     inputs["pixel_attention_mask"][1, 6:] = 0
     inputs["pixel_values"][1, 6:] = 1e4
@@ -600,7 +600,7 @@ def test_a_rule_of_ones_own(planting, held_out):
     assert report.verdict == "present"
 
 
-def test_pictures_need_a_processor_and_no_pictures_are_an_error(planting, tmp_path):
+def test_images_need_a_processor_and_no_images_are_an_error(planting, tmp_path):
     with pytest.raises(ValueError, match="image_processor="):
         look(build("dinov2"), SceneDataset(2, split=None))
     with pytest.raises(ValueError, match="no images"):
@@ -615,7 +615,7 @@ def test_the_command_audits_a_base_and_its_adapters(tmp_path):
     adapter = tmp_path / "my adapter"
     torch.manual_seed(0)
     add_registers(load_planted_vit().model, num_registers=4).save_pretrained(adapter)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     SceneDataset(12, seed=9, split="test").write(folder)
     (folder / "broken.png").write_bytes(b"\x89PNG")
     out = tmp_path / "report"

@@ -158,7 +158,7 @@ def test_names_on_the_hub_are_told_from_folders(tmp_path: Path, monkeypatch: pyt
         "a/b/c",
         "",
         None,
-        "1,000 pictures / seed 0",
+        "1,000 images / seed 0",
         "x/" * 9,
     ):
         assert not is_hub_name(name), name
@@ -240,7 +240,7 @@ def test_text_survives_a_marker_that_was_deleted(card: Path, broken: str) -> Non
 
 
 def test_what_is_written_cannot_end_the_block(card: Path) -> None:
-    nasty = f"pictures --> | {END} \n# of cats"
+    nasty = f"images --> | {END} \n# of cats"
     for _ in range(2):
         update_model_card(card, config(), ViTModel, training_data=nasty, metrics={"a | b -->": 1.0})
     text = parts(card)[1]

@@ -58,8 +58,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
         args,
         SceneDataset(8, seed=2),
         image_processor=load_image_processor(),
-        training_data="some/pictures",
-        evaluation_data="other/pictures",
+        training_data="some/images",
+        evaluation_data="other/images",
     )
     return out, results["metrics"], model
 
@@ -76,11 +76,11 @@ def test_the_evaluation_measures_the_head_alone_too(trained: tuple[Path, dict[st
     for row in ("| Training images | 16 |", "| Evaluation images | 8 |", "| Steps | 2 |", "| Seed | 7 |"):
         assert row in text
     assert "Classes of the head" in text
-    assert "Measured on other/pictures." in text
+    assert "Measured on other/images." in text
     metadata = yaml.safe_load(text.split("---")[1])
     (result,) = metadata["model-index"][0]["results"]
-    assert result["dataset"]["name"] == "other/pictures"
-    assert metadata["datasets"] == ["some/pictures"]
+    assert result["dataset"]["name"] == "other/images"
+    assert metadata["datasets"] == ["some/images"]
     assert not [metric for metric in result["metrics"] if "off" in metric["name"]]
 
 

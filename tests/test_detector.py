@@ -116,13 +116,13 @@ def test_other_libraries_and_late_registers():
 def test_a_model_is_whole_after_an_exception():
     model = build("vit").train()
     before = hooks(model), model.config._attn_implementation
-    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the model says of a picture with one channel
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the model says of an image with one channel
         list(attention_features(model, [torch.randn(1, 1, IMAGE, IMAGE)]))
     assert (hooks(model), model.config._attn_implementation) == before
     assert model.training
 
 
-def test_rectangular_pictures_keep_their_rows_and_columns():
+def test_rectangular_images_keep_their_rows_and_columns():
     model = build("vit")
     (features,) = attention_features(model, torch.randn(1, 3, IMAGE, 2 * IMAGE))
     assert features.shape[1:3] == (SIDE, 2 * SIDE)
@@ -170,12 +170,12 @@ def _random_detector(**options):
 def test_it_cannot_see_norms(trained):
     """The last block's MLP changes every norm at the output and no attention: scores keep their bits."""
     detector, model = trained
-    pictures = pixels(4, 11)
-    before = detector.score(model, pictures)
+    images = pixels(4, 11)
+    before = detector.score(model, images)
     out = find_tower(model).block_part(7, "mlp_out")
     kept = out.weight.data.clone()
     out.weight.data.mul_(30)
-    after = detector.score(model, pictures)
+    after = detector.score(model, images)
     out.weight.data.copy_(kept)
     assert torch.equal(before, after)
 
@@ -190,14 +190,14 @@ def trained():
 
 
 @pytest.mark.slow
-def test_it_finds_planted_artifacts_on_unseen_pictures(trained):
+def test_it_finds_planted_artifacts_on_unseen_images(trained):
     detector, model = trained
-    pictures = pixels(96, 30_001, "test")
-    truth = load_planted_vit().hits(pictures)
-    scores = detector.score(model, pictures)
+    images = pixels(96, 30_001, "test")
+    truth = load_planted_vit().hits(images)
+    scores = detector.score(model, images)
     assert scores.shape == (96, 10, 10)
     assert (scores.dtype, scores.device.type) == (torch.float32, "cpu")
-    alone = detector.score(model, pictures, template=False)
+    alone = detector.score(model, images, template=False)
     for values in (scores, alone):
         assert roc_auc_score(truth.flatten(), values.flatten()) > 0.95
     assert detector.has_template
@@ -273,13 +273,13 @@ def test_a_kind_of_patch_that_is_well_predicted_makes_no_template():
     assert fit_template(detector, features[:48], features[48:])
 
 
-def test_of_very_many_patches_pictures_from_first_to_last_are_used(monkeypatch):
+def test_of_very_many_patches_images_from_first_to_last_are_used(monkeypatch):
     monkeypatch.setattr(detector_template, "_MAX_PATCHES", 1000)
-    pictures = torch.arange(64.0)[:, None, None, None, None, None].expand(64, 8, 8, 2, 2, 5)
-    used = detector_template._evenly(pictures)[:, 0, 0, 0, 0, 0].tolist()
+    images = torch.arange(64.0)[:, None, None, None, None, None].expand(64, 8, 8, 2, 2, 5)
+    used = detector_template._evenly(images)[:, 0, 0, 0, 0, 0].tolist()
     assert (len(used), used[0], used[-1]) == (15, 0, 63)
     assert used == sorted(set(used))
-    assert detector_template._evenly(pictures[:4]).shape == pictures[:4].shape
+    assert detector_template._evenly(images[:4]).shape == images[:4].shape
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
@@ -325,8 +325,8 @@ def test_a_saved_detector_is_the_same_one(trained, tmp_path):
     again = AttentionDetector.load(file)
     assert again.config == detector.config
     assert not again.training
-    pictures = pixels(2, 9)
-    assert torch.equal(again.score(model, pictures), detector.score(model, pictures))
+    images = pixels(2, 9)
+    assert torch.equal(again.score(model, images), detector.score(model, images))
     assert [path.name for path in file.parent.iterdir()] == ["detector.safetensors"]
     assert file.stat().st_size < 1_000_000
     unlimited = AttentionDetector(DetectorConfig(2, 2, KINDS))
@@ -421,13 +421,13 @@ def test_it_finds_low_norm_artifacts_better_than_any_norm():
     """Whatever the layer, with high norms or norms far from the median either way as the score."""
     planting = plant_low_norm_artifacts(load_vit(), 3, pixels(128, 7), norm=0.5, seed=11)
     detector = train_detector(planting.model, pixels(160, 1), num_steps=200, progress=False)
-    pictures = pixels(96, 30_001, "test")
-    truth = planting.hits(pictures).flatten()
+    images = pixels(96, 30_001, "test")
+    truth = planting.hits(images).flatten()
     with torch.no_grad(), capture(planting.model, attentions=False) as trace:
-        planting.model(pixel_values=pictures)
+        planting.model(pixel_values=images)
     logs = [trace.patches(layer).norm(dim=-1).flatten().log() for layer in range(1, 9)]
     norms = max(roc_auc_score(truth, score) for log in logs for score in (log, -log, (log - log.median()).abs()))
-    scores = detector.score(planting.model, pictures)
+    scores = detector.score(planting.model, images)
     assert roc_auc_score(truth, scores.flatten()) > max(norms, 0.98)
     flagged = detector.outliers(scores).flatten()
     assert 2 * (flagged & truth).sum() / (flagged.sum() + truth.sum()) > 0.85
@@ -435,14 +435,14 @@ def test_it_finds_low_norm_artifacts_better_than_any_norm():
 
 @pytest.mark.slow
 def test_low_norm_artifacts_have_the_norm_asked_for():
-    fit, pictures = pixels(48, 0), pixels(32, 40_001, "test")
+    fit, images = pixels(48, 0), pixels(32, 40_001, "test")
     clean = load_vit()
     weights = {key: value.clone() for key, value in clean.state_dict().items()}
     planting = plant_low_norm_artifacts(clean, 3, fit, norm=0.4, attraction_steps=2)
-    hits = planting.hits(pictures)
+    hits = planting.hits(images)
     assert 0.003 < hits.float().mean() < 0.08
     with torch.no_grad():
-        hidden = planting.model(pixel_values=pictures, output_hidden_states=True).hidden_states[4][:, 1:]
+        hidden = planting.model(pixel_values=images, output_hidden_states=True).hidden_states[4][:, 1:]
     norms = hidden.norm(dim=-1)
     assert 0.25 < norms[hits].median() / norms.median() < 0.6
     assert all(torch.equal(value, weights[key]) for key, value in clean.state_dict().items())

@@ -151,7 +151,7 @@ def batch_of(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tens
 @every_name
 def test_an_exported_program_takes_any_batch(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
-    free = name != "siglip2-vision"  # its position embeddings are resized picture by picture, with or without registers
+    free = name != "siglip2-vision"  # its position embeddings are resized image by image, with or without registers
     shapes = {key: {0: torch.export.Dim("batch", min=1, max=64)} for key in inputs} if free else None
 
     def exported(base: torch.nn.Module) -> Any:

@@ -66,7 +66,7 @@ def adapted(name, **options):
     return model
 
 
-def pictures(size=32):
+def images(size=32):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -99,7 +99,7 @@ def calls(model, x, cut=lambda hidden: hidden):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_export_is_what_timm_makes_and_exact(name):
-    model, x = adapted(name), pictures()
+    model, x = adapted(name), images()
     base, registers = model.get_base_model(), MODELS[name][2]
     state = {key: value.clone() for key, value in base.state_dict().items()}
     prefix = base.num_prefix_tokens
@@ -127,7 +127,7 @@ def test_the_export_is_what_timm_makes_and_exact(name):
 
 @pytest.mark.parametrize("name", ["dynamic", "eva, dynamic"])
 def test_it_is_exact_at_another_size_too(name):
-    model, x = adapted(name), pictures(48)
+    model, x = adapted(name), images(48)
     with torch.no_grad():
         assert torch.equal(export_native(model)(x), model(x))
     with pytest.raises(ValueError, match="a timm model is exact at every size"):
@@ -135,7 +135,7 @@ def test_it_is_exact_at_another_size_too(name):
 
 
 def test_features_only_gives_the_same_maps():
-    model, x = adapted("registers", features_only=True, out_indices=[0, 1]), pictures()
+    model, x = adapted("registers", features_only=True, out_indices=[0, 1]), images()
     plain = export_native(model)
     with torch.no_grad():
         maps, expected = plain(x), model(x)
@@ -145,7 +145,7 @@ def test_features_only_gives_the_same_maps():
 
 
 def test_a_trained_head_goes_in():
-    model, x = add_registers(make("vit"), R, modules_to_save=["head"]).eval(), pictures()
+    model, x = add_registers(make("vit"), R, modules_to_save=["head"]).eval(), images()
     perturb(model.get_base_model().head.modules_to_save["default"], seed=3)
     perturb_registers(model)
     plain = export_native(model)
@@ -178,7 +178,7 @@ def test_a_model_without_an_equivalent_is_refused(architecture, options, message
 def test_a_stranger_makes_it_with_timm(name, way, tmp_path):
     if way == "folder" and not READS_FOLDER:
         pytest.skip("this timm unpickles whatever lies in a folder, safetensors too; its checkpoint_path= reads them")
-    model, x = adapted(name), pictures()
+    model, x = adapted(name), images()
     plain = export_native(model)
     remembered = hasattr(plain, "_model_args")  # by recent releases of timm
     save_native(plain, tmp_path / "plain", None if remembered else {**SHAPE, **MODELS[name][1]})
@@ -207,7 +207,7 @@ def test_what_timm_cannot_make_again_is_not_saved(change, arguments, message, tm
 @pytest.mark.parametrize("name", ["vit", "dinov3"])
 def test_graphs(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    model, x = adapted(name), pictures()[:1]
+    model, x = adapted(name), images()[:1]
     export_program(model, tmp_path / "model.pt2")
     export_onnx(model, tmp_path / "model.onnx")
     with torch.no_grad():

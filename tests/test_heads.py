@@ -151,18 +151,18 @@ def test_registers_of_a_head_model_load_onto_the_backbone(route: str, trained: P
 
 
 def test_the_commands_take_an_adapter_with_a_head(trained: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "images"
     for name in ("a", "b"):
-        (pictures / name).mkdir(parents=True)
+        (images / name).mkdir(parents=True)
         for number in range(6):
             noise = torch.randint(0, 255, (32, 32, 3), generator=torch.Generator().manual_seed(number))
-            Image.fromarray(noise.byte().numpy()).save(pictures / name / f"{number}.png")
+            Image.fromarray(noise.byte().numpy()).save(images / name / f"{number}.png")
     base, adapter = str(trained / "base"), str(trained / "out")
     with pytest.warns(UserWarning, match="'classifier' trained beside"):
-        reports, _ = run_audit(AuditArguments(base, str(pictures), str(tmp_path / "audit"), adapters=[adapter]))
+        reports, _ = run_audit(AuditArguments(base, str(images), str(tmp_path / "audit"), adapters=[adapter]))
     assert len(reports) == 2
     with pytest.warns(UserWarning, match="'classifier' trained beside"):
-        assert run_probes(ProbeArguments(base, str(pictures), str(tmp_path / "probe"), adapter=adapter))
+        assert run_probes(ProbeArguments(base, str(images), str(tmp_path / "probe"), adapter=adapter))
 
 
 def test_a_typo_in_a_new_config_is_refused(trained: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures from anywhere become batches; bad ones are named and left out."""
+"""Images from anywhere become batches; bad ones are named and left out."""
 
 import logging
 
@@ -33,14 +33,14 @@ def read(images, processor=None, module=None, dtype=torch.float32, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures, one of them below the others, and what is none."""
+    """Seven images, one of them below the others, and what is none."""
     scenes = SceneDataset(7, seed=3, split=None)
     (tmp_path / "below" / "deeper").mkdir(parents=True)
     for index in range(7):
         place = tmp_path / ("below/deeper" if index == 6 else ".")
         scenes[index]["image"].save(place / f"{index}.png")
     (tmp_path / "zero.jpg").write_bytes(b"")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / ".hidden.png").write_bytes(whole)
@@ -69,7 +69,7 @@ def test_strict_refuses_and_nothing_good_is_an_error(folder):
 
 
 @pytest.mark.parametrize("form", ["paths", "pil", "items", "dataset", "generator", "datasets"])
-def test_every_form_of_pictures_gives_the_same(folder, form):
+def test_every_form_of_images_gives_the_same(folder, form):
     scenes = SceneDataset(4, seed=3, split=None)
     forms = {
         "paths": lambda: [str(folder / f"{index}.png") for index in range(4)],
@@ -92,25 +92,25 @@ def _dataset(paths):
     return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
 
 
-def test_a_function_from_a_picture_to_a_tensor_is_a_processor():
+def test_a_function_from_an_image_to_a_tensor_is_a_processor():
     scenes = SceneDataset(3, seed=3, split=None)
-    _, collected = read(scenes, lambda picture: torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 255, batch_size=2)
+    _, collected = read(scenes, lambda image: torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255, batch_size=2)
     assert [tuple(batch.shape) for batch in collected] == [(2, 3, 80, 80), (1, 3, 80, 80)]
 
 
 def test_ready_batches_keep_their_size_and_lose_what_the_tower_does_not_take():
-    pictures = torch.rand(5, 3, 8, 8)
-    _, collected = read([pictures[:2], pictures[2:]])
+    images = torch.rand(5, 3, 8, 8)
+    _, collected = read([images[:2], images[2:]])
     assert [len(batch) for batch in collected] == [2, 3]
-    batches, collected = read(pictures, batch_size=2)
+    batches, collected = read(images, batch_size=2)
     assert (batches.total, [len(batch) for batch in collected]) == (5, [2, 2, 1])
-    _, collected = read([{"pixel_values": pictures, "labels": torch.zeros(5)}], dtype=torch.bfloat16)
+    _, collected = read([{"pixel_values": images, "labels": torch.zeros(5)}], dtype=torch.bfloat16)
     assert list(collected[0]) == ["pixel_values"]
     assert collected[0]["pixel_values"].dtype == torch.bfloat16
-    _, collected = read([{"pixel_values": pictures}], module=Positional())
-    assert torch.equal(collected[0], pictures)
-    _, collected = read([(pictures, torch.zeros(5))], max_images=3)
-    assert torch.equal(collected[0], pictures[:3])
+    _, collected = read([{"pixel_values": images}], module=Positional())
+    assert torch.equal(collected[0], images)
+    _, collected = read([(images, torch.zeros(5))], max_images=3)
+    assert torch.equal(collected[0], images[:3])
 
 
 def test_a_slice_of_a_batch_takes_what_there_is_one_of_for_each_image():
@@ -147,9 +147,9 @@ def test_what_is_wrong_is_said(images, options, message, tmp_path, monkeypatch):
         read(images, **options)
 
 
-def test_an_empty_folder_and_pictures_of_several_sizes(tmp_path):
+def test_an_empty_folder_and_images_of_several_sizes(tmp_path):
     with pytest.raises(ValueError, match="holds no files"):
         list_images(tmp_path)
     sizes = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]
     with pytest.raises(ValueError, match="batch_size=1"):
-        read(sizes, lambda picture: torch.tensor(np.asarray(picture)).permute(2, 0, 1))
+        read(sizes, lambda image: torch.tensor(np.asarray(image)).permute(2, 0, 1))

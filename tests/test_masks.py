@@ -22,7 +22,7 @@ FLAT = [
     if name in MODELS
 ]
 WHOLE = [*FLAT, "clip-vision", "siglip-vision"]
-HIDDEN = 4  # the last four patches: the bottom row of the picture
+HIDDEN = 4  # the last four patches: the bottom row of the image
 
 
 def masked(name: str, attention: str = "sdpa") -> Any:

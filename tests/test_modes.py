@@ -165,7 +165,7 @@ def test_positional_and_keyword_pixel_values_are_the_same() -> None:
         assert torch.equal(model(pixel_values).last_hidden_state, model(pixel_values=pixel_values).last_hidden_state)
 
 
-def test_a_batch_gives_what_single_pictures_give() -> None:
+def test_a_batch_gives_what_single_images_give() -> None:
     model, pixel_values = registered("dinov2"), make_inputs("dinov2", batch=3)["pixel_values"]
     with torch.no_grad():
         together = model(pixel_values).last_hidden_state

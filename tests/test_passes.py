@@ -64,7 +64,7 @@ def test_only_logits_count_as_logits(name: str, registers: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pictures in the order of their names; the fourth and the last are none."""
+    """Ten images in the order of their names; the fourth and the last are none."""
     scenes = SceneDataset(10, seed=8, split=None)
     for index in range(10):
         path = tmp_path / f"{index}.png"
@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_labels_stay_with_their_pictures_where_others_are_bad(folder: Path) -> None:
+def test_labels_stay_with_their_images_where_others_are_bad(folder: Path) -> None:
     given = np.arange(10) * 11
     options = PassOptions(load_image_processor(), batch_size=4)
     batches = list(open_pass(load_vit(), folder, options, labels=given, with_labels=True))

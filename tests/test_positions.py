@@ -18,7 +18,7 @@ from register_adapter import add_registers, attention_map, capture, find_tower
 from register_adapter.features import antialiased_positions
 
 PATCH, TRAINED, SMALLER, WIDTH = 4, 37, 16, 32
-#: Waves over the picture: many for 16 patches (Nyquist 8), few enough for 37 (Nyquist 18.5).
+#: Waves over the image: many for 16 patches (Nyquist 8), few enough for 37 (Nyquist 18.5).
 FINE = 14.0
 
 _SHAPE: dict[str, Any] = {
@@ -89,7 +89,7 @@ def _stripes(actual: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", ["dinov2", "vit", "siglip", "dpt"])
 def test_a_smaller_grid_gives_stripes_without_antialiasing_and_none_with_it(kind: str) -> None:
-    """On a picture of one colour whatever pattern is seen is that of the positions."""
+    """On an image of one colour whatever pattern is seen is that of the positions."""
     pixels = torch.full((1, 3, SMALLER * PATCH, SMALLER * PATCH), 0.3)
     # Nothing is interpolated in the model for this grid, and what it cannot show is not in its positions.
     wanted = _norm_map(_with_positions(kind, SMALLER, 0.0), pixels, antialias=False)

@@ -34,7 +34,7 @@ PLACES, PIXELS = SIDE**2, 3 * PATCH**2
 class _Embeddings(nn.Module):
     """Writes into each token exactly what a test wants to find there.
 
-    The last column of a picture is seen by no patch. It says the class, and which two patches are outliers.
+    The last column of an image is seen by no patch. It says the class, and which two patches are outliers.
     """
 
     def __init__(self) -> None:
@@ -76,18 +76,18 @@ class ViTModel(nn.Module):
 THRESHOLD = Threshold("fixed", high=15.0, separated=True)
 
 
-def _pictures(count: int, seed: int = 0, outliers: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def _images(count: int, seed: int = 0, outliers: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.randn(count, 3, SIDE * PATCH, SIDE * PATCH + 1, generator=generator)
+    images = torch.randn(count, 3, SIDE * PATCH, SIDE * PATCH + 1, generator=generator)
     labels = torch.randint(CLASSES, (count,), generator=generator)
     spots = torch.rand(count, PLACES, generator=generator).argsort(1)[:, :2] if outliers else torch.full((count, 2), -1)
-    pictures[:, 0, 0, -1] = labels.float()
-    pictures[:, 0, 1:3, -1] = spots.float()
-    return pictures, labels
+    images[:, 0, 0, -1] = labels.float()
+    images[:, 0, 1:3, -1] = spots.float()
+    return images, labels
 
 
-def _batches(pictures: torch.Tensor, size: int = 32) -> Iterator[torch.Tensor]:
-    return iter(pictures.split(size))
+def _batches(images: torch.Tensor, size: int = 32) -> Iterator[torch.Tensor]:
+    return iter(images.split(size))
 
 
 def _draw(model: nn.Module, images: Any, *rest: Any) -> Any:
@@ -102,8 +102,8 @@ def _draw(model: nn.Module, images: Any, *rest: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def known() -> Any:
-    pictures, labels = _pictures(400)
-    return probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD)
+    images, labels = _images(400)
+    return probe_tokens(ViTModel(), _batches(images), labels.tolist(), threshold=THRESHOLD)
 
 
 def test_tokens_that_hold_their_place_exactly_are_found_there(known: Any) -> None:
@@ -148,9 +148,9 @@ def test_counts_are_equal_and_in_the_table(known: Any) -> None:
 
 
 def test_a_shared_probe_is_learned_from_all_tokens_in_their_proportion() -> None:
-    pictures, labels = _pictures(200)
+    images, labels = _images(200)
     report = probe_tokens(
-        ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD, local_probe="shared", tasks=("position",)
+        ViTModel(), _batches(images), labels.tolist(), threshold=THRESHOLD, local_probe="shared", tasks=("position",)
     )
     normal, outlier = (report.row(name).position_top1 for name in ("normal", "outlier"))
     # 2 of 16 patches are outliers: 280 normal training tokens go with 40 of them.
@@ -161,17 +161,17 @@ def test_a_shared_probe_is_learned_from_all_tokens_in_their_proportion() -> None
 
 @pytest.mark.slow
 def test_the_size_of_batches_and_a_second_run_make_no_difference() -> None:
-    pictures, labels = _pictures(60)
+    images, labels = _images(60)
 
     def run(size: int) -> Any:
         options: dict[str, Any] = {"threshold": THRESHOLD, "min_images": 20, "max_samples": 40, "seed": 3}
-        return probe_tokens(ViTModel(), _batches(pictures, size), labels.tolist(), **options).to_dict()
+        return probe_tokens(ViTModel(), _batches(images, size), labels.tolist(), **options).to_dict()
 
     first = run(7)
     assert first == run(7) == run(60)
-    pictures, labels = _pictures(60, outliers=True)
+    images, labels = _images(60, outliers=True)
     other = probe_tokens(
-        ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD, min_images=20, seed=4
+        ViTModel(), _batches(images), labels.tolist(), threshold=THRESHOLD, min_images=20, seed=4
     ).to_dict()
     assert other["rows"] != first["rows"]
 
@@ -181,9 +181,9 @@ def test_the_size_of_batches_and_a_second_run_make_no_difference() -> None:
 
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
 def test_too_few_outliers_give_a_sentence_and_no_figure(threshold: Threshold | None) -> None:
-    pictures, labels = _pictures(60, outliers=False)
-    pictures[:5, 0, 1, -1] = 3.0
-    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), threshold=threshold, min_images=20)
+    images, labels = _images(60, outliers=False)
+    images[:5, 0, 1, -1] = 3.0
+    report = probe_tokens(ViTModel(), _batches(images), labels.tolist(), threshold=threshold, min_images=20)
     row = report.row("outlier")
     assert row.classification is row.position_top1 is row.reconstruction_l2 is None
     count = 5 if threshold else 0
@@ -195,9 +195,9 @@ def test_too_few_outliers_give_a_sentence_and_no_figure(threshold: Threshold | N
 
 
 def test_images_without_outliers_are_left_out_of_every_row() -> None:
-    pictures, labels = _pictures(60)
-    pictures[20:, 0, 1:3, -1] = -1
-    report = probe_tokens(ViTModel(), _batches(pictures), labels.tolist(), threshold=THRESHOLD, min_images=20)
+    images, labels = _images(60)
+    images[20:, 0, 1:3, -1] = -1
+    report = probe_tokens(ViTModel(), _batches(images), labels.tolist(), threshold=THRESHOLD, min_images=20)
     assert report.num_images_with_outliers == 20
     assert {row.num_images for row in report.rows} == {20}
 
@@ -232,15 +232,15 @@ def test_what_is_kept_of_an_image_is_what_the_model_computed() -> None:
 
 @pytest.mark.slow
 def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
-    pictures, _ = _pictures(300)
+    images, _ = _images(300)
     counts = np.zeros(300)
     for seed in range(40):
-        samples = _draw(ViTModel(), _batches(pictures, 100), THRESHOLD, 2, False, 1, 30, seed)
+        samples = _draw(ViTModel(), _batches(images, 100), THRESHOLD, 2, False, 1, 30, seed)
         assert len(samples.with_both) == 30
         assert samples.num_images_with_both == 300
-        images = [sample.image for sample in samples.with_both]
-        assert len(set(images)) == 30
-        counts[images] += 1
+        drawn = [sample.image for sample in samples.with_both]
+        assert len(set(drawn)) == 30
+        counts[drawn] += 1
     # 400 draws for each third of the stream.
     assert all(330 < third.sum() < 470 for third in np.split(counts, 3))
     sample = samples.with_both[0]
@@ -419,7 +419,7 @@ def test_the_planted_vit() -> None:
     parts = [scenes[:60], scenes[60:160], scenes[160:]]
     pixels = [processor([item["image"] for item in part], return_tensors="pt")["pixel_values"] for part in parts]
     labels = [torch.tensor([item["label"] for item in part]) for part in parts]
-    threshold = Threshold("fixed", high=3 * float(_norms(model, pixels[0]).median()))  # on pictures that are not probed
+    threshold = Threshold("fixed", high=3 * float(_norms(model, pixels[0]).median()))  # on images that are not probed
     snapshot = Snapshot(model, {"pixel_values": pixels[0][:2]})
     report = probe_tokens(
         model.train(), list(zip(pixels[1:], labels[1:], strict=True)), threshold=threshold, min_images=50
@@ -460,40 +460,40 @@ def test_mae_with_its_patches_in_order_is_probed() -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    pictures, labels = _pictures(40)
+    images, labels = _images(40)
     model, given = ViTModel(), labels.tolist()
 
     def probe(*arguments: Any, **options: Any) -> Any:
-        return probe_tokens(model, *(arguments or ([pictures],)), **{"min_images": 10, **options})
+        return probe_tokens(model, *(arguments or ([images],)), **{"min_images": 10, **options})
 
     with pytest.raises(ValueError, match="unknown tasks \\['depth'\\]"):
         probe(tasks=("depth",))
     with pytest.raises(ValueError, match="classification needs labels"):
         probe(tasks=("classification",))
     with pytest.raises(ValueError, match="labels has 3 entries"):
-        probe([pictures], [0, 1, 2])
+        probe([images], [0, 1, 2])
     with pytest.raises(ValueError, match="given twice"):
-        probe([(pictures, labels)], given)
+        probe([(images, labels)], given)
     with pytest.raises(ValueError, match="two classes"):
-        probe([pictures], [1] * 40)
+        probe([images], [1] * 40)
     with pytest.raises(ValueError, match="layer=7 of 3"):
         probe(layer=7)
     with pytest.raises(ValueError, match="no images"):
         probe([])
     with pytest.raises(ValueError, match="at least 10 images"):
-        probe([pictures[:5]])
+        probe([images[:5]])
     with pytest.raises(ValueError, match="local_probe must be"):
         probe(local_probe="both")
     with pytest.raises(ValueError, match=r"test_share=1\.5"):
         probe(test_share=1.5)
     with pytest.raises(ValueError, match="several sizes"):
-        probe([pictures, pictures[:, :, :4]])
+        probe([images, images[:, :, :4]])
     with pytest.raises(ValueError, match="image_processor="):
         probe(["a.png"])
     with pytest.raises(ValueError, match="numbers of classes"):
-        probe([pictures], ["cat"] * 40)
+        probe([images], ["cat"] * 40)
     with pytest.raises(ValueError, match="one per image"):
-        probe([(pictures, labels[:3])])
+        probe([(images, labels[:3])])
     assert not hooks(model)
 
 
@@ -512,9 +512,9 @@ def test_the_model_is_as_before_after_an_exception() -> None:
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures, labels = _pictures(40)
+    images, labels = _images(40)
     for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingExtraError, match="scikit-learn"):
-        probe_tokens(ViTModel(), [pictures], labels.tolist(), min_images=10)
+        probe_tokens(ViTModel(), [images], labels.tolist(), min_images=10)

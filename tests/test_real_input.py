@@ -113,7 +113,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
         assert (loaded == loaded[..., :1]).all()
 
 
-def test_float_pictures_are_read_from_zero_to_one_and_refused_beyond(tmp_path: Path) -> None:
+def test_float_images_are_read_from_zero_to_one_and_refused_beyond(tmp_path: Path) -> None:
     values = np.array([[0.0, 0.5, 1.0]], np.float32)
     assert pixels(PILImage.fromarray(values), tmp_path, "float.tif")[..., 0].tolist() == [[0, 128, 255]]
     for index, bad in enumerate((values * 300, values - 1, np.full((1, 3), np.nan, np.float32))):
@@ -190,10 +190,10 @@ def encoded(colour: str) -> bytes:
 
 def test_a_dataset_with_other_columns_and_labels_by_name(tmp_path: Path) -> None:
     names = ["dog", "cat", "dog", "eel", "cat", "eel"]
-    pictures = [{"bytes": encoded("red"), "path": f"{index}.png"} for index in range(6)]
-    pictures[3]["bytes"] = b"broken"
+    images = [{"bytes": encoded("red"), "path": f"{index}.png"} for index in range(6)]
+    images[3]["bytes"] = b"broken"
     features = Features({"picture": Image(), "animal": Value("string")})
-    data = Dataset.from_dict({"picture": pictures, "animal": names}, features=features)
+    data = Dataset.from_dict({"picture": images, "animal": names}, features=features)
     data.to_parquet(tmp_path / "train.parquet")
     flags = {"dataset_name": str(tmp_path), "image_column_name": "picture", "label_column_name": "animal"}
     loaded = load_data(DataArguments(**flags, train_val_split=0.34))

@@ -330,24 +330,24 @@ def test_several_adapters_at_once() -> None:
 
 
 def test_what_has_no_registers_is_refused_by_name() -> None:
-    pictures = list(_pixels().split(4))
+    images = list(_pixels().split(4))
     with pytest.raises(UnsupportedModelError, match="key_value=True"):
-        analyse_registers(_model("vit", "adapter", key_value=True), pictures)
+        analyse_registers(_model("vit", "adapter", key_value=True), images)
     with pytest.raises(UnsupportedModelError, match="ViTModel has no registers"):
-        analyse_registers(families.build("vit"), pictures)
+        analyse_registers(families.build("vit"), images)
     with pytest.raises(UnsupportedModelError, match="no native registers"):
-        analyse_registers(_model("vit", "adapter"), pictures, kind="native")
+        analyse_registers(_model("vit", "adapter"), images, kind="native")
     with pytest.raises(ValueError, match="kind must be"):
-        analyse_registers(_model("vit", "adapter"), pictures, kind="both")  # type: ignore[arg-type]
+        analyse_registers(_model("vit", "adapter"), images, kind="both")  # type: ignore[arg-type]
     model = _model("vit", "adapter")
     with model.disable_adapter(), pytest.raises(UnsupportedModelError, match="enable the adapter"):
-        analyse_registers(model, pictures)
+        analyse_registers(model, images)
     with pytest.raises(ValueError, match="at least two"):
         analyse_registers(model, [_pixels(1)])
     with pytest.raises(ValueError, match=r"blocks \[9\] of a tower with 2"):
-        analyse_registers(model, pictures, block=9)
+        analyse_registers(model, images, block=9)
     native = add_registers(families.build("dinov2-registers"), 2, key_value=True).eval()
-    assert analyse_registers(native, pictures, kind="native").names[0] == "native register 0"
+    assert analyse_registers(native, images, kind="native").names[0] == "native register 0"
 
 
 def test_a_model_that_hides_its_places_or_has_no_logits_says_so() -> None:

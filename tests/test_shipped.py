@@ -68,7 +68,7 @@ def test_the_other_base_is_named_before_the_override(tmp_path: Path) -> None:
     assert text.index("load_shipped('register-adapter://planted')") < text.index("ignore_base_mismatch=True")
 
 
-def test_pictures_are_prepared_for_a_shipped_model() -> None:
+def test_images_are_prepared_for_a_shipped_model() -> None:
     report = audit(load_vit(), SceneDataset(4, seed=1, split="test"))
     assert report.layers
 

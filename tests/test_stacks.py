@@ -108,7 +108,7 @@ def test_every_call_without_the_adapter_is_the_base_bit_for_bit(name: str, mode:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_other_sizes_of_pictures(name: str, mode: str) -> None:
+def test_other_sizes_of_images(name: str, mode: str) -> None:
     model = attach(name, mode)
     for size in (64, (48, 16)):
         for kind in STACKS[name].calls:

@@ -120,7 +120,7 @@ def test_it_finds_what_was_planted_and_repairs_it(case: Any) -> None:
     twin, before, after = (trace.patches()[hits] for trace in traces)
     assert F.cosine_similarity(before, twin, dim=-1).mean() < 0.9
     assert F.cosine_similarity(after, twin, dim=-1).mean() >= 0.99
-    # The twin's class for every picture, which is more than its accuracy within 0.2 points.
+    # The twin's class for every image, which is more than its accuracy within 0.2 points.
     assert torch.equal(logits[0].argmax(-1), logits[2].argmax(-1))
 
 
@@ -173,7 +173,7 @@ LIBRARIES = ("timm-dynamic", "timm-swiglu", "eva-token", "open_clip", "torchvisi
 
 
 def plant(clean: Any, block: int, strength: float, size: int, seed: int = 0) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """A planted model whose vector is random, pictures to fit on, and others."""
+    """A planted model whose vector is random, images to fit on, and others."""
     pixels, held_out = scenes(64, 3, "train", size)[0], scenes(48, 9, "train", size)[0]
     share = 0.06 if size == 32 else 0.02
     planted = plant_artifacts(clean, block, pixels, share=share, strength=strength, attraction_steps=0, seed=seed)
@@ -324,7 +324,7 @@ def test_everything_by_hand() -> None:
     assert sum(len(units) for units in neurons_of(many).values()) == 12
 
 
-def test_the_curve_is_on_held_out_pictures_and_falls_to_nothing() -> None:
+def test_the_curve_is_on_held_out_images_and_falls_to_nothing() -> None:
     model = fit(load_planted_vit().model, scenes(128, 555, "train")[0])
     record = model.peft_config["default"].test_time_fit
     curve = {int(number): share for number, share in record["curve"].items()}
@@ -380,7 +380,7 @@ def test_where_no_number_is_enough_the_fewest_of_those_that_leave_least() -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 10, 40])
-def test_few_pictures(count: int) -> None:
+def test_few_images(count: int) -> None:
     planted = load_planted_vit()
     pixels = scenes(256, 20_001, "test")[0]
     chosen = pixels[planted.hits(pixels).any(1)][:count]
@@ -388,7 +388,7 @@ def test_few_pictures(count: int) -> None:
     assert neurons_of(model) == {planted.block: sorted(planted.neurons)}
 
 
-def test_two_pictures_are_too_few() -> None:
+def test_two_images_are_too_few() -> None:
     with pytest.raises(ValueError, match="three images"):
         fit(load_planted_vit().model, scenes(2, 1)[0])
 
@@ -451,7 +451,7 @@ def test_the_attention_bias_form_has_no_token() -> None:
 
 @pytest.mark.slow
 def test_the_attention_bias_form_is_what_the_register_would_say() -> None:
-    """With pictures that are all the same, the mean over pictures is the register's own key and value."""
+    """With images that are all the same, the mean over images is the register's own key and value."""
     pixels = scenes(256, 20_001, "test")[0]
     hit = pixels[load_planted_vit().hits(pixels).any(1)][:1].expand(96, -1, -1, -1)
     token, bias = (fit(load_planted_vit().model, hit, attention_bias=as_bias) for as_bias in (False, True))
@@ -480,7 +480,7 @@ def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_pat
 
 
 @pytest.mark.slow
-def test_pictures_in_a_folder_with_a_bad_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_in_a_folder_with_a_bad_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     SceneDataset(40, seed=4, split=None).write(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
     planted = load_planted_vit()
@@ -576,7 +576,7 @@ def test_weights_that_cannot_be_read_are_asked_through_their_layer() -> None:
     assert {(neuron.block, neuron.unit) for neuron in scores.ranked(4)} == {(planted.block, u) for u in planted.neurons}
 
 
-def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
+def test_what_is_kept_does_not_grow_with_the_images() -> None:
     planted, pixels = load_planted_vit(), scenes(96, 5)[0]
     scores = NeuronScores(find_tower(planted.model), Threshold("fixed", 150.0, 0.0, True), planted.block)
 
@@ -594,7 +594,7 @@ def test_what_is_kept_does_not_grow_with_the_pictures() -> None:
 
 @pytest.mark.slow
 def test_batches_that_rank_are_let_go() -> None:
-    """Those that outliers are found on (64 pictures) and those held out (24) are kept, the others are not."""
+    """Those that outliers are found on (64 images) and those held out (24) are kept, the others are not."""
     pixels, given, most = scenes(96, 5)[0].numpy(), [], []
 
     class Stream:

@@ -518,4 +518,4 @@ def test_the_example_runs_as_a_user_would_run_it(vit: Path, photos: Path, tmp_pa
     done = call([sys.executable, str(script), str(vit), str(photos / "train"), str(out), "--steps", "2"])
     assert done.returncode == 0, done.stderr
     accuracy = read_results(out)["metrics"]["eval_accuracy"]
-    assert f"accuracy on 5 held-out pictures: {accuracy:.3f}" in done.stdout
+    assert f"accuracy on 5 held-out images: {accuracy:.3f}" in done.stdout

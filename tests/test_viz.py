@@ -122,7 +122,7 @@ def test_sides_are_cropped_to_a_multiple_of_the_patch_size(height: int, width: i
     np.testing.assert_array_equal(attention, attention_map(model, image[:, : rows * PATCH, : columns * PATCH]))
 
 
-def test_a_image_of_230_by_245_has_16_by_17_patches_of_14_pixels() -> None:
+def test_an_image_of_230_by_245_has_16_by_17_patches_of_14_pixels() -> None:
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=518, patch_size=14)
