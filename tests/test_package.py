@@ -8,7 +8,6 @@ import importlib
 import inspect
 import pkgutil
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from processes import PATIENCE, run_script
+from processes import run_script
 
 import register_adapter
 
@@ -67,10 +66,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    out = source / "out"
-    build = "from setuptools import build_meta; build_meta.build_wheel('out')"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=PATIENCE)
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+    run_script("build_wheel", cwd=source)
+    with zipfile.ZipFile(next((source / "out").glob("*.whl"))) as archive:
         yield archive
 
 

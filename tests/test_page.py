@@ -227,15 +227,20 @@ def opened(browser: Any) -> Iterator[_Open]:
         context.close()
 
 
+def _open_all(tab: Any) -> None:
+    """Opens every fold of the page; returns when the images in them can be shown."""
+    tab.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
+    tab.evaluate("Promise.all([...document.images].map((image) => image.decode()))")
+
+
 @pytest.mark.slow
 def test_it_opens_from_disk_and_shows_its_images(page: Path, opened: _Open) -> None:
     tab, log = opened(page)
-    tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    tab.wait_for_timeout(100)
-    sizes = tab.evaluate("[...document.images].map((one) => [one.complete, one.naturalWidth, one.clientWidth])")
+    _open_all(tab)
+    sizes = tab.evaluate("[...document.images].map((node) => [node.complete, node.naturalWidth, node.clientWidth])")
     assert len(sizes) > 40
     assert all(complete and natural > 0 and shown > 50 for complete, natural, shown in sizes)
-    charts = tab.evaluate("[...document.querySelectorAll('svg')].map((one) => one.getBoundingClientRect().width)")
+    charts = tab.evaluate("[...document.querySelectorAll('svg')].map((node) => node.getBoundingClientRect().width)")
     assert min(charts) > 100
     assert tab.title() == f"Audit {HOSTILE}"
     assert tab.locator("script").count() == 1
@@ -247,7 +252,7 @@ def test_it_forbids_itself_to_fetch_and_to_run_what_is_not_its_own(page: Path, o
     tab, log = opened(page)
     blocked = tab.evaluate(
         """() => new Promise((done) => {
-            document.addEventListener("securitypolicyviolation", (one) => done(one.effectiveDirective));
+            document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
             document.body.insertAdjacentHTML("beforeend", "<img src='nowhere.png'>");
         })"""
     )
@@ -267,8 +272,8 @@ def _column(tab: Any, table: str, heading: str) -> list[str]:
     cells: list[str] = tab.evaluate(
         """([caption, heading]) => {
             const all = [...document.querySelectorAll("table")];
-            const table = all.find((one) => one.caption.textContent === caption);
-            const place = [...table.tHead.rows[0].cells].findIndex((one) => one.textContent === heading);
+            const table = all.find((node) => node.caption.textContent === caption);
+            const place = [...table.tHead.rows[0].cells].findIndex((node) => node.textContent === heading);
             return [...table.tBodies[0].rows].map((row) => row.cells[place].textContent);
         }""",
         [table, heading],
@@ -377,7 +382,7 @@ def _contrast(first: float, second: float) -> float:
 @pytest.mark.parametrize("width", [360, 800, 1600])
 def test_it_fits_every_width(page: Path, opened: _Open, width: int) -> None:
     tab, log = opened(page, viewport={"width": width, "height": 800})
-    tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    _open_all(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     log.check(page)
 
@@ -400,8 +405,8 @@ def test_the_page_of_a_real_audit(opened: _Open, tmp_path: Path) -> None:
     tab, log = opened(path)
     assert tab.locator(".card").count() == 2
     assert tab.locator(".card").first.get_by_text("Artifacts at the output").is_visible()
-    tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    assert tab.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
+    _open_all(tab)
+    assert tab.evaluate("[...document.images].every((node) => node.complete && node.naturalWidth > 0)")
     shares = [layer.outlier_share for layer in reports[0].layers]
     _heading(tab, "Layer by layer", "outliers").get_by_role("button").click()
     layers = [int(layer) for layer in _column(tab, "Layer by layer", "layer")]

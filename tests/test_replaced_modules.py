@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 from families import build, make_inputs
 from helpers import assert_identical, run
+from processes import run_script
 from stacks_cases import build_stack, images
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,15 +81,8 @@ def test_a_pickled_model_runs_in_another_process(options: dict[str, Any], tmp_pa
     model = add_registers(build("vit", "sdpa"), 3, init_std=1.0, **options).eval()
     inputs = make_inputs("vit")
     torch.save((model, inputs), tmp_path / "model.pt")
-    code = (
-        "import sys, torch\n"
-        "model, inputs = torch.load(sys.argv[1], weights_only=False)\n"
-        "with torch.no_grad(): torch.save(model(**inputs).last_hidden_state, sys.argv[2])\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "model.pt"), str(tmp_path / "found.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    torch.testing.assert_close(torch.load(tmp_path / "found.pt"), run(model, inputs)["last_hidden_state"])
+    run_script("run_pickled_model", tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "hidden.pt"), run(model, inputs)["last_hidden_state"])
 
 
 def test_the_first_pass_of_a_loaded_trainable_adapter_is_one_graph(tmp_path: Path) -> None:

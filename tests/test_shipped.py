@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
+from processes import run_script
 from transformers import AutoModelForImageClassification
 
 from register_adapter import BaseModelMismatchError, RegisterConfig, add_registers, audit
@@ -46,15 +45,7 @@ def test_what_fit_writes_loads_without_a_base_at_hand(tmp_path: Path) -> None:
     run_fit(FitArguments("planted", "scenes", str(out), max_images=24))
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == PLANTED
     expected = PeftModel.from_pretrained(load_planted_vit().model, str(out)).eval()
-    script = (
-        "import sys, torch, register_adapter\n"
-        "from peft import AutoPeftModel\n"
-        f"pixels = torch.rand(2, 3, 80, 80, generator=torch.Generator().manual_seed(0))\n"
-        f"model = AutoPeftModel.from_pretrained({str(out)!r}).eval()\n"
-        "torch.save(model(pixels).logits.detach(), sys.argv[1])\n"
-        f"model.save_pretrained({str(tmp_path / 'again')!r})\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "logits.pt")], check=True, cwd=tmp_path)
+    run_script("load_shipped_fit", tmp_path, cwd=tmp_path)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), expected(PIXELS).logits)
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["base_model_name_or_path"] == PLANTED
