@@ -610,8 +610,10 @@ def test_images_need_a_processor_and_no_images_are_an_error(planting, tmp_path):
 # The command line
 
 
-@pytest.mark.slow
-def test_the_command_audits_a_base_and_its_adapters(tmp_path):
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    """The command, the folder that it wrote, and what it said of the planted model and an adapter."""
+    tmp_path = tmp_path_factory.mktemp("audit")
     adapter = tmp_path / "my adapter"
     torch.manual_seed(0)
     add_registers(load_planted_vit().model, num_registers=4).save_pretrained(adapter)
@@ -625,15 +627,30 @@ def test_the_command_audits_a_base_and_its_adapters(tmp_path):
         [*command, "--adapter", str(adapter), "--batch_size", "8"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
+    return command, out, done
+
+
+@pytest.mark.slow
+def test_the_command_audits_a_base_and_its_adapters(audited):
+    _, out, _ = audited
     reports = [ArtifactReport.from_dict(entry) for entry in json.loads((out / "audit.json").read_text())["reports"]]
     assert [report.name for report in reports] == ["planted", "my adapter"]
     assert [report.num_registers for report in reports] == [0, 4]
     assert reports[0].verdict == "present"
     assert "broken.png" in reports[0].environment["skipped"][0]
+    assert "my adapter" in (out / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_verdict_and_names_bad_files(audited):
+    _, _, done = audited
     assert "Verdict: present" in done.stdout
     assert "broken.png" in done.stderr
-    page = (out / "index.html").read_text()
-    assert "my adapter" in page
+
+
+@pytest.mark.slow
+def test_the_strict_command_refuses_bad_files(audited):
+    command, _, _ = audited
     refused = subprocess.run([*command, "--strict"], capture_output=True, text=True, timeout=PATIENCE)
     assert refused.returncode == 1
     assert "broken.png" in refused.stderr

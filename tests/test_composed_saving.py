@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -138,36 +139,52 @@ def test_a_folder_of_several_gives_the_adapters_their_values_or_is_refused(tmp_p
         alone.load_adapter(tmp_path, "registers")
 
 
-def test_what_is_pushed_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, remote = composed().eval(), tmp_path / "remote"
+@dataclass
+class Hub:
+    folder: Path
+    #: Name and revision of every file asked for.
+    asked: list[tuple[str, Any]] = field(default_factory=list)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A folder that stands for the Hub, to be pushed to and loaded from."""
+    hub = Hub(tmp_path / "remote")
 
     def upload(_: Any, folder: str, *args: Any, **kwargs: Any) -> str:
-        shutil.copytree(folder, remote)
+        shutil.copytree(folder, hub.folder)
         return "done"
 
-    kind = type(model)
-    monkeypatch.setattr(kind, "_upload_modified_files", upload)
-    hub = transformers.utils.hub
+    monkeypatch.setattr(type(composed()), "_upload_modified_files", upload)
+    library = transformers.utils.hub
     client = mock.MagicMock(**{"create_repo.return_value.repo_id": "me/pair"})
     for name in ("hf_api", "create_repo"):
-        if hasattr(hub, name):
+        if hasattr(library, name):
             made = client if name == "hf_api" else client.create_repo.return_value
-            monkeypatch.setattr(hub, name, mock.MagicMock(return_value=made))
-    monkeypatch.setattr(hub, "create_and_tag_model_card", mock.MagicMock())
-    model.push_to_hub("me/pair")
-    asked: list[Any] = []
+            monkeypatch.setattr(library, name, mock.MagicMock(return_value=made))
+    monkeypatch.setattr(library, "create_and_tag_model_card", mock.MagicMock())
 
     def fetch(name: str, filename: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
-        asked.append((name, options.get("revision")))
-        path = remote / (subfolder or "") / filename
+        hub.asked.append((name, options.get("revision")))
+        path = hub.folder / (subfolder or "") / filename
         return path if path.is_file() else None
 
     monkeypatch.setattr(adapter_folder, "fetch", fetch)
+    return hub
+
+
+def test_what_is_pushed_is_loaded_from_the_hub(remote: Hub) -> None:
+    model = composed().eval()
+    model.push_to_hub("me/pair")
     loaded = load_adapters(build("vit-classifier"), "me/pair", revision="v1").eval()
-    assert set(asked) == {("me/pair", "v1")}
+    assert set(remote.asked) == {("me/pair", "v1")}
     inputs = make_inputs("vit-classifier")
     assert_identical(run(loaded, inputs), run(model, inputs))
-    (remote / "adapters.json").unlink()
+
+
+def test_a_folder_on_the_hub_without_a_manifest_is_refused(remote: Hub) -> None:
+    composed().push_to_hub("me/pair")
+    (remote.folder / "adapters.json").unlink()
     with pytest.raises(AdapterFileError, match="one adapter is loaded with PeftModel"):
         load_adapters(build("vit-classifier"), "me/pair")
 

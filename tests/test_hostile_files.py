@@ -219,6 +219,22 @@ class Killed(BaseException):
     pass
 
 
+def save_until_killed(model: Any, folder: Path, moves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves until ``moves`` files have been moved to where they belong; the next move ends the process, as it were."""
+    done: list[Any] = []
+    replace = Path.replace
+
+    def killed(self: Path, target: Any) -> Any:
+        if len(done) == moves:
+            raise Killed
+        done.append(target)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Path, "replace", killed)
+        model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("moves", range(4))
 @pytest.mark.parametrize("earlier", ["with a checksum", "without one"])
 def test_after_a_killed_save_the_old_adapter_is_there_or_none(
@@ -237,20 +253,7 @@ def test_after_a_killed_save_the_old_adapter_is_there_or_none(
         del values["weights_sha256"]
         path.write_text(json.dumps(values))
     old = (tmp_path / "adapter_model.safetensors").read_bytes()
-    new = add_registers(other(), 4)
-    done: list[Any] = []
-    replace = Path.replace
-
-    def killed(self: Path, target: Any) -> Any:
-        if len(done) == moves:
-            raise Killed
-        done.append(target)
-        return replace(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        with contextlib.suppress(Killed):
-            new.save_pretrained(tmp_path)
+    save_until_killed(add_registers(other(), 4), tmp_path, moves, monkeypatch)
     is_old = (tmp_path / "adapter_model.safetensors").read_bytes() == old
     for base, fits in ((build("vit"), is_old), (other(), not is_old)):
         for load in (PeftModel.from_pretrained, lambda base, folder: base.load_adapter(folder)):

@@ -27,13 +27,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_on_a_model_an_adapter_and_images_of_ones_own(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "probes"
+@pytest.fixture(scope="module")
+def probed(folder: Path) -> tuple[Path, str]:
+    """Where a model, an adapter and images of one's own were probed, and what was said."""
+    out = folder / "probes"
     given = (str(folder / "model"), str(folder / "images"), "--adapter", str(folder / "adapter"))
-    said = run("probe", *given, "--out", str(out), "--min_images", "20")
+    return out, run("probe", *given, "--out", str(out), "--min_images", "20")
+
+
+def test_it_names_bad_files_and_prints_the_ablations(probed: tuple[Path, str]) -> None:
+    _, said = probed
     assert "notes.txt" in said, "the bad file is named"
     assert "shuffle ablation" in said
-    probes = json.loads((out / "probes.json").read_text())
+
+
+def test_the_base_and_the_adapter_are_probed(folder: Path, probed: tuple[Path, str]) -> None:
+    probes = json.loads((probed[0] / "probes.json").read_text())
     names = [str(folder / "model"), f"{folder / 'model'} + adapter"]
     assert list(probes) == names
     rows = [[row["tokens"] for row in probes[name]["rows"]] for name in names]
@@ -45,9 +54,12 @@ def test_on_a_model_an_adapter_and_images_of_ones_own(folder: Path, tmp_path: Pa
     assert base["threshold"]["separated"]
     assert 0 < base["num_outliers"] < 0.1 * base["num_patches"]
     assert base["rows"][1]["classification"]["estimate"]["value"] >= 0
-    registers = json.loads((out / "registers.json").read_text())
-    assert list(registers) == names[1:]
-    report = registers[names[1]]
+
+
+def test_the_registers_of_the_adapter_are_analysed(folder: Path, probed: tuple[Path, str]) -> None:
+    registers = json.loads((probed[0] / "registers.json").read_text())
+    ((name, report),) = registers.items()
+    assert name == f"{folder / 'model'} + adapter"
     assert [ablation["kind"] for ablation in report["ablations"]] == ["mean", "shuffle"]
     assert report["drift"]["patches"]["value"] > 0
     assert report["accuracy"] is None, "the folder's classes have other names than the head's"

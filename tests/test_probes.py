@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import families
@@ -251,46 +252,96 @@ def test_a_long_stream_leaves_a_uniform_sample_and_no_views() -> None:
 # Against scikit-learn
 
 
-@pytest.mark.slow
-def test_probes_agree_with_scikit_learn_on_the_same_features() -> None:
-    """The whole way: tokens read with ``capture``, split, scaled and fitted by hand."""
-    from sklearn.linear_model import LogisticRegression, Ridge
-    from sklearn.preprocessing import StandardScaler
+@dataclass
+class Probed:
+    """Probes of the shipped model, and what they were trained on: 120 scenes, 3 tokens of each."""
 
+    report: Any
+    model: Any
+    pixels: torch.Tensor
+    labels: Any
+    #: Images of the test part, ``(120,)``.
+    test: Any
+
+
+@pytest.fixture(scope="module")
+def probed() -> Probed:
     model, processor = load_vit(), load_image_processor()
     scenes = list(SceneDataset(120, seed=5, split=None))
     labels = np.array([item["label"] % 3 for item in scenes])
     pixels = processor([item["image"] for item in scenes], return_tensors="pt")["pixel_values"]
     options: dict[str, Any] = {"layer": 5, "min_images": 20, "tokens_per_image": 3, "seed": 2}
     report = probe_tokens(model, [pixels[:64], pixels[64:]], labels.tolist(), **options)
-    with torch.no_grad(), capture(model, attentions=False) as trace:
-        model(pixel_values=pixels[:64])
-        first = trace.hidden_states[5][:, 0]
-        model(pixel_values=pixels[64:])
-    cls = torch.cat([first, trace.hidden_states[5][:, 0]]).double().numpy()
-    test = _split(120, 0.3, 2).test
+    return Probed(report, model, pixels, labels, _split(120, 0.3, 2).test)
 
-    def scaled(features: Any, train: Any) -> Any:
-        return StandardScaler().fit(features[train]).transform(features)
 
-    score = report.row("CLS").classification
-    features = scaled(cls, ~test)
+@dataclass
+class Drawn:
+    """What was kept of the normal tokens of ``Probed``."""
+
+    #: Scaled with the mean and the spread of the training part, ``(360, d)``.
+    features: Any
+    #: ``(360, values of a patch)``.
+    pixels: Any
+    #: ``(360,)``.
+    places: Any
+    #: Tokens of the test part, ``(360,)``.
+    test: Any
+
+
+@pytest.fixture(scope="module")
+def drawn(probed: Probed) -> Drawn:
+    samples = sorted(
+        _draw(probed.model, [probed.pixels], None, 5, True, 3, 1000, 2).plain, key=lambda sample: sample.image
+    )
+    features, pixels, places = (
+        np.concatenate([getattr(sample, name)["normal"] for sample in samples])
+        for name in ("patches", "pixels", "places")
+    )
+    test = np.repeat(probed.test, 3)
+    return Drawn(_scaled(features.astype(np.float64), ~test), pixels, places, test)
+
+
+def _scaled(features: Any, train: Any) -> Any:
+    from sklearn.preprocessing import StandardScaler
+
+    return StandardScaler().fit(features[train]).transform(features)
+
+
+@pytest.mark.slow
+def test_classification_agrees_with_scikit_learn_on_tokens_read_with_capture(probed: Probed) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    states = []
+    for batch in (probed.pixels[:64], probed.pixels[64:]):
+        with torch.no_grad(), capture(probed.model, attentions=False) as trace:
+            probed.model(pixel_values=batch)
+        states.append(trace.hidden_states[5][:, 0])
+    test, labels, score = probed.test, probed.labels, probed.report.row("CLS").classification
+    features = _scaled(torch.cat(states).double().numpy(), ~test)
     direct = LogisticRegression(C=score.penalty, max_iter=300).fit(features[~test], labels[~test])
     assert score.value == direct.score(features[test], labels[test])
     assert score.constant == np.mean(labels[test] == np.bincount(labels[~test]).argmax())
 
-    samples = _draw(model, [pixels], None, 5, True, 3, 1000, 2)
-    drawn = sorted(samples.plain, key=lambda sample: sample.image)
-    x, y = (np.concatenate([getattr(sample, name)["normal"] for sample in drawn]) for name in ("patches", "pixels"))
-    places = np.concatenate([sample.places["normal"] for sample in drawn])
-    part = np.repeat(test, 3)
-    features = scaled(x.astype(np.float64), ~part)
-    score = report.row("normal").reconstruction_l2
-    errors = Ridge(score.penalty).fit(features[~part], y[~part].astype(np.float64)).predict(features[part]) - y[part]
+
+@pytest.mark.slow
+def test_reconstruction_agrees_with_scikit_learn(probed: Probed, drawn: Drawn) -> None:
+    from sklearn.linear_model import Ridge
+
+    score, train = probed.report.row("normal").reconstruction_l2, ~drawn.test
+    direct = Ridge(score.penalty).fit(drawn.features[train], drawn.pixels[train].astype(np.float64))
+    errors = direct.predict(drawn.features[drawn.test]) - drawn.pixels[drawn.test]
     assert score.value == pytest.approx(np.linalg.norm(errors, axis=1).mean(), rel=1e-5)
-    top1, distance = report.row("normal").position_top1, report.row("normal").position_distance
-    direct = LogisticRegression(C=top1.penalty, max_iter=300).fit(features[~part], places[~part])
-    predicted = direct.predict(features[part])
+
+
+@pytest.mark.slow
+def test_positions_agree_with_scikit_learn(probed: Probed, drawn: Drawn) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    top1, distance = probed.report.row("normal").position_top1, probed.report.row("normal").position_distance
+    places, part = drawn.places, drawn.test
+    direct = LogisticRegression(C=top1.penalty, max_iter=300).fit(drawn.features[~part], places[~part])
+    predicted = direct.predict(drawn.features[part])
     assert top1.value == pytest.approx(np.mean(predicted == places[part]), abs=0.01)
     apart = np.hypot(predicted // 10 - places[part] // 10, predicted % 10 - places[part] % 10)
     assert distance.value == pytest.approx(apart.mean(), abs=0.1)
@@ -459,41 +510,43 @@ def test_mae_with_its_patches_in_order_is_probed() -> None:
     assert probe_tokens(model, [inputs], min_images=10).row("normal").position_top1 is not None
 
 
-def test_what_makes_no_sense_is_refused() -> None:
-    images, labels = _images(40)
-    model, given = ViTModel(), labels.tolist()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ("depth",)}, r"unknown tasks \['depth'\]"),
+        ({"tasks": ("classification",)}, "classification needs labels"),
+        ({"layer": 7}, "layer=7 of 3"),
+        ({"local_probe": "both"}, "local_probe must be"),
+        ({"test_share": 1.5}, r"test_share=1\.5"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    model = ViTModel()
+    with pytest.raises(ValueError, match=message):
+        probe_tokens(model, [_images(40)[0]], **{"min_images": 10, **options})
+    assert not hooks(model)
 
-    def probe(*arguments: Any, **options: Any) -> Any:
-        return probe_tokens(model, *(arguments or ([images],)), **{"min_images": 10, **options})
 
-    with pytest.raises(ValueError, match="unknown tasks \\['depth'\\]"):
-        probe(tasks=("depth",))
-    with pytest.raises(ValueError, match="classification needs labels"):
-        probe(tasks=("classification",))
-    with pytest.raises(ValueError, match="labels has 3 entries"):
-        probe([images], [0, 1, 2])
-    with pytest.raises(ValueError, match="given twice"):
-        probe([(images, labels)], given)
-    with pytest.raises(ValueError, match="two classes"):
-        probe([images], [1] * 40)
-    with pytest.raises(ValueError, match="layer=7 of 3"):
-        probe(layer=7)
-    with pytest.raises(ValueError, match="no images"):
-        probe([])
-    with pytest.raises(ValueError, match="at least 10 images"):
-        probe([images[:5]])
-    with pytest.raises(ValueError, match="local_probe must be"):
-        probe(local_probe="both")
-    with pytest.raises(ValueError, match=r"test_share=1\.5"):
-        probe(test_share=1.5)
-    with pytest.raises(ValueError, match="several sizes"):
-        probe([images, images[:, :, :4]])
-    with pytest.raises(ValueError, match="image_processor="):
-        probe(["a.png"])
-    with pytest.raises(ValueError, match="numbers of classes"):
-        probe([images], ["cat"] * 40)
-    with pytest.raises(ValueError, match="one per image"):
-        probe([(images, labels[:3])])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda images, labels: ([images], [0, 1, 2]), "labels has 3 entries"),
+        (lambda images, labels: ([(images, labels)], labels.tolist()), "given twice"),
+        (lambda images, labels: ([images], [1] * 40), "two classes"),
+        (lambda images, labels: ([],), "no images"),
+        (lambda images, labels: ([images[:5]],), "at least 10 images"),
+        (lambda images, labels: ([images, images[:, :, :4]],), "several sizes"),
+        (lambda images, labels: (["a.png"],), "image_processor="),
+        (lambda images, labels: ([images], ["cat"] * 40), "numbers of classes"),
+        (lambda images, labels: ([(images, labels[:3])],), "one per image"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_images_and_labels_that_make_no_sense_are_refused(given: Callable[..., tuple[Any, ...]], message: str) -> None:
+    model = ViTModel()
+    with pytest.raises(ValueError, match=message):
+        probe_tokens(model, *given(*_images(40)), min_images=10)
     assert not hooks(model)
 
 
