@@ -35,35 +35,52 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return measuring
 
 
-def test_the_documented_command_writes_a_whole_report(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The report of the documented command, run once, and what it printed."""
+    tmp_path = tmp_path_factory.mktemp("overhead")
     out = tmp_path / "new folder" / "overhead.json"
     command = [sys.executable, str(BENCHMARKS / "overhead.py"), *TINY, "--compile", "no", "--repeats", "3"]
     done = subprocess.run(
         [*command, "--min-time", "0", "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_the_documented_command_writes_a_whole_report(documented: tuple[dict[str, Any], str]) -> None:
+    report, _ = documented
     assert {"benchmark", "config", "versions", "hardware", "commit", "wrapping", "skipped", "targets"} < set(report)
     assert report["versions"]["torch"] == torch.__version__
     assert report["hardware"]["cores"] >= 1
     assert report["skipped"] == []
     assert [result["step"] for result in report["results"]] == ["forward", "train"]
-    (late,) = report["insert_layer"]
-    assert set(late["milliseconds"]) == {"half", "start"}
-    # Counted, not timed: half of the two blocks keep nothing for the backward pass.
-    assert 0.3 < late["bytes"]["half"]["saved_for_backward"] / late["bytes"]["start"]["saved_for_backward"] < 0.8
+    assert report["wrapping"][0]["ms"]["median"] > 0
     for result in report["results"]:
         assert set(result["milliseconds"]) == {"base", "adapter", "native"}
         for ratio in result["ratios"].values():
             assert 0 < ratio["p10"] <= ratio["median"] <= ratio["p90"]
-    assert report["wrapping"][0]["ms"]["median"] > 0
-    names = {target["target"] for target in report["targets"]}
+
+
+def test_registers_that_enter_late_keep_less_for_the_backward_pass(documented: tuple[dict[str, Any], str]) -> None:
+    (late,) = documented[0]["insert_layer"]
+    assert set(late["milliseconds"]) == {"half", "start"}
+    # Counted, not timed: half of the two blocks keep nothing for the backward pass.
+    assert 0.3 < late["bytes"]["half"]["saved_for_backward"] / late["bytes"]["start"]["saved_for_backward"] < 0.8
+
+
+def test_the_report_has_a_target_of_each_kind(documented: tuple[dict[str, Any], str]) -> None:
+    targets = documented[0]["targets"]
+    names = {target["target"] for target in targets}
     kinds = ("time of a step", "peak memory")
     late = {f"insert_layer at half the depth, {kind}" for kind in kinds}
     assert names == {"time of adapter / native", "peak memory, |adapter / native - 1|", *late}
-    assert all(target["passed"] == (target["value"] <= target["limit"]) for target in report["targets"])
-    assert "| adapter / native |" in done.stdout
-    assert done.stdout.count("| cpu | tiny |") == 2
+    assert all(target["passed"] == (target["value"] <= target["limit"]) for target in targets)
+
+
+def test_it_prints_tables(documented: tuple[dict[str, Any], str]) -> None:
+    assert "| adapter / native |" in documented[1]
+    assert documented[1].count("| cpu | tiny |") == 2
 
 
 def test_builds_are_pooled_and_told_apart(overhead: ModuleType, tmp_path: Path) -> None:

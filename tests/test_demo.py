@@ -1,6 +1,9 @@
 """``register-adapter demo`` as a user runs it: on what the package ships, and on a model and a folder of one's own."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -14,10 +17,23 @@ from register_adapter.testbed import SceneDataset, load_image_processor
 pytestmark = pytest.mark.slow
 
 
-def test_on_the_packaged_model(tmp_path):
-    said = run("demo", "--out", str(tmp_path), "--max_train_steps", "3", "--num_eval_images", "48", "--batch_size", "8")
-    report = json.loads((tmp_path / "demo.json").read_text())
-    twin, before, control, after, test_time, both = report["rows"]
+@dataclass
+class Demo:
+    folder: Path
+    said: str
+    report: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run on the packaged model."""
+    out = tmp_path_factory.mktemp("demo")
+    said = run("demo", "--out", str(out), "--max_train_steps", "3", "--num_eval_images", "48", "--batch_size", "8")
+    return Demo(out, said, json.loads((out / "demo.json").read_text()))
+
+
+def test_the_rows_compare_the_packaged_model_with_its_adapters(demo):
+    twin, before, control, after, test_time, both = demo.report["rows"]
     assert twin["outlier_share"] == 0
     assert before["outlier_share"] > 0.005
     assert before["largest_norm"] > 5
@@ -26,10 +42,11 @@ def test_on_the_packaged_model(tmp_path):
     assert 0 < after["accuracy"] <= 1
     assert test_time["outlier_share"] == both["outlier_share"] == 0
     assert test_time["patch_drift"] < before["patch_drift"]
-    assert report["test_time_fit"]["share_after"] == 0 < report["test_time_fit"]["share_before"]
-    assert report["reload_identical"] is True
-    assert report["adapter_bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 14_000
-    for words in (
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         "clean twin",
         "planted artifacts",
         "random registers",
@@ -37,14 +54,30 @@ def test_on_the_packaged_model(tmp_path):
         "test-time register",
         "both",
         "Adapter:",
-    ):
-        assert words in said
-    with Image.open(tmp_path / "before_after.png") as figure:
+    ],
+)
+def test_it_prints_every_row(words, demo):
+    assert words in demo.said
+
+
+def test_it_draws_a_figure(demo):
+    with Image.open(demo.folder / "before_after.png") as figure:
         assert min(figure.size) > 400
         assert len(set(figure.convert("L").tobytes())) > 50
-    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+
+
+def test_the_adapter_is_a_few_kilobytes_and_loads_again(demo):
+    path = demo.folder / "adapter" / "adapter_model.safetensors"
+    assert demo.report["adapter_bytes"] == path.stat().st_size < 14_000
+    assert demo.report["reload_identical"] is True
+    with safe_open(path, "pt") as file:
         assert [file.get_slice(key).get_shape() for key in file.keys()] == [[4, 128]]  # noqa: SIM118
-    fitted = AutoPeftModel.from_pretrained(tmp_path / "test_time")
+
+
+def test_the_test_time_register_is_saved(demo):
+    fit = demo.report["test_time_fit"]
+    assert fit["share_after"] == 0 < fit["share_before"]
+    fitted = AutoPeftModel.from_pretrained(demo.folder / "test_time")
     assert sum(map(len, fitted.base_model.model.vit.registers.tokens("default").neurons().values())) == 4
 
 

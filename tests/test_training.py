@@ -67,10 +67,19 @@ def read_results(out: Path) -> dict[str, Any]:
 # What is trained and saved
 
 
-def test_registers_and_a_new_head_are_trained_and_saved(vit: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(vit: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where registers and a new head were trained, and the results. The base on disk stays what it was."""
     before = {file.name: file.read_bytes() for file in vit.iterdir()}
-    results = main(flags(vit, photos, tmp_path, "--max_train_steps", "6", "--seed", "3"))
-    assert read_results(tmp_path) == json.loads(json.dumps(results))
+    out = tmp_path_factory.mktemp("trained")
+    results = main(flags(vit, photos, out, "--max_train_steps", "6", "--seed", "3"))
+    assert {file.name: file.read_bytes() for file in vit.iterdir()} == before
+    return out, results
+
+
+def test_the_results_say_what_was_trained(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, results = trained
+    assert read_results(out) == json.loads(json.dumps(results))
     assert results["global_step"] == 6
     assert results["trainable_parameters"] == 4 * 32 + 3 * 32 + 3
     assert results["train_samples"] == 30
@@ -78,15 +87,20 @@ def test_registers_and_a_new_head_are_trained_and_saved(vit: Path, photos: Path,
     assert results["metrics"]["eval_accuracy"] in [index / 6 for index in range(7)]
     assert results["images_per_second"] > 0
     assert results["versions"]["torch"] == torch.__version__
-    assert {file.name: file.read_bytes() for file in vit.iterdir()} == before
-    saved = load_file(tmp_path / "adapter_model.safetensors")
+
+
+def test_registers_and_a_new_head_are_saved_with_a_card(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = trained
+    saved = load_file(out / "adapter_model.safetensors")
     assert sorted(tuple(tensor.shape) for tensor in saved.values()) == [(3,), (3, 32), (4, 32)]
-    assert AutoImageProcessor.from_pretrained(tmp_path).size["height"] == 32
-    card = (tmp_path / "README.md").read_text()
+    assert AutoImageProcessor.from_pretrained(out).size["height"] == 32
+    card = (out / "README.md").read_text()
     assert "eval_accuracy" in card
     assert "train" in card
 
-    model = AutoPeftModel.from_pretrained(tmp_path).eval()
+
+def test_what_was_trained_is_taken_off_the_base(trained: tuple[Path, dict[str, Any]], vit: Path) -> None:
+    model = AutoPeftModel.from_pretrained(trained[0]).eval()
     x = torch.rand(2, 3, 32, 32)
     base = ViTForImageClassification.from_pretrained(vit).eval()
     with torch.no_grad():
@@ -186,33 +200,39 @@ def kill_at(out: Path, step: int, delay: float, pid: int, running: Any) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
-@pytest.mark.parametrize(("workers", "limit"), [(0, None), (2, 1)])
-def test_killed_again_and_again_and_resumed_bit_for_bit(
-    vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path, workers: int, limit: int | None
-) -> None:
+def kill_three_times(command: list[str], out: Path) -> int:
+    """Trains until SIGKILL at a step and a moment drawn at random, three times; returns the last step killed at."""
     seed = random.SystemRandom().randrange(10**6)
     logging.getLogger(__name__).warning("seed of the kills: %d", seed)  # shown by pytest if the test fails
     rng = random.Random(seed)
-    more = [*RUN, "--checkpointing_steps", "1", "--dataloader_num_workers", str(workers)]
-    more += ["--resume_from_checkpoint", "latest"]
-    more += ["--checkpoints_total_limit", str(limit)] if limit else []
     # From a process that has imported the package and nothing else: a fork of this one, with threads of other tests in
     # it, can hang.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["register_adapter.train"])
     step = 0
     for _ in range(3):
-        step = rng.randint(max(step, newest(tmp_path)) + 1, max(step, newest(tmp_path)) + 5)
-        run = server.Process(target=train_alone, args=(flags(vit, photos, tmp_path, *more),))
+        step = rng.randint(max(step, newest(out)) + 1, max(step, newest(out)) + 5)
+        run = server.Process(target=train_alone, args=(command,))
         run.start()
         assert run.pid is not None
-        kill_at(tmp_path, step, rng.uniform(0, 0.05), run.pid, run.is_alive)
+        kill_at(out, step, rng.uniform(0, 0.05), run.pid, run.is_alive)
         run.join()
         assert run.exitcode == -signal.SIGKILL
         with suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)  # a worker that started just then does not notice
-        assert newest(tmp_path) >= step
+        assert newest(out) >= step
+    return step
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+@pytest.mark.parametrize(("workers", "limit"), [(0, None), (2, 1)])
+def test_killed_again_and_again_and_resumed_bit_for_bit(
+    vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path, workers: int, limit: int | None
+) -> None:
+    more = [*RUN, "--checkpointing_steps", "1", "--dataloader_num_workers", str(workers)]
+    more += ["--resume_from_checkpoint", "latest"]
+    more += ["--checkpoints_total_limit", str(limit)] if limit else []
+    step = kill_three_times(flags(vit, photos, tmp_path, *more), tmp_path)
     assert not (tmp_path / "results.json").exists()
     results = main(flags(vit, photos, tmp_path, *more))
     assert results["resumed_from_step"] >= step
