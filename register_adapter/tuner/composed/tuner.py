@@ -17,49 +17,9 @@ from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
 from ..layer import RegisterLayer
 from ..model import RegisterModel
+from .guards import check_heads, flags_kept, hooks_lifted
 
-__all__ = ["ComposedTuner", "check_heads", "flags_kept"]
-
-
-@contextlib.contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Give every parameter that is there now its ``requires_grad`` back: PEFT's calls move it for whole models."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
-
-
-@contextlib.contextmanager
-def _hooks_lifted(model: nn.Module) -> Iterator[None]:
-    """Take the registers' hooks off while modules are replaced: layer norm tuning copies modules with their hooks."""
-    layers = [module for module in model.modules() if isinstance(module, RegisterLayer) and module.names]
-    for layer in layers:
-        layer._remove_hooks()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            if layer.names and any(module is layer for module in model.modules()):
-                layer.attach()
-
-
-def check_heads(configs: dict[str, PeftConfig], active: Iterable[str]) -> None:
-    """A module of ``modules_to_save`` has one trained copy at a time.
-
-    Raises:
-        ValueError: Two of the adapters that are to be active name the same module.
-    """
-    owner: dict[str, str] = {}
-    for name in active:
-        for head in getattr(configs[name], "modules_to_save", None) or ():
-            if owner.setdefault(head, name) != name:
-                raise ValueError(
-                    f"the adapters {owner[head]!r} and {name!r} both have {head!r} in modules_to_save: only one copy "
-                    "of it can be active. Leave it to one of them, or activate them in turn."
-                )
+__all__ = ["ComposedTuner"]
 
 
 def _method(layer: Any) -> str:
@@ -176,7 +136,7 @@ class ComposedTuner(BaseTuner):
             check_heads({**self.peft_config, name: config}, [*active, name])
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
         kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
-        with kept, _hooks_lifted(self.model):
+        with kept, hooks_lifted(self.model):
             try:
                 with self.showing(rivals) as mine:
                     if rivals and method in self._tuners:
@@ -292,7 +252,7 @@ class ComposedTuner(BaseTuner):
     def _strip(self, methods: Iterable[Any], merge: bool = False, **options: Any) -> None:
         """Put the base's own modules back in the place of the methods' layers and of heads that nobody owns."""
         kinds = tuple(PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls for method in methods)
-        with _hooks_lifted(self.model):
+        with hooks_lifted(self.model):
             done: list[str] = []
             for path, module in list(self.model.named_modules()):
                 if any(path.startswith(f"{outer}.") for outer in done):
