@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterFileError
+from ..towers.identity import TowerIdentity, identity_now
 from ..towers.tower import Tower
 from .config import RegisterConfig
 from .heads import HeadLabels
@@ -27,7 +28,7 @@ from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens
 from .undo import Before
 
-__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers", "require_register_layer"]
+__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers", "renew_bases", "require_register_layer"]
 
 
 _NO_VALUES = (
@@ -48,7 +49,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
     adapter_layer_names: tuple[str, ...] = ("register_adapter_tokens",)
     #: PEFT's ``disable_input_dtype_casting`` sets it; registers follow the sequence's dtype, not the other way round.
     cast_input_dtype_enabled = True
-    other_param_names: tuple[str, ...] = ("placements", "labels")
+    other_param_names: tuple[str, ...] = ("placements", "labels", "bases")
 
     def __init__(self, tower: Tower) -> None:
         super().__init__()
@@ -57,6 +58,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         self.register_adapter_tokens = nn.ModuleDict()
         self.placements: dict[str, Placement] = {}
         self.labels = HeadLabels()
+        #: Adapter name to the identity that the tower had when the adapter was attached, or last saved.
+        self.bases: dict[str, TowerIdentity] = {}
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -185,6 +188,27 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         active = [] if self.disable_adapters else self.active_names
         self.labels.show(next((self.labels[name] for name in active if name in self.labels), None))
 
+    def renew_bases(self) -> None:
+        """Have the adapters' configs name the base as it is now, if its weights were loaded after they were attached.
+
+        What other adapters have trained or merged is no other base.
+        """
+        configs: dict[str, Any] = getattr(self.labels.model, "peft_config", {})
+        trained = any(getattr(config, "bias", "none") not in ("none", None) for config in configs.values())
+        parameters = self.tower.part("blocks").named_parameters()
+        trained = trained or any(value.requires_grad for key, value in parameters if key.endswith(".bias"))
+        for name, before in list(self.bases.items()):
+            config = configs.get(name)
+            if not isinstance(config, RegisterConfig):
+                continue
+            now = identity_now(self.tower, before, biases=not trained)
+            if now is None:
+                continue
+            by_block = config.deep or config.key_value or config.gate is not None
+            if by_block and now.num_hidden_layers != before.num_hidden_layers:
+                continue  # blocks were cut off; the file still has tensors for all
+            config.base_tower, self.bases[name] = now.to_dict(), now
+
     def attach(self) -> None:
         """Become ``tower.registers`` and register the hooks that the adapters need."""
         module = self.tower.module
@@ -257,6 +281,12 @@ def require_register_layer(model: nn.Module) -> RegisterLayer:
     if layer is None:
         raise ValueError(f"{type(model).__name__} has no registers; give it some with add_registers(model)")
     return layer
+
+
+def renew_bases(model: nn.Module) -> None:
+    """Before a save: see :meth:`RegisterLayer.renew_bases`."""
+    for layer in register_layers(model):
+        layer.renew_bases()
 
 
 def register_layers(model: nn.Module) -> list[RegisterLayer]:

@@ -15,11 +15,12 @@ from torch import nn
 
 from ..errors import AdapterFileError, UnsupportedModelError
 from ..towers.anatomy import Anatomy
+from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
-from ._peft_compat import PREFIX, remap_on_load
+from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
 from .checks.placing import by_block, check_placement, check_units, checked_identity, heads_of
 from .config import RegisterConfig
@@ -32,7 +33,7 @@ from .heads import (
     warn_of_new_weights,
     without_left_out,
 )
-from .layer import BASE, RegisterLayer, register_layers
+from .layer import BASE, RegisterLayer, register_layers, renew_bases
 from .reading import naming
 from .undo import unchanged_if_refused
 
@@ -104,7 +105,8 @@ class RegisterModel(BaseTuner):
         if given.untrusted_anatomy:
             check_parts(tower)
         self._check_tower(tower, given)
-        identity = checked_identity(tower, given)
+        present = TowerIdentity.of(tower)
+        identity = checked_identity(present, given)
         if anatomy is not None:
             check_anatomy(tower, given)
         heads, lacking = heads_of(model, tower, given)
@@ -127,7 +129,7 @@ class RegisterModel(BaseTuner):
         config.id2label = labels
         config.folder = config.saved_weights = config.weights_sha256 = None
         self.peft_config[adapter_name] = config
-        self._tower, self._labels = tower, config.id2label
+        self._tower, self._labels, self._present = tower, config.id2label, present
         own_classes = number_of_labels(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if given.from_file and config.id2label:
@@ -168,8 +170,10 @@ class RegisterModel(BaseTuner):
         if layer is None:
             layer = RegisterLayer(self._tower)
             layer.train(self._tower.module.training)
+            renew_on_save(layer)
         layer.update_layer(adapter_name, peft_config, self._pending)
         layer.labels.bind(self.model)
+        layer.bases[adapter_name] = self._present
         if self._labels:
             layer.labels[adapter_name] = self._labels
         layer.attach()
@@ -235,6 +239,8 @@ class RegisterModel(BaseTuner):
         if not any(own in key for key in state_dict):
             # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
             state_dict = model.state_dict()
+        if not getattr(model, "renews_bases", False):
+            renew_bases(model)
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

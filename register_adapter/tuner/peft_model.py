@@ -22,7 +22,7 @@ from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_err
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
-from .layer import find_register_layer, register_layers
+from .layer import find_register_layer, register_layers, renew_bases
 from .reading import note_checksums
 from .undo import unchanged_if_refused
 
@@ -164,6 +164,7 @@ class RegisterPeftModel(PeftModel):
     ) -> None:
         """Every adapter without the registers of the others, which PEFT 0.18 would write along."""
         state = self.state_dict() if state_dict is None else state_dict
+        renew_bases(self)
         for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
             foreign = [f".register_adapter_tokens.{other}." for other in self.peft_config if other != name]
             own = {key: value for key, value in state.items() if not any(part in key for part in foreign)}

@@ -86,9 +86,8 @@ def heads_of(model: nn.Module, tower: Tower, config: RegisterConfig) -> tuple[li
     return heads, lacking
 
 
-def checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
-    """The tower's identity, after comparing it with the one the config was saved with."""
-    identity = TowerIdentity.of(tower)
+def checked_identity(identity: TowerIdentity, config: RegisterConfig) -> TowerIdentity:
+    """A tower's identity, after comparing it with the one that the config was saved with, which an override keeps."""
     saved = config.identity
     if saved is None or not config.from_file:  # a new one, or one in use on another base too
         return identity

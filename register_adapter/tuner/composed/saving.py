@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..card import is_hub_name
+from ..layer import renew_bases
 from .folder import MANIFEST, read_folder, write_folder
 from .tuner import ComposedTuner
 
@@ -52,6 +53,7 @@ def write_adapters(
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     state = composed.state_dict() if state_dict is None else state_dict
+    renew_bases(composed)
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     write_folder(folder, adapters, [name for name in composed.active_adapters if name in names])
 
@@ -80,6 +82,8 @@ class SavesAll(PeftModel):
     """A :class:`peft.PeftModel` that is saved and loaded as one folder with an adapter in each subfolder."""
 
     base_model: ComposedTuner
+    #: Saving does so itself; while PEFT gathers one adapter's tensors, the others' configs are out of sight.
+    renews_bases = True
 
     def _known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]
