@@ -62,11 +62,14 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         self.bases: dict[str, TowerIdentity] = {}
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
+        self._aside = 0
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
         self._hooked: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
         self.call = CallState()
+        #: Of a replica that DataParallel makes: the adapters that the thread which makes it has set aside.
+        self.asked: frozenset[str] = frozenset()
         #: The model before it got an adapter whose values are still to come from a file.
         self.before: Before | None = None
         parameters = list(inspect.signature(type(tower.module).forward).parameters)[1:]
@@ -182,6 +185,11 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         """As in PEFT; see :meth:`set_adapter`."""
         super().enable_adapters(enabled)
         self.show_labels()
+
+    def _replicate_for_data_parallel(self) -> RegisterLayer:
+        replica: RegisterLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.asked = self.call.without
+        return replica
 
     def show_labels(self) -> None:
         """Have the model's config name the classes of the active adapter's head."""

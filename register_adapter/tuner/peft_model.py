@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -95,11 +96,11 @@ class RegisterPeftModel(PeftModel):
     def disable_adapter(self) -> Iterator[None]:
         """As in PEFT, for the passes that this thread makes: other threads keep the registers.
 
-        Modules of ``modules_to_save`` are PEFT's, whose switch is every thread's.
+        Modules of ``modules_to_save`` are PEFT's, whose switch is every thread's: they are the base's while any thread
+        is in such a context.
         """
         with ExitStack() as stack:
-            if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules()):
-                stack.enter_context(super().disable_adapter())
+            stack.enter_context(_heads_aside(self))
             for layer in register_layers(self):
                 stack.enter_context(layer.without(layer.names))
             yield
@@ -107,7 +108,8 @@ class RegisterPeftModel(PeftModel):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """As in PEFT, also when the last adapter was deleted."""
-        return bool(self.peft_config) and bool(super().has_active_enabled_adapter)
+        aside = all(layer.disable_adapters for layer in register_layers(self))
+        return bool(self.peft_config) and not aside and bool(super().has_active_enabled_adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; ``adapter_names`` as in PEFT."""
@@ -276,6 +278,37 @@ class RegisterPeftModel(PeftModel):
                     config.base_model_name_or_path,
                     name,
                 )
+
+
+#: Held while heads are switched; on a head, how many threads have set it aside.
+_SWITCHING, _COUNT = threading.RLock(), "_register_adapter_aside"
+
+
+@contextmanager
+def _heads_aside(model: nn.Module) -> Iterator[None]:
+    """Within the context, modules of ``modules_to_save`` are the base's; those that are so already stay so."""
+    with _SWITCHING:
+        heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        heads = [head for head in heads if not head.disable_adapters or vars(head).get(_COUNT)]
+        for head in heads:
+            _switch(head, enabled=False)
+            head.__dict__[_COUNT] = vars(head).get(_COUNT, 0) + 1
+    try:
+        yield
+    finally:
+        with _SWITCHING:
+            for head in heads:
+                head.__dict__[_COUNT] -= 1
+                if not head.__dict__[_COUNT]:
+                    del head.__dict__[_COUNT]
+                    _switch(head, enabled=True)
+
+
+def _switch(head: AuxiliaryTrainingWrapper, enabled: bool) -> None:
+    flags = [(parameter, parameter.requires_grad) for parameter in head.parameters()]
+    head.enable_adapters(enabled)
+    for parameter, flag in flags:
+        parameter.requires_grad = flag
 
 
 def add_registers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 
 from peft import PeftConfig
@@ -10,7 +11,10 @@ from torch import nn
 
 from ..layer import RegisterLayer
 
-__all__ = ["check_heads", "flags_kept", "hooks_lifted"]
+__all__ = ["SWITCHING", "check_heads", "flags_kept", "hooks_lifted"]
+
+#: Held by a thread that switches layers of PEFT's.
+SWITCHING = threading.RLock()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..registers import Placement, RegisterTokens, Segment
 from .attention import AttentionHooks, reads_implementation
+from .base import ATTACHING
 
 __all__ = ["BASE", "Choice"]
 
@@ -27,6 +28,8 @@ class Choice(AttentionHooks):
     training: bool
     _active_adapter: str | list[str]
     _disable_adapters: bool
+    #: Number of contexts, of any threads, in which no registers take part.
+    _aside: int
 
     @property
     @abstractmethod
@@ -59,11 +62,13 @@ class Choice(AttentionHooks):
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Within the context no registers take part; heads trained beside them, and gradients, stay as they are."""
-        before, self._disable_adapters = self._disable_adapters, True
+        with ATTACHING:
+            self._aside += 1
         try:
             yield
         finally:
-            self._disable_adapters = before
+            with ATTACHING:
+                self._aside -= 1
 
     @property
     def segments(self) -> list[Segment]:
@@ -76,7 +81,7 @@ class Choice(AttentionHooks):
         call = self.call
         if call.segments is not None and not torch.compiler.is_compiling():
             return call.segments
-        if self._disable_adapters:
+        if self._disable_adapters or self._aside:
             return []
         if call.images is not None:
             return self._segments_by_image([BASE if name in call.without else name for name in call.images])
@@ -105,7 +110,8 @@ class Choice(AttentionHooks):
     @property
     def disable_adapters(self) -> bool:
         """Whether no adapter takes part in this thread's passes."""
-        return self._disable_adapters or (bool(self.names) and self.call.without.issuperset(self.names))
+        everyone = self._disable_adapters or self._aside > 0
+        return everyone or (bool(self.names) and self.call.without.issuperset(self.names))
 
     @contextmanager
     def without(self, names: Iterable[str]) -> Iterator[None]:
