@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, install_command
 from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.untrusted import check_fields
@@ -168,7 +168,7 @@ class RegisterConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             warnings.warn(
                 f"this adapter was written in format {self.format_version}, newer than {FORMAT_VERSION}, the newest "
-                "this release knows; loading goes on. Upgrade with: pip install -U register-adapter",
+                f"this release knows; loading goes on. Upgrade with: {install_command(upgrade=True)}",
                 stacklevel=4,
             )
 

@@ -17,9 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import AdapterFileError
 from ..utils.environment import version
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_errors
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
@@ -67,10 +66,7 @@ class RegisterPeftModel(PeftModel):
         kwargs["token"] = checked_token(kwargs.get("token"))
         if config is None:
             config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
-        place = Path(model_id, kwargs.get("subfolder") or "")
-        if Path(model_id).is_dir() and not (place / WEIGHTS_NAME).is_file():
-            # PEFT would look for a repository of the folder's name.
-            raise AdapterFileError(f"the adapter in {str(place)!r} has no weights: there is no {WEIGHTS_NAME}.")
+        check_folder(model_id, kwargs.get("subfolder"))
         with unchanged_if_refused(model):
             loaded: RegisterPeftModel = super().from_pretrained(
                 model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
@@ -78,7 +74,12 @@ class RegisterPeftModel(PeftModel):
         return loaded
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; an adapter that is refused leaves the model as it was."""
+        """As in PEFT; an adapter that is refused leaves the model as it was.
+
+        Raises:
+            AdapterFileError, BaseModelMismatchError, HubAccessError: As for :meth:`from_pretrained`.
+        """
+        check_folder(model_id, kwargs.get("subfolder"))
         with unchanged_if_refused(self):
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
 

@@ -14,6 +14,7 @@ from peft.functional import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from ...utils.hub import check_folder
 from ..card import is_hub_name
 from ..layer import renew_bases
 from .folder import MANIFEST, read_folder, write_folder
@@ -142,6 +143,7 @@ class SavesAll(PeftModel):
             ValueError: A folder of several has an adapter that the model lacks.
         """
         if not Path(model_id, MANIFEST).is_file():
+            check_folder(model_id, kwargs.get("subfolder"))
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         saved = read_folder(model_id)
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
