@@ -33,7 +33,7 @@ def photograph(name: str) -> Image.Image:
     package, file = PHOTOGRAPHS[name]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"{package} is not installed: pip install 'register-adapter[testbed]'")
+        raise SystemExit(f"{package} is not installed: pip install scikit-image scikit-learn")
     with Image.open(Path(spec.origin).parent / file) as image:
         return image.convert("RGB")
 

@@ -9,7 +9,22 @@ __all__ = [
     "NoArtifactsError",
     "RegisterAdapterError",
     "UnsupportedModelError",
+    "install_command",
 ]
+
+#: Where the package is installed from as long as PyPI does not have it; see [project.urls] in pyproject.toml.
+_SOURCE = "git+https://github.com/register-adapter/register-adapter"
+
+
+def install_command(extra: str = "", upgrade: bool = False) -> str:
+    """The command that installs this package.
+
+    Args:
+        extra: Name of an extra.
+        upgrade: Whether it is there, and too old.
+    """
+    what = f'"register-adapter[{extra}] @ {_SOURCE}"' if extra else _SOURCE
+    return f"pip install {'-U ' if upgrade else ''}{what}"
 
 
 class RegisterAdapterError(Exception):
@@ -36,4 +51,4 @@ class MissingExtraError(RegisterAdapterError, ImportError):
     """An optional package is needed and not installed."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} need the package {package!r}: pip install 'register-adapter[{extra}]'")
+        super().__init__(f"{what} need the package {package!r}: {install_command(extra)}")

@@ -18,6 +18,7 @@ from torch import nn
 from ..features.attention_maps import record_attention_maps
 from ..features.layout import native_registers
 from ..features.passes import Batch
+from ..features.threads import in_this_thread
 from ..towers.anatomy import resolve
 from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower
@@ -75,13 +76,15 @@ class Statistics:
         embedding = self.tower.part("patch_embedding") or resolve(self.tower.module, _LINEAR)
         blocks: nn.ModuleList = self.tower.part("blocks")
         with ExitStack() as stack:
-            stack.callback(self.tower.module.register_forward_pre_hook(self._start, with_kwargs=True).remove)
+            stack.callback(
+                self.tower.module.register_forward_pre_hook(in_this_thread(self._start), with_kwargs=True).remove
+            )
             if isinstance(embedding, nn.Module):
-                stack.callback(embedding.register_forward_hook(self._embedded).remove)
-            stack.callback(blocks[0].register_forward_pre_hook(self._first, with_kwargs=True).remove)
+                stack.callback(embedding.register_forward_hook(in_this_thread(self._embedded)).remove)
+            stack.callback(blocks[0].register_forward_pre_hook(in_this_thread(self._first), with_kwargs=True).remove)
             for index, block in enumerate(blocks):
                 hook = partial(self._after, index)
-                stack.callback(block.register_forward_hook(hook, prepend=True).remove)
+                stack.callback(block.register_forward_hook(in_this_thread(hook), prepend=True).remove)
             if self._attentions:
                 stack.enter_context(record_attention_maps(self.tower, self._attend))
             yield

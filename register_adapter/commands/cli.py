@@ -6,7 +6,7 @@ import sys
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
-from ..errors import RegisterAdapterError
+from ..errors import RegisterAdapterError, install_command
 
 if TYPE_CHECKING:
     import typer
@@ -22,7 +22,7 @@ def main() -> None:
     try:
         import typer  # noqa: F401
     except ImportError:
-        sys.exit("the command line needs typer and rich: pip install 'register-adapter[cli]'")
+        sys.exit(f"the command line needs typer and rich: {install_command('cli')}")
     try:
         build_app()()
     except (RegisterAdapterError, ValueError, OSError) as error:

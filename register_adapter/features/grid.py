@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from ..towers.tower import Tower
+from .threads import in_this_thread
 
 __all__ = ["PatchGrid", "watch_patches"]
 
@@ -82,7 +83,7 @@ def watch_patches(tower: Tower) -> Iterator[PatchGrid]:
     if grid._part is None:
         yield grid
         return
-    handle = grid._part.register_forward_hook(grid._keep)
+    handle = grid._part.register_forward_hook(in_this_thread(grid._keep))
     try:
         yield grid
     finally:

@@ -28,6 +28,7 @@ from ..towers.modes import evaluating
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from .layout import tower_of
+from .threads import in_this_thread
 
 __all__ = [
     "Batch",
@@ -277,9 +278,9 @@ def keep_layer(tower: Tower, index: int) -> Iterator[list[torch.Tensor]]:
         kept[:] = [first_of(output)]
 
     if index == 0:
-        handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+        handle = blocks[0].register_forward_pre_hook(in_this_thread(before), with_kwargs=True)
     else:
-        handle = blocks[index - 1].register_forward_hook(behind, prepend=True)
+        handle = blocks[index - 1].register_forward_hook(in_this_thread(behind), prepend=True)
     try:
         yield kept
     finally:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..towers.tower import Tower
+from .threads import in_this_thread
 
 __all__ = ["antialiased_positions"]
 
@@ -56,9 +57,9 @@ def antialiased_positions(tower: Tower) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (tower.module, between):
             if module is not None:
-                stack.callback(module.register_forward_pre_hook(start).remove)
-                stack.callback(module.register_forward_hook(stop, always_call=True).remove)
-        stack.callback(first.register_forward_pre_hook(stop).remove)
+                stack.callback(module.register_forward_pre_hook(in_this_thread(start)).remove)
+                stack.callback(module.register_forward_hook(in_this_thread(stop), always_call=True).remove)
+        stack.callback(first.register_forward_pre_hook(in_this_thread(stop)).remove)
         stack.enter_context(mode)
         yield
 

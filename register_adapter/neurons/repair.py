@@ -14,6 +14,7 @@ from torch import nn
 
 from ..artifacts.rules.threshold import Threshold
 from ..data.batches import Batch
+from ..features.threads import in_this_thread
 from ..towers.calls import first_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
@@ -179,7 +180,7 @@ def _shares(
         blocks = tower.part("blocks")
         for index, threshold in thresholds.items():
             hook = partial(count, index, threshold)
-            stack.callback(blocks[index - 1].register_forward_hook(hook, prepend=True).remove)
+            stack.callback(blocks[index - 1].register_forward_hook(in_this_thread(hook), prepend=True).remove)
         for batch in batches:
             run_up_to(tower, max(thresholds) - 1, batch)
     return {index: float(number) / max(patches, 1) for index, number in counts.items()}, patches

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..artifacts.rules.threshold import Threshold
+from ..features.threads import in_this_thread
 from ..towers.calls import first_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
@@ -51,7 +52,7 @@ def _stop_behind(block: nn.Module) -> Iterator[None]:
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _StopForward
 
-    handle = block.register_forward_hook(stop)
+    handle = block.register_forward_hook(in_this_thread(stop))
     try:
         yield
     finally:
@@ -133,9 +134,9 @@ class NeuronScores:
         with ExitStack() as stack:
             for block in self.blocks:
                 last = self.tower.block_part(block, "mlp_out")
-                stack.callback(last.register_forward_pre_hook(partial(self._keep, block)).remove)
+                stack.callback(last.register_forward_pre_hook(in_this_thread(partial(self._keep, block))).remove)
             behind: nn.Module = self.tower.part("blocks")[self.top]
-            stack.callback(behind.register_forward_hook(self._finish, prepend=True).remove)
+            stack.callback(behind.register_forward_hook(in_this_thread(self._finish), prepend=True).remove)
             run_up_to(self.tower, self.top, inputs)
         self._seen.clear()
 

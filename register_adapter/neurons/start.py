@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batch
+from ..features.threads import in_this_thread
 from ..towers.calls import first_of
 from ..towers.modes import evaluating
 from ..tuner.layer import find_register_layer, require_register_layer
@@ -88,7 +89,7 @@ def _mean_state(fitted: RegisterPeftModel, block: int, batches: Iterable[Batch])
         total = total + hidden[:, start : start + layer.count_at(block)].float().sum(0)
         number += len(hidden)
 
-    handle = tower.part("blocks")[block].register_forward_hook(keep, prepend=True)
+    handle = tower.part("blocks")[block].register_forward_hook(in_this_thread(keep), prepend=True)
     try:
         with evaluating(tower.module):
             for batch in batches:

@@ -17,8 +17,6 @@ would then look good.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +28,7 @@ from ..artifacts.norms import neighbour_similarity
 from ..errors import UnsupportedModelError
 from ..features.trace import capture
 from ..towers.tower import Tower, find_tower
-from .control import random_registers
+from .plant_views import Target, Tokens, View, inputs_of, look
 from .scenes import SceneDataset
 
 __all__ = ["Planting", "plant_artifacts"]
@@ -39,105 +37,21 @@ __all__ = ["Planting", "plant_artifacts"]
 _HEIGHT = 10.0
 
 
-@dataclass(frozen=True)
-class _View:
-    """One way of looking at the images: a perturbation that the neurons must not mind."""
-
-    num_registers: int = 0
-    std: float = 0.02
-    noise: float = 0.0
-    scale: float = 1.0
-
-
 _VIEWS = (
-    _View(),
-    _View(4),
-    _View(4),
-    _View(4),
-    _View(4, std=0.2),
-    _View(1),
-    _View(8),
-    _View(16),
-    _View(noise=0.05),
-    _View(scale=1.4),
+    View(),
+    View(4),
+    View(4),
+    View(4),
+    View(4, std=0.2),
+    View(1),
+    View(8),
+    View(16),
+    View(noise=0.05),
+    View(scale=1.4),
 )
 
 
-@dataclass(frozen=True)
-class _Target:
-    """Where artifacts shall fall: cells of the patch grid ``(h, w)``, there on patches more similar than ``limit``."""
-
-    cells: torch.Tensor
-    grid: tuple[int, int]
-    limit: float
-
-    @classmethod
-    def choose(cls, similarity: torch.Tensor, share: float, seed: int) -> _Target:
-        """Random plain cells, as many as it takes for ``share`` of all patches; ``similarity`` is ``(B, h, w)``."""
-        _, height, width = similarity.shape
-        limit = similarity.flatten().quantile(0.5).item()
-        rate = (similarity > limit).float().mean(0).flatten()
-        order = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))
-        order = order[rate[order] >= rate.median()]
-        enough = int((rate[order].cumsum(0) < share * height * width).sum()) + 1
-        return cls(order[:enough], (height, width), limit)
-
-    def labels(self, similarity: torch.Tensor) -> torch.Tensor:
-        """``(B, patches)`` bool for similarities ``(B, h', w')`` of a grid that may be another than the chosen one."""
-        _, height, width = similarity.shape
-        rows, columns = self.cells // self.grid[1], self.cells % self.grid[1]
-        chosen = torch.zeros(height, width, dtype=torch.bool)
-        chosen[(2 * rows + 1) * height // (2 * self.grid[0]), (2 * columns + 1) * width // (2 * self.grid[1])] = True
-        return (chosen & (similarity > self.limit)).flatten(1)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect what goes into ``module``."""
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Inputs of an MLP under one view: ``(T, D)`` of other tokens, ``(B, patches, D)``, ``(B, patches)`` targets."""
-
-    others: torch.Tensor
-    patches: torch.Tensor
-    targets: torch.Tensor
-
-
-@torch.no_grad()
-def _look(
-    model: nn.Module, tower: Tower, block: int, pixel_values: torch.Tensor, view: _View, target: _Target, seed: int
-) -> _Tokens:
-    """What goes into the MLP of a block under one view."""
-    images = pixel_values.float()
-    if view.scale != 1.0:
-        patch = tower.patch_size or 1
-        size = [round(side * view.scale / patch) * patch for side in images.shape[-2:]]
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
-    if view.noise:
-        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-        images = images + view.noise * noise.to(images.device)
-    images = images.to(pixel_values.dtype)
-    with (
-        random_registers(model, view.num_registers, view.std, seed),
-        _inputs_of(tower.block_part(block, "mlp_in")) as seen,
-    ):
-        tower.run(images)
-    tokens = seen[0].float().cpu()
-    first = tower.prefix + view.num_registers
-    return _Tokens(
-        tokens[:, :first].flatten(0, 1), tokens[:, first:], target.labels(neighbour_similarity(tower, images).cpu())
-    )
-
-
-def _fit_direction(views: list[_Tokens], steps: int = 100) -> torch.Tensor:
+def _fit_direction(views: list[Tokens], steps: int = 100) -> torch.Tensor:
     """A direction ``(D,)``: logistic regression on targets, plus a penalty on what the perturbations move."""
     clean = views[0]
     inputs = torch.cat([part for view in views for part in (view.others, view.patches.flatten(0, 1))])
@@ -165,7 +79,7 @@ def _fit_direction(views: list[_Tokens], steps: int = 100) -> torch.Tensor:
     return direction.detach() / std
 
 
-def _threshold_and_gain(direction: torch.Tensor, clean: _Tokens, share: float) -> tuple[float, float]:
+def _threshold_and_gain(direction: torch.Tensor, clean: Tokens, share: float) -> tuple[float, float]:
     """Where the ramp begins, and how steep it is: a tenth of the patches hit may lie on it."""
     scores = (clean.patches @ direction).flatten()
     others = (clean.others @ direction).tolist()  # none where there is no CLS
@@ -195,7 +109,7 @@ def _write_pair(
 def _least_used(tower: Tower, block: int, pixel_values: torch.Tensor, count: int) -> list[int]:
     """The hidden units that write least, by mean |activation| times the norm of what they write."""
     out = tower.block_part(block, "mlp_out")
-    with _inputs_of(out) as seen:
+    with inputs_of(out) as seen:
         tower.run(pixel_values)
     written = seen[0].abs().float().mean((0, 1)) * out.weight.float().norm(dim=0)
     return sorted(written.argsort()[:count].tolist())
@@ -257,7 +171,7 @@ class Planting:
     def hits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """``(B, patches)`` bool: the patches that the planted neurons write into, the ground truth of a detector."""
         tower = find_tower(self.model)
-        with _inputs_of(tower.block_part(self.block, "mlp_out")) as seen:
+        with inputs_of(tower.block_part(self.block, "mlp_out")) as seen:
             tower.run(pixel_values)
         sent = seen[0][:, tower.prefix :, list(self.neurons)].float()
         # The first of a pair is always the larger one: a pair sends the difference.
@@ -311,9 +225,9 @@ def plant_artifacts(
     pixel_values = _default_images(tower, seed) if pixel_values is None else pixel_values
     pixel_values = pixel_values.to(gate.weight)
 
-    target = _Target.choose(neighbour_similarity(tower, pixel_values).cpu(), share, seed)
+    target = Target.choose(neighbour_similarity(tower, pixel_values).cpu(), share, seed)
     views = [
-        _look(planted, tower, block, pixel_values, view, target, seed + number) for number, view in enumerate(_VIEWS)
+        look(planted, tower, block, pixel_values, view, target, seed + number) for number, view in enumerate(_VIEWS)
     ]
     direction = _fit_direction(views)
     threshold, gain = _threshold_and_gain(direction, views[0], share)

@@ -4,6 +4,9 @@ The fingerprint must survive whatever people do to the same weights (another dty
 layers, another head around the tower, other adapters) and must change with the weights. A hash cannot do that, a sketch
 can: the tensors that no quantiser touches are multiplied by fixed signs and summed into a few buckets (count sketch,
 Charikar et al. 2002), in units of the tensor's own norm. Rounding to bfloat16 moves a bucket by about 0.001.
+
+Position embeddings are resampled for another image size, which makes no other base: their sketch decides only where
+there is no other.
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .anatomy import resolve
 from .tower import Tower
 
-__all__ = ["TowerIdentity", "fingerprint", "is_finite"]
+__all__ = ["TowerIdentity", "fingerprint", "identity_now", "is_finite"]
 
 BUCKETS = 8
 COLUMNS = 4096
@@ -64,7 +69,10 @@ def _biases(blocks: nn.Module) -> Iterator[torch.Tensor]:
     for name, module in blocks.named_modules():
         if isinstance(module, BaseTunerLayer):
             inside_adapter += tuple(f"{name}.{child}" for child, _ in module.named_children() if child != "base_layer")
-        if isinstance(module, BaseTunerLayer) or name.startswith(inside_adapter):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            children = (child for child, _ in module.named_children() if child != "original_module")
+            inside_adapter += tuple(f"{name}.{child}" for child in children)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(inside_adapter):
             continue
         bias = getattr(module, "bias", None)
         # torch's own quantised layers pack it, and give it by a method.
@@ -72,6 +80,20 @@ def _biases(blocks: nn.Module) -> Iterator[torch.Tensor]:
         if isinstance(bias, torch.Tensor) and id(bias) not in seen:
             seen.add(id(bias))
             yield bias
+
+
+def _own(tower: Tower, field: str) -> Any:
+    """The base's own part, where PEFT has put a trained copy beside it."""
+    paths: Any = getattr(tower.anatomy, field)
+    for path in (paths,) if isinstance(paths, str) else paths or ():
+        part: Any = tower.module
+        for name in path.split("."):
+            part = resolve(part, name)
+            while isinstance(part, AuxiliaryTrainingWrapper):
+                part = part.original_module
+        if part is not None:
+            return part
+    return None
 
 
 def fingerprint(tower: Tower) -> list[float] | None:
@@ -83,9 +105,9 @@ def fingerprint(tower: Tower) -> list[float] | None:
     Returns:
         ``3 * BUCKETS`` floats, or ``None`` where weights are not at hand (meta device, sharded parameters).
     """
-    position = tower.part("position_embedding")
+    position = _own(tower, "position_embedding")
     groups: list[Iterable[Any]] = [
-        [getattr(tower.part("patch_embedding"), "weight", None)],
+        [getattr(_own(tower, "patch_embedding"), "weight", None)],
         [getattr(position, "weight", position)],
         _biases(tower.part("blocks")),
     ]
@@ -161,9 +183,44 @@ class TowerIdentity:
         """Names of the fields in which two identities differ; empty if they can be the same weights."""
         names = ("family", "hidden_size", "num_hidden_layers", "patch_size")
         differing = [name for name in names if getattr(self, name) != getattr(other, name)]
-        if not differing and self.fingerprint and other.fingerprint:
-            pairs = zip(self.fingerprint, other.fingerprint, strict=False)
-            same_length = len(self.fingerprint) == len(other.fingerprint)
-            if not same_length or max(abs(a - b) for a, b in pairs) > TOLERANCE:
-                differing.append("weights")
+        known = self.fingerprint and other.fingerprint
+        if not differing and known and not _alike(self.fingerprint or [], other.fingerprint or []):
+            differing.append("weights")
         return differing
+
+
+def _alike(numbers: list[float], others: list[float]) -> bool:
+    """Whether two fingerprints can be those of the same weights."""
+    if len(numbers) != len(others):
+        return False
+    pairs = list(zip(numbers, others, strict=True))
+    deciding = pairs[:BUCKETS] + pairs[2 * BUCKETS :]
+    if not any(number or other for number, other in deciding):
+        deciding = pairs
+    return all(abs(number - other) <= TOLERANCE for number, other in deciding)
+
+
+def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> TowerIdentity | None:
+    """The identity of a tower whose weights have changed since it had another one.
+
+    Args:
+        tower: The tower, adapters on it.
+        before: The identity that it had.
+        biases: Whether its biases tell anything; other adapters may train them, and bring them along.
+
+    Returns:
+        ``None`` if the weights are the same, or cannot be told: sharded, quantised, or with adapters merged into them.
+    """
+    weight = getattr(_own(tower, "patch_embedding"), "weight", None)
+    quantised = weight is not None and type(weight) not in (torch.Tensor, nn.Parameter)
+    if quantised or any(getattr(m, "merged", False) for m in tower.module.modules() if isinstance(m, BaseTunerLayer)):
+        return None
+    now = TowerIdentity.of(tower)
+    if now.fingerprint is None:
+        return None
+    if before.fingerprint is None:
+        return now
+    compared = now
+    if not biases:
+        compared = replace(now, fingerprint=[*now.fingerprint[: 2 * BUCKETS], *before.fingerprint[2 * BUCKETS :]])
+    return now if compared.differences(before) else None

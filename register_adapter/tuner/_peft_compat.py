@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
 
-__all__ = ["CHECKS_IMPORTS", "METHOD", "PREFIX", "peft_type", "register", "remap_on_load"]
+__all__ = ["CHECKS_IMPORTS", "METHOD", "PREFIX", "peft_type", "register", "remap_on_load", "renew_on_save"]
 
 METHOD = "register_adapter"
 PREFIX = "register_adapter_"
@@ -82,6 +82,16 @@ def remap_on_load(tuner: nn.Module, remap: Callable[..., dict[str, Any]]) -> Non
     """
     if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
         tuner.register_load_state_dict_pre_hook(partial(_before_load, remap))  # type: ignore[no-untyped-call]
+
+
+def renew_on_save(layer: nn.Module) -> None:
+    """Have ``layer.renew_bases()`` called before a save, also by a PEFT that has no hook for it (0.18)."""
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+        layer.register_state_dict_pre_hook(_before_save)  # type: ignore[no-untyped-call]
+
+
+def _before_save(layer: Any, *_: Any) -> None:
+    layer.renew_bases()
 
 
 def _before_load(

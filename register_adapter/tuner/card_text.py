@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ..errors import install_command
 from ..utils.environment import version
 from ..utils.shipped import is_shipped, shipped_name
 from .config import RegisterConfig
@@ -18,8 +19,7 @@ from .neuron_shift import count_neurons
 
 __all__ = ["INSTALL", "OFF", "base_name", "body", "is_hub_name", "plain", "transformers_class"]
 
-#: The package is installed from its repository, see [project.urls] in pyproject.toml.
-INSTALL = "pip install git+https://github.com/register-adapter/register-adapter"
+INSTALL = install_command()
 #: Prefix of what was measured again with the registers switched off, with the same head.
 OFF = "eval_registers_off_"
 _SHOWN = 20

@@ -9,17 +9,18 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, install_command
 from ..towers.anatomy import Anatomy
-from ..towers.identity import TowerIdentity, is_finite
+from ..towers.identity import TowerIdentity
 from ..towers.untrusted import check_fields
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, TensorInfo, check_adapter_file
 from ..utils.files import checksum
 from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from ..utils.shipped import is_shipped, local_folder, shipped_name
 from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
+from .fields import check_combinations, check_types, check_values
 from .heads import TASK_HEADS, checked_labels
-from .neuron_shift import REMOVALS, checked_neurons, count_neurons
+from .neuron_shift import checked_neurons, count_neurons
 from .reading import SavedWeights, naming, read_json, without_unlisted
 from .registers import Placement
 
@@ -27,35 +28,6 @@ __all__ = ["FORMAT_VERSION", "RegisterConfig"]
 
 #: Version of the config and tensor layout; a file with a larger one was written by a newer release.
 FORMAT_VERSION = 2
-# Far more than any model has patches.
-_MOST = 2**16
-_INITS = ("normal", "zeros", "cls", "test_time")
-_ATTENTIONS = ("slice", "full")
-_KINDS: dict[str, Any] = {
-    "num_registers": int,
-    "init": str,
-    "init_std": (int, float),
-    "target_modules": (str, list, tuple, set, type(None)),
-    "modules_to_save": (list, tuple, set, type(None)),
-    "id2label": (dict, type(None)),
-    "insert_layer": int,
-    "deep": bool,
-    "key_value": bool,
-    "gate": (int, float, type(None)),
-    "register_neurons": (dict, type(None)),
-    "remove": str,
-    "train_removal": bool,
-    "test_time_fit": (dict, type(None)),
-    "attentions": str,
-    "anatomy": (Anatomy, dict, type(None)),
-    "base_tower": (dict, type(None)),
-    "format_version": int,
-    "weights_sha256": (str, type(None)),
-    "base_model_name_or_path": (str, type(None)),
-    "revision": (str, type(None)),
-    "peft_version": (str, type(None)),
-    "inference_mode": bool,
-}
 
 
 @dataclass
@@ -170,44 +142,12 @@ class RegisterConfig(PeftConfig):
         self.auto_mapping: dict[str, Any] | None = without_unlisted(self.auto_mapping, any_package=CHECKS_IMPORTS)
         #: Whether a model has it; names of modules_to_save that this model lacks.
         self.attached, self.left_out = False, list[str]()
-        self._check_types()
-        self._check_values()
-        self._check_combinations()
+        check_types(self)
+        check_values(self)
+        check_combinations(self)
         self._check_neurons()
         self._convert()
         self._warn_of_newer_format()
-
-    def _check_types(self) -> None:
-        for name, kind in _KINDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise TypeError(f"{name} must be {_spell(kind)}, got {value!r} of type {type(value).__name__}")
-        for name in ("target_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and any(not isinstance(item, str) for item in value or ()):
-                raise TypeError(f"{name} must hold names, got {value!r}")
-
-    def _check_values(self) -> None:
-        """Each argument by itself."""
-        if self.num_registers < 1:
-            raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
-        if self.num_registers > _MOST:
-            raise ValueError(f"num_registers must be at most {_MOST}, got {self.num_registers}")
-        for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.insert_layer < 0:
-            raise ValueError(f"insert_layer must be at least 0, got {self.insert_layer}")
-        if self.gate is not None and not is_finite(self.gate):
-            raise ValueError(f"gate must be a finite number or None, got {self.gate}")
-        if not is_finite(self.init_std) or self.init_std < 0:
-            raise ValueError(f"init_std must be a finite number of at least 0, got {self.init_std}")
-
-    def _check_combinations(self) -> None:
-        if self.deep and self.key_value:
-            raise ValueError("deep=True puts tokens into the sequence, key_value=True does not: choose one of them")
-        if self.key_value and self.init == "cls":
-            raise ValueError("init='cls' is for tokens; key/value pairs (key_value=True) start from init='normal'")
 
     def _convert(self) -> None:
         """Bring what a JSON file or a user gives into the types of the fields."""
@@ -228,7 +168,7 @@ class RegisterConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             warnings.warn(
                 f"this adapter was written in format {self.format_version}, newer than {FORMAT_VERSION}, the newest "
-                "this release knows; loading goes on. Upgrade with: pip install -U register-adapter",
+                f"this release knows; loading goes on. Upgrade with: {install_command(upgrade=True)}",
                 stacklevel=4,
             )
 
@@ -385,8 +325,3 @@ class RegisterConfig(PeftConfig):
             units = next((value.tolist() for key, value in tensors.items() if key.endswith(UNITS_KEY)), None)
             config.saved_weights = SavedWeights(weights, layout, units)
         return config
-
-
-def _spell(kind: Any) -> str:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return " or ".join("None" if k is type(None) else k.__name__ for k in kinds)

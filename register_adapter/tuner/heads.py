@@ -218,6 +218,11 @@ class HeadLabels(dict[str, dict[int, str]]):
         self._own: tuple[Any, Any] | None = None
         self._shown: dict[int, str] | None = None
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose config shows them."""
+        return self._model[0] if self._model else None
+
     def bind(self, model: nn.Module) -> None:
         """Name the model whose config is to show them."""
         self._model = [model]

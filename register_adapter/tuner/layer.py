@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import AdapterFileError
+from ..towers.identity import TowerIdentity, identity_now
 from ..towers.tower import Tower
 from .config import RegisterConfig
 from .heads import HeadLabels
-from .hooks.attention import AttentionHooks, reads_implementation
 from .hooks.base import CallState
+from .hooks.choice import BASE, Choice
 from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.sequence import SequenceHooks
-from .registers import Placement, RegisterTokens, Segment
+from .registers import Placement, RegisterTokens
 from .undo import Before
 
-__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers", "require_register_layer"]
-
-#: Among ``adapter_names``, PEFT's name for an image without an adapter.
-BASE = "__base__"
+__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers", "renew_bases", "require_register_layer"]
 
 
 _NO_VALUES = (
@@ -42,7 +38,7 @@ _NO_VALUES = (
 _LOAD_WITH_PEFT = "Load a whole file with PeftModel.from_pretrained, which finds the tower in any model."
 
 
-class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.Module, BaseTunerLayer):
+class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, BaseTunerLayer):
     """Register tokens of one or more adapters on one vision tower.
 
     Args:
@@ -53,7 +49,7 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
     adapter_layer_names: tuple[str, ...] = ("register_adapter_tokens",)
     #: PEFT's ``disable_input_dtype_casting`` sets it; registers follow the sequence's dtype, not the other way round.
     cast_input_dtype_enabled = True
-    other_param_names: tuple[str, ...] = ("placements", "labels")
+    other_param_names: tuple[str, ...] = ("placements", "labels", "bases")
 
     def __init__(self, tower: Tower) -> None:
         super().__init__()
@@ -62,13 +58,18 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         self.register_adapter_tokens = nn.ModuleDict()
         self.placements: dict[str, Placement] = {}
         self.labels = HeadLabels()
+        #: Adapter name to the identity that the tower had when the adapter was attached, or last saved.
+        self.bases: dict[str, TowerIdentity] = {}
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
+        self._aside = 0
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
         self._hooked: list[Any] = []
         self._configs: list[tuple[nn.Module, Any]] = []
         self.call = CallState()
+        #: Of a replica that DataParallel makes: the adapters that the thread which makes it has set aside.
+        self.asked: frozenset[str] = frozenset()
         #: The model before it got an adapter whose values are still to come from a file.
         self.before: Before | None = None
         parameters = list(inspect.signature(type(tower.module).forward).parameters)[1:]
@@ -142,18 +143,6 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         """Names of the adapters."""
         return list(self.register_adapter_tokens.keys())
 
-    @property
-    def _active_names(self) -> list[str]:
-        return cast("list[str]", self.active_adapters)
-
-    def tokens(self, adapter_name: str) -> RegisterTokens:
-        """The registers of one adapter.
-
-        Raises:
-            KeyError: There is no adapter of that name.
-        """
-        return cast(RegisterTokens, self.register_adapter_tokens[adapter_name])
-
     def train(self, mode: bool = True) -> RegisterLayer:
         """As for any module; loaders call ``eval()`` once the weights are in, so this is where missing ones are found.
 
@@ -197,117 +186,36 @@ class RegisterLayer(SequenceHooks, AttentionHooks, MethodHooks, NeuronHooks, nn.
         super().enable_adapters(enabled)
         self.show_labels()
 
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """Within the context no registers take part; heads trained beside them, and gradients, stay as they are."""
-        before, self._disable_adapters = self._disable_adapters, True
-        try:
-            yield
-        finally:
-            self._disable_adapters = before
+    def _replicate_for_data_parallel(self) -> RegisterLayer:
+        replica: RegisterLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.asked = self.call.without
+        return replica
 
     def show_labels(self) -> None:
         """Have the model's config name the classes of the active adapter's head."""
-        active = [] if self.disable_adapters else self._active_names
+        active = [] if self.disable_adapters else self.active_names
         self.labels.show(next((self.labels[name] for name in active if name in self.labels), None))
 
-    @property
-    def segments(self) -> list[Segment]:
-        """What takes part in the forward pass, in the order of entry; nothing while adapters are disabled.
+    def renew_bases(self) -> None:
+        """Have the adapters' configs name the base as it is now, if its weights were loaded after they were attached.
 
-        Raises:
-            AdapterFileError: In training mode, an adapter still waits for its values.
+        What other adapters have trained or merged is no other base.
         """
-        # Every hook asks, between two operations on tensors: what is looked up here is all that a short pass notices.
-        call = self.call
-        if call.segments is not None and not torch.compiler.is_compiling():
-            return call.segments
-        if self._disable_adapters:
-            return []
-        if call.images is not None:
-            return self._segments_by_image([BASE if name in call.without else name for name in call.images])
-        segments = []
-        active = self._active_adapter
-        for name in (active,) if isinstance(active, str) else dict.fromkeys(active):
-            if name not in self.placements or name in call.without:
+        configs: dict[str, Any] = getattr(self.labels.model, "peft_config", {})
+        trained = any(getattr(config, "bias", "none") not in ("none", None) for config in configs.values())
+        parameters = self.tower.part("blocks").named_parameters()
+        trained = trained or any(value.requires_grad for key, value in parameters if key.endswith(".bias"))
+        for name, before in list(self.bases.items()):
+            config = configs.get(name)
+            if not isinstance(config, RegisterConfig):
                 continue
-            tokens = cast(RegisterTokens, self.register_adapter_tokens[name])
-            if not tokens.pending:
-                segments.append(Segment(self.placements[name], [tokens]))
-            elif self.training:
-                self._refuse(name)
-        if len(segments) > 1:  # those that start later come later in the sequence too: nobody's place changes then
-            segments.sort(key=lambda segment: segment.placement.insert_layer)
-        return segments
-
-    def _segments_by_image(self, images: list[str]) -> list[Segment]:
-        names = [name for name in dict.fromkeys(images) if name != BASE]
-        if not names:
-            return []
-        placement = max(self.placements[name] for name in names)
-        order = {BASE: -1, **{name: index for index, name in enumerate(names)}}
-        return [Segment(placement, [self.tokens(name) for name in names], [order[name] for name in images])]
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether no adapter takes part in this thread's passes."""
-        return self._disable_adapters or (bool(self.names) and self.call.without.issuperset(self.names))
-
-    @contextmanager
-    def without(self, names: Iterable[str]) -> Iterator[None]:
-        """Leave adapters out of the passes that this thread makes in the context; PEFT's own switch is every thread's.
-
-        Args:
-            names: Names of adapters; those that the layer does not have are passed over.
-        """
-        before = self.call.without
-        self.call.without = before.union(names)
-        self.show_labels()
-        try:
-            yield
-        finally:
-            self.call.without = before
-            self.show_labels()
-
-    @contextmanager
-    def images_with(self, adapter_names: list[str]) -> Iterator[None]:
-        """Give every image of the batches in this context the adapter of its own.
-
-        Args:
-            adapter_names: One name an image; ``"__base__"`` for an image without registers.
-
-        Raises:
-            ValueError: The layer is in training mode, the adapters enter at different places, or they have different
-                numbers of registers and the model does not let keys be masked.
-        """
-        names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
-        places = {self.placements[name]._replace(num_registers=0, full_attentions=False) for name in names}
-        if len(places) > 1:
-            raise ValueError(
-                "adapter_names= mixes adapters that enter at different places (insert_layer, deep, key_value): "
-                f"{ {name: self.placements[name] for name in names} }. Run one batch for each."
-            )
-        counts = {0 if name == BASE else self.placements[name].num_registers for name in adapter_names}
-        ragged = bool(names) and len(counts) > 1
-        if ragged and not reads_implementation(self.tower):
-            raise ValueError(
-                f"adapter_names= mixes different numbers of registers, and {type(self.tower.module).__name__} has no "
-                "place where the keys of the missing ones could be masked. Run one batch for each number."
-            )
-        if ragged:
-            self._enter_attention()
-        before, self.call.images = self.call.images, list(adapter_names)
-        try:
-            yield
-        finally:
-            self.call.images = before
-
-    @property
-    def _cuts_attentions(self) -> bool:
-        names = self._active_names if self.call.images is None else self.call.images
-        return not any(self.placements[name].full_attentions for name in names if name in self.placements)
+            now = identity_now(self.tower, before, biases=not trained)
+            if now is None:
+                continue
+            by_block = config.deep or config.key_value or config.gate is not None
+            if by_block and now.num_hidden_layers != before.num_hidden_layers:
+                continue  # blocks were cut off; the file still has tensors for all
+            config.base_tower, self.bases[name] = now.to_dict(), now
 
     def attach(self) -> None:
         """Become ``tower.registers`` and register the hooks that the adapters need."""
@@ -381,6 +289,12 @@ def require_register_layer(model: nn.Module) -> RegisterLayer:
     if layer is None:
         raise ValueError(f"{type(model).__name__} has no registers; give it some with add_registers(model)")
     return layer
+
+
+def renew_bases(model: nn.Module) -> None:
+    """Before a save: see :meth:`RegisterLayer.renew_bases`."""
+    for layer in register_layers(model):
+        layer.renew_bases()
 
 
 def register_layers(model: nn.Module) -> list[RegisterLayer]:

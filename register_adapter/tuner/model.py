@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -13,32 +13,28 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
+from ..errors import AdapterFileError, UnsupportedModelError
 from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
-from ..utils.shipped import is_shipped, shipped_name
-from ._peft_compat import PREFIX, remap_on_load
+from ._peft_compat import PREFIX, remap_on_load, renew_on_save
+from .checks.dry_run import check_anatomy
+from .checks.placing import by_block, check_placement, check_units, checked_identity, heads_of
 from .config import RegisterConfig
-from .dry_run import check_anatomy
 from .heads import (
     check_adapter_name,
     fit_heads,
     labels_for,
-    lacking_modules,
     number_of_labels,
     warn_of_left_out,
     warn_of_new_weights,
     without_left_out,
 )
-from .hooks.attention import reads_implementation
-from .layer import BASE, RegisterLayer, register_layers
-from .neuron_shift import count_neurons
+from .layer import BASE, RegisterLayer, register_layers, renew_bases
 from .reading import naming
-from .saved_heads import check_saved_heads
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterModel"]
@@ -109,10 +105,11 @@ class RegisterModel(BaseTuner):
         if given.untrusted_anatomy:
             check_parts(tower)
         self._check_tower(tower, given)
-        identity = _checked_identity(tower, given)
+        present = TowerIdentity.of(tower)
+        identity = checked_identity(present, given)
         if anatomy is not None:
             check_anatomy(tower, given)
-        heads, lacking = _heads_of(model, tower, given)
+        heads, lacking = heads_of(model, tower, given)
         check_adapter_name(model, adapter_name, [*heads, *given.task_heads])
         labels = given.id2label if heads else None
         if not given.from_file:
@@ -132,7 +129,7 @@ class RegisterModel(BaseTuner):
         config.id2label = labels
         config.folder = config.saved_weights = config.weights_sha256 = None
         self.peft_config[adapter_name] = config
-        self._tower, self._labels = tower, config.id2label
+        self._tower, self._labels, self._present = tower, config.id2label, present
         own_classes = number_of_labels(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if given.from_file and config.id2label:
@@ -148,7 +145,7 @@ class RegisterModel(BaseTuner):
             )
         if config.init == "cls" and tower.part("cls_token") is None:
             raise ValueError(f"init='cls' needs a CLS token and the family {tower.anatomy.family!r} has none")
-        _check_placement(tower, config)
+        check_placement(tower, config)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         embeddings = self._tower.part("embeddings")
@@ -173,8 +170,10 @@ class RegisterModel(BaseTuner):
         if layer is None:
             layer = RegisterLayer(self._tower)
             layer.train(self._tower.module.training)
+            renew_on_save(layer)
         layer.update_layer(adapter_name, peft_config, self._pending)
         layer.labels.bind(self.model)
+        layer.bases[adapter_name] = self._present
         if self._labels:
             layer.labels[adapter_name] = self._labels
         layer.attach()
@@ -240,6 +239,8 @@ class RegisterModel(BaseTuner):
         if not any(own in key for key in state_dict):
             # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
             state_dict = model.state_dict()
+        if not getattr(model, "renews_bases", False):
+            renew_bases(model)
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -258,7 +259,7 @@ class RegisterModel(BaseTuner):
         units = next((value for key, value in state_dict.items() if key.endswith(UNITS_KEY)), None)
         if units is not None and not units.is_meta:
             tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
-            _check_units(tower, _by_block(config, units.tolist()), f"adapter {adapter_name!r}")
+            check_units(tower, by_block(config, units.tolist()), f"adapter {adapter_name!r}")
         number = fit_heads(model, adapter_name, state_dict=state_dict)
         if number is not None:
             layer = next(layer for layer in register_layers(model) if adapter_name in layer.names)
@@ -279,95 +280,3 @@ def _place(model: nn.Module, adapter_name: str, key: str) -> str:
             name = end.removeprefix(f"{path}.")
             return next(k for k in model.state_dict() if k.endswith(f"{path}.{adapter_name}.{name}"))
     return key
-
-
-def _by_block(config: RegisterConfig, units: list[int]) -> dict[int, Any]:
-    """The flat list of a file, by block."""
-    rest = iter(units)
-    return {
-        block: [next(rest) for _ in range(count)]
-        for block, count in count_neurons(config.register_neurons or {}).items()
-    }
-
-
-def _check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
-    """The MLPs have the hidden units that are named; numbers of them (of which a file says more) are passed over."""
-    name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
-    for block, units in neurons.items():
-        last = tower.block_part(block, "mlp_out") if block < blocks else None
-        if last is None:
-            raise UnsupportedModelError(
-                f"{source} has register neurons in block {block} of {name}, which has {blocks} blocks, with an MLP at "
-                f"{tower.anatomy.mlp_out!r}"
-            )
-        width = getattr(last, "in_features", None)
-        highest = max(units) if isinstance(units, list) else units - 1
-        if isinstance(width, int) and highest >= width:
-            raise AdapterFileError(
-                f"{source} names hidden unit {highest} of block {block} of {name}, whose MLP has {width}. "
-                "Nothing was changed."
-            )
-
-
-def _check_placement(tower: Tower, config: RegisterConfig) -> None:
-    """The tower can have registers where the config wants them."""
-    name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
-    if config.insert_layer >= blocks:
-        raise ValueError(
-            f"insert_layer={config.insert_layer} is not a block of {name}, which has {blocks} (0 to {blocks - 1})"
-        )
-    if config.insert_layer and tower.part("positions_between") is not None:
-        raise UnsupportedModelError(
-            f"insert_layer cannot be had with {name}, which adds position embeddings between its blocks, for the "
-            "length that the sequence has from the start. Use insert_layer=0."
-        )
-    neurons, saved = config.register_neurons or {}, config.saved_weights
-    _check_units(tower, neurons, "the config")
-    if saved is not None and saved.units is not None:
-        _check_units(tower, _by_block(config, saved.units), str(saved.path))
-    wanted = [mode for mode in ("key_value", "gate") if getattr(config, mode) not in (None, False)]
-    if wanted and not reads_implementation(tower):
-        raise UnsupportedModelError(
-            f"{wanted[0]} needs a model whose attention goes through transformers' attention interface, where pairs "
-            f"and biases can be added; the blocks of {name} do not. Use registers in the sequence (deep=True for fresh "
-            "ones at every block)."
-        )
-
-
-def _heads_of(model: nn.Module, tower: Tower, config: RegisterConfig) -> tuple[list[str], list[str]]:
-    """The ``modules_to_save`` that the model has, and those of a saved adapter that it lacks."""
-    names = config.modules_to_save or []
-    lacking = [name for name in lacking_modules(model, tower, names) if config.needs(name)]
-    if lacking and not config.from_file:
-        children = [name for name, _ in model.named_children()]
-        raise ValueError(f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}")
-    heads = [name for name in names if name not in lacking]
-    if config.saved_weights is not None:
-        check_saved_heads(model, tower, [name for name in heads if config.needs(name)], config.saved_weights)
-    return heads, lacking
-
-
-def _checked_identity(tower: Tower, config: RegisterConfig) -> TowerIdentity:
-    """The tower's identity, after comparing it with the one the config was saved with."""
-    identity = TowerIdentity.of(tower)
-    saved = config.identity
-    if saved is None or not config.from_file:  # a new one, or one in use on another base too
-        return identity
-    differences = identity.differences(saved)
-    if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):
-        advice = (
-            "Registers of another width can never fit."
-            if "hidden_size" in differences
-            else "If you know that the registers fit this base all the same, say so: "
-            "PeftModel.from_pretrained(base, adapter, ignore_base_mismatch=True)."
-        )
-        name = shipped_name(config.base_model_name_or_path)
-        base = f" of {name!r}" if name else ""
-        kind = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
-        load = f"{'register_adapter.testbed.load_shipped' if is_shipped(name) else f'{kind}.from_pretrained'}({name!r})"
-        expected = f" Load that base: {load}." if name else " Load the base that it was made for."
-        raise BaseModelMismatchError(
-            f"the adapter was made for the vision tower {saved}{base}, the given base has {identity}: they differ in "
-            f"{', '.join(differences)}.{expected} {advice} Nothing was changed."
-        )
-    return saved if differences else identity

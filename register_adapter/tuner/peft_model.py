@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,13 +17,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import AdapterFileError
 from ..utils.environment import version
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, fetch, hub_errors
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
-from .layer import find_register_layer, register_layers
+from .layer import find_register_layer, register_layers, renew_bases
 from .reading import note_checksums
 from .undo import unchanged_if_refused
 
@@ -66,10 +66,7 @@ class RegisterPeftModel(PeftModel):
         kwargs["token"] = checked_token(kwargs.get("token"))
         if config is None:
             config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
-        place = Path(model_id, kwargs.get("subfolder") or "")
-        if Path(model_id).is_dir() and not (place / WEIGHTS_NAME).is_file():
-            # PEFT would look for a repository of the folder's name.
-            raise AdapterFileError(f"the adapter in {str(place)!r} has no weights: there is no {WEIGHTS_NAME}.")
+        check_folder(model_id, kwargs.get("subfolder"))
         with unchanged_if_refused(model):
             loaded: RegisterPeftModel = super().from_pretrained(
                 model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
@@ -77,7 +74,12 @@ class RegisterPeftModel(PeftModel):
         return loaded
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As in PEFT; an adapter that is refused leaves the model as it was."""
+        """As in PEFT; an adapter that is refused leaves the model as it was.
+
+        Raises:
+            AdapterFileError, BaseModelMismatchError, HubAccessError: As for :meth:`from_pretrained`.
+        """
+        check_folder(model_id, kwargs.get("subfolder"))
         with unchanged_if_refused(self):
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
 
@@ -95,11 +97,11 @@ class RegisterPeftModel(PeftModel):
     def disable_adapter(self) -> Iterator[None]:
         """As in PEFT, for the passes that this thread makes: other threads keep the registers.
 
-        Modules of ``modules_to_save`` are PEFT's, whose switch is every thread's.
+        Modules of ``modules_to_save`` are PEFT's, whose switch is every thread's: they are the base's while any thread
+        is in such a context.
         """
         with ExitStack() as stack:
-            if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules()):
-                stack.enter_context(super().disable_adapter())
+            stack.enter_context(_heads_aside(self))
             for layer in register_layers(self):
                 stack.enter_context(layer.without(layer.names))
             yield
@@ -107,7 +109,8 @@ class RegisterPeftModel(PeftModel):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """As in PEFT, also when the last adapter was deleted."""
-        return bool(self.peft_config) and bool(super().has_active_enabled_adapter)
+        aside = all(layer.disable_adapters for layer in register_layers(self))
+        return bool(self.peft_config) and not aside and bool(super().has_active_enabled_adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; ``adapter_names`` as in PEFT."""
@@ -164,6 +167,7 @@ class RegisterPeftModel(PeftModel):
     ) -> None:
         """Every adapter without the registers of the others, which PEFT 0.18 would write along."""
         state = self.state_dict() if state_dict is None else state_dict
+        renew_bases(self)
         for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
             foreign = [f".register_adapter_tokens.{other}." for other in self.peft_config if other != name]
             own = {key: value for key, value in state.items() if not any(part in key for part in foreign)}
@@ -275,6 +279,37 @@ class RegisterPeftModel(PeftModel):
                     config.base_model_name_or_path,
                     name,
                 )
+
+
+#: Held while heads are switched; on a head, how many threads have set it aside.
+_SWITCHING, _COUNT = threading.RLock(), "_register_adapter_aside"
+
+
+@contextmanager
+def _heads_aside(model: nn.Module) -> Iterator[None]:
+    """Within the context, modules of ``modules_to_save`` are the base's; those that are so already stay so."""
+    with _SWITCHING:
+        heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        heads = [head for head in heads if not head.disable_adapters or vars(head).get(_COUNT)]
+        for head in heads:
+            _switch(head, enabled=False)
+            head.__dict__[_COUNT] = vars(head).get(_COUNT, 0) + 1
+    try:
+        yield
+    finally:
+        with _SWITCHING:
+            for head in heads:
+                head.__dict__[_COUNT] -= 1
+                if not head.__dict__[_COUNT]:
+                    del head.__dict__[_COUNT]
+                    _switch(head, enabled=True)
+
+
+def _switch(head: AuxiliaryTrainingWrapper, enabled: bool) -> None:
+    flags = [(parameter, parameter.requires_grad) for parameter in head.parameters()]
+    head.enable_adapters(enabled)
+    for parameter, flag in flags:
+        parameter.requires_grad = flag
 
 
 def add_registers(

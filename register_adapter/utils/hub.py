@@ -27,6 +27,7 @@ __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
     "HubAccessError",
+    "check_folder",
     "checked_token",
     "fetch",
     "find_config",
@@ -213,6 +214,19 @@ def find_weights(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path 
             f"and are never loaded. Ask for {WEIGHTS_NAME}."
         )
     return path
+
+
+def check_folder(name: str | Path, subfolder: str | None = None) -> None:
+    """Refuse a folder without weights, for which PEFT would look up a repository of the folder's name.
+
+    Raises:
+        AdapterFileError: ``name`` is a folder here, and there is no safetensors file in it.
+    """
+    place = Path(name, subfolder or "")
+    if Path(name).is_dir() and not (place / WEIGHTS_NAME).is_file():
+        raise AdapterFileError(
+            f"the adapter in {str(place)!r} has no weights: there is no {WEIGHTS_NAME}. Nothing was changed."
+        )
 
 
 def _has_pickle(name: str, subfolder: str | None, hub: dict[str, Any]) -> bool:

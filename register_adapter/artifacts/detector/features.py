@@ -18,6 +18,7 @@ from ...features.attention_maps import record_attention_maps
 from ...features.grid import PatchGrid, watch_patches
 from ...features.layout import native_registers, tower_of
 from ...features.passes import Batch, PassOptions, open_pass
+from ...features.threads import in_this_thread
 
 __all__ = ["KINDS", "AttentionFeatures", "attention_features", "reduce_map", "shape_of_attention"]
 
@@ -127,7 +128,7 @@ class AttentionFeatures:
             self._maps.maps.clear()
             self._maps.inputs = dict(kwargs)
 
-        handle = tower.module.register_forward_pre_hook(start, with_kwargs=True)
+        handle = tower.module.register_forward_pre_hook(in_this_thread(start), with_kwargs=True)
         try:
             with watch_patches(tower) as grid, record_attention_maps(tower, self._maps.keep):
                 self._maps.watched = grid

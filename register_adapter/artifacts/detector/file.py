@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...errors import AdapterFileError
+from ...errors import AdapterFileError, install_command
 from ...utils.adapter_file import read_tensors
 from ...utils.staging import staged
 from .config import DetectorConfig
@@ -57,7 +57,7 @@ def read_detector(path: str | Path) -> tuple[DetectorConfig, dict[str, torch.Ten
         if type(version) is not int or version > _VERSION:
             raise ValueError(
                 f"it has format {version!r}, the newest this release knows is {_VERSION}; "
-                "upgrade with: pip install -U register-adapter"
+                f"upgrade with: {install_command(upgrade=True)}"
             )
         config = DetectorConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...errors import UnsupportedModelError
 from ...features.layout import TokenLayout, find_layout, tower_of
+from ...features.threads import in_this_thread
 from ...towers.anatomy import Anatomy
 from ...towers.calls import first_of, hidden_states_of, with_hidden_states
 from ...towers.tower import Tower
@@ -143,8 +144,8 @@ def read_states(registers: Registers, states: dict[int, torch.Tensor]) -> Iterat
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             hook = partial(before, index)
-            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.callback(blocks[-1].register_forward_hook(behind, prepend=True).remove)
+            stack.callback(block.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True).remove)
+        stack.callback(blocks[-1].register_forward_hook(in_this_thread(behind), prepend=True).remove)
         yield
 
 
@@ -173,7 +174,7 @@ def replace_states(
         for index, block in enumerate(registers.tower.part("blocks")):
             if index in values:
                 hook = partial(before, index)
-                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.callback(block.register_forward_pre_hook(in_this_thread(hook), with_kwargs=True).remove)
         yield
 
 

@@ -24,9 +24,10 @@ from ..config import RegisterConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .folder import SavedAdapter, fetch_folder, read_folder
+from .guards import check_heads, flags_kept
 from .names import check_adapters, configs_of, innermost
 from .saving import SavesAll, adapter_tensors, write_adapters
-from .tuner import ComposedTuner, check_heads, flags_kept
+from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "save_adapters"]
 

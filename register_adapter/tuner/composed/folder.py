@@ -19,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ...errors import AdapterFileError
+from ...errors import AdapterFileError, install_command
 from ...utils.adapter_file import check_finite, read_tensors
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME, checked_token, fetch
@@ -188,7 +188,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     if not isinstance(version, int) or version > _VERSION:
         raise AdapterFileError(
             f"{path} has format {version!r}, the newest this release knows is {_VERSION}. "
-            "Upgrade with: pip install -U register-adapter"
+            f"Upgrade with: {install_command(upgrade=True)}"
         )
     if not names or not whole or len(set(names)) != len(names):
         raise AdapterFileError(

@@ -14,7 +14,9 @@ from peft.functional import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from ...utils.hub import check_folder
 from ..card import is_hub_name
+from ..layer import renew_bases
 from .folder import MANIFEST, read_folder, write_folder
 from .tuner import ComposedTuner
 
@@ -52,6 +54,7 @@ def write_adapters(
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     state = composed.state_dict() if state_dict is None else state_dict
+    renew_bases(composed)
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     write_folder(folder, adapters, [name for name in composed.active_adapters if name in names])
 
@@ -80,6 +83,8 @@ class SavesAll(PeftModel):
     """A :class:`peft.PeftModel` that is saved and loaded as one folder with an adapter in each subfolder."""
 
     base_model: ComposedTuner
+    #: Saving does so itself; while PEFT gathers one adapter's tensors, the others' configs are out of sight.
+    renews_bases = True
 
     def _known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.peft_config]
@@ -138,6 +143,7 @@ class SavesAll(PeftModel):
             ValueError: A folder of several has an adapter that the model lacks.
         """
         if not Path(model_id, MANIFEST).is_file():
+            check_folder(model_id, kwargs.get("subfolder"))
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         saved = read_folder(model_id)
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:

@@ -15,51 +15,11 @@ from torch import nn
 
 from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
-from ..layer import RegisterLayer
+from ..layer import RegisterLayer, register_layers
 from ..model import RegisterModel
+from .guards import SWITCHING, check_heads, flags_kept, hooks_lifted
 
-__all__ = ["ComposedTuner", "check_heads", "flags_kept"]
-
-
-@contextlib.contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Give every parameter that is there now its ``requires_grad`` back: PEFT's calls move it for whole models."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
-
-
-@contextlib.contextmanager
-def _hooks_lifted(model: nn.Module) -> Iterator[None]:
-    """Take the registers' hooks off while modules are replaced: layer norm tuning copies modules with their hooks."""
-    layers = [module for module in model.modules() if isinstance(module, RegisterLayer) and module.names]
-    for layer in layers:
-        layer._remove_hooks()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            if layer.names and any(module is layer for module in model.modules()):
-                layer.attach()
-
-
-def check_heads(configs: dict[str, PeftConfig], active: Iterable[str]) -> None:
-    """A module of ``modules_to_save`` has one trained copy at a time.
-
-    Raises:
-        ValueError: Two of the adapters that are to be active name the same module.
-    """
-    owner: dict[str, str] = {}
-    for name in active:
-        for head in getattr(configs[name], "modules_to_save", None) or ():
-            if owner.setdefault(head, name) != name:
-                raise ValueError(
-                    f"the adapters {owner[head]!r} and {name!r} both have {head!r} in modules_to_save: only one copy "
-                    "of it can be active. Leave it to one of them, or activate them in turn."
-                )
+__all__ = ["ComposedTuner"]
 
 
 def _method(layer: Any) -> str:
@@ -87,6 +47,9 @@ class ComposedTuner(BaseTuner):
             self.model.peft_config = {}
         # In a dictionary, which is not a submodule: each of them holds the model too.
         self._tuners: dict[Any, BaseTuner] = {}
+        #: What each context of :meth:`without` sets aside, and what was active in the layers that it changes.
+        self._aside: list[frozenset[str]] = []
+        self._before: dict[Any, list[str]] = {}
         remap_on_load(self, RegisterModel._remap_adapter_state_dict_for_load)
         for tuner in tuners:
             for member in tuner._tuners.values() if isinstance(tuner, ComposedTuner) else [tuner]:
@@ -176,7 +139,7 @@ class ComposedTuner(BaseTuner):
             check_heads({**self.peft_config, name: config}, [*active, name])
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
         kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
-        with kept, _hooks_lifted(self.model):
+        with kept, hooks_lifted(self.model):
             try:
                 with self.showing(rivals) as mine:
                     if rivals and method in self._tuners:
@@ -237,35 +200,47 @@ class ComposedTuner(BaseTuner):
 
     @contextlib.contextmanager
     def without(self, names: Iterable[str]) -> Iterator[None]:
-        """Within the context ``names`` take no part; gradients, and everything afterwards, are as before."""
-        out = set(names)
-        undo: list[tuple[Any, list[str]]] = []
-        registers = contextlib.ExitStack()
-        with flags_kept(self.model):
-            for module in self.model.modules():
-                if isinstance(module, RegisterLayer):
-                    registers.enter_context(module.without(out))
-                    continue
-                if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or module.disable_adapters:
-                    continue
-                active = list(module.active_adapters)
-                left = [name for name in active if name not in out]
-                if left == active:
-                    continue
-                undo.append((module, active))
-                if left:
-                    module.set_adapter(left)
-                else:
-                    module.enable_adapters(False)
-        try:
-            with registers:
+        """Within the context ``names`` take no part; gradients, and everything afterwards, are as before.
+
+        Registers are set aside in this thread. PEFT's layers have one switch for all threads: they are without what any
+        thread has set aside, and as before when the last one is done.
+        """
+        out = frozenset(names)
+        with contextlib.ExitStack() as stack:
+            for layer in register_layers(self.model):
+                stack.enter_context(layer.without(out))
+            with SWITCHING:
+                for part in self._parts:
+                    active = [] if part in self._before or part.disable_adapters else list(part.active_adapters)
+                    if out.intersection(active):
+                        self._before[part] = active
+                self._aside.append(out)
+                self._leave_out()
+            try:
                 yield
-        finally:
-            with flags_kept(self.model):
-                for module, active in undo:
-                    if module.disable_adapters:
-                        module.enable_adapters(True)
-                    module.set_adapter(active)
+            finally:
+                with SWITCHING:
+                    self._aside.remove(out)
+                    self._leave_out()
+
+    @property
+    def _parts(self) -> list[Any]:
+        """Layers and heads of PEFT's."""
+        parts = (part for part in self.model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper))
+        return [part for part in parts if not isinstance(part, RegisterLayer)]
+
+    def _leave_out(self) -> None:
+        """Have PEFT's layers do without what is set aside now."""
+        out = frozenset().union(*self._aside)
+        with flags_kept(self.model):
+            for part, active in self._before.items():
+                left = [name for name in active if name not in out]
+                if part.disable_adapters != (not left and bool(active)):
+                    part.enable_adapters(bool(left) or not active)
+                if left and left != list(part.active_adapters):
+                    part.set_adapter(left)
+        if not self._aside:
+            self._before.clear()
 
     def remove(self, name: str) -> None:
         """Take one adapter off; the last of its method takes the method's layers with it.
@@ -292,7 +267,7 @@ class ComposedTuner(BaseTuner):
     def _strip(self, methods: Iterable[Any], merge: bool = False, **options: Any) -> None:
         """Put the base's own modules back in the place of the methods' layers and of heads that nobody owns."""
         kinds = tuple(PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls for method in methods)
-        with _hooks_lifted(self.model):
+        with hooks_lifted(self.model):
             done: list[str] = []
             for path, module in list(self.model.named_modules()):
                 if any(path.startswith(f"{outer}.") for outer in done):

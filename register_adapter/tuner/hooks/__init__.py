@@ -2,8 +2,9 @@
 
 from .attention import AttentionHooks
 from .base import CallState, LayerHooks
+from .choice import Choice
 from .methods import MethodHooks
 from .neurons import NeuronHooks
 from .sequence import SequenceHooks
 
-__all__ = ["AttentionHooks", "CallState", "LayerHooks", "MethodHooks", "NeuronHooks", "SequenceHooks"]
+__all__ = ["AttentionHooks", "CallState", "Choice", "LayerHooks", "MethodHooks", "NeuronHooks", "SequenceHooks"]

@@ -68,6 +68,8 @@ class CallState(threading.local):
         segments: What takes part in the running pass; ``None`` outside of one.
         entered: Registers are in the sequence of the running pass.
         method: The running method that is called past the tower's forward, if it counts registers.
+        methods: Places of the running methods whose registers are cut out when they return.
+        kept: ``without`` as it is after the pass of a replica, whose own was asked for by another thread.
         visible: ``(B, N)`` bool, what a register sees in the running block; ``None`` without a mask.
         rotary: Rotary tables as the blocks were given them, a number of registers, and the tables with rows for these.
     """
@@ -80,6 +82,8 @@ class CallState(threading.local):
         self.segments: list[Segment] | None = None
         self.entered: bool = False
         self.method: MethodCall | None = None
+        self.methods: tuple[str, ...] = ()
+        self.kept: frozenset[str] | None = None
         self.visible: torch.Tensor | None = None
         self.rotary: tuple[Any, int, Any] | None = None
 
@@ -126,9 +130,15 @@ class LayerHooks:
     def _cuts_attentions(self) -> bool:
         """Whether registers are cut out of attention maps."""
 
-    def _begin_pass(self) -> None:
-        """Look up once what takes part in the pass that begins, so that it stays the same up to its end."""
+    def _begin_pass(self, without: frozenset[str] = frozenset()) -> None:
+        """Look up once what takes part in the pass that begins, so that it stays the same up to its end.
+
+        Args:
+            without: Names of more adapters that take no part in it.
+        """
         self._end_pass()  # of one that has failed
+        if without:
+            self.call.kept, self.call.without = self.call.without, self.call.without | without
         # Not in a graph: part of it may be run by another pass, with other objects.
         if not torch.compiler.is_compiling():
             self._renew_hooks()
@@ -151,6 +161,8 @@ class LayerHooks:
     def _end_pass(self) -> None:
         self.call.segments = self.call.visible = self.call.rotary = None
         self.call.entered = False
+        if self.call.kept is not None:
+            self.call.without, self.call.kept = self.call.kept, None
 
     def _check_left(self) -> None:
         """Registers that went in have come out again.

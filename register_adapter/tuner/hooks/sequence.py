@@ -77,7 +77,9 @@ class SequenceHooks(LayerHooks):
 
     def _tower_input_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         # One hook for both: the pass may begin with new hooks, and torch would go on with those that it has listed.
-        self._begin_pass()
+        # A replica of DataParallel runs in a thread of its own, and does what the one that made it asks.
+        replica: Any = module if getattr(module, "_is_replica", False) else None
+        self._begin_pass(replica.registers.asked if replica is not None else frozenset())
         # Elsewhere the mask grows where registers join.
         return self._grow_mask(args, kwargs) if self.tower.anatomy.insert_at == "output" else None
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..towers.modes import evaluating
-from ..towers.tower import Tower
-from .config import RegisterConfig
-from .layer import RegisterLayer
+from ...errors import UnsupportedModelError
+from ...towers.modes import evaluating
+from ...towers.tower import Tower
+from ..config import RegisterConfig
+from ..layer import RegisterLayer
 
 __all__ = ["check_anatomy"]
 

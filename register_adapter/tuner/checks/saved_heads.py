@@ -8,10 +8,10 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..errors import AdapterFileError
-from ..towers.tower import Tower
-from ..utils.adapter_file import TensorInfo, is_foreign
-from .reading import SavedWeights
+from ...errors import AdapterFileError
+from ...towers.tower import Tower
+from ...utils.adapter_file import TensorInfo, is_foreign
+from ..reading import SavedWeights
 
 __all__ = ["check_saved_heads"]
 

@@ -1,0 +1,111 @@
+"""Whether an adapter fits a model: blocks, hidden units, attention, heads, and the base that it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ...errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
+from ...towers.identity import TowerIdentity
+from ...towers.tower import Tower
+from ...utils.shipped import is_shipped, shipped_name
+from ..config import RegisterConfig
+from ..heads import lacking_modules
+from ..hooks.attention import reads_implementation
+from ..neuron_shift import count_neurons
+from .saved_heads import check_saved_heads
+
+__all__ = ["by_block", "check_placement", "check_units", "checked_identity", "heads_of"]
+
+
+def by_block(config: RegisterConfig, units: list[int]) -> dict[int, Any]:
+    """The flat list of a file, by block."""
+    rest = iter(units)
+    return {
+        block: [next(rest) for _ in range(count)]
+        for block, count in count_neurons(config.register_neurons or {}).items()
+    }
+
+
+def check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
+    """The MLPs have the hidden units that are named; numbers of them (of which a file says more) are passed over."""
+    name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
+    for block, units in neurons.items():
+        last = tower.block_part(block, "mlp_out") if block < blocks else None
+        if last is None:
+            raise UnsupportedModelError(
+                f"{source} has register neurons in block {block} of {name}, which has {blocks} blocks, with an MLP at "
+                f"{tower.anatomy.mlp_out!r}"
+            )
+        width = getattr(last, "in_features", None)
+        highest = max(units) if isinstance(units, list) else units - 1
+        if isinstance(width, int) and highest >= width:
+            raise AdapterFileError(
+                f"{source} names hidden unit {highest} of block {block} of {name}, whose MLP has {width}. "
+                "Nothing was changed."
+            )
+
+
+def check_placement(tower: Tower, config: RegisterConfig) -> None:
+    """The tower can have registers where the config wants them."""
+    name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
+    if config.insert_layer >= blocks:
+        raise ValueError(
+            f"insert_layer={config.insert_layer} is not a block of {name}, which has {blocks} (0 to {blocks - 1})"
+        )
+    if config.insert_layer and tower.part("positions_between") is not None:
+        raise UnsupportedModelError(
+            f"insert_layer cannot be had with {name}, which adds position embeddings between its blocks, for the "
+            "length that the sequence has from the start. Use insert_layer=0."
+        )
+    neurons, saved = config.register_neurons or {}, config.saved_weights
+    check_units(tower, neurons, "the config")
+    if saved is not None and saved.units is not None:
+        check_units(tower, by_block(config, saved.units), str(saved.path))
+    wanted = [mode for mode in ("key_value", "gate") if getattr(config, mode) not in (None, False)]
+    if wanted and not reads_implementation(tower):
+        raise UnsupportedModelError(
+            f"{wanted[0]} needs a model whose attention goes through transformers' attention interface, where pairs "
+            f"and biases can be added; the blocks of {name} do not. Use registers in the sequence (deep=True for fresh "
+            "ones at every block)."
+        )
+
+
+def heads_of(model: nn.Module, tower: Tower, config: RegisterConfig) -> tuple[list[str], list[str]]:
+    """The ``modules_to_save`` that the model has, and those of a saved adapter that it lacks."""
+    names = config.modules_to_save or []
+    lacking = [name for name in lacking_modules(model, tower, names) if config.needs(name)]
+    if lacking and not config.from_file:
+        children = [name for name, _ in model.named_children()]
+        raise ValueError(f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}")
+    heads = [name for name in names if name not in lacking]
+    if config.saved_weights is not None:
+        check_saved_heads(model, tower, [name for name in heads if config.needs(name)], config.saved_weights)
+    return heads, lacking
+
+
+def checked_identity(identity: TowerIdentity, config: RegisterConfig) -> TowerIdentity:
+    """A tower's identity, after comparing it with the one that the config was saved with, which an override keeps."""
+    saved = config.identity
+    if saved is None or not config.from_file:  # a new one, or one in use on another base too
+        return identity
+    differences = identity.differences(saved)
+    if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):
+        advice = (
+            "Registers of another width can never fit."
+            if "hidden_size" in differences
+            else "If you know that the registers fit this base all the same, say so: "
+            "PeftModel.from_pretrained(base, adapter, ignore_base_mismatch=True)."
+        )
+        name = shipped_name(config.base_model_name_or_path)
+        base = f" of {name!r}" if name else ""
+        kind = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
+        load = f"{'register_adapter.testbed.load_shipped' if is_shipped(name) else f'{kind}.from_pretrained'}({name!r})"
+        expected = f" Load that base: {load}." if name else " Load the base that it was made for."
+        raise BaseModelMismatchError(
+            f"the adapter was made for the vision tower {saved}{base}, the given base has {identity}: they differ in "
+            f"{', '.join(differences)}.{expected} {advice} Nothing was changed."
+        )
+    return saved if differences else identity

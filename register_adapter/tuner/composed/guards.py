@@ -1,0 +1,58 @@
+"""What must hold while adapters of several methods are put on, taken off and switched: gradients, hooks, heads."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+
+from peft import PeftConfig
+from torch import nn
+
+from ..layer import RegisterLayer
+
+__all__ = ["SWITCHING", "check_heads", "flags_kept", "hooks_lifted"]
+
+#: Held by a thread that switches layers of PEFT's.
+SWITCHING = threading.RLock()
+
+
+@contextlib.contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Give every parameter that is there now its ``requires_grad`` back: PEFT's calls move it for whole models."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+
+
+@contextlib.contextmanager
+def hooks_lifted(model: nn.Module) -> Iterator[None]:
+    """Take the registers' hooks off while modules are replaced: layer norm tuning copies modules with their hooks."""
+    layers = [module for module in model.modules() if isinstance(module, RegisterLayer) and module.names]
+    for layer in layers:
+        layer._remove_hooks()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            if layer.names and any(module is layer for module in model.modules()):
+                layer.attach()
+
+
+def check_heads(configs: dict[str, PeftConfig], active: Iterable[str]) -> None:
+    """A module of ``modules_to_save`` has one trained copy at a time.
+
+    Raises:
+        ValueError: Two of the adapters that are to be active name the same module.
+    """
+    owner: dict[str, str] = {}
+    for name in active:
+        for head in getattr(configs[name], "modules_to_save", None) or ():
+            if owner.setdefault(head, name) != name:
+                raise ValueError(
+                    f"the adapters {owner[head]!r} and {name!r} both have {head!r} in modules_to_save: only one copy "
+                    "of it can be active. Leave it to one of them, or activate them in turn."
+                )

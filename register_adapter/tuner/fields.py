@@ -1,0 +1,91 @@
+"""The fields of a config: their types, the values that they may have, and which go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..towers.anatomy import Anatomy
+from ..towers.identity import is_finite
+from .neuron_shift import REMOVALS
+
+__all__ = ["check_combinations", "check_types", "check_values"]
+
+# Far more than any model has patches.
+_MOST = 2**16
+_INITS = ("normal", "zeros", "cls", "test_time")
+_ATTENTIONS = ("slice", "full")
+_KINDS: dict[str, Any] = {
+    "num_registers": int,
+    "init": str,
+    "init_std": (int, float),
+    "target_modules": (str, list, tuple, set, type(None)),
+    "modules_to_save": (list, tuple, set, type(None)),
+    "id2label": (dict, type(None)),
+    "insert_layer": int,
+    "deep": bool,
+    "key_value": bool,
+    "gate": (int, float, type(None)),
+    "register_neurons": (dict, type(None)),
+    "remove": str,
+    "train_removal": bool,
+    "test_time_fit": (dict, type(None)),
+    "attentions": str,
+    "anatomy": (Anatomy, dict, type(None)),
+    "base_tower": (dict, type(None)),
+    "format_version": int,
+    "weights_sha256": (str, type(None)),
+    "base_model_name_or_path": (str, type(None)),
+    "revision": (str, type(None)),
+    "peft_version": (str, type(None)),
+    "inference_mode": bool,
+}
+
+
+def check_types(config: Any) -> None:
+    """Every argument has the type of its field.
+
+    Raises:
+        TypeError: One has not.
+    """
+    for name, kind in _KINDS.items():
+        value = getattr(config, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{name} must be {_spell(kind)}, got {value!r} of type {type(value).__name__}")
+    for name in ("target_modules", "modules_to_save"):
+        value = getattr(config, name)
+        if not isinstance(value, str) and any(not isinstance(item, str) for item in value or ()):
+            raise TypeError(f"{name} must hold names, got {value!r}")
+
+
+def check_values(config: Any) -> None:
+    """Each argument by itconfig."""
+    if config.num_registers < 1:
+        raise ValueError(f"num_registers must be at least 1, got {config.num_registers}")
+    if config.num_registers > _MOST:
+        raise ValueError(f"num_registers must be at most {_MOST}, got {config.num_registers}")
+    for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+    if config.insert_layer < 0:
+        raise ValueError(f"insert_layer must be at least 0, got {config.insert_layer}")
+    if config.gate is not None and not is_finite(config.gate):
+        raise ValueError(f"gate must be a finite number or None, got {config.gate}")
+    if not is_finite(config.init_std) or config.init_std < 0:
+        raise ValueError(f"init_std must be a finite number of at least 0, got {config.init_std}")
+
+
+def check_combinations(config: Any) -> None:
+    """The arguments go together.
+
+    Raises:
+        ValueError: Two do not.
+    """
+    if config.deep and config.key_value:
+        raise ValueError("deep=True puts tokens into the sequence, key_value=True does not: choose one of them")
+    if config.key_value and config.init == "cls":
+        raise ValueError("init='cls' is for tokens; key/value pairs (key_value=True) start from init='normal'")
+
+
+def _spell(kind: Any) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join("None" if k is type(None) else k.__name__ for k in kinds)

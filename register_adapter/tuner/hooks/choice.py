@@ -1,0 +1,170 @@
+"""Which adapters take part in a pass: the active ones, fewer of them in one thread, or image by image another."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+
+from ..registers import Placement, RegisterTokens, Segment
+from .attention import AttentionHooks, reads_implementation
+from .base import ATTACHING
+
+__all__ = ["BASE", "Choice"]
+
+#: Among ``adapter_names``, PEFT's name for an image without an adapter.
+BASE = "__base__"
+
+
+class Choice(AttentionHooks):
+    """What a :class:`RegisterLayer` has take part; mixed into it."""
+
+    register_adapter_tokens: nn.ModuleDict
+    placements: dict[str, Placement]
+    training: bool
+    _active_adapter: str | list[str]
+    _disable_adapters: bool
+    #: Number of contexts, of any threads, in which no registers take part.
+    _aside: int
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of the adapters."""
+
+    @abstractmethod
+    def show_labels(self) -> None:
+        """Have the model's config name the classes of the active adapter's head."""
+
+    @staticmethod
+    @abstractmethod
+    def _refuse(adapter_name: str) -> None:
+        """Say that an adapter has got no values."""
+
+    @property
+    def active_names(self) -> list[str]:
+        """Names of the active adapters, whether or not they are disabled."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else active
+
+    def tokens(self, adapter_name: str) -> RegisterTokens:
+        """The registers of one adapter.
+
+        Raises:
+            KeyError: There is no adapter of that name.
+        """
+        return cast(RegisterTokens, self.register_adapter_tokens[adapter_name])
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within the context no registers take part; heads trained beside them, and gradients, stay as they are."""
+        with ATTACHING:
+            self._aside += 1
+        try:
+            yield
+        finally:
+            with ATTACHING:
+                self._aside -= 1
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What takes part in the forward pass, in the order of entry; nothing while adapters are disabled.
+
+        Raises:
+            AdapterFileError: In training mode, an adapter still waits for its values.
+        """
+        # Every hook asks, between two operations on tensors: what is looked up here is all that a short pass notices.
+        call = self.call
+        if call.segments is not None and not torch.compiler.is_compiling():
+            return call.segments
+        if self._disable_adapters or self._aside:
+            return []
+        if call.images is not None:
+            return self._segments_by_image([BASE if name in call.without else name for name in call.images])
+        segments = []
+        active = self._active_adapter
+        for name in (active,) if isinstance(active, str) else dict.fromkeys(active):
+            if name not in self.placements or name in call.without:
+                continue
+            tokens = cast(RegisterTokens, self.register_adapter_tokens[name])
+            if not tokens.pending:
+                segments.append(Segment(self.placements[name], [tokens]))
+            elif self.training:
+                self._refuse(name)
+        if len(segments) > 1:  # those that start later come later in the sequence too: nobody's place changes then
+            segments.sort(key=lambda segment: segment.placement.insert_layer)
+        return segments
+
+    def _segments_by_image(self, images: list[str]) -> list[Segment]:
+        names = [name for name in dict.fromkeys(images) if name != BASE]
+        if not names:
+            return []
+        placement = max(self.placements[name] for name in names)
+        order = {BASE: -1, **{name: index for index, name in enumerate(names)}}
+        return [Segment(placement, [self.tokens(name) for name in names], [order[name] for name in images])]
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether no adapter takes part in this thread's passes."""
+        everyone = self._disable_adapters or self._aside > 0
+        return everyone or (bool(self.names) and self.call.without.issuperset(self.names))
+
+    @contextmanager
+    def without(self, names: Iterable[str]) -> Iterator[None]:
+        """Leave adapters out of the passes that this thread makes in the context; PEFT's own switch is every thread's.
+
+        Args:
+            names: Names of adapters; those that the layer does not have are passed over.
+        """
+        before = self.call.without
+        self.call.without = before.union(names)
+        self.show_labels()
+        try:
+            yield
+        finally:
+            self.call.without = before
+            self.show_labels()
+
+    @contextmanager
+    def images_with(self, adapter_names: list[str]) -> Iterator[None]:
+        """Give every image of the batches in this context the adapter of its own.
+
+        Args:
+            adapter_names: One name an image; ``"__base__"`` for an image without registers.
+
+        Raises:
+            ValueError: The layer is in training mode, the adapters enter at different places, or they have different
+                numbers of registers and the model does not let keys be masked.
+        """
+        names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
+        places = {self.placements[name]._replace(num_registers=0, full_attentions=False) for name in names}
+        if len(places) > 1:
+            raise ValueError(
+                "adapter_names= mixes adapters that enter at different places (insert_layer, deep, key_value): "
+                f"{ {name: self.placements[name] for name in names} }. Run one batch for each."
+            )
+        counts = {0 if name == BASE else self.placements[name].num_registers for name in adapter_names}
+        ragged = bool(names) and len(counts) > 1
+        if ragged and not reads_implementation(self.tower):
+            raise ValueError(
+                f"adapter_names= mixes different numbers of registers, and {type(self.tower.module).__name__} has no "
+                "place where the keys of the missing ones could be masked. Run one batch for each number."
+            )
+        if ragged:
+            self._enter_attention()
+        before, self.call.images = self.call.images, list(adapter_names)
+        try:
+            yield
+        finally:
+            self.call.images = before
+
+    @property
+    def _cuts_attentions(self) -> bool:
+        names = self.active_names if self.call.images is None else self.call.images
+        return not any(self.placements[name].full_attentions for name in names if name in self.placements)

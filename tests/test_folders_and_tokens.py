@@ -1,0 +1,109 @@
+"""A folder is never looked up on the Hub, and no error on the way to the Hub shows a token."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft.utils.save_and_load
+import pytest
+import transformers as tf
+from families import build
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import AutoPeftModel, PeftModel
+
+from register_adapter import (
+    AdapterFileError,
+    HubAccessError,
+    RegisterConfig,
+    RegisterPeftModel,
+    add_registers,
+    compose,
+    load_adapters,
+)
+from register_adapter.utils import hub
+
+LOADERS: dict[str, Callable[[str], Any]] = {
+    "PeftModel": lambda name: PeftModel.from_pretrained(build("vit"), name),
+    "trainable": lambda name: PeftModel.from_pretrained(build("vit"), name, is_trainable=True),
+    "RegisterPeftModel": lambda name: RegisterPeftModel.from_pretrained(build("vit"), name),
+    "load_adapter": lambda name: add_registers(build("vit"), 2).load_adapter(name, "more"),
+    "to train": lambda name: add_registers(build("vit"), 2).load_adapter(name, "more", is_trainable=True),
+    "composed": lambda name: compose(build("vit"), {"a": RegisterConfig()}).load_adapter(name, "a", is_trainable=True),
+    "transformers": lambda name: build("vit").load_adapter(name),
+    "AutoModel": tf.AutoModel.from_pretrained,
+    "AutoPeftModel": AutoPeftModel.from_pretrained,
+    "load_adapters": lambda name: load_adapters(build("vit"), name),
+}
+#: Loaders of PEFT's that ask it for a config first, which a folder without one does not have.
+OURS = ("RegisterPeftModel", "load_adapter", "to train", "composed", "load_adapters")
+
+
+@pytest.fixture
+def _no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def asked(*args: Any, **kwargs: Any) -> None:
+        pytest.fail(f"the Hub was asked for {args} {kwargs}")
+
+    for module in (peft.utils.save_and_load, hub):
+        for name in ("hf_hub_download", "file_exists"):
+            monkeypatch.setattr(module, name, asked)
+    monkeypatch.setattr(peft.config, "hf_hub_download", asked)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_no_hub")
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_folder_without_weights(loader: str) -> None:
+    build("vit").save_pretrained("base")
+    add_registers(tf.ViTModel.from_pretrained("base"), 2).save_pretrained("user/adapter")
+    Path("user/adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match="user/adapter"):
+        LOADERS[loader]("user/adapter")
+
+
+@pytest.mark.usefixtures("_no_hub")
+@pytest.mark.parametrize("loader", [loader for loader in LOADERS if loader not in ("trainable", "AutoPeftModel")])
+def test_a_folder_with_the_config_of_an_adapter_to_come(loader: str) -> None:
+    build("vit").save_pretrained("base")
+    RegisterConfig(base_model_name_or_path="base").save_pretrained("user/adapter")
+    with pytest.raises(AdapterFileError, match="user/adapter"):
+        LOADERS[loader]("user/adapter")
+
+
+@pytest.mark.usefixtures("_no_hub")
+@pytest.mark.parametrize("loader", OURS)
+def test_an_empty_folder(loader: str) -> None:
+    Path("user/adapter").mkdir(parents=True)
+    with pytest.raises(AdapterFileError, match="user/adapter"):
+        LOADERS[loader]("user/adapter")
+
+
+def _wrapped(error: Exception) -> Exception:
+    outer = RuntimeError("a thread failed")
+    outer.__cause__ = error
+    return outer
+
+
+def _lacking(error: Exception) -> Exception:
+    outer = LocalEntryNotFoundError("cannot find it")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, _wrapped, _lacking], ids=["bare", "in a thread", "not cached"])
+@pytest.mark.parametrize("given", [True, False], ids=["argument", "environment"])
+def test_no_token_in_the_error_of_a_readme_that_cannot_be_fetched(
+    wrap: Callable[[Exception], Exception], given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "_".join(("hf", "secret"))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise wrap(ValueError(f"illegal header value b'Bearer {token}'"))
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    monkeypatch.setattr(hub, "get_token", lambda: token)
+    with pytest.raises(HubAccessError) as caught, hub.hub_errors("user/adapter", token=token if given else None):
+        hub.fetch("user/adapter", "README.md", None, {"token": token if given else None})
+    assert token not in "".join(traceback.format_exception(caught.value))

@@ -1,0 +1,205 @@
+"""Which base an adapter belongs to is settled when it is saved: weights may be loaded after registers were attached."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, perturb
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from stacks_cases import build_stack
+from torch import nn
+
+from register_adapter import (
+    BaseModelMismatchError,
+    RegisterConfig,
+    add_registers,
+    compose,
+    find_tower,
+    load_adapters,
+    save_adapters,
+)
+from register_adapter.towers import TowerIdentity
+
+
+def other(name: str = "vit", make: Callable[[str], Any] = build) -> Any:
+    """The same architecture with other weights, as before a checkpoint is loaded."""
+    model = make(name)
+    perturb(model, seed=3)
+    return model
+
+
+def _add_registers(base: Any) -> tuple[Any, Callable[[Path], Any]]:
+    model = add_registers(base, 2)
+    return base, model.save_pretrained
+
+
+def _get_peft_model(base: Any) -> tuple[Any, Callable[[Path], Any]]:
+    model = get_peft_model(base, RegisterConfig(num_registers=2))
+    return base, model.save_pretrained
+
+
+def _add_adapter(base: Any) -> tuple[Any, Callable[[Path], Any]]:
+    base.add_adapter(RegisterConfig(num_registers=2))
+    return base, base.save_pretrained
+
+
+def _compose(base: Any) -> tuple[Any, Callable[[Path], Any]]:
+    model = compose(base, {"registers": RegisterConfig(num_registers=2)})
+    return base, lambda folder: save_adapters(model, folder)
+
+
+WAYS = {"add_registers": _add_registers, "get_peft_model": _get_peft_model, "add_adapter": _add_adapter}
+
+
+@pytest.mark.parametrize("way", [*WAYS, "compose"])
+def test_weights_that_are_loaded_after_wrapping_are_the_base(way: str, tmp_path: Path) -> None:
+    base, save = {**WAYS, "compose": _compose}[way](other())
+    loaded = base.load_state_dict(build("vit").state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    save(tmp_path)
+    load = load_adapters if way == "compose" else PeftModel.from_pretrained
+    load(build("vit"), str(tmp_path))
+    with pytest.raises(BaseModelMismatchError, match="weights"):
+        load(other(), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["timm", "dinov3-timm", "open_clip", "torchvision", "hub"])
+def test_they_are_in_models_of_other_libraries_too(name: str, tmp_path: Path) -> None:
+    model = add_registers(other(name, build_stack), 2)
+    model.get_base_model().load_state_dict(build_stack(name).state_dict(), strict=False)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build_stack(name), str(tmp_path))
+    with pytest.raises(BaseModelMismatchError, match="weights"):
+        PeftModel.from_pretrained(other(name, build_stack), str(tmp_path))
+
+
+def test_a_checkpoint_of_the_whole_wrapped_model_brings_its_base(tmp_path: Path) -> None:
+    """As Lightning does it: the same code builds the model on other random weights, and loads everything."""
+    trained = add_registers(build("vit"), 2, init_std=1.0)
+    again = add_registers(other(), 2)
+    again.load_state_dict(trained.state_dict())
+    again.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build("vit"), str(tmp_path))
+
+
+def test_a_copy_of_a_model_has_a_base_of_its_own(tmp_path: Path) -> None:
+    first = add_registers(build("vit"), 2)
+    second = copy.deepcopy(first)
+    second.get_base_model().load_state_dict(other().state_dict(), strict=False)
+    for name, model in (("second", second), ("first", first)):
+        model.save_pretrained(tmp_path / name)
+    PeftModel.from_pretrained(other(), str(tmp_path / "second"))
+    PeftModel.from_pretrained(build("vit"), str(tmp_path / "first"))
+
+
+def test_an_override_keeps_the_base_until_there_is_another(tmp_path: Path) -> None:
+    add_registers(build("vit"), 2).save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(other(), str(tmp_path / "saved"), ignore_base_mismatch=True)
+    loaded.save_pretrained(tmp_path / "as it was")
+    PeftModel.from_pretrained(build("vit"), str(tmp_path / "as it was"))
+    perturb(loaded.get_base_model(), seed=5)
+    loaded.save_pretrained(tmp_path / "changed")
+    with pytest.raises(BaseModelMismatchError, match="weights"):
+        PeftModel.from_pretrained(build("vit"), str(tmp_path / "changed"))
+
+
+# What is no other base
+
+
+def resampled(model: Any, size: int = 25) -> Any:
+    """Position embeddings of another number of patches."""
+    embeddings = model.embeddings
+    old = embeddings.position_embeddings.detach()
+    patches = nn.functional.interpolate(old[:, 1:].transpose(1, 2), size=size, mode="linear").transpose(1, 2)
+    embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :1], patches], dim=1))
+    return model
+
+
+def test_resampled_positions_are_no_other_base(tmp_path: Path) -> None:
+    add_registers(build("vit"), 2).save_pretrained(tmp_path / "before")
+    PeftModel.from_pretrained(resampled(build("vit")), str(tmp_path / "before"))
+    model = add_registers(build("vit"), 2)
+    resampled(model.get_base_model())
+    model.save_pretrained(tmp_path / "after")
+    PeftModel.from_pretrained(build("vit"), str(tmp_path / "after"))
+    with pytest.raises(BaseModelMismatchError, match="weights"):
+        PeftModel.from_pretrained(resampled(other()), str(tmp_path / "after"))
+
+
+def test_timms_other_image_size_is_no_other_base(tmp_path: Path) -> None:
+    model = add_registers(build_stack("timm"), 2)
+    model.get_base_model().set_input_size(img_size=48)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build_stack("timm"), str(tmp_path))
+
+
+def test_positions_decide_where_nothing_else_is_known() -> None:
+    identity = TowerIdentity("mine", 8, 1, None, [*[0.0] * 8, *[0.5] * 8, *[0.0] * 8])
+    assert identity.differences(TowerIdentity("mine", 8, 1, None, [*[0.0] * 8, *[-0.5] * 8, *[0.0] * 8])) == ["weights"]
+
+
+def test_fingerprints_of_older_releases_are_compared_by_the_same_parts(tmp_path: Path) -> None:
+    add_registers(build("vit"), 2).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    assert len(config["base_tower"]["fingerprint"]) == 24
+    config["base_tower"]["fingerprint"][8:16] = [0.7] * 8
+    path.write_text(json.dumps(config), "utf-8")
+    PeftModel.from_pretrained(build("vit"), str(tmp_path))
+    config["base_tower"]["fingerprint"][16:] = [0.7] * 8
+    path.write_text(json.dumps(config), "utf-8")
+    with pytest.raises(BaseModelMismatchError):
+        PeftModel.from_pretrained(build("vit"), str(tmp_path))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_another_adapter_trains_is_no_other_base(merged: bool, tmp_path: Path) -> None:
+    lora = LoraConfig(target_modules=["query", "q_proj"], bias="all")
+    model = compose(build("vit"), {"registers": RegisterConfig(num_registers=2), "lora": lora})
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            value += 0.3 * (value.requires_grad or ("layers" in key and key.endswith("bias")))
+    if merged:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.merge()
+    model.requires_grad_(False)
+    save_adapters(model, tmp_path)
+    again = load_adapters(build("vit"), tmp_path)
+    save_adapters(again, tmp_path / "again")
+    load_adapters(build("vit"), tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["patch_embeddings", "layers.1", "mlp"])
+def test_a_trained_copy_of_a_part_is_no_other_base(name: str, tmp_path: Path) -> None:
+    model = add_registers(build("vit"), 2, modules_to_save=[name])
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.3 * value.requires_grad
+    own = TowerIdentity.of(find_tower(build("vit")))
+    assert not TowerIdentity.of(find_tower(model.get_base_model())).differences(own)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build("vit"), str(tmp_path))
+
+
+def test_weights_that_are_not_at_hand_leave_the_base_as_it_was(tmp_path: Path) -> None:
+    model = add_registers(build("vit"), 2)
+    projection = model.get_base_model().embeddings.patch_embeddings.projection
+    projection.weight = nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build("vit"), str(tmp_path))
+
+
+def test_blocks_that_were_cut_off_are_not_in_the_base() -> None:
+    model = add_registers(build_stack("timm"), 2)
+    base = model.get_base_model()
+    base.blocks = base.blocks[:1]
+    find_tower(base).module.registers.renew_bases()
+    assert model.peft_config["default"].identity.num_hidden_layers == 1
