@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..utils.files import read_text
 from .rules.threshold import Threshold
 
 __all__ = [
@@ -188,7 +189,7 @@ class ArtifactReport:
             ValueError: It is not JSON.
             TypeError: It is not a report.
         """
-        return cls.from_dict(json.loads(Path(path).read_text("utf-8")))
+        return cls.from_dict(json.loads(read_text(path)))
 
 
 def _layer(values: dict[str, Any]) -> LayerReport:

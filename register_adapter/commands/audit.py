@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .output import print_result, silence_libraries
+from .output import collect_skipped, make_console, print_result, print_skipped, silence_libraries
 
 if TYPE_CHECKING:
     from ..artifacts import ArtifactReport, LayerReport
@@ -56,7 +56,9 @@ def audit_command(
         strict=strict,
         progress=not quiet,
     )
-    reports, no_images = run_audit(arguments)
+    with collect_skipped() as skipped:
+        reports, no_images = run_audit(arguments)
+    print_skipped(skipped, f"{output_dir}/audit.json")
     print_result(
         {"reports": [report.to_dict() for report in reports]},
         lambda: print_reports(reports, output_dir, no_images),
@@ -67,10 +69,9 @@ def audit_command(
 
 def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str | None = None) -> None:
     """Print a table for each report, and its verdict."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
     for report in reports:
         table = Table(title=f"{report.name}: {report.num_images} images, rule {report.rule}")
         table.add_column("layer", justify="right")
@@ -79,8 +80,8 @@ def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str
         for layer in report.layers:
             table.add_row(*_cells(layer), style="bold" if layer.threshold.separated and layer.layer else None)
         console.print(table)
-        console.print(f"Verdict: [bold]{report.verdict}[/bold]")
-        console.print(report.reason, markup=False)
+        console.print(f"Verdict: {report.verdict}", style="bold")
+        console.print(report.reason)
         if skipped := report.environment.get("skipped"):
             console.print(f"{len(skipped)} bad images were skipped; audit.json names them.")
     console.print(
@@ -89,8 +90,8 @@ def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str
         style="dim",
     )
     if no_images:
-        console.print(f"The page has no images: {no_images}", markup=False)
-    console.print(f"Written to {output_dir}: audit.json, index.html", markup=False)
+        console.print(f"The page has no images: {no_images}")
+    console.print(f"Written to {output_dir}: audit.json, index.html")
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:

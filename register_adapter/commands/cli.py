@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module, metadata
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from ..errors import RegisterAdapterError, install_command
@@ -23,10 +24,15 @@ def main() -> None:
         import typer  # noqa: F401
     except ImportError:
         sys.exit(f"the command line needs typer and rich: {install_command('cli')}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
     try:
         build_app()()
     except (RegisterAdapterError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        from ..utils.text import printable
+
+        sys.exit(printable(f"error: {error}", keep="\n"))
 
 
 def build_app() -> typer.Typer:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import print_result, silence_libraries
+from .output import make_console, print_result, silence_libraries
 
 __all__ = ["demo_command", "print_demo", "register"]
 
@@ -59,7 +59,6 @@ def demo_command(
 
 def print_demo(report: dict[str, Any], output_dir: str) -> None:
     """Print the demo's table, what it says, and where its files are."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{report['arguments']['num_eval_images']} held-out images")
@@ -73,7 +72,7 @@ def print_demo(report: dict[str, Any], output_dir: str) -> None:
             f"{row['largest_norm']:.1f}",
             *(_number(row[key], form) for key, form in _FORMATS.items()),
         )
-    console = Console()
+    console = make_console()
     console.print(table)
     console.print(
         "Outliers: patch tokens over 3 times the median L2 norm, last block, before the final LayerNorm. "

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .output import print_result, silence_libraries
+from .output import echo, print_result, silence_libraries
 
 __all__ = ["export_command", "register"]
 
@@ -42,7 +42,7 @@ def export_command(
     written = export_saved(adapter, output_dir, form, base, image_size)
     print_result(
         {"format": form, "output_dir": output_dir, "written": written},
-        lambda: typer.echo(written),
+        lambda: echo(str(written)),
         as_json=as_json,
         quiet=quiet,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import print_result, silence_libraries
+from .output import collect_skipped, echo, make_console, print_result, print_skipped, silence_libraries
 
 __all__ = ["fit_command", "print_fit", "register"]
 
@@ -52,7 +52,7 @@ def fit_command(
     """
     silence_libraries(quiet)
     from ..errors import NoArtifactsError
-    from .runs.fit import FitArguments, run_fit
+    from .runs.fit import FitArguments, run_fit, write_skipped
 
     arguments = FitArguments(
         model=model,
@@ -73,14 +73,17 @@ def fit_command(
         progress=not quiet,
     )
     try:
-        neurons, fit = run_fit(arguments)
+        with collect_skipped() as skipped:
+            neurons, fit = run_fit(arguments)
     except NoArtifactsError as error:  # good news, and no failure
         reason = str(error)
+        print_skipped(skipped, None)
         nothing: dict[str, Any] = {"register_neurons": {}, "test_time_fit": None, "reason": reason}
-        print_result(nothing, lambda: typer.echo(reason), as_json=as_json, quiet=quiet)
+        print_result({**nothing, "skipped": skipped}, lambda: echo(reason), as_json=as_json, quiet=quiet)
         return
+    print_skipped(skipped, write_skipped(skipped, output_dir))
     print_result(
-        {"register_neurons": neurons, "test_time_fit": fit, "reason": fit["reason"]},
+        {"register_neurons": neurons, "test_time_fit": fit, "reason": fit["reason"], "skipped": skipped},
         lambda: print_fit(neurons, fit, output_dir),
         as_json=as_json,
         quiet=quiet,
@@ -89,10 +92,9 @@ def fit_command(
 
 def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: str) -> None:
     """Print which neurons were found, and what is left of the outliers by their number."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
     table = Table(title="outlier patches left, by number of register neurons (held-out images)")
     table.add_column("neurons", justify="right")
     table.add_column("outlier patches", justify="right")
@@ -101,10 +103,8 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
         table.add_row(f"{number}{' *' if chosen else ''}", f"{share:.3%}", style="bold" if chosen else None)
     console.print(table)
     for block, units in neurons.items():
-        console.print(f"Block {block}: hidden units {', '.join(map(str, units))}", markup=False)
-    console.print(
-        f"Outliers appear behind block {fit['top_block']} (rule {fit['rule']}). {fit['reason']}", markup=False
-    )
+        console.print(f"Block {block}: hidden units {', '.join(map(str, units))}")
+    console.print(f"Outliers appear behind block {fit['top_block']} (rule {fit['rule']}). {fit['reason']}")
     console.print(
         "Share of the patch tokens beyond the threshold, behind that block; L2 norms, before the final LayerNorm.",
         style="dim",
@@ -112,5 +112,4 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
     console.print(
         f"Written to {output_dir}; load it, base and all, with AutoPeftModel.from_pretrained({output_dir!r}) after "
         "`import register_adapter`, or onto a base with PeftModel.from_pretrained(base, ...)",
-        markup=False,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .output import print_result, silence_libraries
+from .output import collect_skipped, make_console, print_result, print_skipped, silence_libraries
 
 if TYPE_CHECKING:
     from ..evaluation import ProbeReport, RegisterReport
@@ -63,16 +63,17 @@ def probe_command(
         strict=strict,
         progress=not quiet,
     )
-    probed = run_probes(arguments)
+    with collect_skipped() as skipped:
+        probed = run_probes(arguments)
+    print_skipped(skipped, f"{output_dir}/probes.json")
     print_result(to_dict(probed), lambda: print_probes(probed, output_dir), as_json=as_json, quiet=quiet)
 
 
 def print_probes(probed: Sequence[Probed], output_dir: str) -> None:
     """Print a table for each model, and one for its registers."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = make_console()
 
     def show(title: str, report: ProbeReport | RegisterReport) -> None:
         table = Table(title=title)
@@ -86,21 +87,21 @@ def print_probes(probed: Sequence[Probed], output_dir: str) -> None:
         show(f"{name}: {probes.num_images} images, layer {probes.layer} of {probes.num_layers - 1}", probes)
         for row in probes.rows:
             if row.note:
-                console.print(f"{row.tokens}: {row.note}", markup=False)
+                console.print(f"{row.tokens}: {row.note}")
         if probes.threshold is not None:
-            console.print(f"Outliers by the rule {probes.threshold.rule}: {probes.threshold.reason}", markup=False)
+            console.print(f"Outliers by the rule {probes.threshold.rule}: {probes.threshold.reason}")
         if probes.skipped:
             console.print(f"{len(probes.skipped)} bad images were skipped; probes.json names them.")
         if registers is None:
-            console.print(f"No register analysis: {note}", markup=False)
+            console.print(f"No register analysis: {note}")
             continue
         show(f"{name}: {len(registers.names)} registers, {registers.num_images} images", registers)
         for line in registers.notes:
-            console.print(line, markup=False)
+            console.print(line)
     console.print(
         "Value ± standard error over test images; in brackets the best guess that does not look at the token. "
         "States before the final LayerNorm.",
         style="dim",
     )
     written = "probes.json, registers.json" if any(model.registers for model in probed) else "probes.json"
-    console.print(f"Written to {output_dir}: {written}", markup=False)
+    console.print(f"Written to {output_dir}: {written}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -16,16 +16,17 @@ from PIL import Image
 from torch import nn
 
 from ..towers.calls import as_named
+from ..utils.text import first_few
 from .images import ImageFileError, image_name, load_image, walk_files
+from .processing import Batch, Processing
 from .processors import find_image_processor
 
 __all__ = ["Batch", "ImageBatches", "Labelled", "batch_length", "list_images", "slice_batch"]
 
 logger = logging.getLogger(__name__)
-#: What a tower is called with: pixel values ``(B, 3, H, W)``, or its keywords.
-Batch = torch.Tensor | dict[str, Any]
-_SHOWN = 20
 _LABELS = ("labels", "label")
+#: Images that a processor may fail on before any is good: then it is the processor that is wrong.
+_FAILURES = 8
 
 
 def batch_length(batch: Batch) -> int:
@@ -136,10 +137,11 @@ class ImageBatches:
         self.ready = _is_batch(first)
         self.total = self._count(images)
         self.skipped: list[str] = []
+        self._named = 0  # of the skipped ones, how many the user has been told of
         self._items = chain([first], items)
-        self._process: Callable[[list[Image.Image]], Batch] | None = None
+        self._processing: Processing | None = None
         if not self.ready:
-            self._process = _processing(image_processor or find_image_processor(model_name))
+            self._processing = Processing(image_processor or find_image_processor(model_name))
 
     def _count(self, images: Any) -> int | None:
         if self.ready and not isinstance(images, tuple):
@@ -159,8 +161,17 @@ class ImageBatches:
         """
         return (labelled.inputs for labelled in self.labelled(device, dtype, module))
 
-    def labelled(self, device: torch.device, dtype: torch.dtype, module: nn.Module) -> Iterator[Labelled]:
-        """As :meth:`on`, with the labels that images or batches came with (an entry ``"label"`` or ``"labels"``)."""
+    def labelled(
+        self, device: torch.device, dtype: torch.dtype, module: nn.Module, *, report: bool = True
+    ) -> Iterator[Labelled]:
+        """As :meth:`on`, with the labels that images or batches came with (an entry ``"label"`` or ``"labels"``).
+
+        Args:
+            device: Where the batches are placed.
+            dtype: Their floating point dtype.
+            module: Whose keywords are kept.
+            report: Call :meth:`report_skipped` at the end; ``False`` leaves that to the caller.
+        """
         names = list(inspect.signature(module.forward).parameters)
 
         def move(value: Any) -> Any:
@@ -179,8 +190,12 @@ class ImageBatches:
                 return place(batch["pixel_values"])  # towers outside transformers take it by position
             raise ValueError(f"a batch has the keys {list(batch)}; {type(module).__name__} takes {names}")
 
-        for batch in self._whole_batches() if self.ready else self._read():
-            yield batch._replace(inputs=place(batch.inputs))
+        try:
+            for batch in self._whole_batches() if self.ready else self._read():
+                yield batch._replace(inputs=place(batch.inputs))
+        finally:
+            if report:
+                self.report_skipped()
 
     def _whole_batches(self) -> Iterator[Labelled]:
         start = 0
@@ -207,45 +222,77 @@ class ImageBatches:
 
     def _read(self) -> Iterator[Labelled]:
         numbered = enumerate(islice(self._items, self.max_images))
-        good = bad = 0
-        waiting: deque[Future[tuple[Labelled | None, list[str]]]] = deque()
+        waiting: deque[Future[_Made]] = deque()
+        good = failures = 0
         with ThreadPoolExecutor(max_workers=self.num_workers) as pool:
             while True:
                 while len(waiting) <= self.num_workers and (part := list(islice(numbered, self.batch_size))):
                     waiting.append(pool.submit(self._make, part))
                 if not waiting:
                     break
-                batch, faults = waiting.popleft().result()
-                good, bad = good + (len(batch.numbers) if batch else 0), bad + len(faults)
-                self.skipped += faults
-                if faults and self.strict:
-                    raise ImageFileError(f"{len(faults)} bad images, and none may be (strict): {_some(faults)}")
-                if batch is not None:
-                    yield batch
+                made = waiting.popleft().result()
+                self.skipped += made.faults
+                if made.faults and self.strict:
+                    self._named = len(self.skipped)
+                    raise ImageFileError(f"{_counted(made.faults)}, and none may be (strict): {first_few(made.faults)}")
+                failures += made.failures
+                if made.batch is not None:
+                    good += len(made.batch.numbers)
+                    yield made.batch
+                elif not good and failures >= _FAILURES:
+                    raise ValueError(f"the image processor fails on the first images: {first_few(made.faults)}")
         if not good:
-            raise ImageFileError(f"none of {bad} files is an image that can be read: {_some(self.skipped)}")
-        if self.skipped:
-            logger.warning("%d of %d images are bad and skipped: %s", bad, good + bad, _some(self.skipped))
+            self._named = len(self.skipped)
+            raise ImageFileError(
+                f"none of {len(self.skipped)} files is an image that can be read: {first_few(self.skipped)}"
+            )
 
-    def _make(self, items: list[tuple[int, Any]]) -> tuple[Labelled | None, list[str]]:
+    def report_skipped(self) -> None:
+        """Warn of the images that were left out since the last call; the log record has all of them as ``skipped``."""
+        lines, self._named = self.skipped[self._named :], len(self.skipped)
+        if lines:
+            logger.warning("%s and skipped: %s", _counted(lines), first_few(lines), extra={"skipped": lines})
+
+    def _make(self, items: list[tuple[int, Any]]) -> _Made:
         """One batch, in a thread: the processed images, and what is wrong with the others."""
-        images, numbers, labels, faults = [], [], [], []
+        assert self._processing is not None
+        singles: list[Batch] = []
+        sources, numbers, labels, faults = [], [], [], []
+        failures = 0
         for index, item in items:
             source = item["image"] if isinstance(item, dict) and "image" in item else item
             name = image_name(source)
+            known = isinstance(source, str | Path) or (isinstance(source, dict) and source.get("path"))
+            name = name if known else f"item {index} ({name})"
             try:
-                known = isinstance(source, str | Path) or (isinstance(source, dict) and source.get("path"))
-                images.append(load_image(source, name if known else f"item {index} ({name})"))
+                image = load_image(source, name)
             except ImageFileError as error:
                 faults.append(str(error))
                 continue
+            try:
+                singles.append(self._processing.single(image, name))
+            except ImageFileError as error:
+                faults.append(str(error))
+                failures += 1
+                continue
+            finally:
+                del image  # before the next one is decoded
+            sources.append(source)
             numbers.append(index)
             labels.append(_label_of(item))
-        if not images:
-            return None, faults
-        assert self._process is not None
-        known = None if any(label is None for label in labels) else labels
-        return Labelled(self._process(images), numbers, known), faults
+        if not singles:
+            return _Made(None, faults, failures)
+        batch = self._processing.joined(singles, lambda: [load_image(source) for source in sources])
+        given = None if any(label is None for label in labels) else labels
+        return _Made(Labelled(batch, numbers, given), faults, failures)
+
+
+class _Made(NamedTuple):
+    """A batch, ``None`` if no image of it is good, a line for each bad one, and on how many the processor failed."""
+
+    batch: Labelled | None
+    faults: list[str]
+    failures: int
 
 
 def _iterate(images: Any) -> Iterator[Any]:
@@ -273,30 +320,5 @@ def _label_of(item: Any) -> Any:
     return next((item[name] for name in _LABELS if item.get(name) is not None), None)
 
 
-def _processing(processor: Any) -> Callable[[list[Image.Image]], Batch]:
-    """How a list of images becomes a batch."""
-    if hasattr(processor, "preprocess") or hasattr(processor, "image_processor"):
-
-        def process(images: list[Image.Image]) -> Batch:
-            try:
-                return dict(processor(images=images, return_tensors="pt"))
-            except ValueError as error:
-                raise ValueError(
-                    f"{type(processor).__name__} made no batch of {len(images)} images ({error}); do they come out "
-                    "with different sizes? Give a processor with a fixed size, or batch_size=1"
-                ) from error
-
-        return process
-
-    def stack(images: list[Image.Image]) -> Batch:
-        made = [processor(image) for image in images]
-        if len(shapes := {tuple(pixels.shape) for pixels in made}) > 1:
-            raise ValueError(f"the images of a batch have different sizes: {sorted(shapes)}; give batch_size=1")
-        return torch.stack(made)
-
-    return stack
-
-
-def _some(lines: Sequence[str]) -> str:
-    rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return "; ".join(lines[:_SHOWN]) + rest
+def _counted(lines: Sequence[str]) -> str:
+    return "1 image is bad" if len(lines) == 1 else f"{len(lines)} images are bad"

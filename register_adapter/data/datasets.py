@@ -15,7 +15,10 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from tqdm.auto import tqdm
 
+from ..utils.files import check_regular
+from ..utils.text import path_text, printable
 from .images import ImageFileError, check_image, image_name, load_image, walk_files
+from .processing import process_image
 
 __all__ = [
     "Data",
@@ -99,9 +102,10 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         label = item["label"]
         if label is None or label < 0:
             raise ValueError(f"item {index} ({image_name(item['image'])}) has no label (found {label!r})")
-        image = load_image(item["image"], _item_name(item["image"], index))
-        pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": int(label)}
+        name = _item_name(item["image"], index)
+        made = process_image(self.image_processor, load_image(item["image"], name), name)
+        pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
+        return {"pixel_values": pixels[0], "labels": int(label)}
 
 
 def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -> Dataset:
@@ -120,23 +124,26 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
 
     Raises:
         ValueError: The folder does not exist, has no sub-folders, or has classes that ``labels`` lacks.
+        OSError: It cannot be listed.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     classes = [path for path in visible if path.is_dir()]
-    names = list(labels) if labels is not None else [path.name for path in classes]
+    names = list(labels) if labels is not None else [printable(path.name) for path in classes]
     if not classes:
         raise ValueError(f"{root} has no sub-folders; expected one for each class, such as {root}/cat/1.jpg")
-    unknown = [path.name for path in classes if path.name not in names]
+    unknown = [printable(path.name) for path in classes if printable(path.name) not in names]
     if unknown:
         raise ValueError(f"{root} has the classes {unknown}, which the training set lacks; it has {names}")
-    loose = [path.name for path in visible if not path.is_dir()]
+    loose = [printable(path.name) for path in visible if not path.is_dir()]
     if loose and PartialState().is_main_process:
         logger.warning("%s: files outside the class folders are not used: %s", root, _some(loose))
     files = [
-        (str(path), names.index(class_folder.name)) for class_folder in classes for path in walk_files(class_folder)
+        (path_text(path), names.index(printable(class_folder.name)))
+        for class_folder in classes
+        for path in walk_files(class_folder)
     ]
     if not files:
         raise ValueError(f"{root} has no files in its class folders {names}")
@@ -231,6 +238,7 @@ def _class_names(dataset: Dataset, column: str) -> list[str]:
 def _from_hub(args: DataArguments, token: str | None) -> tuple[Dataset, Dataset | None]:
     """The training split, and the validation or test split if there is one, with columns ``image`` and ``label``."""
     assert args.dataset_name is not None
+    check_regular(args.dataset_name, deep=True)
     with PartialState().main_process_first():
         splits = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
     if "train" not in splits:

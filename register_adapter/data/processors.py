@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoImageProcessor
 
 from ..towers.tower import Tower
+from ..utils.files import check_regular
 from ..utils.shipped import local_folder
 
 __all__ = ["find_image_processor", "load_image_processor", "source_of"]
@@ -49,9 +50,12 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: The folder or repository holds none.
+        OSError: A pipe, a socket or a device is in the folder.
     """
+    folder = local_folder(name_or_path)
+    check_regular(folder)
     try:
-        return AutoImageProcessor.from_pretrained(local_folder(name_or_path), **kwargs)
+        return AutoImageProcessor.from_pretrained(folder, **kwargs)
     except OSError as error:
         raise ValueError(
             f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from ..errors import MissingExtraError
 from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import RegisterPeftModel
+from ..utils.files import check_regular
 from ..utils.shipped import local_folder
 from .native import export_native, save_native
 from .program import export_onnx, export_program
@@ -100,6 +101,7 @@ def export_saved(
 
 
 def _transformers(base: str, mapping: dict[str, str]) -> nn.Module:
+    check_regular(base)
     kind: Any = getattr(transformers, mapping.get("base_model_class", ""), transformers.AutoModel)
     try:
         model: nn.Module = kind.from_pretrained(local_folder(base))

@@ -163,11 +163,16 @@ class ImagePass:
 
     def _read(self) -> Generator[Batch, None, None]:
         shown = tqdm(total=self._images.total, desc=self._title, unit="image", disable=not self._progress)
-        with shown as bar:
-            for inputs, numbers, own in self._images.labelled(self.device, self.dtype, self.tower.module):
-                labels = self._labels_of(numbers, own) if self._with_labels else None
-                yield Batch(inputs, len(numbers), labels)
-                bar.update(len(numbers))
+        try:
+            with shown as bar:
+                for inputs, numbers, own in self._images.labelled(
+                    self.device, self.dtype, self.tower.module, report=False
+                ):
+                    labels = self._labels_of(numbers, own) if self._with_labels else None
+                    yield Batch(inputs, len(numbers), labels)
+                    bar.update(len(numbers))
+        finally:
+            self._images.report_skipped()  # behind the bar, which it would break
 
     def _labels_of(self, numbers: range | list[int], own: Any) -> _Labels | None:
         """The labels of one batch: those given for all images, or those that came with it."""

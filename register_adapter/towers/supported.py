@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..utils.files import read_text
 from .anatomy import Anatomy
 from .families import FAMILIES
 from .libraries import STACKS
@@ -51,7 +52,7 @@ def write_table(path: str | Path, table: str) -> None:
     Raises:
         ValueError: The document lacks one of the lines.
     """
-    text = Path(path).read_text("utf-8")
+    text = read_text(path)
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:

@@ -26,6 +26,7 @@ from torch import nn
 
 from ..errors import RegisterAdapterError
 from ..utils.adapter_file import read_tensors
+from ..utils.files import open_regular, read_text
 from ..utils.staging import scratch_folder
 
 __all__ = ["CheckpointError", "TrainState", "adapter_weights", "find", "find_all", "load", "load_adapter", "remove_all"]
@@ -177,7 +178,7 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
             neither be that of the old run nor that of a new one.
     """
     try:
-        state = TrainState(**json.loads((checkpoint / _STATE).read_text("utf-8")))
+        state = TrainState(**json.loads(read_text(checkpoint / _STATE)))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / _STATE} is damaged: {error}") from error
     names = sorted(set(settings) | set(state.settings))
@@ -204,7 +205,8 @@ def load(checkpoint: Path, accelerator: Accelerator, model: nn.Module, optimizer
     """
     path = checkpoint / _TENSORS
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
         scheduler.load_state_dict(tensors["scheduler"])
         _load_optimizer_state(accelerator, model, optimizer, tensors["optimizer"])
         if accelerator.scaler is not None and tensors["scaler"] is not None:

@@ -26,6 +26,7 @@ __all__ = [
     "check_tensors",
     "is_foreign",
     "read_header",
+    "read_metadata",
     "read_tensors",
 ]
 
@@ -58,6 +59,7 @@ _BY_NAME = {
 }
 # Far beyond any adapter: bytes of a header, tensors in it, dimensions of one.
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMENSIONS = 2**24, 20_000, 8
+_METADATA = "__metadata__"
 _SHOWN = 10
 
 
@@ -75,17 +77,36 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
         AdapterFileError: There is no regular file there, or its header is damaged, or not of a size that adapters have.
     """
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            entries = json.loads(file.read(length))
-        if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
-            raise ValueError(f"the header is not a table of at most {_MAX_TENSORS} tensors")
-        return {key: _info(key, entry) for key, entry in entries.items() if key != "__metadata__"}
+        return {key: _info(key, entry) for key, entry in _entries(path).items() if key != _METADATA}
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(_not_whole(path, error)) from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file, of which only the header is read.
+
+    Raises:
+        AdapterFileError: As for :func:`read_header`.
+    """
+    try:
+        texts = _entries(path).get(_METADATA) or {}
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError(f"{_METADATA} is not a table of texts")
+        return texts
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(_not_whole(path, error)) from error
+
+
+def _entries(path: str | Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        entries = json.loads(file.read(length))
+    if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
+        raise ValueError(f"the header is not a table of at most {_MAX_TENSORS} tensors")
+    return entries
 
 
 def _info(key: str, entry: Any) -> TensorInfo:
@@ -108,7 +129,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, UnicodeDecodeError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # the last where it cannot be mapped
         raise AdapterFileError(_not_whole(path, error)) from error
 
 

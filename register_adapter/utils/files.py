@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["checksum", "open_regular"]
+__all__ = ["check_regular", "checksum", "open_regular", "read_text"]
+
+#: Bytes of a text that is read: far beyond any config or report.
+_MAX_TEXT = 2**28
 
 
 def checksum(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """The SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+    """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         while part := file.read(2**20):
             digest.update(part)
     return digest.hexdigest()
@@ -25,6 +33,54 @@ def open_regular(path: str | Path) -> BinaryIO:
     Raises:
         OSError: It cannot be opened, or is not a regular file.
     """
-    if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise OSError(f"{path} is not a regular file")
-    return Path(path).open("rb")
+    _refuse_special(path, Path(path).stat().st_mode)  # opening some devices does something by itself
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - handed on
+    try:
+        _refuse_special(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced meanwhile
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a regular file in UTF-8.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+        ValueError: It is not UTF-8, or far too large.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_TEXT:
+            raise ValueError(f"{path} has {size} bytes, and at most {_MAX_TEXT} are read")
+        return file.read(_MAX_TEXT).decode("utf-8")
+
+
+def check_regular(folder: str | Path, deep: bool = False) -> None:
+    """Look for what would keep another library waiting that reads the files of a folder; no folder is fine.
+
+    Args:
+        folder: The folder, or what may be one.
+        deep: Look into the folders below too.
+
+    Raises:
+        OSError: A pipe, a socket or a device is in it.
+    """
+    for place, below, files in os.walk(folder):
+        for path in (Path(place, name) for name in sorted(files)):
+            if path.exists():
+                _refuse_special(path, path.stat().st_mode)
+        if not deep:
+            below.clear()
+
+
+def _refuse_special(path: str | Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder, and a file is needed")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} is not a regular file but a pipe, a socket or a device")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...errors import AdapterFileError, install_command
-from ...utils.adapter_file import read_tensors
+from ...utils.adapter_file import TensorInfo, read_header, read_metadata, read_tensors
 from ...utils.staging import staged
 from .config import DetectorConfig
 
-__all__ = ["check_weights", "read_detector", "write_detector"]
+__all__ = ["read_config", "read_weights", "write_detector"]
 
 _KEY, _VERSION = "register_adapter_detector", 1
+_SHOWN = 10
 
 
 def write_detector(path: str | Path, tensors: Mapping[str, torch.Tensor], config: DetectorConfig) -> Path:
@@ -40,15 +41,13 @@ def write_detector(path: str | Path, tensors: Mapping[str, torch.Tensor], config
     return target
 
 
-def read_detector(path: str | Path) -> tuple[DetectorConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of a detector's file, on the CPU; the config is checked, the tensors are finite float32.
+def read_config(path: str | Path) -> DetectorConfig:
+    """The config of a detector's file, of which only the header is read.
 
     Raises:
         AdapterFileError: It is damaged, not a detector, or of a newer format.
     """
-    tensors = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
+    header = read_metadata(path)
     if _KEY not in header:
         raise AdapterFileError(f"{path} is not a detector: its header has no {_KEY!r}. Nothing was loaded.")
     try:
@@ -62,29 +61,41 @@ def read_detector(path: str | Path) -> tuple[DetectorConfig, dict[str, torch.Ten
         config = DetectorConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"the detector in {path} cannot be loaded: {error}. Nothing was loaded.") from error
-    return config, tensors
+    return config
 
 
-def check_weights(path: str | Path, tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
-    """Compare a file's tensors with those of the network that its config describes.
+def read_weights(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A file's tensors, on the CPU, if they are those of the network that its config describes.
 
     Raises:
         AdapterFileError: A tensor is missing, extra, misshapen, not float32 or not finite.
     """
-    faults = []
-    if missing := sorted(set(wanted) - set(tensors)):
-        faults.append(f"missing tensors {missing}")
-    if extra := sorted(set(tensors) - set(wanted)):
-        faults.append(f"unknown tensors {extra}")
-    for name in sorted(set(wanted) & set(tensors)):
-        tensor, expected = tensors[name], wanted[name]
-        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            faults.append(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} and not {expected.dtype} {tuple(expected.shape)}"
-            )
-        elif not torch.isfinite(tensor).all():
-            faults.append(f"{name} has values that are not finite (NaN or infinity)")
+    _refuse(path, _layout_faults(read_header(path), wanted))  # before any value is read: there may be gigabytes
+    tensors = read_tensors(path)
+    faults = [
+        f"{name} has values that are not finite (NaN or infinity)"
+        for name, tensor in sorted(tensors.items())
+        if not torch.isfinite(tensor).all()
+    ]
     if not faults and not (tensors["spread"] > 0).all():
         faults.append("spread has values that are not above 0")
+    _refuse(path, faults)
+    return tensors
+
+
+def _layout_faults(layout: Mapping[str, TensorInfo], wanted: Mapping[str, torch.Tensor]) -> list[str]:
+    faults = []
+    if missing := sorted(set(wanted) - set(layout)):
+        faults.append(f"missing tensors {missing}")
+    if extra := sorted(set(layout) - set(wanted)):
+        faults.append(f"unknown tensors {extra[:_SHOWN]}")
+    for name in sorted(set(wanted) & set(layout)):
+        info, expected = layout[name], wanted[name]
+        if info.shape != tuple(expected.shape) or info.dtype != expected.dtype:
+            faults.append(f"{name} is {info.dtype} {info.shape} and not {expected.dtype} {tuple(expected.shape)}")
+    return faults
+
+
+def _refuse(path: str | Path, faults: list[str]) -> None:
     if faults:
         raise AdapterFileError(f"the detector in {path} cannot be loaded: {'; '.join(faults)}. Nothing was loaded.")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ...errors import UnsupportedModelError
 from .config import DetectorConfig
 from .features import attention_features
-from .file import check_weights, read_detector, write_detector
+from .file import read_config, read_weights, write_detector
 
 __all__ = ["AttentionDetector", "along", "lifted"]
 
@@ -240,8 +240,6 @@ class AttentionDetector(nn.Module):
         Raises:
             AdapterFileError: It is damaged, not a detector, of a newer format, or its weights do not fit its config.
         """
-        config, tensors = read_detector(path)
-        detector = cls(config)
-        check_weights(path, tensors, detector.state_dict())
-        detector.load_state_dict(tensors)
+        detector = cls(read_config(path))
+        detector.load_state_dict(read_weights(path, detector.state_dict()))
         return detector.eval()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...neurons import fit_test_time_registers
+from ...utils.staging import write_text
 from .inputs import choose_device, load_base, load_images, load_processor
 
-__all__ = ["FitArguments", "run_fit"]
+__all__ = ["FitArguments", "run_fit", "write_skipped"]
+
+_SKIPPED = "skipped.txt"
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,17 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
     fitted.save_pretrained(args.output_dir)
     config = fitted.peft_config["default"]
     return config.register_neurons, config.test_time_fit
+
+
+def write_skipped(lines: Sequence[str], output_dir: str) -> str:
+    """Write which images were left out, a line for each, into ``skipped.txt``; no file if there are none.
+
+    Returns:
+        The path of the file.
+    """
+    path = Path(output_dir) / _SKIPPED
+    if lines:
+        write_text(path, "".join(f"{line}\n" for line in lines))
+    else:
+        path.unlink(missing_ok=True)
+    return str(path)

@@ -17,6 +17,7 @@ from ...testbed import SceneDataset, load_planted_vit, load_shipped, load_vit
 from ...testbed import load_image_processor as load_scene_processor
 from ...tuner import load_adapters
 from ...tuner.composed.folder import MANIFEST
+from ...utils.files import check_regular
 from ...utils.shipped import is_shipped
 
 __all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_processor", "with_adapter"]
@@ -27,13 +28,18 @@ _SCENES, _SCENE_SEED, _NUM_SCENES = "scenes", 30_001, 256
 
 
 def load_base(name: str) -> nn.Module:
-    """A model of transformers by its name or folder, of the class that was saved, or the packaged ViT by its word."""
+    """A model of transformers by its name or folder, of the class that was saved, or the packaged ViT by its word.
+
+    Raises:
+        OSError: There is no such model, or its folder holds something that is not a regular file.
+    """
     if _is_packaged(name):
         packaged: nn.Module = _MODELS[name]()
         return packaged
     if is_shipped(name):
         named: nn.Module = load_shipped(name)
         return named
+    check_regular(name)
     config = transformers.AutoConfig.from_pretrained(name)
     # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
     saved = (getattr(config, "architectures", None) or [""])[0]

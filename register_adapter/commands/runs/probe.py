@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,8 @@ def _probe(name: str, model: nn.Module, data: _Data, processor: Any, args: Probe
     model.to(choose_device(args.device))
     reading: dict[str, Any] = {"image_processor": processor, "batch_size": args.batch_size, "strict": args.strict}
     reading["progress"] = args.progress
-    layers = audit(model, _Items(data.source, data.for_rule), rule=args.rule, attentions=False, **reading).layers
+    audited = audit(model, _Items(data.source, data.for_rule), rule=args.rule, attentions=False, **reading)
+    layers = audited.layers
     probes = probe_tokens(
         model,
         _Items(data.source, data.rest, {number: number for number in range(len(data.classes))} or None),
@@ -144,6 +145,7 @@ def _probe(name: str, model: nn.Module, data: _Data, processor: Any, args: Probe
         seed=args.seed,
         **reading,
     )
+    probes = replace(probes, skipped=[*audited.environment["skipped"], *probes.skipped])
     items = _Items(data.source, data.rest, _numbers_of_head(model, data.classes))
     try:
         registers = analyse_registers(model, items, num_maps=2, seed=args.seed, **reading)

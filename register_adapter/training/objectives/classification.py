@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ...tuner.peft_model import RegisterPeftModel, add_registers
+from ...utils.files import check_regular
 from ...utils.shipped import local_folder
 from .base import Batch, Objective
 
@@ -64,6 +65,7 @@ class ClassificationObjective(Objective):
                 head, or has them in other shapes.
         """
         name_or_path = local_folder(name_or_path)
+        check_regular(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         own = [config.id2label[index] for index in sorted(config.id2label)]
         labels = own if self.freeze_head or self.labels is None else self.labels

@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from ...utils.text import printable
+
 __all__ = ["Markup", "element", "join"]
 
+_SPACES = "\n\t"
 _VOID = {"img", "meta", "link", "br"}
 
 
@@ -38,10 +41,10 @@ def join(children: Any) -> Markup:
         return children
     if isinstance(children, Iterable) and not isinstance(children, str):
         return Markup("".join(join(child) for child in children))
-    return Markup(escape(str(children)))
+    return Markup(escape(printable(children, keep=_SPACES)))
 
 
 def _attribute(name: str, value: Any) -> str:
     if value is None or value is False:
         return ""
-    return f" {name}" if value is True else f' {name}="{escape(str(value))}"'
+    return f" {name}" if value is True else f' {name}="{escape(printable(value, keep=_SPACES))}"'

@@ -1,0 +1,55 @@
+"""Names that somebody else chose, as text that can be shown and written anywhere."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["first_few", "path_text", "printable"]
+
+#: Controls, formats (among them what turns the direction of writing), halves of surrogate pairs, line separators.
+_UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_SHOWN = 20
+
+
+def printable(text: object, keep: str = "") -> str:
+    r"""Text in which every character shows, so that a name can neither control a terminal nor end a line.
+
+    Args:
+        text: Any text, or what becomes one by ``str``.
+        keep: Characters to leave alone, such as ``"\n"``.
+
+    Returns:
+        The text with ``\x1b`` for an escape, ``\n`` for the end of a line, ``\xe9`` for a byte that is not UTF-8. It
+        can be encoded in UTF-8.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    safe = (char in keep or unicodedata.category(char) not in _UNSAFE for char in text)
+    return "".join(char if shown else _escaped(char) for char, shown in zip(text, safe, strict=True))
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """A path as text in UTF-8 that leads to the same file: itself, or a ``file://`` address if it is not UTF-8."""
+    text = os.fspath(path)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return Path(text).absolute().as_uri()
+    return text
+
+
+def first_few(lines: Sequence[str]) -> str:
+    """The first twenty lines as one, and how many more there are."""
+    rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + rest
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")

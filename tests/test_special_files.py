@@ -1,0 +1,145 @@
+"""Pipes where files are expected: nothing waits for them; and files whose header says more than anybody would read."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from register_adapter.artifacts import ArtifactReport
+from register_adapter.artifacts.detector import AttentionDetector, DetectorConfig
+from register_adapter.commands.runs.inputs import load_base
+from register_adapter.data import DataArguments, load_data, load_image, load_image_processor
+from register_adapter.data.images import walk_files
+from register_adapter.errors import AdapterFileError
+from register_adapter.export.saved import _transformers
+from register_adapter.towers.supported import write_table
+from register_adapter.training import checkpoints
+from register_adapter.training.objectives import ClassificationObjective
+from register_adapter.utils.adapter_file import read_tensors
+from register_adapter.utils.files import check_regular, checksum, open_regular, read_text
+
+
+def load_state(folder: Path) -> Any:
+    linear = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters())
+    return checkpoints.load(folder, Accelerator(cpu=True), linear, optimizer, None)
+
+
+#: What reads: the name of the pipe in the folder, and the call.
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "image": ("x.png", lambda folder: load_image(folder / "x.png")),
+    "checksum": ("x", lambda folder: checksum(folder / "x")),
+    "text": ("x", lambda folder: read_text(folder / "x")),
+    "weights": ("x", lambda folder: read_tensors(folder / "x")),
+    "detector": ("x.safetensors", lambda folder: AttentionDetector.load(folder / "x.safetensors")),
+    "report": ("audit.json", lambda folder: ArtifactReport.load(folder / "audit.json")),
+    "document": ("README.md", lambda folder: write_table(folder / "README.md", "")),
+    "processor": ("preprocessor_config.json", lambda folder: load_image_processor(str(folder))),
+    "model": ("config.json", lambda folder: load_base(str(folder))),
+    "base of an export": ("model.safetensors", lambda folder: _transformers(str(folder), {})),
+    "base of a training": ("config.json", lambda folder: ClassificationObjective(["a"]).load_base(str(folder))),
+    "data set": ("train.csv", lambda folder: load_data(DataArguments(dataset_name=str(folder)))),
+    "checkpoint's numbers": ("train_state.json", lambda folder: checkpoints.read_state(folder, {})),
+    "checkpoint's tensors": ("train_state.pt", load_state),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_pipe_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    name, reads = READERS[kind]
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((OSError, ValueError), match=rf"{name}.*regular file"):
+        reads(tmp_path)
+
+
+def test_a_file_that_becomes_a_pipe_meanwhile_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_text("")
+    regular = (tmp_path / "x").stat()
+    (tmp_path / "x").unlink()
+    os.mkfifo(tmp_path / "x")
+    monkeypatch.setattr(Path, "stat", lambda self, **_: regular)
+    with pytest.raises(OSError, match="not a regular file"):
+        open_regular(tmp_path / "x")
+
+
+def test_a_folder_is_no_file_and_a_pipe_further_down_is_found_where_it_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        open_regular(tmp_path)
+    (tmp_path / "deeper").mkdir()
+    os.mkfifo(tmp_path / "deeper" / "x")
+    check_regular(tmp_path)
+    check_regular(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="not a regular file"):
+        check_regular(tmp_path, deep=True)
+
+
+def test_a_text_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(2**29)
+    with pytest.raises(ValueError, match="536870912 bytes"):
+        read_text(tmp_path / "x")
+
+
+def header(path: Path, entries: dict[str, Any], size: int) -> Path:
+    """A safetensors file with a header, and ``size`` bytes of nothing behind it."""
+    text = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + size)
+    return path
+
+
+def detector_header(**extra: Any) -> dict[str, Any]:
+    config = json.dumps({"format_version": 1, **DetectorConfig(2, 2, ("entropy",), width=4).to_dict()})
+    return {"__metadata__": {"format": "pt", "register_adapter_detector": config}, **extra}
+
+
+MANY = [1] * 100_000
+LARGE = {"dtype": "F32", "shape": [2**33], "data_offsets": [0, 2**35]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "said"),
+    [
+        (detector_header(x={"dtype": "F32", "shape": MANY, "data_offsets": [0, 4]}), 4, "at most 8 sizes"),
+        (detector_header(x=LARGE), 2**35, r"unknown tensors \['x'\]"),  # 32 GB that are on no disk
+        (detector_header(spread=LARGE), 2**35, r"spread is torch.float32 \(8589934592,\)"),
+    ],
+    ids=["dimensions", "unknown tensor", "shape"],
+)
+def test_a_detector_is_refused_by_its_header(entries: dict[str, Any], size: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match=said):
+        AttentionDetector.load(header(tmp_path / "x.safetensors", entries, size))
+
+
+def test_weights_of_many_dimensions_are_refused_wherever_they_are_read(tmp_path: Path) -> None:
+    entries = {"x": {"dtype": "F32", "shape": MANY, "data_offsets": [0, 4]}}
+    with pytest.raises(AdapterFileError, match="at most 8 sizes"):
+        read_tensors(header(tmp_path / "x.safetensors", entries, 4))
+
+
+def test_a_folder_that_cannot_be_listed_stands_for_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "closed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"")
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):  # root may list every folder
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert walk_files(tmp_path) == [tmp_path / "closed", tmp_path / "open" / "x.png"]
+    with pytest.raises(ValueError, match=r"closed: a folder whose files cannot be listed \(Permission denied\)"):
+        load_image(tmp_path / "closed")
