@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..utils.staging import write_text
 from .rules.threshold import Threshold
 
 __all__ = [
@@ -173,11 +174,13 @@ class ArtifactReport:
         return cls(**{**values, "grid": None if grid is None else tuple(grid), "layers": layers})
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, and return the path; folders are made."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", "utf-8")
-        return target
+        """Write it as JSON, whole or not at all, and return the path; folders are made.
+
+        Raises:
+            OSError: It cannot be written; what was there before is untouched.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> ArtifactReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..utils.staging import write_text
 from .anatomy import Anatomy
 from .families import FAMILIES
 from .libraries import STACKS
@@ -49,6 +50,7 @@ def write_table(path: str | Path, table: str) -> None:
     """Put a table into a document, between the lines :data:`START` and :data:`END`.
 
     Raises:
+        OSError: It cannot be read or written; what was there before is untouched.
         ValueError: The document lacks one of the lines.
     """
     text = Path(path).read_text("utf-8")
@@ -56,7 +58,7 @@ def write_table(path: str | Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not start or not end:
         raise ValueError(f"{path} has no place for the table: it needs the lines {START!r} and {END!r}")
-    Path(path).write_text(f"{before}{start}\n{table}\n{end}{after}", "utf-8")
+    write_text(path, f"{before}{start}\n{table}\n{end}{after}")
 
 
 def _first(paths: str | tuple[str, ...]) -> str:
