@@ -26,7 +26,17 @@ def main() -> None:
     try:
         build_app()()
     except (RegisterAdapterError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_with_flags(str(error))}")
+
+
+def _with_flags(message: str) -> str:
+    """A message with the flags of the command that runs, where it names arguments of Python."""
+    from .output import name_flags
+
+    name = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    if name is None:
+        return message
+    return name_flags(message, getattr(import_module(f"{__package__}.{name}"), f"{name}_command"))
 
 
 def build_app() -> typer.Typer:

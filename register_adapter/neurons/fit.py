@@ -166,6 +166,20 @@ def _check_tower(tower: Tower, top_block: int | None, attention_bias: bool) -> N
         )
 
 
+class FitRecord(dict[str, Any]):
+    """What a fit has found, as the config keeps it: a dictionary with a short text."""
+
+    def __repr__(self) -> str:
+        """How many neurons, on how many images, and what is left of the outliers; all of it is in the items."""
+        neurons = (
+            f"{self['num_neurons']} neuron{'' if self['num_neurons'] == 1 else 's'} up to block {self['top_block']}"
+        )
+        return (
+            f"<fit of {neurons}, rule {self['rule']}, {self['num_images']['detect']} images: outliers "
+            f"{self['share_before']:.2%} before, {self['share_after']:.2%} after, of held-out patches>"
+        )
+
+
 class _Trial(NamedTuple):
     """What the held-out images say about the candidates.
 
@@ -244,7 +258,7 @@ class _Adapter:
 
 def _record(trial: _Trial, views: list[View], parts: Parts, num_ranked: int, top: int, rule: str) -> dict[str, Any]:
     """What the adapter's config says about the fit."""
-    return {
+    values = {
         "rule": rule,
         "verdict": views[0].verdict,
         "reason": views[0].reason,
@@ -261,6 +275,7 @@ def _record(trial: _Trial, views: list[View], parts: Parts, num_ranked: int, top
         "curve": {str(count): share for count, share in sorted(trial.curve.items())},
         "scores": [round(neuron.score, 6) for neuron in trial.chosen],
     }
+    return FitRecord(values)
 
 
 def _set_usual(tokens: RegisterTokens, neurons: list[Neuron], ranks: torch.Tensor) -> None:

@@ -106,8 +106,8 @@ def valley_rule(values: Array, weights: Array) -> Threshold:
         rest = [
             f"{split.said} {_SIDES[name][1]}, but {split.missing}" for name, split in sides.items() if split is not None
         ]
-        nearest = f"; what comes nearest to a group: {'; '.join(rest)}" if rest else ""
-        return Threshold("auto", reason=f"the norms form one group, and no few of them stand apart{nearest}")
+        nearest = f"; what comes nearest to one: {'; '.join(rest)}" if rest else ""
+        return Threshold("auto", reason=f"the norms form one group, and no smaller group stands apart{nearest}")
     high, low = separated.get("high"), separated.get("low")
     return Threshold(
         "auto",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from ...tuner.peft_model import RegisterPeftModel, add_registers
+from ...utils.models import require_model
 from ...utils.shipped import local_folder
 from .base import Batch, Objective
 
@@ -63,6 +64,7 @@ class ClassificationObjective(Objective):
             ValueError: The model has no head of that name; or the checkpoint lacks weights of the tower or of a frozen
                 head, or has them in other shapes.
         """
+        require_model(name_or_path, **kwargs)
         name_or_path = local_folder(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         own = [config.id2label[index] for index in sorted(config.id2label)]

@@ -154,10 +154,8 @@ def layer_table(report: ArtifactReport) -> Table:
         *("outliers per image", "attention to outliers", "attention to few patches"),
     )
     bars = frozenset({"outliers", "images with outliers", *columns[-2:]})
-    note = (
-        f"{_LAYERS} A threshold in brackets does not separate two groups of patches. {_ATTENTION} To few patches: what "
-    )
-    note += "the patches get that each receive at least five times an even share."
+    note = f"{_LAYERS} A threshold in brackets does not separate two groups of patches. {_ATTENTION} To few patches: "
+    note += "to those that each receive at least five times an even share."
     return Table("Layer by layer", columns, rows, note, bars)
 
 
