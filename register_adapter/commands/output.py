@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["name_flags", "print_result", "print_table", "silence_libraries"]
 
+_CALL = re.compile(r"\w+\([^()]*\)")
 # An argument as Python has it, with the value if there is one, or a name that no English word is.
 _ARGUMENT = re.compile(
     r"(?<![\w.\-/'\"])(?P<name>[a-z]+(?:_[a-z]+)*)(?:=(?P<value>'[^']*'|\"[^\"]*\"|[\w.:+-]*\w)?)?(?![\w=/(\[])"
@@ -103,7 +104,10 @@ def name_flags(message: str, command: Callable[..., Any]) -> str:
             return flags[name].replace("--", "--no-", 1) if name in negated else f"without {flags[name]}"
         return match[0] if value == "None" else f"{flags[name]} {value}"
 
-    return _ARGUMENT.sub(flag, message)
+    # Calls stay as they are: they are code.
+    return "".join(
+        part if _CALL.fullmatch(part) else _ARGUMENT.sub(flag, part) for part in re.split(f"({_CALL.pattern})", message)
+    )
 
 
 def _flags(command: Callable[..., Any]) -> tuple[dict[str, str], set[str]]:
@@ -113,7 +117,9 @@ def _flags(command: Callable[..., Any]) -> tuple[dict[str, str], set[str]]:
     for name, hint in get_type_hints(command, include_extras=True).items():
         for option in getattr(hint, "__metadata__", ()):
             if isinstance(option, typer.models.OptionInfo):
-                given = [word for word in option.param_decls or () if word.startswith("--")]
+                # typer takes the first name for a default until the command is built.
+                words = (option.default, *(option.param_decls or ()))
+                given = [word for word in words if isinstance(word, str) and word.startswith("--")]
                 flags[name] = given[0] if given else f"--{name.replace('_', '-')}"
                 negated |= {name} if hint.__origin__ is bool and not given else set()
     return flags, negated

@@ -108,7 +108,7 @@ def mixture_rule(values: Array, weights: Array) -> Threshold:
     depth = float(whole.min() / max(whole[0 if minority == 0 else -1], 1e-300))
     ratio = float(np.exp(high - low))
     said = (
-        f"a second group of {share:.2%} of the patches, {ratio:.1f} times off (Ashman's D {separation:.1f}, "
+        f"{share:.2%} of the patches, {ratio:.1f} times off (Ashman's D {separation:.1f}, "
         f"{depth:.2f} of its peak density in the gap, BIC {two.bic - single.bic:+.4g})"
     )
     holds = (
@@ -119,11 +119,12 @@ def mixture_rule(values: Array, weights: Array) -> Threshold:
         and depth <= MAX_VALLEY
     )
     if not holds:
-        return Threshold("mixture", reason=f"the norms form one group; what comes nearest to two: {said}")
+        return Threshold("mixture", reason=f"the norms form one group; what comes nearest to a second: {said}")
+    said = f"the norms form two groups, the smaller of {said}"
     crossing = int(np.argmin(np.abs(np.log(parts[0].clip(1e-300)) - np.log(parts[1].clip(1e-300)))))
     line = float(np.exp(path[crossing]))
     return (
-        Threshold("mixture", low=line, separated=True, reason=f"the norms form two groups: {said}")
+        Threshold("mixture", low=line, separated=True, reason=said)
         if minority == 0
         else Threshold("mixture", line, 0.0, True, said)
     )

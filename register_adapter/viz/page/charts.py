@@ -32,10 +32,10 @@ def _patch_edges(layer: LayerReport) -> tuple[float, ...]:
 
 
 def _log_scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    low, span = math.log(low), math.log(high) - math.log(low)
+    span = math.log(high) - math.log(low)
 
     def place(value: float) -> float:
-        share = (math.log(value) - low) / span
+        share = math.log(max(value, low) / low) / span  # nothing, as of registers that are zero, stands at the start
         return round(start + min(max(share, 0.0), 1.0) * (end - start), 2)
 
     return place
