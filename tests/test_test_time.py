@@ -331,7 +331,7 @@ def test_the_curve_is_on_held_out_images_and_falls_to_nothing() -> None:
     assert record["share_before"] >= curve[0] > 0.005
     assert curve[record["num_neurons"]] == record["share_after"] == 0
     assert all(share > 0 for number, share in curve.items() if number < record["num_neurons"])
-    assert record["num_images"] == {"detect": 64, "rank": 40, "held_out": 24}
+    assert record["num_images"] == {"detect": 128, "rank": 40, "held_out": 24}
 
 
 class Searched(Repair):

@@ -1,4 +1,8 @@
-"""Attention that tokens receive, by the bin of their norm, summed block by block while no map is kept."""
+"""Attention that tokens receive, summed block by block while no map is kept.
+
+It is summed twice: by the bin of a patch's norm, so that a line between norms can be drawn afterwards, and by the
+attention itself, so that patches that draw it are seen also where no line can be drawn.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from .patch_sketch import Edges
-from .report import AttentionShares
-from .rules.histogram import BINS, accumulator_dtype
+from .report import AttentionShares, GatheredAttention
+from .rules.histogram import BINS, BINS_PER_OCTAVE, accumulator_dtype
 
-__all__ = ["AttentionSketch", "Layout"]
+__all__ = ["TIMES_EVEN", "AttentionSketch", "Layout"]
+
+#: A patch draws attention if it receives at least so many times what it would if all tokens received the same.
+TIMES_EVEN = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class AttentionSketch:
     Attributes:
         patches: ``(2, H, BINS)``: attention that the patches of a bin receive, of all queries (their mean) and of CLS.
         others: ``(2, H, 2)``: the same for CLS and for registers.
+        drawing: ``(2, 3)``: of patches that do not draw attention and of those that do: their number, the attention
+            they receive (of all queries, mean over heads), and the sum of their norms' bins.
         num_images: Number of images.
         has_cls: Whether there is a CLS token to ask.
     """
@@ -47,12 +56,13 @@ class AttentionSketch:
         exact = accumulator_dtype(device)
         self.patches = torch.zeros(2, heads, BINS, dtype=exact, device=device)
         self.others = torch.zeros(2, heads, 2, dtype=exact, device=device)
+        self.drawing = torch.zeros(2, 3, dtype=exact, device=device)
         self.num_images = 0
         self.has_cls = has_cls
 
     def tensors(self) -> list[torch.Tensor]:
         """What it keeps."""
-        return [self.patches, self.others]
+        return [self.patches, self.others, self.drawing]
 
     def add(self, attention: torch.Tensor, bins: torch.Tensor, layout: Layout, valid: torch.Tensor | None) -> None:
         """Take in one map.
@@ -78,7 +88,22 @@ class AttentionSketch:
         self.patches.scatter_add_(2, index, patches.transpose(1, 2).flatten(2))
         parts = (received[..., : layout.cls], received[..., layout.cls : layout.start])
         self.others += torch.stack([part.sum((1, 3)) for part in parts], dim=-1)
+        self._add_drawing(from_all.mean(1)[:, layout.start : layout.end], bins, attention.shape[2], valid)
         self.num_images += batch
+
+    def _add_drawing(self, received: torch.Tensor, bins: torch.Tensor, tokens: int, valid: torch.Tensor | None) -> None:
+        """Take in what each patch receives, ``(B, P)``, in sequences of so many tokens."""
+        weights = torch.ones_like(received) if valid is None else valid.to(received)
+        real = tokens - (1 - weights).sum(1, keepdim=True)
+        draws = (received * real >= TIMES_EVEN).to(received.dtype)
+        values = torch.stack([weights, received, weights * bins])
+        self.drawing += torch.stack([(values * part).sum((1, 2)) for part in (1 - draws, draws)]).to(self.drawing)
+
+    def gathered(self) -> GatheredAttention:
+        """The patches that draw attention, and how much."""
+        (usual, _, usual_bins), (number, attention, bins) = self.drawing.cpu().double().tolist()
+        ratio = 2 ** ((bins / number - usual_bins / usual) / BINS_PER_OCTAVE) if number and usual else None
+        return GatheredAttention(number / max(number + usual, 1), attention / max(self.num_images, 1), ratio)
 
     def shares(self, edges: Edges) -> AttentionShares:
         """Share of the attention by kind of token, for one threshold."""

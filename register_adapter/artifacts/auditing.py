@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -14,14 +15,15 @@ from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, machine, versions
+from .attention_sketch import TIMES_EVEN
 from .layer_report import DEFINITIONS, ratio_of_medians, summarise_layer
 from .patch_sketch import Edges
-from .report import ArtifactReport, LayerReport, Verdict
+from .report import MOST, ArtifactReport, LayerReport, Verdict
 from .rules.histogram import RELATIVE_ERROR
 from .rules.rules import Rule, resolve_rule, rule_name
 from .statistics import Statistics
 
-__all__ = ["audit", "build_report", "verdict_of"]
+__all__ = ["attention_in_words", "audit", "build_report", "verdict_of"]
 
 
 def audit(
@@ -117,17 +119,17 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
         name: What to call the model.
     """
     layers = [summarise_layer(statistics, index, rule) for index in sorted(statistics.patches)]
-    verdict, first, reason = verdict_of(layers, statistics)
+    verdict, first, norms = verdict_of(layers, statistics)
     definitions = dict(DEFINITIONS)
     if statistics.no_grid:
         missing = f" Not known here: {statistics.no_grid}."
         for key in ("similarity", "border_distance", "position_map", "recurrence"):
             definitions[key] += missing
     tower = statistics.tower
-    return ArtifactReport(
+    report = ArtifactReport(
         name=name,
         verdict=verdict,
-        reason=reason,
+        reason=norms,
         first_layer=first,
         layers=layers,
         rule=rule_called,
@@ -140,6 +142,7 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
         definitions=definitions,
         environment={"statistics_bytes": statistics.nbytes},
     )
+    return replace(report, reason=f"{norms} {attention_in_words(report)}")
 
 
 def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdict, int | None, str]:
@@ -154,23 +157,48 @@ def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdi
     last = layers[-1].layer
     if runs and runs[-1][-1] == last:
         said = _said(layers[last], statistics)
-        return "present", runs[-1][0], f"From layer {runs[-1][0]} on to the last: {said}."
+        return "present", runs[-1][0], f"From layer {runs[-1][0]} on, the last one ({last}) included. {said}"
     longest = max(runs, key=len, default=[])
     if len(longest) >= 2:
         worst = max(longest, key=lambda index: layers[index].outlier_share)
         said = _said(layers[worst], statistics)
-        where = f"From layer {longest[0]} to {longest[-1]}, and not at the last ({last})"
-        return "present inside only", longest[0], f"{where}: {said}."
-    alone = f" (but at layer {', '.join(str(run[0]) for run in runs)} alone, which does not count)" if runs else ""
-    return "none", None, f"At layers 1 to {last}{alone}: at the last, {layers[last].threshold.reason}."
+        return (
+            "present inside only",
+            longest[0],
+            f"From layer {longest[0]} to {longest[-1]}, not at the last ({last}). {said}",
+        )
+    alone = f" (layer {', '.join(str(run[0]) for run in runs)} alone does, which does not count)" if runs else ""
+    return "none", None, f"No layer from 1 to {last} has outliers{alone}. At the last: {layers[last].threshold.reason}."
 
 
 def _said(layer: LayerReport, statistics: Statistics) -> str:
     edges = Edges(layer.threshold)
     ratio = ratio_of_medians(statistics.patches[layer.layer], edges.outlying)
     return (
-        f"at layer {layer.layer}, {layer.outlier_share:.2%} of the patches lie beyond the line, their median L2 norm "
-        f"{ratio:.2g} times the others' (rule {layer.threshold.rule}: {layer.threshold.reason})"
+        f"At layer {layer.layer}, {layer.outlier_share:.2%} of the patches are outliers: their median L2 norm is "
+        f"{ratio:.2g} times the others'. Rule {layer.threshold.rule}: {layer.threshold.reason}."
+    )
+
+
+def attention_in_words(report: ArtifactReport) -> str:
+    """Where the attention goes, in a sentence or two; a warning where norms say nothing of what draws it."""
+    layer = report.most_gathered
+    gathered = layer.gathered if layer is not None else None
+    if layer is None or gathered is None:
+        return "Attention was not measured."
+    if not gathered.attention:
+        return f"No patch receives {TIMES_EVEN:g} times an even share of the attention in any block."
+    said = f"in block {layer.layer}, {gathered.patches:.2%} of the patches receive {gathered.attention:.0%} of it"
+    if gathered.norm_ratio is not None:
+        said += f", with norms {gathered.norm_ratio:.2g} times the others' there"
+    if not report.unexplained:
+        return f"Attention gathers most {said}."
+    blocks = [layer.layer for layer in report.layers if layer.gathered and layer.gathered.attention >= MOST]
+    others = f" (over half also in block {', '.join(str(b) for b in blocks if b != layer.layer)})" if blocks[1:] else ""
+    return (
+        f"But a few patches draw most of the attention: {said}{others}. The rule {report.rule} draws no line between "
+        "their norms and the others', and yet such patches may be artifacts: look at the attention maps, and try a "
+        "rule that draws a line in any case, such as sigma."
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import RegisterAdapterError
+from .attention_sketch import TIMES_EVEN
 from .patch_sketch import Array, Edges, PatchSketch
 from .report import LayerReport, MassiveChannel, NormDistribution
 from .rules.histogram import RELATIVE_ERROR, bin_centres, bin_edges, nearest_edge, weighted_quantile
@@ -43,6 +44,9 @@ DEFINITIONS = {
     "attention": "Attention after softmax in the block that reads this layer, by head: the sum over the keys of a "
     "kind, mean over the images; from_all: mean over all queries, from_cls: of the first token. Outliers by the norm "
     "and line of this layer.",
+    "gathered": f"The patches that each receive at least {TIMES_EVEN:g} times an even share of the attention in the "
+    "block that reads this layer (mean over heads and queries), whatever their norms: their share of all patches, the "
+    "share of the attention that they receive together, and the geometric mean of their norms over the others'.",
     "first_layer": "Start of the run of layers at which the rule finds two kinds of tokens that reaches the last "
     "layer, or else of the longest run. Layer 0 is left out: there norms follow the contrast of the patch.",
     "verdict": "present: separated at the last layer. present inside only: at two or more layers in a row, not at "
@@ -103,6 +107,7 @@ def summarise_layer(statistics: Statistics, layer: int, rule: Rule) -> LayerRepo
         position_map=_position_map(places, statistics),
         recurrence=patches.recurrence(edges),
         attention=statistics.attentions[layer].shares(edges) if layer in statistics.attentions else None,
+        gathered=statistics.attentions[layer].gathered() if layer in statistics.attentions else None,
     )
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..utils.files import read_text
+from ..utils.staging import write_text
 from .rules.threshold import Threshold
 
 __all__ = [
+    "MOST",
     "ArtifactReport",
     "AttentionShares",
+    "GatheredAttention",
     "LayerReport",
     "MassiveChannel",
     "NormDistribution",
@@ -21,6 +24,8 @@ __all__ = [
     "Verdict",
 ]
 
+#: Share of a block's attention that counts as most of it.
+MOST = 0.5
 #: ``"none"``, ``"present"`` (at the last block's output), ``"present inside only"`` (gone there).
 Verdict = Literal["none", "present", "present inside only"]
 #: Kinds of tokens: patches, CLS and the like (distillation token), registers (native ones and adapters').
@@ -79,6 +84,22 @@ class AttentionShares:
 
 
 @dataclass(frozen=True)
+class GatheredAttention:
+    """The patches of one block that each receive at least five times an even share of its attention.
+
+    Attributes:
+        patches: Their share of all patches.
+        attention: Share of the attention that they receive together, mean over heads and queries.
+        norm_ratio: Geometric mean of their norms over that of the other patches, where the block reads them; ``None``
+            where there are none.
+    """
+
+    patches: float
+    attention: float
+    norm_ratio: float | None
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One layer: index 0 is the input of the first block, ``i + 1`` the output of block ``i``; L2 norms, no LayerNorm.
 
@@ -100,6 +121,7 @@ class LayerReport:
             the place).
         attention: Attention that these tokens receive in the block that reads them (block ``layer``); ``None`` behind
             the last block, and without attention statistics.
+        gathered: The patches that draw attention in that block, whatever their norms; ``None`` as for ``attention``.
     """
 
     layer: int
@@ -116,9 +138,10 @@ class LayerReport:
     position_map: list[list[float]] | None
     recurrence: float | None
     attention: AttentionShares | None
+    gathered: GatheredAttention | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ArtifactReport:
     """What :func:`register_adapter.artifacts.audit` found.
 
@@ -154,6 +177,35 @@ class ArtifactReport:
     definitions: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def most_gathered(self) -> LayerReport | None:
+        """The layer whose block gives most attention to few patches; ``None`` without attention statistics."""
+        layers = [layer for layer in self.layers if layer.gathered is not None]
+        return max(layers, key=lambda layer: layer.gathered.attention if layer.gathered else 0.0, default=None)
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether the verdict is ``"none"`` although a few patches draw most of the attention of a block."""
+        layer = self.most_gathered
+        gathered = layer.gathered if layer is not None else None
+        return self.verdict == "none" and gathered is not None and gathered.attention >= MOST
+
+    @property
+    def summary(self) -> str:
+        """The verdict in a few words, never a bare ``none`` where a few patches draw most of the attention."""
+        return (
+            f"{self.verdict} by norms, but a few patches draw most of the attention"
+            if self.unexplained
+            else self.verdict
+        )
+
+    def __repr__(self) -> str:
+        """The verdict and why; all figures are in ``layers``, and in :meth:`to_dict`."""
+        return (
+            f"<ArtifactReport of {self.name}: {self.summary}; {self.num_images} images, {len(self.layers)} layers, "
+            f"rule {self.rule}. {self.reason}>"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain lists and dictionaries, ready for strict JSON: an infinite threshold becomes ``None``."""
         values = asdict(self)
@@ -174,11 +226,13 @@ class ArtifactReport:
         return cls(**{**values, "grid": None if grid is None else tuple(grid), "layers": layers})
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON, and return the path; folders are made."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", "utf-8")
-        return target
+        """Write it as JSON, whole or not at all, and return the path; folders are made.
+
+        Raises:
+            OSError: It cannot be written; what was there before is untouched.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> ArtifactReport:
@@ -193,7 +247,7 @@ class ArtifactReport:
 
 
 def _layer(values: dict[str, Any]) -> LayerReport:
-    threshold, attention = dict(values["threshold"]), values["attention"]
+    threshold, attention, gathered = dict(values["threshold"]), values["attention"], values.get("gathered")
     if threshold["high"] is None:
         threshold["high"] = math.inf
     return LayerReport(
@@ -203,5 +257,6 @@ def _layer(values: dict[str, Any]) -> LayerReport:
             "threshold": Threshold(**threshold),
             "massive_channels": [MassiveChannel(**channel) for channel in values["massive_channels"]],
             "attention": None if attention is None else AttentionShares(**attention),
+            "gathered": None if gathered is None else GatheredAttention(**gathered),
         }
     )

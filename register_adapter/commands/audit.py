@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["audit_command", "print_reports", "register"]
 
 
+_HEADINGS = (
+    *("layer", "median norm", "largest / median", "outlier patches", "threshold"),
+    *("attention to outliers", "attention to few patches"),
+)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("audit")(audit_command)
@@ -70,23 +76,24 @@ def audit_command(
 def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str | None = None) -> None:
     """Print a table for each report, and its verdict."""
     from rich.table import Table
+    from rich.text import Text
 
     console = make_console()
     for report in reports:
-        table = Table(title=f"{report.name}: {report.num_images} images, rule {report.rule}")
-        table.add_column("layer", justify="right")
-        for heading in ("median norm", "largest / median", "outlier patches", "threshold", "attention to outliers"):
-            table.add_column(heading, justify="right")
+        table = Table(title=Text(f"{report.name}: {report.num_images} images, rule {report.rule}"))
+        for heading in _HEADINGS:
+            table.add_column(heading, justify="right", overflow="fold")
         for layer in report.layers:
             table.add_row(*_cells(layer), style="bold" if layer.threshold.separated and layer.layer else None)
         console.print(table)
-        console.print(f"Verdict: {report.verdict}", style="bold")
+        console.print(f"Verdict: {report.summary}", style="bold")
         console.print(report.reason)
         if skipped := report.environment.get("skipped"):
             console.print(f"{len(skipped)} bad images were skipped; audit.json names them.")
     console.print(
         "L2 norms of patch tokens, before the final LayerNorm; layer 0 is the input of the first block and decides "
-        "nothing. Attention: mean over heads and queries, in the block that reads the layer.",
+        "nothing. Attention: mean over heads and queries, in the block that reads the layer; to few patches: to those "
+        "that receive at least five times an even share each.",
         style="dim",
     )
     if no_images:
@@ -103,6 +110,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     if layer.attention is not None:
         shares = layer.attention.from_all["outlier"]
         attention = f"{sum(shares) / len(shares):.1%}"
+    gathered = "-" if layer.gathered is None else f"{layer.gathered.attention:.1%}"
     return (
         str(layer.layer),
         f"{median:.4g}",
@@ -110,4 +118,5 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
         f"{layer.outlier_share:.2%}",
         ", ".join(limits) or "-",
         attention,
+        gathered,
     )

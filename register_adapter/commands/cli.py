@@ -32,7 +32,17 @@ def main() -> None:
     except (RegisterAdapterError, ValueError, OSError) as error:
         from ..utils.text import printable
 
-        sys.exit(printable(f"error: {error}", keep="\n"))
+        sys.exit(printable(f"error: {_with_flags(str(error))}", keep="\n"))
+
+
+def _with_flags(message: str) -> str:
+    """A message with the flags of the command that runs, where it names arguments of Python."""
+    from .output import name_flags
+
+    name = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    if name is None:
+        return message
+    return name_flags(message, getattr(import_module(f"{__package__}.{name}"), f"{name}_command"))
 
 
 def build_app() -> typer.Typer:

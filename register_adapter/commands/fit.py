@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import collect_skipped, echo, make_console, print_result, print_skipped, silence_libraries
+from .output import (
+    collect_skipped,
+    echo,
+    make_console,
+    name_flags,
+    print_result,
+    print_skipped,
+    silence_libraries,
+)
 
 __all__ = ["fit_command", "print_fit", "register"]
 
@@ -37,7 +45,7 @@ def fit_command(
     image_sizes: Annotated[
         list[int] | None, typer.Option(min=1, help="Side to resize images to; several are pooled.")
     ] = None,
-    max_images: Annotated[int, typer.Option(min=3, help="Use at most this many images.")] = 256,
+    max_images: Annotated[int | None, typer.Option(min=3, help="Use at most this many images; default: all.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per batch; default: 32, and 8 on a CPU.")
     ] = None,
@@ -76,7 +84,7 @@ def fit_command(
         with collect_skipped() as skipped:
             neurons, fit = run_fit(arguments)
     except NoArtifactsError as error:  # good news, and no failure
-        reason = str(error)
+        reason = name_flags(str(error), fit_command)
         print_skipped(skipped, None)
         nothing: dict[str, Any] = {"register_neurons": {}, "test_time_fit": None, "reason": reason}
         print_result({**nothing, "skipped": skipped}, lambda: echo(reason), as_json=as_json, quiet=quiet)

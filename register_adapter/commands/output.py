@@ -1,23 +1,38 @@
-"""What a command prints: tables for people or JSON for programs, and no messages of other libraries."""
+"""What a command prints: tables for people or JSON for programs, flags by their names, no messages of libraries."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["collect_skipped", "echo", "make_console", "print_result", "print_skipped", "silence_libraries"]
+__all__ = [
+    "collect_skipped",
+    "echo",
+    "make_console",
+    "name_flags",
+    "print_result",
+    "print_skipped",
+    "print_table",
+    "silence_libraries",
+]
 
 #: Which logger names the images that were left out.
 _LOGGER, _SHOWN = "register_adapter.data.batches", 20
+_CALL = re.compile(r"\w+\([^()]*\)")
+# An argument as Python has it, with the value if there is one, or a name that no English word is.
+_ARGUMENT = re.compile(
+    r"(?<![\w.\-/'\"])(?P<name>[a-z]+(?:_[a-z]+)*)(?:=(?P<value>'[^']*'|\"[^\"]*\"|[\w.:+-]*\w)?)?(?![\w=/(\[])"
+)
 
 
 def echo(text: str, *, err: bool = False) -> None:
@@ -90,6 +105,94 @@ def print_result(result: Any, print_tables: Callable[[], None], *, as_json: bool
         typer.echo(json.dumps(result, indent=1, allow_nan=False))
     elif not quiet:
         print_tables()
+
+
+def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whole: where it is too wide, its columns become rows, a few of its rows at a time beside them.
+
+    Args:
+        console: Where to.
+        title: Above it.
+        header: Headings; the first is that of the rows' names.
+        rows: A cell for each heading.
+    """
+    table = _table(title, header, rows)
+    if _width(console, table) <= console.width:
+        console.print(table)
+        return
+    turned = list(zip(header, *rows, strict=True))
+    start = 1
+    while start < len(turned[0]):
+        end = start + 1
+        while end < len(turned[0]) and _width(console, _turned(title, turned, start, end + 1)) <= console.width:
+            end += 1
+        console.print(_turned(title if start == 1 else "", turned, start, end))
+        start = end
+
+
+def _turned(title: str, turned: Sequence[Sequence[str]], start: int, end: int) -> Any:
+    head, *rest = ([line[0], *line[start:end]] for line in turned)
+    return _table(title, head, rest)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title) if title else None)
+    for place, heading in enumerate(header):
+        table.add_column(Text(heading), justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _width(console: Console, table: Any) -> int:
+    """How wide a table is when no cell is broken."""
+    from rich.measure import Measurement
+
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum
+
+
+def name_flags(message: str, command: Callable[..., Any]) -> str:
+    """A message about arguments of Python as one about a command's flags: ``give threshold=`` as ``give --threshold``.
+
+    Args:
+        message: Of an error or a result; what is no flag of the command stays as it is.
+        command: The function of the command.
+    """
+    flags, negated = _flags(command)
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match["name"], match["value"]
+        said = "=" in match[0]
+        if name not in flags or not (said or "_" in name):
+            return match[0]
+        if value == "True" or value is None:
+            return flags[name]
+        if value == "False":
+            return flags[name].replace("--", "--no-", 1) if name in negated else f"without {flags[name]}"
+        return match[0] if value == "None" else f"{flags[name]} {value}"
+
+    # Calls stay as they are: they are code.
+    return "".join(
+        part if _CALL.fullmatch(part) else _ARGUMENT.sub(flag, part) for part in re.split(f"({_CALL.pattern})", message)
+    )
+
+
+def _flags(command: Callable[..., Any]) -> tuple[dict[str, str], set[str]]:
+    """The names of a command's options in Python, each with its flag; and which of them have a flag with --no-."""
+    flags: dict[str, str] = {}
+    negated: set[str] = set()
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        for option in getattr(hint, "__metadata__", ()):
+            if isinstance(option, typer.models.OptionInfo):
+                # typer takes the first name for a default until the command is built.
+                words = (option.default, *(option.param_decls or ()))
+                given = [word for word in words if isinstance(word, str) and word.startswith("--")]
+                flags[name] = given[0] if given else f"--{name.replace('_', '-')}"
+                negated |= {name} if hint.__origin__ is bool and not given else set()
+    return flags, negated
 
 
 def silence_libraries(quiet: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .output import collect_skipped, make_console, print_result, print_skipped, silence_libraries
+from .output import collect_skipped, make_console, print_result, print_skipped, print_table, silence_libraries
 
 if TYPE_CHECKING:
     from ..evaluation import ProbeReport, RegisterReport
@@ -71,17 +71,10 @@ def probe_command(
 
 def print_probes(probed: Sequence[Probed], output_dir: str) -> None:
     """Print a table for each model, and one for its registers."""
-    from rich.table import Table
-
     console = make_console()
 
     def show(title: str, report: ProbeReport | RegisterReport) -> None:
-        table = Table(title=title)
-        for place, heading in enumerate(report.header):
-            table.add_column(heading, justify="right" if place else "left")
-        for row in report.cells():
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, title, report.header, report.cells())
 
     for name, probes, registers, note in probed:
         show(f"{name}: {probes.num_images} images, layer {probes.layer} of {probes.num_layers - 1}", probes)

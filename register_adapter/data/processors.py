@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor
 
 from ..towers.tower import Tower
 from ..utils.files import check_regular
+from ..utils.models import require_model
 from ..utils.shipped import local_folder
 
 __all__ = ["find_image_processor", "load_image_processor", "source_of"]
@@ -49,7 +50,8 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
     """The image processor of a model; ``kwargs`` go to ``AutoImageProcessor.from_pretrained``.
 
     Raises:
-        ValueError: The folder or repository holds none.
+        HubAccessError: There is no model of that name at all.
+        ValueError: The folder or repository holds no image processor.
         OSError: A pipe, a socket or a device is in the folder.
     """
     folder = local_folder(name_or_path)
@@ -57,7 +59,8 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, **kwargs)
     except OSError as error:
+        require_model(name_or_path, **kwargs)
         raise ValueError(
-            f"no image processor was found in {name_or_path!r}; name a model of the same family that has one with "
-            f"--image-processor-name ({type(error).__name__})"
+            f"no image processor was found in {name_or_path!r}: save one of a model of the same family there, or, to "
+            f"train, name that model with --image-processor-name ({type(error).__name__})"
         ) from error

@@ -16,6 +16,7 @@ from ..errors import MissingExtraError
 from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.files import check_regular
+from ..utils.models import require_model
 from ..utils.shipped import local_folder
 from .native import export_native, save_native
 from .program import export_onnx, export_program
@@ -103,6 +104,7 @@ def export_saved(
 def _transformers(base: str, mapping: dict[str, str]) -> nn.Module:
     check_regular(base)
     kind: Any = getattr(transformers, mapping.get("base_model_class", ""), transformers.AutoModel)
+    require_model(base)
     try:
         model: nn.Module = kind.from_pretrained(local_folder(base))
     except HFValidationError as error:  # newer transformers say something like this themselves

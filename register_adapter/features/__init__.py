@@ -1,7 +1,18 @@
 """What a vision tower does inside: hidden states, attention maps, patch grids, and passes over images."""
 
 from .attention_maps import record_attention_maps
+from .passes import Batch, Consumer, ImagePass, PassOptions, open_pass
 from .positions import antialiased_positions
 from .trace import Trace, capture
 
-__all__ = ["Trace", "antialiased_positions", "capture", "record_attention_maps"]
+__all__ = [
+    "Batch",
+    "Consumer",
+    "ImagePass",
+    "PassOptions",
+    "Trace",
+    "antialiased_positions",
+    "capture",
+    "open_pass",
+    "record_attention_maps",
+]

@@ -35,6 +35,13 @@ class Trace:
         self._hidden: dict[int, torch.Tensor] = {}
         self._attentions: dict[int, torch.Tensor] = {}
 
+    def __repr__(self) -> str:
+        """How much was recorded, and of what shape."""
+        hidden, maps = list(self._hidden.values()), list(self._attentions.values())
+        states = f"{len(hidden)} hidden states {tuple(hidden[-1].shape)}" if hidden else "no hidden states"
+        attentions = f"{len(maps)} attention maps {tuple(maps[-1].shape)}" if maps else "no attention maps"
+        return f"<Trace: {states}, {attentions}, {self.prefix} tokens before {self.num_registers} registers>"
+
     @property
     def hidden_states(self) -> tuple[torch.Tensor, ...]:
         """``(B, prefix + R + patches, D)`` each: the input of the first block, then the output of every block.

@@ -1,9 +1,9 @@
 """Registers without training: find the register neurons on a few images, and shift their activations.
 
 After "Vision Transformers Don't Need Trained Registers" (arXiv 2506.08010), with what its procedure leaves to the user
-found by itself: which patches are outliers (the audit's rule), behind which block they appear, which hidden units write
-them, and how many of those it takes. Images have three parts, so that nothing is chosen on what it was found on:
-outliers are found on the first, units are ranked on the second, and their number is chosen on the third.
+found by itself: which patches are outliers and behind which block they appear (the audit's answer, from all images),
+which hidden units write them, and how many of those it takes. Units are ranked on some images, and their number is
+chosen on others, so that it is not chosen on what they were found on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
 from ..artifacts.rules.threshold import Threshold
-from ..errors import NoArtifactsError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..features.passes import PassOptions, open_pass, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
@@ -30,7 +30,8 @@ from ..tuner.registers import RegisterTokens
 from .constants import constant_pairs
 from .parts import Parts
 from .repair import Repair, order_by_block
-from .scores import Neuron, NeuronScores, pool
+from .scores import Neuron
+from .search import Search
 from .views import View
 
 __all__ = ["fit_test_time_registers"]
@@ -53,7 +54,7 @@ def fit_test_time_registers(
     top_block: int | None = None,
     num_neurons: int | None = None,
     max_neurons: int = 64,
-    max_images: int = 256,
+    max_images: int | None = None,
     image_sizes: Sequence[int] | None = None,
     batch_size: int | None = None,
     adapter_name: str = "default",
@@ -66,7 +67,8 @@ def fit_test_time_registers(
     Args:
         model: A base model with one vision tower; it gets a register adapter, as by ``add_registers``.
         images: What :func:`~register_adapter.artifacts.audit` takes: a folder, image files, a data set, or batches
-            ``(B, 3, H, W)``. About a hundred are enough; no labels are needed.
+            ``(B, 3, H, W)``. About a hundred are enough; no labels are needed. On the same images the audit and the
+            fit find the same outliers, at the same layers.
         image_processor: For images that are not ready batches; by default the model's own.
         num_registers: Number R of registers that get the activations; more than one brings almost nothing.
         remove: What the other tokens keep, see :class:`RegisterConfig`.
@@ -78,7 +80,7 @@ def fit_test_time_registers(
         top_block: Index of the last block with register neurons; default: the one behind which outliers appear.
         num_neurons: How many neurons; default: the fewest that repair the held-out images.
         max_neurons: The most to try.
-        max_images: Use at most this many images.
+        max_images: Use at most this many images, the first ones; default: all, as the audit does.
         image_sizes: Sides in pixels, to which every batch is resized, pooling over all of them: neurons found at one
             resolution need not serve another. By default images keep their sizes.
         batch_size: Images per forward pass; default 32, and 8 on a CPU, whose caches hold no more.
@@ -94,7 +96,9 @@ def fit_test_time_registers(
         (L2 norms before the final LayerNorm).
 
     Raises:
-        NoArtifactsError: The rule finds no outliers; nothing is to be done, and nothing was changed.
+        NoArtifactsError: The audit's verdict on these images is ``"none"``; nothing was changed. The message says so
+            where a few patches draw most of the attention all the same.
+        RegisterAdapterError: Outliers are so rare that the images on which units are ranked have none.
         UnsupportedModelError: No single vision tower, or no MLPs that the table describes.
         ValueError: An argument is out of range, or there are fewer than three images.
 
@@ -119,9 +123,10 @@ def fit_test_time_registers(
     opened = open_pass(model, images, options, target_modules=target_modules, title="fitting registers")
     with closing(opened), opened.attached():
         parts = Parts(batch.inputs for batch in opened)
-        views = _separating_views(tower, parts, image_sizes, resolved, rule_name(rule), given)
-        top = top_block if top_block is not None else max(min(view.thresholds) for view in views) - 1
-        candidates = _rank(tower, views, top, parts, num_neurons or max_neurons)
+        search = Search(
+            tower, image_sizes or (None,), resolved, rule_name(rule), given, top_block, num_neurons or max_neurons
+        )
+        views, top, candidates = search.run(parts)
     adapter = _Adapter(
         model,
         num_registers,
@@ -129,7 +134,7 @@ def fit_test_time_registers(
         {"init": "test_time", "remove": remove, "target_modules": target_modules},
     )
     trial = _try(adapter, candidates, views, parts, num_neurons, attention_bias)
-    record = _record(trial, views, parts, top, "fixed" if given else rule_name(rule))
+    record = _record(trial, views, parts, search.num_ranked, top, "fixed" if given else rule_name(rule))
     return adapter.attach(trial.chosen, trial.pairs, train_removal=train_removal, test_time_fit=record)
 
 
@@ -161,40 +166,18 @@ def _check_tower(tower: Tower, top_block: int | None, attention_bias: bool) -> N
         )
 
 
-def _separating_views(
-    tower: Tower,
-    parts: Parts,
-    image_sizes: Sequence[int] | None,
-    rule: Rule,
-    rule_called: str,
-    given: dict[int, Threshold],
-) -> list[View]:
-    """First phase: the image sizes at which there are outliers, and the thresholds there."""
-    views = [View(size) for size in (image_sizes or (None,))]
-    for view in views:
-        view.detect(tower, parts.detect, rule, given)
-    separating = [view for view in views if view.thresholds]
-    if not separating:
-        raise NoArtifactsError(
-            f"{type(tower.module).__name__} needs no registers: the rule {rule_called!r} finds no artifacts on "
-            f"{parts.num_detect} images ({views[0].reason}). Nothing was changed. To go on all the same, give "
-            "threshold= and top_block=."
-        )
-    return separating
+class FitRecord(dict[str, Any]):
+    """What a fit has found, as the config keeps it: a dictionary with a short text."""
 
-
-def _rank(tower: Tower, views: list[View], top: int, parts: Parts, most: int) -> list[Neuron]:
-    """Second phase: the units that add most to the outliers, over all views."""
-    scores = [NeuronScores(tower, view.threshold_behind(top), top) for view in views]
-    for batch in parts.ranking():
-        for view, view_scores in zip(views, scores, strict=True):
-            view_scores.add(view.resized(batch))
-    if not any(view_scores.num_outliers for view_scores in scores):
-        raise NoArtifactsError(
-            f"no patch of {parts.num_ranked} images is an outlier behind block {top} "
-            f"({views[0].threshold_behind(top)}); give more images, or another threshold"
+    def __repr__(self) -> str:
+        """How many neurons, on how many images, and what is left of the outliers; all of it is in the items."""
+        neurons = (
+            f"{self['num_neurons']} neuron{'' if self['num_neurons'] == 1 else 's'} up to block {self['top_block']}"
         )
-    return pool([view_scores.ranked(most) for view_scores in scores if view_scores.num_outliers], most)
+        return (
+            f"<fit of {neurons}, rule {self['rule']}, {self['num_images']['detect']} images: outliers "
+            f"{self['share_before']:.2%} before, {self['share_after']:.2%} after, of held-out patches>"
+        )
 
 
 class _Trial(NamedTuple):
@@ -273,9 +256,9 @@ class _Adapter:
                 parameter.requires_grad_(state)
 
 
-def _record(trial: _Trial, views: list[View], parts: Parts, top: int, rule: str) -> dict[str, Any]:
+def _record(trial: _Trial, views: list[View], parts: Parts, num_ranked: int, top: int, rule: str) -> dict[str, Any]:
     """What the adapter's config says about the fit."""
-    return {
+    values = {
         "rule": rule,
         "verdict": views[0].verdict,
         "reason": views[0].reason,
@@ -286,12 +269,13 @@ def _record(trial: _Trial, views: list[View], parts: Parts, top: int, rule: str)
             {str(index): [threshold.low, threshold.high] for index, threshold in view.thresholds.items()}
             for view in views
         ],
-        "num_images": {"detect": parts.num_detect, "rank": parts.num_ranked, "held_out": parts.num_held_out},
+        "num_images": {"detect": parts.num_images, "rank": num_ranked, "held_out": parts.num_held_out},
         "share_before": trial.before,
         "share_after": trial.after,
         "curve": {str(count): share for count, share in sorted(trial.curve.items())},
         "scores": [round(neuron.score, 6) for neuron in trial.chosen],
     }
+    return FitRecord(values)
 
 
 def _set_usual(tokens: RegisterTokens, neurons: list[Neuron], ranks: torch.Tensor) -> None:

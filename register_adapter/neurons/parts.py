@@ -1,4 +1,4 @@
-"""The images of a fit in three parts, so that nothing is chosen on what it was found on."""
+"""The images of a fit in three parts, so that no unit is chosen on the images it was ranked on."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ import torch
 
 from ..data.batches import Batch, batch_length, slice_batch
 
-__all__ = ["NUM_DETECT", "NUM_HELD_OUT", "Parts"]
+__all__ = ["NUM_FIRST", "NUM_HELD_OUT", "Parts"]
 
-#: Images that outliers are found on, and that the number of neurons is chosen on, at most; the others rank units.
-NUM_DETECT, NUM_HELD_OUT = 64, 24
+#: Images that say where to rank, and images that the number of neurons is chosen on, at most; units are ranked on the
+#: others.
+NUM_FIRST, NUM_HELD_OUT = 64, 24
 
 
 class Parts:
-    """Images in three parts; those that rank units are streamed, the others kept.
+    """Images in three parts; the first two are kept, the others streamed.
 
     Where there are few images, a quarter is held out, and the rest serves twice.
 
     Args:
         batches: Batches on the model's device.
+
+    Attributes:
+        first: Batches of the images that say where outliers may be.
+        held_out: Batches of those that the number of neurons is chosen on.
+        num_first: Number of the former.
+        num_held_out: Number of the latter.
+        num_others: Number of all others that were streamed so far.
     """
 
     def __init__(self, batches: Iterator[Batch]) -> None:
-        self.detect: list[Batch] = []
+        self.first: list[Batch] = []
         self.held_out: list[Batch] = []
-        self.num_detect = self.num_held_out = self.num_ranked = 0
+        self.num_first = self.num_held_out = self.num_others = 0
         self._batches = batches
         #: What is over of the batch in which the first two parts end.
         self._rest: list[Batch] = []
@@ -37,35 +45,37 @@ class Parts:
         if self.num_held_out < NUM_HELD_OUT:
             self._share()
 
+    @property
+    def num_images(self) -> int:
+        """Number of all images that came so far."""
+        return self.num_first + self.num_held_out + self.num_others
+
     def _take(self, batch: Batch) -> None:
         """Fill the first part, then the second."""
-        first, batch = _divided(batch, NUM_DETECT - self.num_detect)
+        first, batch = _divided(batch, NUM_FIRST - self.num_first)
         second, batch = _divided(batch, NUM_HELD_OUT - self.num_held_out)
-        self.detect += [first] if batch_length(first) else []
+        self.first += [first] if batch_length(first) else []
         self.held_out += [second] if batch_length(second) else []
         self._rest += [batch] if batch_length(batch) else []
-        self.num_detect += batch_length(first)
+        self.num_first += batch_length(first)
         self.num_held_out += batch_length(second)
 
     def _share(self) -> None:
-        singles = [single for batch in [*self.detect, *self.held_out] for single in _one_by_one(batch)]
+        singles = [single for batch in [*self.first, *self.held_out] for single in _one_by_one(batch)]
         if len(singles) < 3:
             raise ValueError(f"fitting needs at least three images, and {len(singles)} came")
-        num_detect = len(singles) - max(len(singles) // 4, 1)
-        self.detect, self.held_out = _joined(singles[:num_detect]), _joined(singles[num_detect:])
-        self.num_detect, self.num_held_out = num_detect, len(singles) - num_detect
+        num_first = len(singles) - max(len(singles) // 4, 1)
+        self.first, self.held_out = _joined(singles[:num_first]), _joined(singles[num_first:])
+        self.num_first, self.num_held_out = num_first, len(singles) - num_first
 
-    def ranking(self) -> Iterator[Batch]:
-        """The batches that rank units: the rest, or those of the first part if nothing is left."""
+    def others(self) -> Iterator[Batch]:
+        """The batches of all other images, once."""
         for batch in self._rest:
-            self.num_ranked += batch_length(batch)
+            self.num_others += batch_length(batch)
             yield batch
         for batch in self._batches:
-            self.num_ranked += batch_length(batch)
+            self.num_others += batch_length(batch)
             yield batch
-        if not self.num_ranked:
-            self.num_ranked = self.num_detect
-            yield from self.detect
 
 
 def _divided(batch: Batch, number: int) -> tuple[Batch, Batch]:

@@ -128,21 +128,28 @@ class NeuronScores:
         count = self._layer.count_at(block) if self._layer is not None else 0
         return tokens[:, self.tower.prefix + count :]
 
-    @torch.no_grad()
-    def add(self, inputs: torch.Tensor | Mapping[str, Any]) -> None:
-        """Run the tower up to the last block that matters, and add what its units do."""
+    @contextmanager
+    def attach(self) -> Iterator[None]:
+        """Add what units do in every forward pass of the tower that is made inside, whole or up to the top block."""
         with ExitStack() as stack:
             for block in self.blocks:
                 last = self.tower.block_part(block, "mlp_out")
                 stack.callback(last.register_forward_pre_hook(in_this_thread(partial(self._keep, block))).remove)
             behind: nn.Module = self.tower.part("blocks")[self.top]
             stack.callback(behind.register_forward_hook(in_this_thread(self._finish), prepend=True).remove)
+            stack.callback(self._seen.clear)
+            yield
+
+    @torch.no_grad()
+    def add(self, inputs: torch.Tensor | Mapping[str, Any]) -> None:
+        """Run the tower up to the last block that matters, and add what its units do."""
+        with self.attach():
             run_up_to(self.tower, self.top, inputs)
-        self._seen.clear()
 
     def _keep(self, block: int, module: nn.Module, args: Any) -> None:
         self._seen[block] = args[0]
 
+    @torch.no_grad()
     def _finish(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = self._patches(self.top, first_of(output)).float()
         images, places = self.threshold.mask(hidden).nonzero(as_tuple=True)
@@ -151,6 +158,7 @@ class NeuronScores:
             tokens = self._patches(block, values).float() if block >= 0 else values
             self._all[block].add(tokens)
             self._outliers[block].add(tokens[images.to(tokens.device), places.to(tokens.device)])
+        self._seen.clear()
 
     @property
     def num_outliers(self) -> int:

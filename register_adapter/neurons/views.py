@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 
-from ..artifacts.auditing import build_report
-from ..artifacts.rules.rules import Rule, rule_name
+from ..artifacts.auditing import verdict_of
+from ..artifacts.layer_report import summarise_layer
+from ..artifacts.rules.rules import Rule
 from ..artifacts.rules.threshold import Threshold
-from ..artifacts.statistics import collect_statistics
+from ..artifacts.statistics import Statistics
 from ..data.batches import Batch
 from ..towers.tower import Tower
+from .scores import NeuronScores
 
 __all__ = ["View"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class View:
-    """Images of one size.
+    """Images of one size, and what an audit of them says.
 
     Attributes:
+        tower: The vision tower, without registers.
         size: Side in pixels, ``None`` for the images as they come.
+        statistics: What the audit sums, of all images so far.
         thresholds: By layer, for the layers where outliers separate, from the first one where they do and stay.
         verdict: The audit's.
         reason: Why.
     """
 
+    tower: Tower
     size: int | None
+    statistics: Statistics
     thresholds: dict[int, Threshold] = field(default_factory=dict)
     verdict: str = "none"
     reason: str = ""
@@ -59,23 +65,26 @@ class View:
             raise ValueError("image_sizes needs images as pixel_values (B, 3, H, W); give batches of the sizes instead")
         return {**batch, "pixel_values": self.resized(pixels)}
 
-    def detect(self, tower: Tower, batches: Iterable[Batch], rule: Rule, by_hand: dict[int, Threshold]) -> None:
-        """Find the layers where outliers separate.
+    def look(self, batch: Batch, scores: NeuronScores | None = None) -> None:
+        """Run the tower over a batch at this size, for the audit's statistics and for the scores, if any."""
+        with ExitStack() as stack:
+            stack.enter_context(self.statistics.attach())
+            if scores is not None:
+                stack.enter_context(scores.attach())
+            self.tower.run(self.resized(batch))
+
+    def judged(self, rule: Rule, by_hand: dict[int, Threshold]) -> View:
+        """The same with the layers where outliers separate in all images so far: those that the audit names.
 
         Args:
-            tower: The tower, without registers.
-            batches: Images, of any size.
             rule: The audit's rule.
             by_hand: Layer to a threshold that is given and not found.
         """
-        with collect_statistics(tower, attentions=False) as statistics:
-            for batch in batches:
-                tower.run(self.resized(batch))
-        report = build_report(statistics, rule, rule_name(rule), "")
-        self.verdict, self.reason, self.thresholds = report.verdict, report.reason, dict(by_hand)
-        if not by_hand and report.first_layer is not None:
-            self.thresholds = {
-                layer.layer: layer.threshold
-                for layer in report.layers
-                if layer.layer >= report.first_layer and layer.threshold.separated
+        layers = [summarise_layer(self.statistics, index, rule) for index in sorted(self.statistics.patches)]
+        verdict, first, reason = verdict_of(layers, self.statistics)
+        thresholds = dict(by_hand)
+        if not by_hand and first is not None:
+            thresholds = {
+                layer.layer: layer.threshold for layer in layers if layer.layer >= first and layer.threshold.separated
             }
+        return replace(self, thresholds=thresholds, verdict=verdict, reason=reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..utils.files import read_text
+from ..utils.staging import write_text
 from .anatomy import Anatomy
 from .families import FAMILIES
 from .libraries import STACKS
@@ -50,6 +51,7 @@ def write_table(path: str | Path, table: str) -> None:
     """Put a table into a document, between the lines :data:`START` and :data:`END`.
 
     Raises:
+        OSError: It cannot be read or written; what was there before is untouched.
         ValueError: The document lacks one of the lines.
     """
     text = read_text(path)
@@ -57,7 +59,7 @@ def write_table(path: str | Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not start or not end:
         raise ValueError(f"{path} has no place for the table: it needs the lines {START!r} and {END!r}")
-    Path(path).write_text(f"{before}{start}\n{table}\n{end}{after}", "utf-8")
+    write_text(path, f"{before}{start}\n{table}\n{end}{after}")
 
 
 def _first(paths: str | tuple[str, ...]) -> str:

@@ -203,7 +203,9 @@ def _wrap(
     if args.adapter_name_or_path is not None:
         source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
     else:
-        source = fit_test_time_registers(base, _Batches(images), num_registers=args.num_registers, progress=progress)
+        source = fit_test_time_registers(
+            base, _Batches(images), num_registers=args.num_registers, max_images=256, progress=progress
+        )
     few, dropped = range(min(len(images), 64)), args.neurons == "drop"
     batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
     start = start_from(source, args.neurons, batches)

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _DPI = 110
+_ATTENTION = "share of the attention that a patch receives"
 _NORM = "L2 norm of patch tokens, before the final LayerNorm"
 
 
@@ -65,10 +66,26 @@ def _show(axis: Any, values: Any, example: Example, overlay: bool, colour_map: s
     return axis.imshow(values, extent=extent, cmap=colour_map, interpolation="nearest", **options)
 
 
+def _shared_bar(figure: Figure, axes: Any, label: str, colour_map: str) -> None:
+    """A colour bar for maps that are scaled each to its own largest value, which stands above or below each."""
+    from matplotlib.cm import ScalarMappable
+
+    figure.set_figheight(figure.get_figheight() + 0.5)
+
+    bar = figure.colorbar(ScalarMappable(cmap=colour_map), ax=axes, location="bottom", shrink=0.6, aspect=40)
+    bar.set_ticks([0, 1], labels=["0", "largest of each map"], fontsize=7)
+    bar.set_label(label, fontsize=8)
+
+
+def _range(values: Any) -> str:
+    """The ends of a map's colours."""
+    return f"0 to {np.max(values):.2g}"
+
+
 def plot_attention(example: Example, *, overlay: bool = False, path: str | Path | None = None) -> Figure:
     """Attention to the patches: one row per model; the image, the mean over heads, then every head.
 
-    Every map is scaled to its own largest value, as is usual.
+    Every map is scaled to its own largest value, as is usual; its title says which.
 
     Args:
         example: One of :func:`read_examples`.
@@ -85,9 +102,10 @@ def plot_attention(example: Example, *, overlay: bool = False, path: str | Path 
         row[0].set_ylabel(name, fontsize=9)
         for axis, values in zip(row[1:], [maps.attention.mean(0), *maps.attention], strict=False):
             _show(axis, values, example, overlay, "inferno", vmin=0)
-        row[1].set_title("mean", fontsize=9)
-        for head in range(len(maps.attention)):
-            row[2 + head].set_title(f"head {head}", fontsize=9)
+        row[1].set_title(f"mean\n{_range(maps.attention.mean(0))}", fontsize=8)
+        for head, values in enumerate(maps.attention):
+            row[2 + head].set_title(f"head {head}\n{_range(values)}", fontsize=8)
+    _shared_bar(figure, axes[:, 1:], _ATTENTION, "inferno")
     shown = next(iter(example.maps.values()))
     whose = "Attention of CLS" if shown.query == "CLS" else "Attention that patches receive, mean over all queries"
     figure.suptitle(f"{whose}, block {shown.block}: {example.name}", fontsize=10)
@@ -118,6 +136,7 @@ def plot_norm_maps(example: Example, *, layers: Sequence[int] | None = None, pat
                 high = _highest(example, layer)
                 _show(axis, maps.norms[layer], example, False, "viridis", vmin=0, vmax=high)
                 axis.set_title(f"layer {layer}\n0 to {high:.3g}", fontsize=8)
+    _shared_bar(figure, axes[:, 1:], "L2 norm, each layer with a scale of its own", "viridis")
     figure.suptitle(f"{_NORM}: {example.name}", fontsize=10)
     return _saved(figure, path)
 
@@ -132,7 +151,7 @@ def plot_norm_histograms(
     layers: Sequence[int] | None = None,
     path: str | Path | None = None,
 ) -> Figure:
-    """Histograms of the patch norms, layer by layer, with the cuts of the audit's rule; both axes are logarithmic.
+    """Histograms of the patch norms, layer by layer, with the audit's thresholds; both axes are logarithmic.
 
     Args:
         reports: What an audit found; one colour a report.
@@ -157,9 +176,9 @@ def plot_norm_histograms(
                 continue
             colour = f"C{number}"
             axis.stairs(norms.counts, norms.edges, fill=True, alpha=0.5, color=colour, label=report.name)
-            for cut in (shown.threshold.low, shown.threshold.high):
-                if shown.threshold.separated and 0 < cut < float("inf"):
-                    axis.axvline(cut, color=colour, linestyle="--", linewidth=1)
+            for norm in (shown.threshold.low, shown.threshold.high):
+                if shown.threshold.separated and 0 < norm < float("inf"):
+                    axis.axvline(norm, color=colour, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_title(f"layer {layer}", fontsize=9)
@@ -203,7 +222,7 @@ def plot_pca(examples: Sequence[Example], *, path: str | Path | None = None) -> 
 def plot_registers(example: Example, *, path: str | Path | None = None) -> Figure:
     """Attention of CLS and of each register to the patches, mean over heads: one row per model.
 
-    Every map is scaled to its own largest value.
+    Every map is scaled to its own largest value; its title says which.
 
     Args:
         example: One of :func:`read_examples`.
@@ -224,7 +243,8 @@ def plot_registers(example: Example, *, path: str | Path | None = None) -> Figur
             strict=False,
         ):
             _show(axis, values, example, False, "inferno", vmin=0)
-            axis.set_title(title, fontsize=8)
+            axis.set_title(f"{title}\n{_range(values)}", fontsize=8)
+    _shared_bar(figure, axes[:, 1:], _ATTENTION, "inferno")
     block = next(iter(example.maps.values())).block
     figure.suptitle(f"Attention of CLS and registers to the patches, block {block}: {example.name}", fontsize=10)
     return _saved(figure, path)
@@ -234,7 +254,7 @@ def plot_before_after(images: Sequence[Any], maps: Sequence[Maps], path: str | P
     """One row per image: the image, then its norm map and its attention map under every model.
 
     Norm maps share one colour scale over the whole figure, so that columns can be compared; attention maps are scaled
-    each to its own largest value, as is usual.
+    each to its own largest value, as is usual, which stands below it.
 
     Args:
         images: Arrays ``(H, W, 3)`` or PIL images.
@@ -251,7 +271,9 @@ def plot_before_after(images: Sequence[Any], maps: Sequence[Maps], path: str | P
         axes[row, 0].imshow(np.asarray(image))
         for number, model in enumerate(maps):
             shown = axes[row, 1 + number].imshow(model.norms[row], vmin=0, vmax=limit, cmap="viridis")
-            axes[row, 1 + len(maps) + number].imshow(model.attention[row], vmin=0, cmap="inferno")
+            attention = axes[row, 1 + len(maps) + number]
+            attention.imshow(model.attention[row], vmin=0, cmap="inferno")
+            attention.set_xlabel(_range(model.attention[row]), fontsize=7)
     axes[0, 0].set_title("image", fontsize=9)
     for number, model in enumerate(maps):
         axes[0, 1 + number].set_title(f"norm\n{model.name}", fontsize=9)
@@ -259,4 +281,5 @@ def plot_before_after(images: Sequence[Any], maps: Sequence[Maps], path: str | P
     if shown is not None:
         bar = figure.colorbar(shown, ax=axes[:, 1 : 1 + len(maps)], location="bottom", shrink=0.6, aspect=40)
         bar.set_label("L2 norm of patch tokens, last block, before the final LayerNorm", fontsize=8)
+        _shared_bar(figure, axes[:, 1 + len(maps) :], _ATTENTION, "inferno")
     return _saved(figure, path)

@@ -91,7 +91,7 @@ def mixture_rule(values: Array, weights: Array) -> Threshold:
     """
     kept = (values > 0) & (weights > 0)
     if weights[kept].sum() < 3:
-        return Threshold("mixture", reason="too few norms")
+        return Threshold("mixture", reason="too few norms to judge")
     logs, counts = np.log(values[kept]), weights[kept]
     if len(logs) > _MANY:  # a tenth of a per cent is finer than any spread that counts
         logs, place = np.unique(logs.round(3), return_inverse=True)
@@ -108,8 +108,8 @@ def mixture_rule(values: Array, weights: Array) -> Threshold:
     depth = float(whole.min() / max(whole[0 if minority == 0 else -1], 1e-300))
     ratio = float(np.exp(high - low))
     said = (
-        f"BIC {two.bic - single.bic:+.4g} for a second component, {share:.2%} of the patches, modes {ratio:.1f} times "
-        f"apart, Ashman's D {separation:.1f}, valley {depth:.2f} of its peak"
+        f"{share:.2%} of the patches, {ratio:.1f} times off (Ashman's D {separation:.1f}, "
+        f"{depth:.2f} of its peak density in the gap, BIC {two.bic - single.bic:+.4g})"
     )
     holds = (
         two.bic < single.bic
@@ -119,7 +119,8 @@ def mixture_rule(values: Array, weights: Array) -> Threshold:
         and depth <= MAX_VALLEY
     )
     if not holds:
-        return Threshold("mixture", reason=f"not two kinds of tokens: {said}")
+        return Threshold("mixture", reason=f"the norms form one group; what comes nearest to a second: {said}")
+    said = f"the norms form two groups, the smaller of {said}"
     crossing = int(np.argmin(np.abs(np.log(parts[0].clip(1e-300)) - np.log(parts[1].clip(1e-300)))))
     line = float(np.exp(path[crossing]))
     return (

@@ -74,7 +74,7 @@ def _beyond(name: str, values: Array, weights: Array, high: float, low: float = 
     """The threshold of a rule without a test for two kinds of tokens: separated wherever something lies beyond it."""
     threshold = Threshold(name, high, low)
     share = float(weights[threshold.outliers(values)].sum() / weights.sum())
-    return Threshold(name, high, low, share > 0, f"{why}: {share:.2%} of the patches lie beyond")
+    return Threshold(name, high, low, share > 0, f"{why}: {share:.2%} of the patches lie beyond it")
 
 
 #: Name -> rule. ``"auto"`` is the audit's own, see :mod:`register_adapter.artifacts.rules.valley`.

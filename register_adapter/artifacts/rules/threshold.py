@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,3 +40,8 @@ class Threshold:
         """``(B, N)`` bool: which tokens ``(B, N, D)`` are outliers by their L2 norm, taken in float32."""
         outlying: torch.Tensor = self.outliers(hidden_states.float().norm(dim=-1))
         return outlying
+
+    def near(self, other: Threshold, factor: float) -> bool:
+        """Whether both draw lines on the same sides, and those differ by less than ``factor``."""
+        lines = ((self.high, other.high), (self.low, other.low))
+        return all(first == second or 1 / factor < first / (second or math.inf) < factor for first, second in lines)

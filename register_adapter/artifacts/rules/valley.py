@@ -67,10 +67,33 @@ class Split:
     @property
     def said(self) -> str:
         """Its figures in words."""
+        return f"{self.share:.2%} of the patches, with norms {self.ratio:.1f} times"
+
+    @property
+    def gap(self) -> str:
+        """How clear the gap is."""
         return (
-            f"{self.share:.2%} of the patches at {self.ratio:.1f} times the others' norm, "
-            f"valley {self.valley:.2f} of their peak, Ashman's D {self.separation:.1f}"
+            f"in the gap the density is {self.valley:.2f} of the group's peak, {MAX_VALLEY} at most; "
+            f"Ashman's D {self.separation:.1f}, {MIN_SEPARATION:g} at least"
         )
+
+    @property
+    def missing(self) -> str:
+        """What it lacks to be a group of its own."""
+        lacks = {
+            f"they are too many, over {MAX_SHARE:.0%}": self.share > MAX_SHARE,
+            "they are too few to judge": self.share < MIN_SHARE or self.count < MIN_COUNT,
+            f"they are too near, under {MIN_RATIO} times": self.ratio < MIN_RATIO,
+            f"the two groups overlap, Ashman's D {self.separation:.1f}, under {MIN_SEPARATION:g}": self.separation
+            < MIN_SEPARATION,
+            f"the gap is not clear, {self.valley:.2f} of their peak density in it, over {MAX_VALLEY}": self.valley
+            > MAX_VALLEY,
+        }
+        return ", and ".join(words for words, true in lacks.items() if true)
+
+
+#: Side of the bulk -> what norms there are, and how far off.
+_SIDES = {"high": ("larger", "as large as the others'"), "low": ("smaller", "as small as the others'")}
 
 
 def valley_rule(values: Array, weights: Array) -> Threshold:
@@ -80,16 +103,21 @@ def valley_rule(values: Array, weights: Array) -> Threshold:
         sides[name] = best_split(values, weights, sign)
     separated = {name: split for name, split in sides.items() if split is not None and split.separated}
     if not separated:
-        rest = [f"{name}: {split.said}" for name, split in sides.items() if split is not None]
-        why = f"; the nearest to it, {'; '.join(rest)}" if rest else ""
-        return Threshold("auto", reason=f"the norms have no second mode behind a valley{why}")
+        rest = [
+            f"{split.said} {_SIDES[name][1]}, but {split.missing}" for name, split in sides.items() if split is not None
+        ]
+        nearest = f"; what comes nearest to one: {'; '.join(rest)}" if rest else ""
+        return Threshold("auto", reason=f"the norms form one group, and no smaller group stands apart{nearest}")
     high, low = separated.get("high"), separated.get("low")
     return Threshold(
         "auto",
         high.norm if high else float("inf"),
         low.norm if low else 0.0,
         True,
-        "; ".join(f"{name}: {split.said}" for name, split in separated.items()),
+        "; ".join(
+            f"a gap sets a group of {_SIDES[name][0]} norms apart: {split.said} {_SIDES[name][1]} ({split.gap})"
+            for name, split in separated.items()
+        ),
     )
 
 

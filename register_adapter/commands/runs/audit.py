@@ -15,6 +15,7 @@ from ...data.images import check_image
 from ...errors import UnsupportedModelError
 from ...utils.staging import staged
 from ...viz import Example, ImageInputError, read_examples, write_page
+from ...viz.page import Origin
 from .inputs import adapter_name, choose_device, load_base, load_images, load_processor, with_adapter
 
 __all__ = ["AuditArguments", "run_audit"]
@@ -85,7 +86,8 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     with staged(args.output_dir) as folder:
         written = {"reports": [report.to_dict() for report in reports]}
         (folder / "audit.json").write_text(json.dumps(written, indent=1, allow_nan=False) + "\n", "utf-8")
-        write_page(folder / "index.html", reports, examples)
+        origin = Origin(args.model, args.images, args.max_images)
+        write_page(folder / "index.html", reports, examples, origin=origin)
     return reports, why_none
 
 

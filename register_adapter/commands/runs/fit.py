@@ -38,7 +38,7 @@ class FitArguments:
     top_block: int | None = None
     num_neurons: int | None = None
     image_sizes: Sequence[int] = ()
-    max_images: int = 256
+    max_images: int | None = None
     batch_size: int | None = None
     device: str | None = None
     strict: bool = False

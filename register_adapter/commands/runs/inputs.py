@@ -18,6 +18,8 @@ from ...testbed import load_image_processor as load_scene_processor
 from ...tuner import load_adapters
 from ...tuner.composed.folder import MANIFEST
 from ...utils.files import check_regular
+from ...utils.hub import find_config
+from ...utils.models import require_model
 from ...utils.shipped import is_shipped
 
 __all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_processor", "with_adapter"]
@@ -39,6 +41,7 @@ def load_base(name: str) -> nn.Module:
     if is_shipped(name):
         named: nn.Module = load_shipped(name)
         return named
+    require_model(name)
     check_regular(name)
     config = transformers.AutoConfig.from_pretrained(name)
     # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
@@ -66,6 +69,7 @@ def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
     if (Path(adapter) / MANIFEST).is_file():
         composed: nn.Module = load_adapters(copied, adapter)
         return composed
+    find_config(adapter, None, {})  # says in one line what is missing
     wrapped: nn.Module = PeftModel.from_pretrained(copied, adapter)
     return wrapped
 

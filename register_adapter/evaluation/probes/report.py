@@ -71,7 +71,7 @@ class ProbeRow:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbeReport:
     """What :func:`register_adapter.artifacts.probe_tokens` found.
 
@@ -110,6 +110,14 @@ class ProbeReport:
     skipped: list[str] = field(default_factory=list)
     definitions: dict[str, str] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What was probed, and the table."""
+        head = (
+            f"<ProbeReport of {self.family}: layer {self.layer} of {self.num_layers - 1}, {self.num_images} images, "
+            f"{self.num_outliers} outliers among {self.num_patches} patches"
+        )
+        return "\n  ".join([head, *(" | ".join(row) for row in (self.header, *self.cells()))]) + ">"
 
     def row(self, tokens: str) -> ProbeRow:
         """The row of one kind of token.

@@ -63,7 +63,7 @@ class Ablation:
     accuracy_change: Estimate | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RegisterReport:
     """What :func:`register_adapter.artifacts.analyse_registers` found.
 
@@ -113,6 +113,11 @@ class RegisterReport:
     skipped: list[str] = field(default_factory=list)
     why_not_zero: str = WHY_NOT_ZERO
     versions: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What was looked at, and drift and ablations."""
+        head = f"<RegisterReport of {self.family}: {len(self.names)} {self.kind} registers, {self.num_images} images"
+        return "\n  ".join([head, *(" | ".join(row) for row in (self.header, *self.cells()))]) + ">"
 
     @property
     def mean_attention(self) -> _Array:

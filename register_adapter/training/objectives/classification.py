@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from ...tuner.peft_model import RegisterPeftModel, add_registers
 from ...utils.files import check_regular
+from ...utils.models import require_model
 from ...utils.shipped import local_folder
 from .base import Batch, Objective
 
@@ -64,6 +65,7 @@ class ClassificationObjective(Objective):
             ValueError: The model has no head of that name; or the checkpoint lacks weights of the tower or of a frozen
                 head, or has them in other shapes.
         """
+        require_model(name_or_path, **kwargs)
         name_or_path = local_folder(name_or_path)
         check_regular(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)

@@ -32,10 +32,10 @@ def _patch_edges(layer: LayerReport) -> tuple[float, ...]:
 
 
 def _log_scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    low, span = math.log(low), math.log(high) - math.log(low)
+    span = math.log(high) - math.log(low)
 
     def place(value: float) -> float:
-        share = (math.log(value) - low) / span
+        share = math.log(max(value, low) / low) / span  # nothing, as of registers that are zero, stands at the start
         return round(start + min(max(share, 0.0), 1.0) * (end - start), 2)
 
     return place
@@ -64,7 +64,7 @@ def _svg(width: int, height: int, label: str, *children: Iterable[Markup] | Mark
 
 
 def histogram(layer: LayerReport, limits: tuple[float, float]) -> Markup:
-    """Histogram of the patch norms of one layer; both axes are logarithmic, the cuts are drawn.
+    """Histogram of the patch norms of one layer; both axes are logarithmic, the thresholds are drawn.
 
     Args:
         layer: What was found there.
@@ -85,8 +85,8 @@ def histogram(layer: LayerReport, limits: tuple[float, float]) -> Markup:
             x = round(left + bar * step, 2)
             yield element("rect", x=x, y=bottom - tall, width=round(step * 0.92, 2), height=tall, class_=kind)
 
-    cuts = [cut for cut in (layer.threshold.low, layer.threshold.high) if limits[0] <= cut <= limits[1]]
-    kind = "cut" if layer.threshold.separated else "cut unsure"
+    thresholds = [norm for norm in (layer.threshold.low, layer.threshold.high) if limits[0] <= norm <= limits[1]]
+    kind = "threshold" if layer.threshold.separated else "threshold unsure"
     marks = [
         element("path", d=f"M{x} {bottom - 1}l4 -8h-8z", class_=f"mark {name}")
         for name in _KINDS
@@ -106,7 +106,7 @@ def histogram(layer: LayerReport, limits: tuple[float, float]) -> Markup:
     if norms is not None and norms.count:
         label += f": median {norms.quantiles['0.5']:.3g}, largest {norms.quantiles['1']:.3g}"
         label += f", {layer.outlier_share:.2%} outliers"
-    lines = [_line(place(cut), top, place(cut), bottom, kind) for cut in cuts]
+    lines = [_line(place(norm), top, place(norm), bottom, kind) for norm in thresholds]
     return _svg(width, height, label, axis, bars(usual, "bar"), bars(outlying, "bar outlier"), lines, marks)
 
 
@@ -135,7 +135,7 @@ def _bars(layer: LayerReport, limits: tuple[float, float]) -> tuple[dict[int, in
 
 
 def norm_profile(report: ArtifactReport) -> Markup:
-    """How the patch norms grow over the layers: median, 1st to 99th percentile, largest, and the cuts."""
+    """How the patch norms grow over the layers: median, 1st to 99th percentile, largest, and the thresholds."""
     width, height, left, right, top, bottom = 640, 250, 54, 12, 12, 214
     layers = [layer for layer in report.layers if (n := layer.norms.get("patch")) is not None and n.count]
     low, high = norm_range(report)
@@ -149,12 +149,12 @@ def norm_profile(report: ArtifactReport) -> Markup:
         return [(x(layer), up(max(layer.norms["patch"].quantiles[name], low))) for layer in layers]
 
     band = [*points("0.99"), *reversed(points("0.01"))]
-    cuts = [
-        _line(x(layer) - 0.4 * across, up(cut), x(layer) + 0.4 * across, up(cut), "cut")
+    thresholds = [
+        _line(x(layer) - 0.4 * across, up(norm), x(layer) + 0.4 * across, up(norm), "threshold")
         for layer in layers
         if layer.threshold.separated
-        for cut in (layer.threshold.low, layer.threshold.high)
-        if low <= cut <= high
+        for norm in (layer.threshold.low, layer.threshold.high)
+        if low <= norm <= high
     ]
     dots = [
         element("circle", cx=at, cy=y, r=3.5, class_="dot outlier" if layer.threshold.separated else "dot")
@@ -168,7 +168,7 @@ def norm_profile(report: ArtifactReport) -> Markup:
             _line(left, up(tick), width - right, up(tick), "grid"),
             _text(left - 6, up(tick) + 4, f"{tick:g}", "end"),
         ]
-    label = f"Patch norms of {report.name} by layer: median, 1st to 99th percentile, largest, cut"
+    label = f"Patch norms of {report.name} by layer: {_norms_seen(layers)}"
     return _svg(
         width,
         height,
@@ -177,7 +177,20 @@ def norm_profile(report: ArtifactReport) -> Markup:
         element("polygon", points=_path(band), class_="band"),
         element("polyline", points=_path(points("0.5")), class_="median"),
         dots,
-        cuts,
+        thresholds,
+    )
+
+
+def _norms_seen(layers: Sequence[LayerReport]) -> str:
+    if not layers:
+        return "no patches"
+    first, last = (layers[place].norms["patch"].quantiles["0.5"] for place in (0, -1))
+    most = max(layers, key=lambda layer: layer.norms["patch"].quantiles["1"])
+    apart = [str(layer.layer) for layer in layers if layer.threshold.separated]
+    return (
+        f"the median goes from {first:.3g} at layer {layers[0].layer} to {last:.3g} at layer {layers[-1].layer}, the "
+        f"largest is {most.norms['patch'].quantiles['1']:.3g} at layer {most.layer}; "
+        + (f"thresholds are drawn at layers {', '.join(apart)}" if apart else "no threshold is drawn")
     )
 
 
@@ -213,8 +226,19 @@ def attention_profile(report: ArtifactReport) -> Markup | None:
         kind = "axis" if share == 0 else "grid"
         axis += [_line(left, y, width - right, y, kind), _text(left - 6, y + 4, f"{share:.0%}", "end")]
     axis.append(_text((left + width) / 2, height - 2, "layer"))
-    label = f"Shares of attention that outliers, CLS, registers and other patches of {report.name} receive, by layer"
+    label = f"Shares of attention by layer in {report.name}: {_shares_seen(shares_by_layer)}"
     return _svg(width, height, label, axis, bars)
+
+
+def _shares_seen(shares_by_layer: Sequence[tuple[int, dict[str, list[float]]]]) -> str:
+    kinds = (("outlier", "outliers"), ("cls", "CLS"), ("register", "registers"), ("other", "other patches"))
+    said = []
+    for kind, words in kinds:
+        means = {place: sum(shares[kind]) / len(shares[kind]) for place, shares in shares_by_layer if shares.get(kind)}
+        if any(means.values()):
+            most = max(means, key=lambda place: means[place])
+            said.append(f"{words} receive at most {means[most]:.1%}, at layer {most}")
+    return "; ".join(said) or "none is received"
 
 
 def _two(value: float) -> float:

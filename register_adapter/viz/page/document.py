@@ -12,8 +12,9 @@ from typing import Any
 from ...artifacts.report import ArtifactReport
 from ...utils.staging import write_text
 from ..examples import Example
+from .advice import Origin, next_step
 from .charts import attention_profile, histogram, norm_profile, norm_range
-from .gallery import highest_norms, image_article, images_note, place_maps
+from .gallery import highest_norms, image_article, images_note, place_maps, ramps
 from .markup import Markup, element, join
 from .tables import (
     Table,
@@ -24,6 +25,8 @@ from .tables import (
     norm_table,
     over_median,
     percent,
+    place_table,
+    rule_table,
     show_table,
 )
 
@@ -35,6 +38,8 @@ _BADGES = {
     "present": ("bad", "▲", "Artifacts at the output"),
     "present inside only": ("warn", "◆", "Artifacts inside only"),
 }
+#: The badge where norms show nothing, and attention does.
+_UNEXPLAINED = ("warn", "◆", "No outlying norms, but a few patches draw most of the attention")
 
 
 def write_page(
@@ -44,6 +49,7 @@ def write_page(
     *,
     title: str = "Artifact audit",
     tables: Sequence[Table] = (),
+    origin: Origin | None = None,
 ) -> Path:
     """Write what an audit found as one self-contained HTML page.
 
@@ -57,6 +63,7 @@ def write_page(
         examples: Images with their maps, from :func:`read_examples`; a handful, for their size is the page's.
         title: Heading of the page.
         tables: Further tables, such as those of probes, shown before the definitions.
+        origin: The model and images as the command line names them, for the commands that the page suggests.
 
     Returns:
         The path of the file.
@@ -67,7 +74,8 @@ def write_page(
     several = [reports] if isinstance(reports, ArtifactReport) else list(reports)
     if not several:
         raise ValueError("no report to show: reports is empty")
-    sections = [_verdicts(several), *(_model(number, report) for number, report in enumerate(several, 1))]
+    models = (_model(number, report) for number, report in enumerate(several, 1))
+    sections = [_verdicts(several, origin or Origin()), *models]
     if examples:
         sections.append(_images(examples))
     if tables:
@@ -96,7 +104,7 @@ def _document(
         element("meta", name="generator", content="register-adapter"),
         element("link", rel="icon", href="data:,"),
         element("title", title),
-        element("style", Markup(style)),
+        element("style", Markup(style + ramps())),
     )
     first = reports[0]
     told = [
@@ -119,14 +127,14 @@ def _section(name: str, heading: str, *children: Any) -> Markup:
     return element("section", element("h2", heading), *children, id=name)
 
 
-def _verdicts(reports: Sequence[ArtifactReport]) -> Markup:
-    cards = element("div", [_card(report) for report in reports], class_="cards")
+def _verdicts(reports: Sequence[ArtifactReport], origin: Origin) -> Markup:
+    cards = element("div", [_card(report, origin) for report in reports], class_="cards")
     side_by_side = show_table(model_table(reports)) if len(reports) > 1 else None
     return _section("verdict", "Verdict", cards, side_by_side)
 
 
-def _card(report: ArtifactReport) -> Markup:
-    kind, sign, words = _BADGES[report.verdict]
+def _card(report: ArtifactReport, origin: Origin) -> Markup:
+    kind, sign, words = _UNEXPLAINED if report.unexplained else _BADGES[report.verdict]
     badge = element("p", element("span", sign, aria_hidden="true"), f" {words}", class_="badge")
     last, largest = report.layers[-1], over_median(report.layers[-1])
     grid = " × ".join(map(str, report.grid)) if report.grid else "unknown"
@@ -135,6 +143,7 @@ def _card(report: ArtifactReport) -> Markup:
         ("images with outliers", percent(last.images_with_outliers)[1]),
         ("largest norm / median", f"{largest:.1f} ×" if largest is not None else "–"),
         ("separate from layer", "–" if report.first_layer is None else str(report.first_layer)),
+        ("most attention to few patches", _attention(report)),
         ("registers", _registers(report)),
         ("family, patches", f"{report.family}, {grid}"),
     ]
@@ -145,8 +154,17 @@ def _card(report: ArtifactReport) -> Markup:
         badge,
         element("p", report.reason, class_="reason"),
         element("dl", listed, class_="figures"),
+        next_step(report, origin),
         class_=f"card {kind}",
     )
+
+
+def _attention(report: ArtifactReport) -> str:
+    layer = report.most_gathered
+    if layer is None or layer.gathered is None:
+        return "–"
+    gathered = layer.gathered
+    return f"{gathered.attention:.0%} to {gathered.patches:.2%}, block {layer.layer}" if gathered.attention else "none"
 
 
 def _registers(report: ArtifactReport) -> str:
@@ -162,9 +180,12 @@ def _model(number: int, report: ArtifactReport) -> Markup:
         for layer in report.layers
     ]
     heads = head_table(report)
-    tables = [norm_table(report), channel_table(report), *([heads] if heads is not None else [])]
+    tables = [rule_table(report), place_table(report), norm_table(report), channel_table(report)]
+    tables += [heads] if heads is not None else []
     more = element(
-        "details", element("summary", "Quantiles, massive channels, attention by head"), map(show_table, tables)
+        "details",
+        element("summary", "What the rule says, places, attention, quantiles, massive channels, heads"),
+        map(show_table, tables),
     )
     return _section(
         f"model-{number}",
@@ -180,15 +201,15 @@ def _model(number: int, report: ArtifactReport) -> Markup:
     )
 
 
-_PROFILE = (("median", "median"), ("band", "1st to 99th percentile"), ("dot", "largest"), ("cut", "cut"))
+_PROFILE = (("median", "median"), ("band", "1st to 99th percentile"), ("dot", "largest"), ("threshold", "threshold"))
 _SHARES = (("outlier", "outliers"), ("cls", "CLS"), ("register", "registers"), ("other", "other patches"))
 _HISTOGRAM = (
-    *(("usual", "patches"), ("outlier", "outliers"), ("cut", "cut")),
+    *(("usual", "patches"), ("outlier", "outliers"), ("threshold", "threshold")),
     *(("mark cls", "median of CLS"), ("mark register", "median of registers")),
 )
 _AXES = (
-    "Both axes are logarithmic; all layers share the axis of norms. A pale cut is one that the rule does not hold to "
-    "separate two kinds of tokens."
+    "Both axes are logarithmic; all layers share the axis of norms. A pale threshold is one that the rule does not "
+    "hold to separate two kinds of tokens."
 )
 
 

@@ -12,23 +12,59 @@ from ..colours import COLOUR_MAPS, coloured, data_url
 from ..examples import Example
 from ..maps import ImageMaps
 from .markup import Markup, element
+from .seen import colours_seen, peak_seen
 
-__all__ = ["image_article", "images_note", "place_maps"]
+__all__ = ["image_article", "images_note", "place_maps", "ramps"]
 
 #: Layers that a row of norm maps shows, at most.
 _LAYERS = 26
+#: How shares are written.
+_SHARE = ".2%"
 
 
-def _tile(pixels: Any, alt: str, words: str, kind: str = "map", photograph: bool = False) -> Markup:
+def _tile(pixels: Any, alt: str, words: str) -> Markup:
+    """A photograph."""
     height, width = pixels.shape[:2]
-    image = element("img", src=data_url(pixels, photograph), alt=alt, width=width, height=height, class_=kind)
+    image = element("img", src=data_url(pixels, True), alt=alt, width=width, height=height, class_="photo")
     return element("figure", image, element("figcaption", words), class_="tile")
 
 
+def _colours(pixels: Any, alt: str, words: str) -> Markup:
+    """A map that is in colours already."""
+    height, width = pixels.shape[:2]
+    image = element("img", src=data_url(pixels), alt=alt, width=width, height=height, class_="map")
+    return element("figure", image, element("figcaption", words), class_="tile")
+
+
+def _map(values: Any, colour_map: str, what: str, words: str, high: float | None = None, form: str = ".3g") -> Markup:
+    """A map of numbers, its colour bar, and what is seen on it."""
+    array = np.asarray(values)
+    height, width = array.shape
+    top = float(np.nan_to_num(array, posinf=0.0, neginf=0.0).max()) if high is None else high
+    image = element(
+        "img",
+        src=data_url(coloured(array, colour_map, top)),
+        alt=f"{what}: {peak_seen(array, form)}",
+        width=width,
+        height=height,
+        class_="map",
+    )
+    ramp = element("span", class_=f"ramp {colour_map}")
+    bar = element("span", "0", ramp, f"{top:{form}}", class_="range", aria_hidden="true")
+    return element("figure", image, bar, element("figcaption", words), class_="tile")
+
+
+def ramps() -> str:
+    """The style of colour bars, for the head of a page."""
+    rules = [
+        f".ramp.{name} {{ background: linear-gradient(90deg, {', '.join(f'#{colour}' for colour in colours)}); }}"
+        for name, colours in COLOUR_MAPS.items()
+    ]
+    return "\n".join(rules) + "\n"
+
+
 def _scale(colour_map: str, words: str) -> Markup:
-    stops = ", ".join(f"#{colour}" for colour in COLOUR_MAPS[colour_map])
-    bar = element("span", class_="ramp", style=f"background: linear-gradient(90deg, {stops})")
-    return element("span", bar, words, class_="scale")
+    return element("span", element("span", class_=f"ramp {colour_map}"), words, class_="scale")
 
 
 def images_note(examples: Sequence[Example]) -> Markup:
@@ -41,7 +77,7 @@ def images_note(examples: Sequence[Example]) -> Markup:
         parts.append(f"Attention of CLS to the patches in {block}, mean over heads.")
     if whose - {"CLS"}:
         parts.append(f"Without a CLS: the attention that a patch receives in {block}, mean over all queries and heads.")
-    parts.append("Each attention map is scaled to its own largest value.")
+    parts.append("Each attention map is scaled to its own largest value, which its colour bar names.")
     norm = "behind" if shown.normed else "before"
     parts.append(
         f"PCA colours: the first three principal components of the patch tokens of {block}, {norm} the final LayerNorm"
@@ -60,7 +96,8 @@ def image_article(example: Example, highest: Sequence[float]) -> Markup:
         example: The image and its maps.
         highest: Upper end of the scale of norms at every layer.
     """
-    image = _tile(example.image, f"The image {example.name}", example.name, "photo", photograph=True)
+    height, width = example.image.shape[:2]
+    image = _tile(example.image, f"The image {example.name}, {width} × {height} pixels", example.name)
     rows = [
         element(
             "div", element("h4", name), element("div", _overview(name, maps, highest), class_="tiles"), class_="row"
@@ -92,26 +129,26 @@ def _details(title: str, example: Example, tiles: Any) -> Markup:
 def _overview(name: str, maps: ImageMaps, highest: Sequence[float]) -> Iterator[Markup]:
     last = len(maps.norms) - 1
     query = "CLS attention" if maps.query == "CLS" else "attention received"
-    yield _tile(coloured(maps.attention.mean(0), "inferno"), f"{query} under {name}, mean over heads", query)
+    yield _map(maps.attention.mean(0), "inferno", f"{query} under {name}, mean over heads", query, form=_SHARE)
     if maps.colours is not None:
         colours = np.rint(maps.colours * 255).astype(np.uint8)
-        yield _tile(colours, f"Principal components under {name} as colours", "PCA colours")
-    shown = coloured(maps.norms[last], "viridis", highest[last])
-    yield _tile(shown, f"Patch norms under {name} at layer {last}", f"norms, 0 – {highest[last]:.3g}")
+        seen = colours_seen(maps.colours)
+        yield _colours(colours, f"Principal components under {name} as colours: {seen}", "PCA colours")
+    yield _map(maps.norms[last], "viridis", f"Patch norms under {name} at layer {last}", "norms", highest[last])
     for label, values in zip(maps.register_names, maps.registers, strict=True):
-        yield _tile(coloured(values, "inferno"), f"Attention of {label} under {name}", label)
+        yield _map(values, "inferno", f"Attention of {label} under {name}", label, form=_SHARE)
 
 
 def _heads(name: str, maps: ImageMaps) -> Iterator[Markup]:
-    yield _tile(coloured(maps.attention.mean(0), "inferno"), f"Attention under {name}, mean over heads", "mean")
+    yield _map(maps.attention.mean(0), "inferno", f"Attention under {name}, mean over heads", "mean", form=_SHARE)
     for head, values in enumerate(maps.attention):
-        yield _tile(coloured(values, "inferno"), f"Attention of head {head} under {name}", f"head {head}")
+        yield _map(values, "inferno", f"Attention of head {head} under {name}", f"head {head}", form=_SHARE)
 
 
 def _layers(name: str, maps: ImageMaps, highest: Sequence[float]) -> Iterator[Markup]:
     for layer in _spread(len(maps.norms)):
-        shown = coloured(maps.norms[layer], "viridis", highest[layer])
-        yield _tile(shown, f"Patch norms under {name} at layer {layer}", f"{layer}: 0 – {highest[layer]:.3g}")
+        what = f"Patch norms under {name} at layer {layer}"
+        yield _map(maps.norms[layer], "viridis", what, f"layer {layer}", highest[layer])
 
 
 def _spread(count: int) -> list[int]:
@@ -135,10 +172,13 @@ def place_maps(report: ArtifactReport) -> Markup | None:
         return None
     high = max(float(np.max(layer.position_map)) for layer in layers if layer.position_map is not None)
     tiles = [
-        _tile(
-            coloured(np.asarray(layer.position_map), "viridis", high),
-            f"Where outliers fall at layer {layer.layer}, at most in {np.max(np.asarray(layer.position_map)):.1%}",
+        _map(
+            np.asarray(layer.position_map),
+            "viridis",
+            f"Share of the images with an outlier, by place, at layer {layer.layer}",
             f"layer {layer.layer}",
+            high,
+            _SHARE,
         )
         for layer in layers
     ]

@@ -19,6 +19,8 @@ __all__ = [
     "norm_table",
     "over_median",
     "percent",
+    "place_table",
+    "rule_table",
     "show_table",
 ]
 
@@ -126,38 +128,75 @@ def model_table(reports: Sequence[ArtifactReport]) -> Table:
     return Table("Models side by side", columns, rows)
 
 
+_LAYERS = (
+    "Layer 0 is the input of the first block, layer i + 1 the output of block i. Norms: L2, before the final LayerNorm."
+)
+_ATTENTION = "Attention: of all queries, mean over heads, in the block that reads these tokens."
+
+
 def layer_table(report: ArtifactReport) -> Table:
-    """One row per layer."""
+    """One row per layer: the norms, the threshold, and what lies beyond it."""
     rows = []
     for layer in report.layers:
         norms = layer.norms.get("patch")
         median = norms.quantiles["0.5"] if norms is not None and norms.count else None
-        similarity, border = layer.similarity or {}, layer.border_distance or {}
-        attention = _mean_shares(layer)
+        gathered = layer.gathered.attention if layer.gathered is not None else None
         rows.append(
             [
-                *(layer.layer, median, _times(over_median(layer))),
-                *(layer.threshold.low or None, layer.threshold.high, "yes" if layer.threshold.separated else "no"),
-                *(percent(layer.outlier_share), percent(layer.low_share), percent(layer.images_with_outliers)),
+                *(layer.layer, median, _times(over_median(layer)), _threshold(layer)),
+                *(percent(layer.outlier_share), percent(layer.images_with_outliers)),
                 (layer.per_image_mean, f"{layer.per_image_mean:.2f} ± {layer.per_image_std:.2f}"),
-                *(layer.recurrence, similarity.get("outlier"), similarity.get("other")),
-                *(border.get("outlier"), border.get("other")),
-                *(percent(attention.get(name)) for name in ("outlier", "cls", "register", "other")),
-                percent(_mean_shares(layer, of_cls=True).get("outlier")),
-                layer.threshold.reason,
+                *(percent(_mean_shares(layer).get("outlier")), percent(gathered)),
             ]
         )
     columns = (
-        *("layer", "median norm", "largest /\u00a0median", "low cut", "high cut", "separated"),
-        *("outliers", "of low norm", "images with outliers", "outliers per image", "recurrence of places"),
-        *("similarity, outliers", "similarity, others", "border distance, outliers", "border distance, others"),
-        *("attention to outliers", "attention to CLS", "attention to registers", "attention to others"),
-        *("attention of CLS to outliers", "what the rule says"),
+        *("layer", "median norm", "largest /\u00a0median", "threshold", "outliers", "images with outliers"),
+        *("outliers per image", "attention to outliers", "attention to few patches"),
     )
-    bars = frozenset({"outliers", "images with outliers", *columns[-6:-1]})
-    note = "Layer 0 is the input of the first block, layer i + 1 the output of block i. Norms: L2, before the final "
-    note += "LayerNorm. Attention: of all queries, mean over heads, in the block that reads these tokens."
+    bars = frozenset({"outliers", "images with outliers", *columns[-2:]})
+    note = f"{_LAYERS} A threshold in brackets does not separate two groups of patches. {_ATTENTION} To few patches: "
+    note += "to those that each receive at least five times an even share."
     return Table("Layer by layer", columns, rows, note, bars)
+
+
+def _threshold(layer: LayerReport) -> tuple[float | None, str]:
+    low, high = layer.threshold.low, layer.threshold.high
+    lines = [f"< {low:.3g}"] if low else []
+    lines += [f"> {high:.3g}"] if math.isfinite(high) else []
+    if not lines:
+        return None, _MISSING
+    words = ", ".join(lines)
+    return (high if math.isfinite(high) else low), words if layer.threshold.separated else f"({words})"
+
+
+def rule_table(report: ArtifactReport) -> Table:
+    """What the rule says about every layer, in words."""
+    rows = [
+        [layer.layer, "yes" if layer.threshold.separated else "no", layer.threshold.reason] for layer in report.layers
+    ]
+    return Table("What the rule says", ("layer", "two groups", "why"), rows, f"Rule {report.rule}.")
+
+
+def place_table(report: ArtifactReport) -> Table:
+    """Where outliers are, what their surroundings are like, and who receives the attention."""
+    rows = []
+    for layer in report.layers:
+        similarity, border = layer.similarity or {}, layer.border_distance or {}
+        shares = _mean_shares(layer)
+        rows.append(
+            [
+                *(layer.layer, percent(layer.low_share), layer.recurrence),
+                *(similarity.get("outlier"), similarity.get("other"), border.get("outlier"), border.get("other")),
+                *(percent(shares.get(name)) for name in ("cls", "register", "other")),
+                percent(_mean_shares(layer, of_cls=True).get("outlier")),
+            ]
+        )
+    columns = (
+        *("layer", "outliers of low norm", "recurrence of places", "similarity, outliers", "similarity, others"),
+        *("border distance, outliers", "border distance, others", "attention to CLS", "attention to registers"),
+        *("attention to others", "attention of CLS to outliers"),
+    )
+    return Table("Places and attention", columns, rows, f"{_LAYERS} {_ATTENTION}", frozenset(columns[-4:]))
 
 
 def _mean_shares(layer: LayerReport, of_cls: bool = False) -> dict[str, float]:

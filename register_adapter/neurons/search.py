@@ -1,0 +1,140 @@
+"""One pass over images that answers two questions: what the audit says of them, and which units write the outliers.
+
+The audit's answer takes all images, and ranking needs it. So that one pass is enough, the first images say which
+outliers to expect, and the others are ranked by that while the audit goes on. Where the answer differs in the end, the
+images that were kept are ranked anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..artifacts.auditing import attention_in_words, build_report
+from ..artifacts.rules.rules import Rule
+from ..artifacts.rules.threshold import Threshold
+from ..artifacts.statistics import Statistics
+from ..errors import NoArtifactsError, RegisterAdapterError
+from ..towers.tower import Tower
+from .parts import Parts
+from .scores import Neuron, NeuronScores, pool
+from .views import View
+
+__all__ = ["Search"]
+
+#: Lines that differ by less than this factor lie in the same gap between norms.
+_NEAR = 1.2
+
+
+class Search:
+    """The search for outliers and for the units that write them.
+
+    Args:
+        tower: The vision tower, without registers.
+        sizes: Sides in pixels to which images are resized, ``None`` for the images as they come.
+        rule: The audit's rule.
+        rule_called: Its name.
+        by_hand: Layer to a threshold that is given and not found.
+        top_block: Index of the last block to look at; ``None``: the one behind which outliers appear.
+        most: Number of units to find.
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        sizes: Sequence[int | None],
+        rule: Rule,
+        rule_called: str,
+        by_hand: dict[int, Threshold],
+        top_block: int | None,
+        most: int,
+    ) -> None:
+        self.tower, self.rule, self.rule_called = tower, rule, rule_called
+        self.by_hand, self.top_block, self.most = by_hand, top_block, most
+        #: Number of images on which units are ranked, and why the first size has outliers or none.
+        self.num_ranked, self._reason = 0, ""
+        self._views = [View(tower, size, Statistics(tower, attentions=False)) for size in sizes]
+
+    def run(self, parts: Parts) -> tuple[list[View], int, list[Neuron]]:
+        """Look at all images.
+
+        Returns:
+            The sizes at which there are outliers, with the thresholds there; the last block to look at; and the units
+            that add most to the outliers over all of them, the first first.
+
+        Raises:
+            NoArtifactsError: The audit finds no outliers in these images.
+            RegisterAdapterError: It does, but not in those that rank units.
+            ValueError: Outliers do not separate behind the block that was chosen.
+        """
+        for batch in [*parts.first, *parts.held_out]:
+            for view in self._views:
+                view.look(batch)
+        expected = self._separating()
+        scores = self._scores(expected)
+        for batch in parts.others():
+            for view in self._views:
+                view.look(batch, scores.get(view.size))
+        views = self._separating()
+        if not views:
+            raise NoArtifactsError(self._nothing(parts))
+        top = self._top(views)
+        if not parts.num_others or not _as_expected(scores, views, top):
+            scores = {view.size: NeuronScores(self.tower, view.threshold_behind(top), top) for view in views}
+            for batch in parts.first:
+                for view in views:
+                    scores[view.size].add(view.resized(batch))
+        self.num_ranked = scores[views[0].size].num_images
+        ranking = [view_scores for view_scores in scores.values() if view_scores.num_outliers]
+        if not ranking:
+            raise RegisterAdapterError(
+                f"of {parts.num_images} images, the {self.num_ranked} on which units are ranked have no outlier behind "
+                f"block {top} ({views[0].threshold_behind(top)}): give more images, or others first"
+            )
+        return views, top, pool([view_scores.ranked(self.most) for view_scores in ranking], self.most)
+
+    def _separating(self) -> list[View]:
+        """The views with outliers in all images so far."""
+        judged = [view.judged(self.rule, self.by_hand) for view in self._views]
+        self._reason = judged[0].reason
+        return [view for view in judged if view.thresholds]
+
+    def _top(self, views: list[View]) -> int:
+        return self.top_block if self.top_block is not None else max(min(view.thresholds) for view in views) - 1
+
+    def _scores(self, views: list[View]) -> dict[int | None, NeuronScores]:
+        """What will rank units at each size; nothing while it is not clear what to rank by."""
+        top = self._top(views) if views else -1
+        return {
+            view.size: NeuronScores(self.tower, view.thresholds[top + 1], top)
+            for view in views
+            if top + 1 in view.thresholds
+        }
+
+    def _nothing(self, parts: Parts) -> str:
+        """Why there is nothing to fit, and whether patches of the kept images draw attention all the same."""
+        statistics = Statistics(self.tower)
+        with statistics.attach():
+            for batch in [*parts.first, *parts.held_out]:
+                self.tower.run(self._views[0].resized(batch))
+        report = replace(build_report(statistics, self.rule, self.rule_called, ""), verdict="none")
+        who = type(self.tower.module).__name__
+        said = (
+            f"{who} may have artifacts that its norms do not show: the rule {self.rule_called!r} finds none"
+            if report.unexplained
+            else f"{who} needs no registers: the rule {self.rule_called!r} finds no artifacts"
+        )
+        return (
+            f"{said} on {parts.num_images} images. {self._reason} On {statistics.num_images} of them: "
+            f"{attention_in_words(report)} Nothing was changed. To go on all the same, give threshold= and top_block=."
+        )
+
+
+def _as_expected(scores: dict[int | None, NeuronScores], views: list[View], top: int) -> bool:
+    """Whether units were ranked by the outliers that the audit names in the end, or by nearly those."""
+    return set(scores) == {view.size for view in views} and all(
+        scores[view.size].top == top
+        and top + 1 in view.thresholds
+        and scores[view.size].threshold.near(view.thresholds[top + 1], _NEAR)
+        for view in views
+    )

@@ -1,0 +1,64 @@
+"""Whether there is a model of a name at all, said in one line before any library tries to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from .hub import HubAccessError, hub_errors
+from .shipped import is_shipped
+
+__all__ = ["require_model"]
+
+_CONFIG = "config.json"
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+def require_model(name: str, **options: Any) -> None:
+    """Check that ``name`` is a folder with a model of transformers, or the name of one on the Hub or in its cache.
+
+    Args:
+        name: Folder or name.
+        options: As for ``from_pretrained``; those that concern the Hub count.
+
+    Raises:
+        HubAccessError: There is none, or it cannot be read; the message is one line and says what to do.
+    """
+    if is_shipped(name) or (Path(name) / _CONFIG).is_file():
+        return
+    if Path(name).is_dir():
+        raise HubAccessError(f"no model in the folder {name!r}: it has no {_CONFIG}")
+    hub = {key: options[key] for key in _HUB if options.get(key) is not None}
+    try:
+        with hub_errors(name, hub.get("revision"), hub.get("token")):
+            hf_hub_download(name, _CONFIG, **hub)
+    except EntryNotFoundError as error:
+        raise HubAccessError(f"no model in the repository {name!r}: it has no {_CONFIG}") from error
+    except HubAccessError as error:
+        cause = error.__cause__
+        if isinstance(cause, HFValidationError):
+            why = "there is no such folder, and a name on the Hub is 'user/model'. Check the name"
+        elif isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) and _offline(cause):
+            why = (
+                "there is no such folder, it is not in the local cache, and offline mode is set (HF_HUB_OFFLINE or "
+                "local_files_only). Check the name, or go online"
+            )
+        elif isinstance(cause, RepositoryNotFoundError):
+            why = "there is no such folder, and the Hub shows no repository of that name. Check the name"
+        else:
+            raise
+        raise HubAccessError(f"no model {name!r}: {why}") from error
+
+
+def _offline(error: BaseException) -> bool:
+    """Whether it was not tried to reach the Hub, and not in vain."""
+    return isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled | type(None))
