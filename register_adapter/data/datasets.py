@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from tqdm.auto import tqdm
 
+from .augmentation import AUGMENTATIONS, Augmentation
 from .images import ImageFileError, check_image, image_name, load_image, walk_files
 
 __all__ = [
@@ -49,6 +50,13 @@ class DataArguments:
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many evaluation images only."})
+    augmentation: str = field(
+        default="none",
+        metadata={
+            "help": "Random changes to training images, such as crop,flip: none, or some of "
+            f"{', '.join(AUGMENTATIONS)}, with commas between them."
+        },
+    )
     verify: Literal["full", "header", "none"] = field(
         default="full",
         metadata={"help": "Before training decode every image (full), read its header only (header), or trust it."},
@@ -73,6 +81,15 @@ class DataArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.verify not in ("full", "header", "none"):
             raise ValueError(f"--verify must be full, header or none, got {self.verify!r}")
+        self.make_augmentation()
+
+    def make_augmentation(self, seed: int = 0) -> Augmentation | None:
+        """The augmentation of the training images, ``None`` without one.
+
+        Raises:
+            ValueError: ``augmentation`` has an unknown name.
+        """
+        return None if self.augmentation == "none" else Augmentation(self.augmentation, seed)
 
 
 class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -82,14 +99,23 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": image, "label": int}``; an
             image is whatever :func:`register_adapter.data.load_image` reads.
         image_processor: A transformers image processor.
+        augmentation: Random changes to an image before it is processed; they depend on the item's number and on the
+            epoch that :meth:`set_epoch` was called with. Default: none.
 
     Raises:
         ImageFileError: On reading an item whose image is bad.
         ValueError: On reading an item without a label.
     """
 
-    def __init__(self, dataset: Any, image_processor: Callable[..., Any]) -> None:
-        self.dataset, self.image_processor = dataset, image_processor
+    def __init__(
+        self, dataset: Any, image_processor: Callable[..., Any], augmentation: Augmentation | None = None
+    ) -> None:
+        self.dataset, self.image_processor, self.augmentation = dataset, image_processor, augmentation
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next items belong to; it changes nothing but the augmentation."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -100,6 +126,8 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if label is None or label < 0:
             raise ValueError(f"item {index} ({image_name(item['image'])}) has no label (found {label!r})")
         image = load_image(item["image"], _item_name(item["image"], index))
+        if self.augmentation is not None:
+            image = self.augmentation(image, self.epoch, index)
         pixels = self.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": int(label)}
 
