@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from command_line import run
+from command_line import call, run
 from peft import AutoPeftModel
 from PIL import Image
 from safetensors import safe_open
 
+from register_adapter.commands.demo import print_demo
+from register_adapter.commands.runs.spread import combine_runs
 from register_adapter.testbed import SceneDataset, load_image_processor
 
 pytestmark = pytest.mark.slow
@@ -111,3 +114,62 @@ def test_wrong_arguments_end_in_one_clear_line(arguments, message, tmp_path):
     said = run("demo", "--out", str(tmp_path / "out"), *(a.format(tmp=tmp_path) for a in arguments), ok=False)
     assert message in said
     assert "Traceback" not in said
+
+
+def test_numbers_are_counted_and_every_line_has_an_accuracy(tmp_path, capfd, monkeypatch):
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=80, patch_size=8
+    )
+    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "model")
+    load_image_processor().save_pretrained(tmp_path / "model")
+    SceneDataset(40, size=40, seed=2, split=None).write(tmp_path / "images")
+
+    def load_here(folder, pixel_values):
+        with torch.no_grad():
+            return AutoPeftModel.from_pretrained(folder).eval()(pixel_values=pixel_values).logits
+
+    monkeypatch.setattr("register_adapter.commands.runs.demo.logits_in_fresh_process", load_here)
+    given = ("--model", str(tmp_path / "model"), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"))
+    given += ("--max-train-steps", "2", "--num-registers", "2", "--batch-size", "4", "--seeds", "2")
+    assert call(monkeypatch, "demo", *given, "--seed", "3") == 0
+    said = capfd.readouterr().out
+    report = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert report["eval_images"] == 6
+    assert "6 held-out images, seeds 3 to 4: mean (least to largest)" in " ".join(said.split())
+    for row in report["rows"]:
+        values = [line["accuracy"] for run in report["runs"] for line in run["rows"] if line["arm"] == row["arm"]]
+        assert row["num_seeds"] == len(values) == 2
+        assert row["ranges"]["accuracy"] == [min(values), max(values)]
+        assert row["accuracy"] == pytest.approx(sum(values) / 2)
+    assert [run["arguments"]["seed"] for run in report["runs"]] == [3, 4]
+    assert (tmp_path / "out" / "seed-4" / "before_after.png").is_file()
+
+
+def report_of(**rows):
+    """A report with shares of outliers alone."""
+    values = {"accuracy": 0.5, "largest_norm": 1.0, "patch_drift": None, "cls_drift": None}
+    lines = [{"arm": arm, "name": arm, "outlier_share": share, **values} for arm, share in rows.items()]
+    return {
+        "rows": lines,
+        "eval_images": 3,
+        "trains_head": False,
+        "adapter_bytes": 1,
+        "reload_identical": True,
+        "arguments": {"seed": 0, "num_eval_images": 256},
+        "written": [],
+    }
+
+
+def test_what_is_printed_of_one_seed_and_of_three(capsys):
+    reports = [report_of(before=0.1, control=0.1, trained=share) for share in (0.001, 0.02, 0.05)]
+    print_demo(reports[0], "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 held-out images, seed 0" in said
+    assert "256" not in said
+    assert "trained registers leave 1%, random ones 100%." in said
+    assert "This is one seed" in said
+    print_demo(combine_runs(reports) | {"arguments": {"seed": 0}, "written": []}, "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trained registers leave 1% to 50%, random ones 100%. Trained registers alone do not repair" in said
+    assert "2.37% (0.10% to 5.00%)" in said
+    assert "one seed" not in said

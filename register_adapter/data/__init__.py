@@ -1,11 +1,14 @@
 """Images from wherever they are: single files, batches for a tower, labelled data sets."""
 
+from .augmentation import AUGMENTATIONS, Augmentation
 from .batches import ImageBatches, list_images
 from .datasets import Data, DataArguments, ProcessedDataset, load_data, read_image_folder
 from .images import ImageFileError, check_image, load_image
 from .processors import load_image_processor
 
 __all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
     "Data",
     "DataArguments",
     "ImageBatches",

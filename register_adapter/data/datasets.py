@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..utils.files import check_regular
 from ..utils.text import path_text, printable
+from .augmentation import AUGMENTATIONS, Augmentation
 from .images import ImageFileError, check_image, image_name, load_image, walk_files
 from .processing import process_image
 
@@ -52,6 +53,13 @@ class DataArguments:
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many evaluation images only."})
+    augmentation: str = field(
+        default="none",
+        metadata={
+            "help": "Random changes to training images, such as crop,flip: none, or some of "
+            f"{', '.join(AUGMENTATIONS)}, with commas between them."
+        },
+    )
     verify: Literal["full", "header", "none"] = field(
         default="full",
         metadata={"help": "Before training decode every image (full), read its header only (header), or trust it."},
@@ -76,6 +84,15 @@ class DataArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.verify not in ("full", "header", "none"):
             raise ValueError(f"--verify must be full, header or none, got {self.verify!r}")
+        self.make_augmentation()
+
+    def make_augmentation(self, seed: int = 0) -> Augmentation | None:
+        """The augmentation of the training images, ``None`` without one.
+
+        Raises:
+            ValueError: ``augmentation`` has an unknown name.
+        """
+        return None if self.augmentation == "none" else Augmentation(self.augmentation, seed)
 
 
 class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -85,14 +102,23 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": image, "label": int}``; an
             image is whatever :func:`register_adapter.data.load_image` reads.
         image_processor: A transformers image processor.
+        augmentation: Random changes to an image before it is processed; they depend on the item's number and on the
+            epoch that :meth:`set_epoch` was called with. Default: none.
 
     Raises:
         ImageFileError: On reading an item whose image is bad.
         ValueError: On reading an item without a label.
     """
 
-    def __init__(self, dataset: Any, image_processor: Callable[..., Any]) -> None:
-        self.dataset, self.image_processor = dataset, image_processor
+    def __init__(
+        self, dataset: Any, image_processor: Callable[..., Any], augmentation: Augmentation | None = None
+    ) -> None:
+        self.dataset, self.image_processor, self.augmentation = dataset, image_processor, augmentation
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next items belong to; it changes nothing but the augmentation."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -103,7 +129,10 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if label is None or label < 0:
             raise ValueError(f"item {index} ({image_name(item['image'])}) has no label (found {label!r})")
         name = _item_name(item["image"], index)
-        made = process_image(self.image_processor, load_image(item["image"], name), name)
+        image = load_image(item["image"], name)
+        if self.augmentation is not None:
+            image = self.augmentation(image, self.epoch, index)
+        made = process_image(self.image_processor, image, name)
         pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
         return {"pixel_values": pixels[0], "labels": int(label)}
 

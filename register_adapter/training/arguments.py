@@ -54,7 +54,16 @@ class TrainArguments:
         None, "A checkpoint's folder, or 'latest' (starts anew if there is none)."
     )
     checkpoints_total_limit: int | None = _knob(None, "Keep this many checkpoints, the newest.")
-    overwrite_output_dir: bool = _knob(False, "Delete an earlier run's checkpoints in output_dir.")
+    overwrite_output_dir: bool = _knob(False, "Write over an earlier run in output_dir; its checkpoints are deleted.")
+    eval_steps: int | str | None = _knob(
+        None, "Evaluate every so many optimiser steps and after each epoch, or 'epoch' for the latter alone."
+    )
+    load_best_model_at_end: bool = _knob(False, "Save the adapter of the best evaluation, not the last one.")
+    metric_for_best_model: str = _knob("loss", "What is best: a metric of the evaluation, such as loss or accuracy.")
+    greater_is_better: bool | None = _knob(
+        None, "Whether more of that metric is better; by default it is, but for a loss."
+    )
+    early_stopping_patience: int | None = _knob(None, "Stop after this many evaluations in a row without a new best.")
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
     report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
@@ -65,19 +74,20 @@ class TrainArguments:
     hub_private: bool | None = _knob(None, "Make a new repository private.")
 
     def __post_init__(self) -> None:
-        steps = self.checkpointing_steps
-        if isinstance(steps, str) and steps != "epoch":
-            if not steps.isdecimal():
-                raise ValueError(f"checkpointing_steps must be a number of steps or 'epoch', got {steps!r}")
-            self.checkpointing_steps = int(steps)
+        for name in ("checkpointing_steps", "eval_steps"):
+            steps = getattr(self, name)
+            if isinstance(steps, str) and steps != "epoch":
+                if not steps.isdecimal():
+                    raise ValueError(f"{name} must be a number of steps or 'epoch', got {steps!r}")
+                setattr(self, name, int(steps))
+            if steps != "epoch":
+                self._check(name, int, 1, optional=True)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             self._check(name, int, 1)
         for name in ("num_train_epochs", "logging_steps"):
             self._check(name, int, 1)
-        for name in ("max_train_steps", "checkpoints_total_limit"):
+        for name in ("max_train_steps", "checkpoints_total_limit", "early_stopping_patience"):
             self._check(name, int, 1, optional=True)
-        if self.checkpointing_steps != "epoch":
-            self._check("checkpointing_steps", int, 1, optional=True)
         for name in ("num_warmup_steps", "seed", "dataloader_num_workers"):
             self._check(name, int, 0)
         for name in ("learning_rate", "weight_decay"):
@@ -94,6 +104,12 @@ class TrainArguments:
         for name in ("checkpointing_steps", "resume_from_checkpoint", "with_tracking", "push_to_hub"):
             if getattr(self, name) and self.output_dir is None:
                 raise ValueError(f"{name} needs an output_dir to write to")
+
+    @property
+    def evaluates_every(self) -> int | str | None:
+        """``eval_steps``, or ``"epoch"`` where the best model or an early stop is wanted without it."""
+        selects = self.load_best_model_at_end or self.early_stopping_patience is not None
+        return self.eval_steps or ("epoch" if selects else None)
 
     def _check(self, name: str, kind: Any, least: float, optional: bool = False) -> None:
         value = getattr(self, name)

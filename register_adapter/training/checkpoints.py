@@ -13,6 +13,8 @@ import pickle
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import RegisterAdapterError
@@ -29,11 +32,26 @@ from ..utils.adapter_file import read_tensors
 from ..utils.files import open_regular, read_text
 from ..utils.staging import scratch_folder
 
-__all__ = ["CheckpointError", "TrainState", "adapter_weights", "find", "find_all", "load", "load_adapter", "remove_all"]
+__all__ = [
+    "CheckpointError",
+    "TrainState",
+    "adapter_weights",
+    "copy_weights",
+    "find",
+    "find_all",
+    "load",
+    "load_adapter",
+    "put_weights",
+    "read_best",
+    "remove_all",
+    "same_random_state",
+]
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE, _TENSORS, _ADAPTER = "train_state.json", "train_state.pt", "adapter_model.safetensors"
+#: The adapter of the best evaluation so far, where that is to be saved at the end.
+_BEST = "best_model.safetensors"
 #: A difference here changes how long the run is, not what a step does.
 _MAY_CHANGE = ("max_train_steps", "num_train_epochs")
 
@@ -51,12 +69,14 @@ class TrainState:
         epoch: Epoch that the next batch belongs to.
         step: Batches of that epoch done, per process.
         settings: What must be the same on resumption for the same result.
+        evaluations: ``step`` and the metrics of each evaluation on the way.
     """
 
     global_step: int = 0
     epoch: int = 0
     step: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
 def find_all(output_dir: str | Path) -> list[Path]:
@@ -103,6 +123,7 @@ def save(
     state: TrainState,
     output_dir: str | Path,
     total_limit: int | None = None,
+    best: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write ``checkpoint-<global_step>``; every process calls it, the main one writes.
 
@@ -114,6 +135,7 @@ def save(
         state: Where the run is.
         output_dir: The run's folder.
         total_limit: Keep this many checkpoints, the newest; ``None`` keeps all.
+        best: The best adapter so far, from :func:`copy_weights`.
 
     Returns:
         The checkpoint's folder.
@@ -132,6 +154,8 @@ def save(
             new = scratch / "new" / target.name
             accelerator.unwrap_model(model).save_pretrained(new, state_dict=weights)
             _write_tensors(tensors, new / _TENSORS)
+            if best is not None:
+                save_file({name: tensor.contiguous() for name, tensor in best.items()}, new / _BEST)
             (new / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
             if target.exists():  # a run resumed from an earlier checkpoint comes by here again
                 target.replace(scratch / "old")
@@ -164,6 +188,37 @@ def load_adapter(model: PeftModel, checkpoint: Path) -> None:
     name = str(model.active_adapter)
     folder = checkpoint if name == "default" else checkpoint / name
     set_peft_model_state_dict(model, read_tensors(folder / _ADAPTER), name)
+
+
+def read_best(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+    """The best adapter that the run had before a checkpoint, ``None`` if it keeps none.
+
+    Raises:
+        AdapterFileError: The file is damaged.
+    """
+    path = checkpoint / _BEST
+    return dict(read_tensors(path)) if path.is_file() else None
+
+
+def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter as it is now, on the CPU; every process calls it, and where it is sharded the main one has it."""
+    weights = adapter_weights(accelerator, model)
+    if weights is None:
+        adapter = accelerator.unwrap_model(model)
+        weights = get_peft_model_state_dict(adapter, adapter_name=str(adapter.active_adapter))
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+
+
+def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Give the prepared model the adapter of :func:`copy_weights`; every process calls it."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        set_model_state_dict(model, dict(weights), options=options)
+    else:
+        adapter = accelerator.unwrap_model(model)
+        set_peft_model_state_dict(adapter, dict(weights), str(adapter.active_adapter))
 
 
 def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
@@ -267,3 +322,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Leave every generator as it is: whether a run is evaluated on the way must not change what it learns."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

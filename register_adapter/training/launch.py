@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
-from argparse import Namespace
+import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,18 +23,25 @@ from ..data.datasets import DataArguments, ProcessedDataset, load_data
 from ..data.processors import load_image_processor
 from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
+from ..tuner.config import RegisterConfig
 from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
 from ..utils.staging import check_writable
 from .arguments import TrainArguments
+from .config_file import config_words, did_you_mean, render_config
+from .interruption import Interrupted, Interruption
+from .last_words import farewell, summarise
 from .objectives import OBJECTIVES, AnnealedNeurons, Objective
+from .run_lock import folder_lock
 from .setup import use_cpu
 from .trainer import check_output_dir, train
 
 __all__ = ["ModelArguments", "main"]
 
 logger = logging.getLogger(__name__)
+#: Where registers enter, and how.
+_PLACEMENT = ("insert_layer", "deep", "key_value", "gate")
 
 
 @dataclass
@@ -40,7 +49,7 @@ class ModelArguments:
     """Which model gets registers, and which.
 
     Raises:
-        ValueError: ``num_registers`` is below 1.
+        ValueError: A value is out of range, or two contradict each other.
     """
 
     model_name_or_path: str = field(metadata={"help": "Model on the Hub, or its folder."})
@@ -55,6 +64,14 @@ class ModelArguments:
         metadata={"help": "Their initial values; test_time finds register neurons on the training images first."},
     )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of those."})
+    insert_layer: int = field(default=0, metadata={"help": "First block that has registers."})
+    deep: bool = field(default=False, metadata={"help": "Fresh registers at every block."})
+    key_value: bool = field(
+        default=False, metadata={"help": "Key/value pairs in every block's attention instead of tokens."}
+    )
+    gate: float | None = field(
+        default=None, metadata={"help": "Learned bias on the registers' attention logits, and its initial value."}
+    )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Adapter to continue from, such as a fitted one: folder, or name on the Hub."}
     )
@@ -68,8 +85,19 @@ class ModelArguments:
             raise ValueError(f"--adapter-name-or-path brings initial values along; leave out --init {self.init}")
         if self.neurons != "keep" and not (self.adapter_name_or_path or self.init == "test_time"):
             raise ValueError(f"--neurons {self.neurons} needs --adapter-name-or-path or --init test_time")
-        if self.num_registers < 1:
-            raise ValueError(f"num_registers must be at least 1, got {self.num_registers}")
+        placed = [name for name in _PLACEMENT if getattr(self, name) not in (0, None)]
+        if placed and (self.adapter_name_or_path or self.init == "test_time"):
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in placed)
+            raise ValueError(f"an adapter to continue from, or a fit, says where registers enter; leave out {flags}")
+        with warnings.catch_warnings():  # they come when the model gets its registers
+            warnings.simplefilter("ignore")
+            # The neurons that test_time needs are found later.
+            RegisterConfig(**{**self.registers, "init": "normal" if self.init == "test_time" else self.init})
+
+    @property
+    def registers(self) -> dict[str, Any]:
+        """The arguments of :class:`RegisterConfig`."""
+        return {name: getattr(self, name) for name in ("num_registers", "init", "init_std", *_PLACEMENT)}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train") -> dict[str, Any]:
@@ -82,24 +110,40 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
     Raises:
         SystemExit: An argument, the data or the model is unfit; the message on the standard error says why.
     """
-    model_args, data_args, args, flags = _parse(_make_parser(prog), argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _make_parser(prog)
+    model_args, data_args, args, flags = _parse(parser, argv)
     if args.quiet:
         disable_progress_bars()
     state = PartialState(cpu=use_cpu(args))
-    with _messages(state.is_main_process, args.quiet):
+    with _messages(state.is_main_process, args.quiet), Interruption() as interruption, ExitStack() as held:
         try:
-            results = _train(model_args, data_args, args, flags)
+            if state.is_main_process:
+                held.enter_context(folder_lock(str(args.output_dir)))
+            check_output_dir(args)
+            # Before data and model are loaded, which may take hours.
+            check_writable(str(args.output_dir))
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        try:
+            results = _train(model_args, data_args, args, flags, interruption)
         except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:
             # A mistake of the user's, not of the program's: no traceback.
             if state.is_main_process:
                 logger.error("%s", error)
             sys.exit(1)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
             if state.is_main_process:
-                logger.error("interrupted; checkpoints that were written are whole")
-            sys.exit(130)
-    if flags.json and state.is_main_process:
-        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+                logger.error("%s", farewell(stop, args, prog, argv))
+            # The traceback holds the loaders, whose workers would be waited for at the process's end.
+            stop.with_traceback(None)
+            sys.exit(stop.exit_code)
+    if state.is_main_process:
+        if flags.json:
+            sys.stdout.write(json.dumps(results, indent=1) + "\n")
+        elif not args.quiet:
+            sys.stdout.write(summarise(results, str(args.output_dir)) + "\n")
     return results
 
 
@@ -113,6 +157,7 @@ def _make_parser(prog: str) -> HfArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="Print the results as JSON, and nothing else.")
+    parser.add_argument("--config", help="YAML file with flags; those on the command line win.")
     for objective in OBJECTIVES.values():
         objective.add_arguments(parser.add_argument_group(f"objective {objective.name}"))
     for action in parser._actions:
@@ -123,7 +168,7 @@ def _make_parser(prog: str) -> HfArgumentParser:
 
 
 def _parse(
-    parser: HfArgumentParser, argv: Sequence[str] | None
+    parser: HfArgumentParser, argv: Sequence[str]
 ) -> tuple[ModelArguments, DataArguments, TrainArguments, Namespace]:
     """The arguments, checked as far as they can be before anything is loaded.
 
@@ -131,20 +176,31 @@ def _parse(
         SystemExit: One of them is unfit.
     """
     try:
-        *parsed, rest = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+        path, first = _config_path(argv), list[str]()
+        if path is not None:
+            first = config_words(path, parser)
+        *parsed, rest = parser.parse_args_into_dataclasses([*first, *argv], True, look_for_args_file=False)
         # Names only: a value may be a token.
-        unknown = [word.partition("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
+        unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
         if rest:
-            raise ValueError(f"unrecognised arguments: {', '.join(unknown)}")
+            listed = ", ".join(name + did_you_mean(name, parser) for name in unknown) or "a value without a flag"
+            raise ValueError(f"unrecognised arguments: {listed}")
         model_args, data_args, args, flags = parsed
         if args.output_dir is None:
             raise ValueError("--output-dir is required")
-        check_output_dir(args)
-        # Before data and model are loaded, which may take hours.
-        check_writable(args.output_dir)
+        if args.output_dir in (model_args.model_name_or_path, data_args.train_dir, data_args.validation_dir):
+            raise ValueError(f"--output-dir {args.output_dir} is what the run reads; name another folder")
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     return model_args, data_args, args, flags
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    """The value of ``--config``."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path: str | None = parser.parse_known_args(argv)[0].config
+    return path
 
 
 @contextmanager
@@ -164,7 +220,11 @@ def _messages(is_main_process: bool, quiet: bool) -> Iterator[None]:
 
 
 def _train(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, flags: Namespace
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainArguments,
+    flags: Namespace,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     set_seed(args.seed)
     source, revision = model_args.image_processor_name or model_args.model_name_or_path, model_args.model_revision
@@ -178,17 +238,20 @@ def _train(
     model = _wrap(model_args, objective, base, images, progress=not args.quiet)
     if model_args.neurons == "anneal":
         objective = AnnealedNeurons(objective)
+    augmentation = data_args.make_augmentation(args.seed)
     return train(
         model,
         objective,
-        images,
+        ProcessedDataset(data.train, image_processor, augmentation),
         args,
         ProcessedDataset(data.validation, image_processor),
         image_processor=image_processor,
         training_data=data.name,
         evaluation_data=data.validation_name,
         details={"model": model_args.model_name_or_path, "num_registers": _registers_of(model)}
-        | {"data": data.name, "skipped": data.skipped},
+        | {"data": data.name, "skipped": data.skipped, "augmentation": str(augmentation) if augmentation else None},
+        run_config=render_config({**asdict(model_args), **asdict(data_args), **asdict(args), **vars(flags)}),
+        interruption=interruption,
     )
 
 
@@ -197,7 +260,7 @@ def _wrap(
 ) -> RegisterPeftModel:
     """New registers, or those of an adapter, or fitted ones."""
     if args.adapter_name_or_path is None and args.init != "test_time":
-        return objective.wrap(base, num_registers=args.num_registers, init=args.init, init_std=args.init_std)
+        return objective.wrap(base, **args.registers)
     device = PartialState().device
     base.to(device)
     if args.adapter_name_or_path is not None:

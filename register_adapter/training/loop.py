@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import find_batch_size
+from accelerate.utils import DistributedType, find_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import TrainState
+from .interruption import Interrupted, Interruption
 from .objectives import Objective
+from .selection import Selection
 
 __all__ = ["Loop", "evaluate", "number_of_steps"]
 
@@ -40,6 +46,10 @@ class Loop:
         total_steps: Optimiser steps of the whole run.
         random_state: The random states of a checkpoint; set after the first batch is read, since reading draws random
             numbers too.
+        eval_loader: The prepared loader of the evaluation set, for evaluations on the way.
+        selection: What those say.
+        checkpoint: The checkpoint that the run goes on from.
+        interruption: Says whether the run is to stop.
     """
 
     def __init__(
@@ -55,21 +65,33 @@ class Loop:
         state: TrainState,
         total_steps: int,
         random_state: dict[str, Any] | None = None,
+        eval_loader: Any = None,
+        selection: Selection | None = None,
+        checkpoint: Path | None = None,
+        interruption: Interruption | None = None,
     ) -> None:
         self.accelerator, self.args, self.objective, self.model = accelerator, args, objective, model
         self.optimizer, self.scheduler, self.loader, self.generator = optimizer, scheduler, loader, generator
         self.state, self.total_steps, self.random_state = state, total_steps, random_state
+        self.eval_loader, self.checkpoint, self.interruption = eval_loader, checkpoint, interruption
+        self.selection = selection or Selection(args, state)
         self.seconds, self.images = 0.0, 0
+        self._evaluating, self._saved = 0.0, state.global_step if checkpoint else 0
         self._sums: dict[str, Any] = defaultdict(float)
         self._count = 0
 
     @property
     def images_per_second(self) -> float:
-        """Images of all processes per second, checkpoints included."""
+        """Images of all processes per second, checkpoints included, evaluations not."""
         return self.images / self.seconds if self.seconds else 0.0
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run has ended before its last step because it no longer got better."""
+        return self.state.global_step < self.total_steps and self.selection.is_exhausted
+
     def fit(self) -> dict[str, float]:
-        """Train to the last step.
+        """Train to the last step, or until the evaluations get no better.
 
         Returns:
             ``train_<name>`` of the loss and the objective's metrics, means since the last logging step; empty if there
@@ -77,33 +99,99 @@ class Loop:
 
         Raises:
             FloatingPointError: The loss is not finite.
+            Interrupted: A signal came; a checkpoint is written where there can be one.
         """
         metrics: dict[str, float] = {}
         began, total = time.perf_counter(), self.total_steps
         shown = self.accelerator.is_local_main_process and not self.args.quiet
-        self.model.train()
-        with tqdm(initial=self.state.global_step, total=total, desc="training", unit="step", disable=not shown) as bar:
-            while self.state.global_step < total:
+        with (
+            self.interruption.deferred() if self.interruption else nullcontext(),
+            tqdm(initial=self.state.global_step, total=total, desc="training", unit="step", disable=not shown) as bar,
+        ):
+            self._evaluate_if_due(bar)  # the run was stopped in the middle of it
+            self.model.train()
+            while not self._is_done:
                 for batch in self._batches():
                     self._step(batch)
                     if not self.accelerator.sync_gradients:
                         continue
                     bar.update()
-                    self.seconds = time.perf_counter() - began
+                    self.seconds = time.perf_counter() - began - self._evaluating
                     if self.state.global_step % self.args.logging_steps == 0 or self.state.global_step == total:
                         metrics = self._log()
                         bar.set_postfix_str(f"loss {metrics['train_loss']:.4f}, {self.images_per_second:.1f} images/s")
+                    self._evaluate_if_due(bar)
                     if self._checkpoint_due():
-                        self._checkpoint()
-                    if self.state.global_step == total:
+                        self.save_checkpoint()
+                    if self._is_done:
                         break
-        self.seconds = time.perf_counter() - began
+                    if self._asked_to_stop():
+                        self.stop()
+            if self._count:
+                metrics = self._log()
+        self.seconds = time.perf_counter() - began - self._evaluating
         return metrics
+
+    @property
+    def _is_done(self) -> bool:
+        return self.state.global_step >= self.total_steps or self.selection.is_exhausted
+
+    def _asked_to_stop(self) -> bool:
+        return self.interruption is not None and self.interruption.is_due(self.accelerator)
+
+    def stop(self) -> NoReturn:
+        """End the run because of a signal, with a checkpoint of this step if there can be one.
+
+        Raises:
+            Interrupted: Always.
+        """
+        assert self.interruption is not None
+        possible = self.args.output_dir is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED
+        if possible and self.state.global_step != self._saved:
+            self.save_checkpoint()
+        raise self.interruption.stop(f"at step {self.state.global_step} of {self.total_steps}", self.checkpoint)
+
+    def _evaluate_if_due(self, bar: Any) -> None:
+        """Evaluate the model of this step if its turn has come; nothing else about the run changes."""
+        if self.eval_loader is None or not self.selection.is_due(self.total_steps):
+            return
+        began = time.perf_counter()
+        try:
+            with checkpoints.same_random_state():
+                means = self.evaluate()
+        except Interrupted:
+            self.stop()
+        metrics = {f"eval_{name}": value for name, value in means.items()}
+        best = self.selection.add(means)
+        if best and self.args.load_best_model_at_end:
+            self.selection.weights = checkpoints.copy_weights(self.accelerator, self.model)
+        self.accelerator.log(metrics, step=self.state.global_step)
+        self.model.train()
+        if not bar.disable:
+            listed = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            bar.write(f"step {self.state.global_step}: {listed}{' (best so far)' if best else ''}", file=sys.stderr)
+        self._evaluating += time.perf_counter() - began
+
+    def evaluate(self) -> dict[str, float]:
+        """The objective's metrics of the model as it is now.
+
+        Raises:
+            Interrupted: A signal came; no checkpoint is written.
+        """
+
+        def check() -> None:
+            if self.interruption is not None and self._asked_to_stop():
+                raise self.interruption.stop()
+
+        shown = not self.args.quiet
+        return evaluate(self.accelerator, self.model, self.objective, self.eval_loader, shown, before_batch=check)
 
     def _batches(self) -> Any:
         """The batches of the current epoch from the current place on, in an order that seed and epoch determine."""
         self.generator.manual_seed(self.args.seed + self.state.epoch)
         self.loader.set_epoch(self.state.epoch)
+        if hasattr(self.loader.dataset, "set_epoch"):  # accelerate does so with one process only
+            self.loader.dataset.set_epoch(self.state.epoch)
         if not self.state.step:
             return self.loader
         rest = skip_first_batches(self.loader, self.state.step)
@@ -155,8 +243,9 @@ class Loop:
             return self.state.global_step % every == 0
         return every == "epoch" and self.state.step == 0
 
-    def _checkpoint(self) -> None:
-        checkpoints.save(
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step."""
+        self.checkpoint = checkpoints.save(
             self.accelerator,
             self.model,
             self.optimizer,
@@ -164,7 +253,9 @@ class Loop:
             self.state,
             str(self.args.output_dir),
             self.args.checkpoints_total_limit,
+            self.selection.weights,
         )
+        self._saved = self.state.global_step
 
 
 def number_of_steps(args: TrainArguments, batches: int, accumulation: int) -> int:
@@ -174,7 +265,12 @@ def number_of_steps(args: TrainArguments, batches: int, accumulation: int) -> in
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, loader: Any, progress: bool = True
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Objective,
+    loader: Any,
+    progress: bool = True,
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """The means of an objective's metrics over a whole set; every sample counts once, whatever the number of processes.
 
@@ -184,12 +280,15 @@ def evaluate(
         objective: Gives the metrics of each sample.
         loader: The prepared loader.
         progress: Show a bar.
+        before_batch: Called before every batch; what it raises ends the evaluation.
     """
     model.eval()
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     shown = progress and accelerator.is_local_main_process
-    for batch in tqdm(loader, "evaluating", unit="batch", disable=not shown):
+    for batch in tqdm(loader, "evaluating", unit="batch", disable=not shown, leave=False):
+        if before_batch is not None:
+            before_batch()
         for name, values in accelerator.gather_for_metrics(objective.evaluate(model, batch)).items():
             sums[name] += float(values.sum())
             counts[name] += len(values)

@@ -15,7 +15,9 @@ from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, hub_errors
 from ..utils.staging import staged
 from .arguments import TrainArguments
 
-__all__ = ["check_finite", "describe_run", "push_run", "save_run"]
+__all__ = ["RESULTS_NAME", "RUN_CONFIG", "check_finite", "describe_run", "push_run", "save_run"]
+
+RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
 
 
 def check_finite(tensors: dict[str, Any]) -> None:
@@ -39,7 +41,7 @@ def save_run(
 ) -> None:
     """Write adapter, card, image processor and results, all or nothing."""
     name = str(model.active_adapter)
-    with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, "results.json")) as scratch:
+    with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
         if (folder / "README.md").is_file():
             shutil.copyfile(folder / "README.md", scratch / "README.md")
         model.save_pretrained(str(scratch), state_dict=weights)
@@ -53,7 +55,7 @@ def save_run(
         )
         if image_processor is not None:
             image_processor.save_pretrained(scratch)
-        (scratch / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+        (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 def describe_run(
@@ -62,6 +64,8 @@ def describe_run(
     """What the card says of the run: the data, its size, and the metrics that were measured on the evaluation set."""
     metrics = {key: value for key, value in results["metrics"].items() if key.startswith("eval_")}
     run = {"Training images": results["train_samples"], "Evaluation images": results["eval_samples"]}
+    best = results["best"] if args.load_best_model_at_end else None
+    run |= {"Saved step": f"{best['step']}, the best by {best['metric']}"} if best else {}
     return {
         "training_data": training_data,
         "evaluation_data": evaluation_data if metrics else None,
@@ -72,10 +76,11 @@ def describe_run(
 
 def push_run(
     model: RegisterPeftModel, args: TrainArguments, image_processor: Any, card: dict[str, Any], token: str | None
-) -> None:
-    """Upload adapter, card and image processor."""
+) -> str:
+    """Upload adapter, card and image processor; the address of the repository."""
     name = str(args.hub_model_id)
-    model.push_to_hub(name, private=args.hub_private, token=token, **card)
+    commit = model.push_to_hub(name, private=args.hub_private, token=token, **card)
     if image_processor is not None:
         with hub_errors(name, token=token):
             image_processor.push_to_hub(name, token=token)
+    return str(commit.repo_url)

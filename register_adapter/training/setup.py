@@ -15,6 +15,7 @@ from ..data.datasets import ProcessedDataset
 from ..data.processors import find_image_processor, source_of
 from ..errors import MissingExtraError
 from ..tuner._peft_compat import PREFIX
+from ..tuner.config import RegisterConfig
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from .arguments import TrainArguments
@@ -62,11 +63,11 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
         log_with=args.report_to if args.with_tracking else None,
         project_dir=args.output_dir,
     )
-    checkpointing = args.checkpointing_steps or args.resume_from_checkpoint
+    checkpointing = args.checkpointing_steps or args.resume_from_checkpoint or args.load_best_model_at_end
     if checkpointing and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "checkpoints during the run are not offered with DeepSpeed, whose own reader unpickles them; leave out "
-            "--checkpointing-steps and --resume-from-checkpoint, or use DDP or FSDP2"
+            "--checkpointing-steps, --resume-from-checkpoint and --load-best-model-at-end, or use DDP or FSDP2"
         )
     return accelerator
 
@@ -132,17 +133,33 @@ def run_settings(
     accelerator: Accelerator,
     objective: Objective,
     trainable: dict[str, torch.nn.Parameter],
-    samples: int,
+    train_data: Any,
+    config: RegisterConfig,
+    eval_samples: int = 0,
 ) -> dict[str, Any]:
-    """What the result of a step depends on, ready for JSON; a run is resumed only with the same."""
+    """What the result of a step, and the choice of the best one, depend on, ready for JSON.
+
+    A run is resumed only with the same. What is at its default is ``None``, as in checkpoints of earlier releases.
+    """
     names = "per_device_train_batch_size learning_rate weight_decay max_grad_norm lr_scheduler_type num_warmup_steps"
     names += " num_train_epochs max_train_steps seed"
+    selecting = args.evaluates_every is not None
+    augmentation = getattr(train_data, "augmentation", None)
     return {name: getattr(args, name) for name in names.split()} | {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
-        "train_samples": samples,
+        "train_samples": len(train_data),
         "objective": objective.details(),
         "trainable": {name: list(parameter.shape) for name, parameter in trainable.items()},
+        "augmentation": str(augmentation) if augmentation else None,
+        "insert_layer": config.insert_layer or None,
+        "deep": config.deep or None,
+        "key_value": config.key_value or None,
+        "eval_steps": args.evaluates_every,
+        "eval_samples": eval_samples if selecting else None,
+        "metric_for_best_model": args.metric_for_best_model if selecting else None,
+        "greater_is_better": args.greater_is_better if selecting else None,
+        "load_best_model_at_end": args.load_best_model_at_end or None,
     }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -18,13 +18,17 @@ from ..tuner.card_text import OFF
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.environment import git_commit, hardware, versions
-from ..utils.staging import check_writable
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME
+from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import TrainState
-from .loop import Loop, evaluate, number_of_steps
+from .interruption import Interrupted, Interruption, leave_signals_to_the_run
+from .loop import Loop, number_of_steps
 from .objectives import Objective
-from .saving import check_finite, describe_run, push_run, save_run
+from .run_lock import folder_lock
+from .saving import RESULTS_NAME, RUN_CONFIG, check_finite, describe_run, push_run, save_run
+from .selection import Selection
 from .setup import (
     image_processor_for,
     make_accelerator,
@@ -37,6 +41,8 @@ from .setup import (
 __all__ = ["check_output_dir", "train"]
 
 logger = logging.getLogger(__name__)
+#: Files of a finished run.
+_RESULTS = (WEIGHTS_NAME, CONFIG_NAME, RESULTS_NAME)
 
 
 def train(
@@ -51,6 +57,8 @@ def train(
     evaluation_data: str | None = None,
     details: dict[str, Any] | None = None,
     hub_token: str | None = None,
+    run_config: str | None = None,
+    interruption: Interruption | None = None,
 ) -> dict[str, Any]:
     """Train what of ``model`` needs gradients: registers, and ``modules_to_save``.
 
@@ -62,89 +70,165 @@ def train(
         objective: What to train on.
         train_dataset: A map-style data set: items ``{"image": image, "label": int}``, or, ready for the model,
             ``{"pixel_values": (3, H, W) float, "labels": int}``. Random augmentation is the same after a resumption
-            only if it depends on nothing but the item's number.
+            only if it depends on nothing but the item's number, and on the epoch that ``set_epoch`` is called with, if
+            the data set has it; that of :class:`register_adapter.data.ProcessedDataset` does.
         args: The knobs.
-        eval_dataset: The same for the evaluation at the end; ``None`` for none.
+        eval_dataset: The same for the evaluations, without augmentation; ``None`` for none.
         image_processor: Turns images into pixel values; by default that of the base model's folder or repository.
         training_data: What the model card says about the data.
         evaluation_data: What it says about ``eval_dataset``; default the training data.
         details: More for ``results.json``.
         hub_token: Token for ``args.push_to_hub``; by default the one that huggingface_hub finds. Never logged.
+        run_config: The run's settings as text, for ``run.yaml`` in ``args.output_dir``.
+        interruption: Listens for signals; with one, the run ends with a checkpoint. Default: Ctrl-C ends it at once.
 
     Returns:
         What ``results.json`` holds: ``metrics`` (``train_loss``, ``eval_...``, and ``eval_registers_off_...`` of the
         same model and head with its registers switched off), ``global_step``, ``seconds``,
-        ``images_per_second``, ``trainable_parameters``, ``objective``, ``arguments``, ``versions``, ``hardware``…
+        ``images_per_second``, ``evaluations`` on the way, the ``best`` one, ``resumed_from_checkpoint``,
+        ``trainable_parameters``, ``objective``, ``arguments``, ``versions``, ``hardware``…; and, which the file cannot
+        say, ``pushed_to``, the address of what was uploaded.
 
     Raises:
-        ValueError: Nothing can be trained, a data set is empty, or ``output_dir`` holds another run's checkpoints.
+        ValueError: Nothing can be trained, a data set is empty, or ``output_dir`` holds another run's result.
+        FolderInUseError: Another run is writing into ``output_dir``.
         CheckpointError: The checkpoint to resume from is missing, damaged, or of a run with other settings.
         MissingExtraError: The tracker is not installed.
         FloatingPointError: The loss, or what was trained, is not finite any more.
+        Interrupted: A signal came, and ``interruption`` listened.
     """
-    check_output_dir(args)
     accelerator = make_accelerator(args)
-    set_seed(args.seed, device_specific=True)
-    image_processor = image_processor or image_processor_for(model, train_dataset)
-    train_data = processed(train_dataset, image_processor, "train_dataset")
-    eval_data = processed(eval_dataset, image_processor, "eval_dataset") if eval_dataset is not None else None
-    trainable = _trainable(model)
-    settings = run_settings(args, accelerator, objective, trainable, len(train_data))
-    state, checkpoint = _find_start(args, model, settings)
-    loop = _prepare(accelerator, args, objective, model, trainable, train_data, state, checkpoint)
-    _open_outputs(accelerator, args, resumed=checkpoint is not None)
+    # One process of a run holds the lock, for all of them.
+    holds = accelerator.is_main_process and args.output_dir is not None
+    with folder_lock(str(args.output_dir)) if holds else nullcontext():
+        check_output_dir(args)
+        set_seed(args.seed, device_specific=True)
+        image_processor = image_processor or image_processor_for(model, train_dataset)
+        train_data = processed(train_dataset, image_processor, "train_dataset")
+        eval_data = processed(eval_dataset, image_processor, "eval_dataset") if eval_dataset is not None else None
+        trainable = _trainable(model)
+        loop = _prepare(accelerator, args, objective, model, trainable, train_data, eval_data, interruption)
+        resumed, first_step = loop.checkpoint, loop.state.global_step
+        _open_outputs(accelerator, args, resumed is not None, run_config)
+        try:
+            metrics = loop.fit()
+            metrics |= _finish(loop, model)
+        except Interrupted as stop:  # a second Ctrl-C does not wait to say it
+            stop.checkpoint = stop.checkpoint or loop.checkpoint
+            raise
+        results = {
+            "metrics": metrics,
+            "global_step": loop.state.global_step,
+            "resumed_from_step": first_step if resumed is not None else None,
+            "resumed_from_checkpoint": str(resumed) if resumed is not None else None,
+            "stopped_early": loop.stopped_early,
+            "best": loop.selection.describe(),
+            "evaluations": loop.state.evaluations,
+            "seconds": round(loop.seconds, 3),
+            "images_per_second": round(loop.images_per_second, 2),
+            "train_samples": len(train_data),
+            "eval_samples": len(eval_data) if eval_data is not None else 0,
+            "trainable_parameters": sum(parameter.numel() for parameter in trainable.values()),
+            "objective": objective.details(),
+            "arguments": asdict(args),
+            "versions": versions(),
+            "hardware": hardware(accelerator),
+            "git_commit": git_commit(),
+            **(details or {}),
+        }
+        with interruption.deferred() if interruption else nullcontext():
+            card = _save(loop, trainable, results, image_processor, training_data, evaluation_data)
+        if args.push_to_hub and accelerator.is_main_process:
+            logger.info("the adapter is saved in %s; now it is uploaded", args.output_dir)
+            trained = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
+            results["pushed_to"] = push_run(trained, args, image_processor, card, hub_token)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return results
 
-    first_step = state.global_step
-    metrics = loop.fit()
-    if eval_data is not None:
-        metrics |= _evaluate(loop, model, eval_data)
-    results = {
-        "metrics": metrics,
-        "global_step": state.global_step,
-        "resumed_from_step": first_step if checkpoint is not None else None,
-        "seconds": round(loop.seconds, 3),
-        "images_per_second": round(loop.images_per_second, 2),
-        "train_samples": len(train_data),
-        "eval_samples": len(eval_data) if eval_data is not None else 0,
-        "trainable_parameters": sum(parameter.numel() for parameter in trainable.values()),
-        "objective": objective.details(),
-        "arguments": asdict(args),
-        "versions": versions(),
-        "hardware": hardware(accelerator),
-        "git_commit": git_commit(),
-        **(details or {}),
-    }
+
+def _finish(loop: Loop, model: RegisterPeftModel) -> dict[str, float]:
+    """Give the model the adapter that is to be saved, and measure it, with the registers and without; logged too.
+
+    Raises:
+        Interrupted: A signal came; a checkpoint of the last step is written where there can be one.
+    """
+    selection, state, metrics = loop.selection, loop.state, dict[str, float]()
+    if loop.eval_loader is None:
+        return metrics
+    last, means = None, selection.last if selection.last_step == state.global_step else None
+    if loop.args.load_best_model_at_end and selection.weights is not None:
+        last, means = checkpoints.copy_weights(loop.accelerator, loop.model), selection.best
+        checkpoints.put_weights(loop.accelerator, loop.model, selection.weights)
+    layer = find_register_layer(model)
+    with loop.interruption.deferred() if loop.interruption else nullcontext():
+        try:
+            means = means or loop.evaluate()
+            metrics |= {f"eval_{name}": value for name, value in means.items() if name != "step"}
+            if layer is not None:  # what the head does alone, or its gain would read as the registers'
+                with layer.set_aside():
+                    metrics |= {f"{OFF}{name}": value for name, value in loop.evaluate().items()}
+        except Interrupted:
+            if last is not None:  # a checkpoint goes on from the last adapter, not from the best
+                checkpoints.put_weights(loop.accelerator, loop.model, last)
+            loop.stop()
+    loop.accelerator.log(metrics, step=state.global_step)
+    return metrics
+
+
+def _save(
+    loop: Loop,
+    trainable: dict[str, torch.nn.Parameter],
+    results: dict[str, Any],
+    image_processor: Any,
+    training_data: str | None,
+    evaluation_data: str | None,
+) -> dict[str, Any]:
+    """Save the adapter and all that goes with it, if that is wanted; what its card says of the run.
+
+    Raises:
+        FloatingPointError: What was trained is not finite.
+    """
+    accelerator, args = loop.accelerator, loop.args
     weights = checkpoints.adapter_weights(accelerator, loop.model)
     trained = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
     trained.eval()
     check_finite(weights or {name: parameter for name, parameter in trained.named_parameters() if name in trainable})
+    card = describe_run(results, args, training_data, evaluation_data)
     if accelerator.is_main_process and args.output_dir:
-        card = describe_run(results, args, training_data, evaluation_data)
         save_run(trained, weights, Path(args.output_dir), results, image_processor, card)
-        if args.push_to_hub:
-            push_run(trained, args, image_processor, card, hub_token)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return results
+    return card
 
 
 def check_output_dir(args: TrainArguments) -> None:
-    """Refuse a folder in which a run could not be told from an earlier one.
+    """Refuse a folder whose earlier run would be lost, or could not be told from this one.
 
     Raises:
-        ValueError: ``output_dir`` is a file, or holds checkpoints and the run neither resumes nor overwrites.
+        ValueError: ``output_dir`` is a file, or holds an adapter, results or checkpoints of an earlier run, and the run
+            neither resumes from there nor overwrites.
     """
     if args.output_dir is None:
         return
-    if Path(args.output_dir).is_file():
-        raise ValueError(f"output_dir {args.output_dir} is a file; name a folder")
-    whole = checkpoints.find_all(args.output_dir)
-    if whole and not args.resume_from_checkpoint and not args.overwrite_output_dir:
-        raise ValueError(
-            f"{args.output_dir} holds checkpoints of an earlier run ({', '.join(path.name for path in whole)}). Go on "
-            "with --resume-from-checkpoint latest, choose another --output-dir, or delete them with "
-            "--overwrite-output-dir"
-        )
+    folder = Path(args.output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir {folder} is a file; name a folder")
+    whole = checkpoints.find_all(folder)
+    left = [path.name for path in whole] or [name for name in _RESULTS if (folder / name).exists()]
+    if not left or args.overwrite_output_dir or _resumes_in(folder, whole, args.resume_from_checkpoint):
+        return
+    kind = "checkpoints" if whole else "the result"
+    advice = "Go on with --resume-from-checkpoint latest, choose" if whole else "Choose"
+    raise ValueError(
+        f"{folder} holds {kind} of an earlier run ({', '.join(left)}). {advice} another --output-dir, or write over it "
+        "with --overwrite-output-dir"
+    )
+
+
+def _resumes_in(folder: Path, whole: list[Path], name: str | None) -> bool:
+    """Whether a run goes on from one of the checkpoints in its own folder."""
+    if name is None or name == "latest":
+        return name is not None and bool(whole)
+    return Path(name).resolve() in [path.resolve() for path in whole]
 
 
 def _trainable(model: RegisterPeftModel) -> dict[str, torch.nn.Parameter]:
@@ -174,24 +258,31 @@ def _prepare(
     args: TrainArguments,
     objective: Objective,
     model: RegisterPeftModel,
-    trainable: Mapping[str, torch.nn.Parameter],
+    trainable: dict[str, torch.nn.Parameter],
     train_data: Any,
-    state: TrainState,
-    checkpoint: Path | None,
+    eval_data: Any,
+    interruption: Interruption | None,
 ) -> Loop:
-    """Loader, optimiser, schedule and model as the loop runs them, with what a checkpoint holds of them."""
+    """Loaders, optimiser, schedule and model as the loop runs them, with what a checkpoint holds of them."""
+    if eval_data is None and args.evaluates_every is not None:
+        raise ValueError("eval_steps, load_best_model_at_end and early_stopping_patience need an eval_dataset")
+    config, samples = model.peft_config[str(model.active_adapter)], len(eval_data) if eval_data is not None else 0
+    settings = run_settings(args, accelerator, objective, trainable, train_data, config, samples)
+    state, checkpoint = _find_start(args, model, settings)
+    selection = Selection(args, state, checkpoints.read_best(checkpoint) if checkpoint is not None else None)
     generator = torch.Generator()
-    loader = DataLoader(
-        train_data,
-        args.per_device_train_batch_size,
-        shuffle=True,
-        collate_fn=objective.collate,
-        num_workers=args.dataloader_num_workers,
-        generator=generator,
-    )
+    options: dict[str, Any] = {"collate_fn": objective.collate, "num_workers": args.dataloader_num_workers}
+    options["worker_init_fn"] = leave_signals_to_the_run if interruption else None
+    size = args.per_device_train_batch_size
+    loader = DataLoader(train_data, size, shuffle=True, generator=generator, **options)
+    eval_loader = DataLoader(eval_data, args.per_device_eval_batch_size, **options) if eval_data is not None else None
     optimizer = torch.optim.AdamW(parameter_groups(trainable, args.weight_decay), lr=args.learning_rate)
     shard_by_block(accelerator, model)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if eval_loader is not None:
+        eval_loader = accelerator.prepare(eval_loader)
+        if args.evaluates_every is not None:
+            selection.check(_metric_names(accelerator, objective, prepared, eval_data))
     # It counts optimiser steps whatever the number of processes, so it is not prepared.
     total_steps = number_of_steps(args, len(loader), accelerator.gradient_accumulation_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, total_steps)
@@ -210,37 +301,30 @@ def _prepare(
         state,
         total_steps,
         random_state,
+        eval_loader,
+        selection,
+        checkpoint,
+        interruption,
     )
 
 
-def _open_outputs(accelerator: Accelerator, args: TrainArguments, resumed: bool) -> None:
-    """The output folder, cleared of an earlier run if that is wanted, and the trackers."""
+def _metric_names(accelerator: Accelerator, objective: Objective, model: torch.nn.Module, data: Any) -> list[str]:
+    """Names of the objective's metrics, from one image, before hours are spent on a run that asks for another one."""
+    with checkpoints.same_random_state(), torch.no_grad():
+        model.eval()
+        batch = send_to_device(objective.collate([data[0]]), accelerator.device)
+        return sorted(objective.evaluate(model, batch))
+
+
+def _open_outputs(accelerator: Accelerator, args: TrainArguments, resumed: bool, run_config: str | None) -> None:
+    """The output folder, cleared of an earlier run if that is wanted, with the run's settings; and the trackers."""
     if accelerator.is_main_process and args.output_dir:
         check_writable(args.output_dir)
         if args.overwrite_output_dir and not resumed:
             checkpoints.remove_all(args.output_dir)
+        if run_config is not None:
+            write_text(Path(args.output_dir, RUN_CONFIG), run_config)
     accelerator.wait_for_everyone()
     if args.with_tracking:
         flat = {key: value for key, value in asdict(args).items() if isinstance(value, bool | int | float | str)}
         accelerator.init_trackers("register_adapter", flat)
-
-
-def _evaluate(loop: Loop, model: RegisterPeftModel, eval_data: Any) -> dict[str, float]:
-    """The objective's metrics on the evaluation set, with the registers and without; logged too."""
-    accelerator, args, objective = loop.accelerator, loop.args, loop.objective
-    loader = DataLoader(
-        eval_data,
-        args.per_device_eval_batch_size,
-        collate_fn=objective.collate,
-        num_workers=args.dataloader_num_workers,
-    )
-    loader = accelerator.prepare(loader)
-    means = evaluate(accelerator, loop.model, objective, loader, progress=not args.quiet)
-    metrics = {f"eval_{name}": value for name, value in means.items()}
-    layer = find_register_layer(model)
-    if layer is not None:  # what the head does alone, or its gain would read as the registers'
-        with layer.set_aside():
-            off = evaluate(accelerator, loop.model, objective, loader, progress=not args.quiet)
-        metrics |= {f"{OFF}{name}": value for name, value in off.items()}
-    accelerator.log(metrics, step=loop.state.global_step)
-    return metrics

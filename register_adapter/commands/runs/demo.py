@@ -7,7 +7,7 @@ procedural scenes. With ``model`` and ``images`` it does the same on a user's ow
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from ...testbed import LABELS, SceneDataset, load_planted_vit, load_vit, random_
 from ...testbed import load_image_processor as load_scene_processor
 from ...training import TrainArguments, train
 from ...training.objectives import ClassificationObjective
+from ...training.run_lock import folder_lock
 from ...tuner.layer import require_register_layer
 from ...tuner.peft_model import RegisterPeftModel
-from ...utils.staging import staged
+from ...utils.staging import staged, write_text
 from ...viz import Maps, plot_before_after, read_maps
 from .reload import logits_in_fresh_process
+from .spread import combine_runs
 
 __all__ = ["DemoArguments", "run_demo"]
 
@@ -53,10 +55,11 @@ class DemoArguments:
         learning_rate: Peak learning rate of AdamW, cosine schedule.
         num_eval_images: Held-out images to measure on, at most.
         seed: Seed of everything random.
+        seeds: Number of runs, each with a seed one higher than the last one's.
         progress: Show bars.
 
     Raises:
-        ValueError: One of ``model`` and ``images`` is given without the other.
+        ValueError: ``seeds`` is below 1, or one of ``model`` and ``images`` is given without the other.
     """
 
     output_dir: str = "demo"
@@ -68,9 +71,12 @@ class DemoArguments:
     learning_rate: float = 0.01
     num_eval_images: int = 256
     seed: int = 0
+    seeds: int = 1
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
         if (self.model is None) != (self.images is None):
             missing = "images" if self.images is None else "model"
             raise ValueError(f"--model and --images go together; --{missing} is missing")
@@ -88,15 +94,17 @@ class _Setting:
     train: Any
     test: Any
     data_name: str
+    seed: int
+    #: What a head learns without registers, where the head is trained at all.
+    head: dict[str, torch.Tensor] | None = None
 
-    @property
-    def knows_classes(self) -> bool:
-        """Whether the base tells the classes before it is trained; the new head on a user's model does not."""
-        return self.twin is not None
-
-    def load(self) -> Any:
-        """A fresh copy of the base."""
-        return self.objective.load_base(self.source).eval()
+    def load(self, trained_head: bool = True) -> Any:
+        """A fresh copy of the base: with the head that was trained without registers, or as a training begins."""
+        torch.manual_seed(self.seed)  # a new head is the same in every arm
+        base = self.objective.load_base(self.source).eval()
+        if trained_head and self.head is not None:
+            base.get_submodule(self.objective.head).load_state_dict(self.head)
+        return base
 
 
 def _packaged(args: DemoArguments) -> _Setting:
@@ -113,6 +121,7 @@ def _packaged(args: DemoArguments) -> _Setting:
         SceneDataset(args.max_train_steps * args.batch_size, seed=_TRAIN_SEED + args.seed),
         SceneDataset(args.num_eval_images, seed=_TEST_SEED, split="test"),
         "procedural scenes (register_adapter.testbed.scenes)",
+        args.seed,
     )
 
 
@@ -130,6 +139,7 @@ def _own(args: DemoArguments) -> _Setting:
         data.train,
         data.validation,
         data.name,
+        args.seed,
     )
 
 
@@ -152,9 +162,9 @@ class _Table:
         self.maps: list[Maps] = []
         self._reference: Reference | None = None
 
-    def add(self, arm: str, name: str, model: nn.Module, labels: bool = True, shown: str | None = None) -> None:
+    def add(self, arm: str, name: str, model: nn.Module, shown: str | None = None) -> None:
         """Measure an arm; the first one is what others are compared with. ``shown`` names it in the figure."""
-        row, outputs = measure_model(name, model, self.batches, self.labels if labels else None, self._reference)
+        row, outputs = measure_model(name, model, self.batches, self.labels, self._reference)
         self._reference = self._reference or outputs
         self.rows[arm] = row
         if shown:
@@ -162,36 +172,63 @@ class _Table:
 
 
 def run_demo(args: DemoArguments) -> dict[str, Any]:
-    """Run the demo.
+    """Run the demo, with one seed after the other.
 
     Arms: the clean twin (where it is known), the model as it is, the model with random untrained registers (the
     control: tokens alone may silence a fragile artifact), with trained registers (loaded again in a fresh process),
     with test-time registers (no training), and with both: test-time registers and the strengths of their neurons,
-    trained as the others were.
+    trained as the others were. A head for a user's classes is trained in every arm, in the same way: with the registers
+    where these are trained, otherwise without any.
 
     Returns:
-        What ``demo.json`` holds: ``rows`` (one a line of the table), ``adapter_bytes``, ``reload_identical``, the
-        training's results, how register neurons were found (``None`` if there was nothing to repair), the arguments.
+        What ``demo.json`` holds: ``rows`` (one a line of the table), ``eval_images`` (how many were measured),
+        ``adapter_bytes``, ``reload_identical``, the training's results, how register neurons were found (``None`` if
+        there was nothing to repair), the arguments. With several seeds, ``rows`` have means and ``ranges``, and
+        ``runs`` holds what each seed gave.
 
     Raises:
         RuntimeError: The reloaded adapter does not give the outputs of the trained model.
+        FolderInUseError: Another run writes into the folder.
     """
+    out = Path(args.output_dir)
+    with folder_lock(out):
+        if args.seeds == 1:
+            return _run(args)
+        seeds = range(args.seed, args.seed + args.seeds)
+        folders = {seed: str(out / f"seed-{seed}") for seed in seeds}
+        runs = [_run(replace(args, seed=seed, seeds=1, output_dir=folders[seed])) for seed in seeds]
+        report = combine_runs(runs) | {"arguments": _arguments(args)}
+        report["written"] = [*(f"seed-{seed}/" for seed in seeds), "demo.json"]
+        write_text(out / "demo.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _arguments(args: DemoArguments) -> dict[str, Any]:
+    arguments = asdict(args)
+    del arguments["progress"]
+    return arguments
+
+
+def _run(args: DemoArguments) -> dict[str, Any]:
+    """One seed."""
     out = Path(args.output_dir)
     torch.manual_seed(args.seed)
     setting = _own(args) if args.model else _packaged(args)
+    if not setting.objective.freeze_head:
+        setting.head = _train_head(args, setting)
     base = setting.load()
     table = _Table(setting, base, args.num_eval_images)
     _add_untrained(args, setting, table, base)
-    results, identical = _add_trained(args, setting, table, base, out / "adapter")
+    results, identical = _add_trained(args, setting, table, out / "adapter")
     fit = _add_test_time(args, setting, table, out)
-    arguments = asdict(args)
-    del arguments["progress"]
     report = {
         "rows": [{"arm": arm, **asdict(row)} for arm, row in table.rows.items()],
+        "eval_images": len(table.labels),
+        "trains_head": setting.head is not None,
         "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
         "reload_identical": identical,
         "test_time_fit": fit,
-        "arguments": arguments,
+        "arguments": _arguments(args),
         "written": ["adapter/", *(["test_time/", "both/"] if fit else []), "before_after.png", "demo.json"],
         "training": {key: results[key] for key in ("metrics", "seconds", "images_per_second", "versions", "hardware")},
     }
@@ -205,20 +242,28 @@ def _add_untrained(args: DemoArguments, setting: _Setting, table: _Table, base: 
     """The arms in which nothing is trained: the clean twin, the model as it is, and with random registers."""
     if setting.twin is not None:
         table.add("twin", "clean twin", setting.twin, shown="clean twin")
-    table.add("before", setting.before, base, setting.knows_classes, shown="before")
+    table.add("before", setting.before, base, shown="before")
     count = args.num_registers
     with random_registers(base, count, seed=args.seed) as model:
-        table.add("control", f"+ {count} random registers (control)", model, setting.knows_classes)
+        table.add("control", f"+ {count} random registers (control)", model)
 
 
-def _add_trained(
-    args: DemoArguments, setting: _Setting, table: _Table, base: nn.Module, folder: Path
-) -> tuple[dict[str, Any], bool]:
+def _train_head(args: DemoArguments, setting: _Setting) -> dict[str, torch.Tensor]:
+    """The head as it is learned without registers, in the same number of steps; nothing is saved."""
+    model = setting.objective.wrap(setting.load(), num_registers=args.num_registers)
+    with require_register_layer(model).set_aside():
+        _train(args, setting, model, None)
+    head: Any = model.get_base_model().get_submodule(setting.objective.head)
+    return {name: value.detach().cpu() for name, value in head.modules_to_save["default"].state_dict().items()}
+
+
+def _add_trained(args: DemoArguments, setting: _Setting, table: _Table, folder: Path) -> tuple[dict[str, Any], bool]:
     """The arm with trained registers; the results of the training, and whether the saved adapter is the trained one.
 
     Raises:
         RuntimeError: The adapter, loaded in a fresh process, does not give the outputs of the trained model.
     """
+    base = setting.load(trained_head=False)
     torch.manual_seed(args.seed)
     model = setting.objective.wrap(base, num_registers=args.num_registers)
     results = _train(args, setting, model, folder)
@@ -242,11 +287,10 @@ def _add_test_time(args: DemoArguments, setting: _Setting, table: _Table, out: P
     except NoArtifactsError:
         return None
     fitted.save_pretrained(str(out / "test_time"))
-    table.add("test_time", "+ 1 test-time register", fitted.eval(), setting.knows_classes, shown="test-time")
+    table.add("test_time", "+ 1 test-time register", fitted.eval(), shown="test-time")
     fit: dict[str, Any] = fitted.peft_config["default"].test_time_fit
     start = start_from(fitted)
-    fitted.unload()
-    both = setting.objective.wrap(base, **start.options)
+    both = setting.objective.wrap(setting.load(trained_head=False), **start.options)
     layer = require_register_layer(both)
     start.fill(layer.tokens("default"))
     _train(args, setting, both, out / "both")
@@ -254,13 +298,13 @@ def _add_test_time(args: DemoArguments, setting: _Setting, table: _Table, out: P
     return fit
 
 
-def _train(args: DemoArguments, setting: _Setting, model: RegisterPeftModel, folder: Path) -> dict[str, Any]:
+def _train(args: DemoArguments, setting: _Setting, model: RegisterPeftModel, folder: Path | None) -> dict[str, Any]:
     return train(
         model,
         setting.objective,
         setting.train,
         TrainArguments(
-            output_dir=str(folder),
+            output_dir=str(folder) if folder else None,
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.hf_argparser import string_to_bool
 
 from ...tuner.peft_model import RegisterPeftModel, add_registers
 from ...utils.files import check_regular
@@ -48,7 +49,7 @@ class ClassificationObjective(Objective):
         """Add ``--freeze-head`` and ``--head``."""
         parser.add_argument(
             *("--freeze-head", "--freeze_head"),
-            action="store_true",
+            **{"nargs": "?", "type": string_to_bool, "const": True, "default": False},
             help="keep the model's head, train registers only",
         )
         parser.add_argument("--head", default="classifier", help="name of the model's head, default 'classifier'")

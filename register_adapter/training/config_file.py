@@ -1,0 +1,100 @@
+"""``--config run.yaml``: the flags of a run from a file, and the file that a run leaves behind."""
+
+from __future__ import annotations
+
+import re
+from argparse import Action, ArgumentError, ArgumentParser
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
+from ..utils.files import open_regular
+
+__all__ = ["config_words", "did_you_mean", "render_config"]
+
+#: Flags that are about one start of the program, not about the run.
+_NOT_SETTINGS = ("help", "config", "json", "quiet", "resume_from_checkpoint", "overwrite_output_dir")
+_MOST = 2**20
+
+
+def config_words(path: str | Path, parser: ArgumentParser) -> list[str]:
+    """The flags of a YAML file as words of a command line, which stand before those that a user types.
+
+    Keys are flags without the dashes in front, with hyphens or underscores. Values are taken as they are written, so
+    that ``no`` and ``1e-3`` mean what they mean on a command line; ``null`` leaves a flag at its default.
+
+    Args:
+        path: The file.
+        parser: Knows the flags.
+
+    Raises:
+        ValueError: The file is no mapping of single values, or a key or value is not one that a flag takes; the message
+            names file, line and key, and the nearest flag.
+        OSError: The file cannot be read.
+    """
+    with open_regular(path) as file:
+        data = file.read(_MOST + 1)
+    if len(data) > _MOST:
+        raise ValueError(f"{path} is larger than a file of settings can be ({_MOST} bytes)")
+    try:
+        node = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{path} must have lines such as 'learning-rate: 0.01', one a flag")
+    words: dict[str, list[str]] = {}
+    for key, value in node.value:
+        name, place = str(key.value), f"{path}, line {key.start_mark.line + 1}"
+        action = _flags(parser).get(name.replace("_", "-")) if isinstance(key, yaml.ScalarNode) else None
+        if action is None or action.dest in ("help", "config"):
+            raise ValueError(f"{place}: there is no flag {name!r:.80}{did_you_mean(name, parser)}")
+        if action.dest in words:
+            raise ValueError(f"{place}: {name} is given twice")
+        if not isinstance(value, yaml.ScalarNode):
+            raise ValueError(f"{place}: {name} must be a single value")
+        words[action.dest] = [] if value.tag.endswith(":null") else _words(action, str(value.value), place, parser)
+    return [word for group in words.values() for word in group]
+
+
+def _flags(parser: ArgumentParser) -> dict[str, Action]:
+    """Name with hyphens to flag."""
+    return {
+        option.lstrip("-").replace("_", "-"): action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+
+
+def _words(action: Action, text: str, place: str, parser: ArgumentParser) -> list[str]:
+    flag = action.option_strings[-1]
+    if action.nargs == 0:  # there or not
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{place}: {action.dest} must be true or false, got {text!r:.80}")
+        return [flag] if text.lower() == "true" else []
+    try:
+        parser._check_value(action, parser._get_value(action, text))
+    except ArgumentError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return [f"{flag}={text}"]
+
+
+def did_you_mean(name: str, parser: ArgumentParser) -> str:
+    """The flag with the most similar name, as the end of a message; nothing if none is similar."""
+    near = get_close_matches(name.lstrip("-").replace("_", "-").lower(), _flags(parser), 1)
+    return f"; did you mean --{near[0]}?" if near else ""
+
+
+def render_config(values: Mapping[str, Any]) -> str:
+    """A run's settings as a YAML file that :func:`config_words` reads back.
+
+    Args:
+        values: Flag, with underscores, to value; ``None`` is left out, and so is what is about one start only.
+    """
+    kept = {name: value for name, value in values.items() if value is not None and name not in _NOT_SETTINGS}
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    head = "# Settings of a training run. Start it again with --config FILE; flags on the command line win.\n"
+    return head + re.sub(r"(?m)^\w+", lambda match: match[0].replace("_", "-"), text)

@@ -1,0 +1,95 @@
+"""What a run says at its end: what came of it, or how to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..tuner.card_text import OFF
+from . import checkpoints
+from .arguments import TrainArguments
+from .checkpoints import CheckpointError
+from .interruption import Interrupted
+
+__all__ = ["farewell", "summarise"]
+
+_RESUME, _OVERWRITE = "--resume-from-checkpoint", "--overwrite-output-dir"
+#: Metrics that are shares.
+_SHARES = ("accuracy",)
+
+
+def summarise(results: dict[str, Any], output_dir: str) -> str:
+    """A few lines for people, from what :func:`register_adapter.training.train` returns."""
+    lines = [f"trained for {results['global_step']} steps{', stopped early' if results['stopped_early'] else ''}"]
+    if results["resumed_from_checkpoint"]:
+        lines[0] += f", resumed from {results['resumed_from_checkpoint']}"
+    metrics = results["metrics"]
+    for name, value in metrics.items():
+        if name.startswith("eval_") and not name.startswith(OFF):
+            name = name.removeprefix("eval_")
+            off = metrics.get(f"{OFF}{name}")
+            without = f" (registers off, the same head: {_number(name, off)})" if off is not None else ""
+            lines.append(f"{name} on {results['eval_samples']} held-out images: {_number(name, value)}{without}")
+    best = results["best"]
+    if best:
+        saved = "saved is" if results["arguments"]["load_best_model_at_end"] else "saved is the last step; best was"
+        value = _number(best["metric"].removeprefix("eval_"), best["value"])
+        lines.append(f"{saved} step {best['step']}, with {best['metric']} {value}")
+    lines.append(f"adapter, card, results.json and run.yaml: {output_dir}")
+    if "pushed_to" in results:
+        lines.append(f"pushed to {results['pushed_to']}")
+    return "\n".join(lines)
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.1%}" if name in _SHARES else f"{value:.4g}"
+
+
+def farewell(stop: Interrupted, args: TrainArguments, prog: str, argv: Sequence[str]) -> str:
+    """One line for a run that a signal has ended: what is there, and the command that goes on.
+
+    Args:
+        stop: How it ended.
+        args: The knobs.
+        prog: Name of the program.
+        argv: The arguments that it was started with.
+    """
+    checkpoint = stop.checkpoint or _resumed(args)
+    if checkpoint is None:
+        return f"{stop}; no checkpoint is there; start again with: {_command(prog, argv)}"
+    own = checkpoint.resolve().parent == Path(str(args.output_dir)).resolve()
+    words = [*_without(argv, (_RESUME, _OVERWRITE)), _RESUME, "latest" if own else str(checkpoint)]
+    return f"{stop}; {checkpoint} is complete; go on with: {_command(prog, words)}"
+
+
+def _resumed(args: TrainArguments) -> Path | None:
+    """What the run was to be resumed from, before it came to that."""
+    if not args.resume_from_checkpoint:
+        return None
+    try:
+        return checkpoints.find(args.resume_from_checkpoint, str(args.output_dir))
+    except CheckpointError:
+        return None
+
+
+def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The arguments without some flags and their values."""
+    kept, skipping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0].replace("_", "-") in flags
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
+def _command(prog: str, argv: Sequence[str]) -> str:
+    start = prog if " " in prog else f"python -m {prog}"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        start = f"accelerate launch [its options] -m {prog}"
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        start = f"torchrun [its options] -m {prog}"
+    return f"{start} {shlex.join(argv)}"

@@ -1,0 +1,316 @@
+"""How a run ends: with the best adapter, early, with a summary, or because of a signal, and then it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
+from training_helpers import ENVIRONMENT, TRAIN, adapter_bytes
+
+from register_adapter.training import ClassificationObjective, TrainArguments, checkpoints
+from register_adapter.training.checkpoints import TrainState
+from register_adapter.training.interruption import Interrupted, Interruption
+from register_adapter.training.selection import Selection
+
+pytestmark = pytest.mark.slow
+
+#: Evaluated at steps 2, 3, 4, 6 and 8.
+SELECTING = (*RUN, "--eval-steps", "3", "--load-best-model-at-end", "--early-stopping-patience", "9")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def whole(case: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has stopped, with a checkpoint of every step."""
+    out = tmp_path_factory.mktemp("whole")
+    start(flags(case, out, *SELECTING, "--checkpointing-steps", "1"))
+    return out
+
+
+def before(monkeypatch: pytest.MonkeyPatch, method: str, call: int, action: Callable[[], Any]) -> None:
+    """Do something in one of an objective's calls."""
+    calls, unchanged = [], getattr(ClassificationObjective, method)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            action()
+        return unchanged(*args, **kwargs)
+
+    monkeypatch.setattr(ClassificationObjective, method, patched)
+
+
+# Evaluations on the way
+
+
+def test_a_run_is_evaluated_every_few_steps_and_after_each_epoch(whole: Path) -> None:
+    results = results_of(whole)
+    assert [evaluation["step"] for evaluation in results["evaluations"]] == [2, 3, 4, 6, 8]
+    assert set(results["evaluations"][0]) == {"step", "loss", "accuracy"}
+    best = min(results["evaluations"], key=lambda evaluation: evaluation["loss"])
+    assert results["best"] == {"step": best["step"], "metric": "eval_loss", "value": best["loss"]}
+    assert results["metrics"]["eval_loss"] == best["loss"]
+
+
+def test_evaluations_on_the_way_do_not_change_what_is_learned(case: Path, whole: Path, tmp_path: Path) -> None:
+    start(flags(case, tmp_path, *RUN, "--checkpointing-steps", "epoch"))
+    names = [f"checkpoint-{step}/adapter_model.safetensors" for step in (2, STEPS)]
+    assert [(tmp_path / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
+
+
+def script_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """The losses of the evaluations to come, with the registers on; the last one stays."""
+    given = iter(losses)
+    state = {"loss": losses[-1]}
+
+    def evaluate(self: Any, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        state["loss"] = next(given, state["loss"])
+        return {"loss": torch.full((len(batch["labels"]),), state["loss"])}
+
+    monkeypatch.setattr(ClassificationObjective, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize(
+    ("more", "steps", "best"),
+    [
+        (("--eval-steps", "3", "--early-stopping-patience", "1"), 6, 4),
+        (("--eval-steps", "3", "--early-stopping-patience", "3"), 8, 4),
+        (("--eval-steps", "3", "--early-stopping-patience", "1", "--greater-is-better", "true"), 3, 2),
+        (("--eval-steps", "epoch"), 8, 6),
+    ],
+)
+def test_the_best_adapter_is_saved_and_a_run_stops_when_it_gets_no_better(
+    more: tuple[str, ...], steps: int, best: int, case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first is the look at the names of the metrics.
+    script_losses(monkeypatch, [9.0, 0.5, 0.4, 0.2, 0.3, float("nan")])
+    results = start(flags(case, tmp_path, *RUN, "--load-best-model-at-end", "--checkpointing-steps", "1", *more))
+    assert (results["global_step"], results["best"]["step"]) == (steps, best)
+    assert results["stopped_early"] == (steps < STEPS)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    for name, value in load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors").items():
+        assert torch.equal(saved[name], value)
+    assert any(
+        not torch.equal(saved[name], value)
+        for name, value in load_file(tmp_path / f"checkpoint-{steps}" / "adapter_model.safetensors").items()
+    )
+
+
+@pytest.mark.parametrize("step", [3, STEPS])
+def test_a_killed_run_has_the_same_best_adapter(step: int, case: Path, whole: Path, tmp_path: Path) -> None:
+    (whole / f"checkpoint-{step}").rename(tmp_path / f"checkpoint-{step}")
+    try:
+        start(flags(case, tmp_path, *SELECTING, "--resume-from-checkpoint", "latest"))
+    finally:
+        (tmp_path / f"checkpoint-{step}").rename(whole / f"checkpoint-{step}")
+    assert adapter_bytes(tmp_path) == adapter_bytes(whole)
+    for key in ("best", "evaluations", "stopped_early", "global_step"):
+        assert results_of(tmp_path)[key] == results_of(whole)[key]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--eval-steps", "2"), "eval_steps: 3, now 2"),
+        (("--metric-for-best-model", "accuracy"), "metric_for_best_model: 'loss', now 'accuracy'"),
+        (("--insert-layer", "1"), "insert_layer: None, now 1"),
+        (("--augmentation", "flip"), "augmentation: None, now 'flip'"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_settings_only(
+    more: tuple[str, ...], message: str, case: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = ("--resume-from-checkpoint", str(whole / "checkpoint-2"))
+    assert stopped(flags(case, tmp_path, *SELECTING, *resume, *more)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(
+    case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ClassificationObjective, "loss", lambda *_: pytest.fail("has begun"))
+    assert stopped(flags(case, tmp_path, *SELECTING, "--metric-for-best-model", "f1")) == 1
+    assert "metric_for_best_model must be one of accuracy, loss, got 'f1'" in capsys.readouterr().err
+
+
+def evaluated(*losses: float, patience: int | None = None, **options: Any) -> Selection:
+    selection = Selection(TrainArguments(early_stopping_patience=patience, **options), TrainState())
+    for step, loss in enumerate(losses, 1):
+        selection.state.global_step = step
+        selection.add({"loss": loss, "accuracy": loss})
+    return selection
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "best", "exhausted"),
+    [
+        ((), {"patience": 1}, None, False),
+        ((2.0, 1.0, 1.0), {"patience": 1}, 2, True),  # an equal one is none better
+        ((2.0, float("nan"), float("inf")), {"patience": 2}, 1, True),
+        ((float("nan"), 3.0), {"patience": 1}, 2, False),
+        ((1.0, 2.0), {"patience": 1, "metric_for_best_model": "eval_accuracy"}, 2, False),
+        ((1.0, 2.0, 3.0), {}, 1, False),
+    ],
+)
+def test_what_is_best(losses: tuple[float, ...], options: dict[str, Any], best: int | None, exhausted: bool) -> None:
+    selection = evaluated(*losses, **options)
+    assert (selection.best or {}).get("step") == best
+    assert selection.is_exhausted == exhausted
+
+
+# The summary
+
+
+def test_a_run_says_what_came_of_it(
+    case: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(whole / "checkpoint-5")
+    results = start(flags(case, tmp_path, *SELECTING, "--resume-from-checkpoint", checkpoint))
+    said, metrics = capsys.readouterr().out, results["metrics"]
+    assert f"trained for 8 steps, resumed from {checkpoint}" in said
+    on, off = metrics["eval_accuracy"], metrics["eval_registers_off_accuracy"]
+    assert f"accuracy on 7 held-out images: {on:.1%} (registers off, the same head: {off:.1%})" in said
+    assert f"saved is step {results['best']['step']}, with eval_loss" in said
+    assert str(tmp_path) in said
+    assert len(said.splitlines()) <= 6
+    short = flags(case, tmp_path, "--max-train-steps", "1", "--overwrite-output-dir")
+    start([*short, "--quiet"])
+    assert capsys.readouterr().out == ""
+    results = start([*short, "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(results))
+
+
+# Signals
+
+ENDINGS = {"Ctrl-C": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
+
+
+def go_on(said: str) -> list[str]:
+    """The arguments of the command that a stopped run names in its only line."""
+    (line,) = [line for line in said.splitlines() if line.startswith("ERROR")]
+    command = line.rpartition("with: ")[2]
+    assert command.startswith("python -m register_adapter.train ")
+    return shlex.split(command)[3:]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "call", "step"),
+    [
+        pytest.param("Ctrl-C", "loss", 8, 5, id="in a step"),
+        pytest.param("SIGTERM", "evaluate", 4, 3, id="in an evaluation"),
+        pytest.param("Ctrl-C", "evaluate", 12, STEPS, id="at the end, with the best adapter, without registers"),
+    ],
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on_to_the_same_adapter(
+    name: str,
+    method: str,
+    call: int,
+    step: int,
+    case: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    number, code = ENDINGS[name]
+    handlers = [signal.getsignal(number) for number, _ in ENDINGS.values()]
+    with monkeypatch.context() as patch:
+        before(patch, method, call, lambda: signal.raise_signal(number))
+        # Two batches, so that an evaluation goes on after the signal.
+        assert stopped(flags(case, tmp_path, *SELECTING, "--per-device-eval-batch-size", "4")) == code
+    assert handlers == [signal.getsignal(number) for number, _ in ENDINGS.values()]
+    said = capsys.readouterr()
+    assert f"interrupted by {name} at step {step} of {STEPS}; {tmp_path}/checkpoint-{step} is complete" in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert not (tmp_path / "results.json").exists()
+    assert [path.name for path in checkpoints.find_all(tmp_path)] == [f"checkpoint-{step}"]
+    words = go_on(said.err)
+    assert words[-2:] == ["--resume-from-checkpoint", "latest"]
+    start(words)
+    assert adapter_bytes(tmp_path) == adapter_bytes(whole)
+    assert [e["step"] for e in results_of(tmp_path)["evaluations"]] == [2, 3, 4, 6, 8]
+
+
+def test_before_the_first_step_there_is_nothing_to_go_on_from(
+    case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before(monkeypatch, "load_base", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    argv = flags(case, tmp_path, *RUN)
+    assert stopped(argv) == 143
+    said = capsys.readouterr().err
+    assert "no checkpoint is there; start again with" in said
+    assert go_on(said) == argv
+
+
+def test_a_run_that_was_resumed_and_stopped_at_once_names_its_checkpoint(
+    case: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before(monkeypatch, "load_base", 1, lambda: signal.raise_signal(signal.SIGINT))
+    checkpoint = str(whole / "checkpoint-3")
+    argv = flags(case, tmp_path, *SELECTING, f"--resume_from_checkpoint={checkpoint}", "--overwrite-output-dir")
+    assert stopped(argv) == 130
+    words = go_on(capsys.readouterr().err)
+    assert words == [*flags(case, tmp_path, *SELECTING), "--resume-from-checkpoint", checkpoint]
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before(monkeypatch, "loss", 6, twice)
+    assert stopped(flags(case, tmp_path, *RUN, "--checkpointing-steps", "1")) == 130
+    assert [path.name for path in checkpoints.find_all(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert go_on(capsys.readouterr().err)[-1] == "latest"
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption():
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Interrupted):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
+def test_a_terminal_interrupts_the_loaders_workers_too(case: Path, tmp_path: Path) -> None:
+    more = ["--max-train-steps", "100000", "--dataloader-num-workers", "1", "--checkpointing-steps", "2"]
+    command = [*TRAIN, *flags(case, tmp_path, *more, "--checkpoints-total-limit", "1")]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        limit = time.monotonic() + 600
+        while not checkpoints.find_all(tmp_path):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=600)
+    assert run.returncode == 130, said
+    assert "Traceback" not in said
+    last = said.strip().splitlines()[-1]
+    (checkpoint,) = checkpoints.find_all(tmp_path)
+    assert f"{checkpoint} is complete; go on with: python -m register_adapter.train" in last
