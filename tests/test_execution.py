@@ -34,6 +34,8 @@ every_name = pytest.mark.parametrize("name", NAMES)
 every_way = pytest.mark.parametrize("way", WAYS)
 #: Where the way and the model do not meet in the code under test: every way on a ViT, three on every other model.
 ways_in_turn = pytest.mark.parametrize(("name", "way"), crossings(NAMES, WAYS, whole=("vit",), each=3))
+#: The same where a case takes seconds: two on every other model.
+ways_in_few = pytest.mark.parametrize(("name", "way"), crossings(NAMES, WAYS, whole=("vit",), each=2))
 
 
 def ways_in_turn_by(option: str, values: Iterable[Any], names: list[str] = NAMES) -> pytest.MarkDecorator:
@@ -81,8 +83,7 @@ def compiled(model: torch.nn.Module, backend: str = "eager") -> Any:
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
-@every_way
-@every_name
+@ways_in_few
 @pytest.mark.usefixtures("_no_graphs")
 def test_the_whole_model_is_one_graph(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
@@ -102,7 +103,7 @@ def test_a_graph_can_return_hidden_states_after_an_eager_pass() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["deep", "key_value", "gate"])
+@pytest.mark.parametrize("way", ["deep", "gate"])
 @pytest.mark.usefixtures("_no_graphs")
 def test_a_compiled_model_follows_the_active_adapter(way: str) -> None:
     model, inputs = registered("vit", "default"), make_inputs("vit")
@@ -116,7 +117,7 @@ def test_a_compiled_model_follows_the_active_adapter(way: str) -> None:
 
 
 @pytest.mark.slow
-@every_way
+@pytest.mark.parametrize("way", ["default", "deep", "gate", "neurons"])
 @pytest.mark.usefixtures("_no_graphs")
 def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
     model, inputs = registered("vit", way).train(), make_inputs("vit")
@@ -147,8 +148,7 @@ def batch_of(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tens
     return {key: torch.cat([value] * size)[:size] for key, value in inputs.items()}
 
 
-@every_way
-@every_name
+@ways_in_few
 def test_an_exported_program_takes_any_batch(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     free = name != "siglip2-vision"  # its position embeddings are resized image by image, with or without registers
@@ -164,7 +164,7 @@ def test_an_exported_program_takes_any_batch(name: str, way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "way"), [("beit", "key_value"), *(("vit", way) for way in WAYS)])
+@pytest.mark.parametrize(("name", "way"), [("beit", "key_value"), ("vit", "deep"), ("vit", "gate"), ("vit", "neurons")])
 def test_onnx_gives_the_same_numbers_for_any_batch(name: str, way: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="runs ONNX files")
     model, inputs = registered(name, way), make_inputs(name)
