@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
+from command_line import call, run
 from peft import AutoPeftModel, PeftModel
 
 from register_adapter import find_register_layer
@@ -29,9 +29,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("options", [(), ("--attention_bias", "--remove", "mean"), ("--num_neurons", "2")], ids=str)
-def test_on_a_model_and_images_of_ones_own(options: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+def test_on_a_model_and_images_of_ones_own(
+    options: tuple[str, ...],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "fitted"
-    said = run("fit", str(folder / "model"), str(folder / "images"), "--out", str(out), *options)
+    given = ("fit", str(folder / "model"), str(folder / "images"), "--out", str(out), *options)
+    if options:
+        assert call(monkeypatch, *given) == 0
+        said = "".join(capfd.readouterr())
+    else:
+        said = run(*given)
     assert "notes.txt" in said, "the bad file is named"
     assert "hidden units" in said
     planting = load_planted_vit()
@@ -61,7 +72,7 @@ def test_a_clean_model_is_left_alone(tmp_path: Path) -> None:
 
 def test_wrong_arguments_end_in_one_clear_line(folder: Path, tmp_path: Path) -> None:
     cases = {
-        "give top_block": ("--threshold", "3"),
+        "give --top-block": ("--threshold", "3"),
         "block of the model": ("--top-block", "99"),
         "unknown rule": ("--rule", "none"),
         "bad images": ("--strict",),
