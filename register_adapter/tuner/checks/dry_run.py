@@ -21,6 +21,11 @@ from ..layer import RegisterLayer
 __all__ = ["check_anatomy"]
 
 _BATCH = 2
+#: What two anatomies of one tower must have in common: sizes, ways, places in the tower and in a block.
+_VALUES = ("prefix", "hidden_size")
+_FIELDS = ("insert_at", "remove_from", "rotary")
+_PLACES = ("embeddings", "remove", "blocks", "position_bias", "positions_between")
+_BLOCK_PLACES = ("attention", "mlp_out")
 
 
 def check_anatomy(tower: Tower, config: RegisterConfig) -> None:
@@ -36,8 +41,10 @@ def check_anatomy(tower: Tower, config: RegisterConfig) -> None:
         UnsupportedModelError: The anatomy does not fit; the message says which part and what was found.
     """
     name = f"the anatomy {tower.anatomy.family!r} does not fit {type(tower.module).__name__}"
-    if hasattr(tower.module, "registers"):
-        return  # the first adapter on the tower was tried
+    layer = getattr(tower.module, "registers", None)
+    if isinstance(layer, RegisterLayer):  # the first adapter on the tower was tried, and says where registers are
+        _check_places(layer.tower, tower, name)
+        return
     shape = _input_shape(tower, name)
     weight = next((weight for weight in tower.module.parameters() if weight.is_floating_point()), None)
     if weight is None or weight.is_meta:
@@ -56,6 +63,24 @@ def check_anatomy(tower: Tower, config: RegisterConfig) -> None:
         raise UnsupportedModelError(
             f"{name}: with registers its outputs have the shapes {actual}, without {expected}. They must leave before "
             f"anything reads the sequence: 'remove' is {tower.anatomy.remove!r} ({tower.anatomy.remove_from})."
+        )
+
+
+def _check_places(used: Tower, given: Tower, name: str) -> None:
+    """Another adapter's anatomy of a tower that has registers leads to the same places."""
+    other = [field for field in _VALUES if getattr(used, field, None) != getattr(given, field, None)]
+    other += [field for field in _FIELDS if getattr(used.anatomy, field) != getattr(given.anatomy, field)]
+    other += [field for field in _PLACES if given.part(field) is not used.part(field)]
+    blocks = range(len(given.part("blocks"))) if "blocks" not in other else ()
+    other += [
+        field
+        for field in _BLOCK_PLACES
+        if any(given.block_part(block, field) is not used.block_part(block, field) for block in blocks)
+    ]
+    if other:
+        raise UnsupportedModelError(
+            f"{name} as the registers that are there use it ({used.anatomy.family!r}): they differ in "
+            f"{', '.join(other)}. Adapters on one tower share its hooks: give both the same anatomy."
         )
 
 
