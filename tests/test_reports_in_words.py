@@ -199,6 +199,19 @@ def test_a_model_that_is_not_there_is_one_line_and_the_same_everywhere(
     assert repr(name) in said.pop()
 
 
+def test_an_adapter_that_is_not_there_is_one_line_and_the_same_everywhere(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ("clean", str(images), "--adapter", "somebody/misspelt", "--out", "out")
+    commands = [("audit", *base), ("probe", *base), ("export", "somebody/misspelt", "--out", "out")]
+    said = {str(call(monkeypatch, *arguments)) for arguments in commands}
+    assert len(said) == 1, said
+    line = said.pop()
+    assert line.startswith("error: no adapter 'somebody/misspelt': there is no such folder")
+    assert len(line.splitlines()) == 1
+
+
 # Files
 
 

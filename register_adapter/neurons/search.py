@@ -63,7 +63,7 @@ class Search:
             that add most to the outliers over all of them, the first first.
 
         Raises:
-            NoArtifactsError: The audit finds no outliers in these images, or nothing lies beyond the line given by hand.
+            NoArtifactsError: The audit finds no outliers in these images, or none lies beyond the line given.
             RegisterAdapterError: It does, but not in those that rank units.
             ValueError: Outliers do not separate behind the block that was chosen.
         """
@@ -87,12 +87,11 @@ class Search:
         self.num_ranked = scores[views[0].size].num_images
         ranking = [view_scores for view_scores in scores.values() if view_scores.num_outliers]
         if not ranking:
-            error, advice = (
-                (NoArtifactsError, "another threshold") if self.by_hand else (RegisterAdapterError, "others first")
-            )
+            error: type[Exception] = NoArtifactsError if self.by_hand else RegisterAdapterError
             raise error(
                 f"of {parts.num_images} images, the {self.num_ranked} on which units are ranked have no outlier behind "
-                f"block {top} ({views[0].threshold_behind(top)}): give more images, or {advice}"
+                f"block {top} ({views[0].threshold_behind(top)}): give more images, or "
+                f"{'another threshold' if self.by_hand else 'others first'}"
             )
         return views, top, pool([view_scores.ranked(self.most) for view_scores in ranking], self.most)
 

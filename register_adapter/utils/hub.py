@@ -25,6 +25,7 @@ from ..errors import AdapterFileError, RegisterAdapterError
 
 __all__ = [
     "CONFIG_NAME",
+    "OFFLINE",
     "WEIGHTS_NAME",
     "HubAccessError",
     "check_folder",
@@ -39,6 +40,13 @@ CONFIG_NAME, WEIGHTS_NAME, _PICKLE = "adapter_config.json", "adapter_model.safet
 # The HTTP library behind huggingface_hub has changed twice; its base of all errors is above HfHubHTTPError in each.
 _HTTP_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in ("HTTPError", "RequestException"))
 _LOG_IN = "log in with `hf auth login`, or give a token that may read it: token=..."
+
+
+#: Why a name leads nowhere without a network.
+OFFLINE = (
+    "there is no such folder, it is not in the local cache, and offline mode is set (HF_HUB_OFFLINE or "
+    "local_files_only). Check the name, or go online"
+)
 
 
 class HubAccessError(RegisterAdapterError, ValueError):
@@ -124,7 +132,7 @@ def _explain(repo_id: str, revision: str | None, token: str | bool | None, error
 
 def _unreachable(repo_id: str, error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
-        return f"{repo_id!r} is not in the local cache and offline mode or local_files_only is set."
+        return f"no adapter {repo_id!r}: {OFFLINE}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     cause = f"it answered {status}" if status else type(error).__name__
     return (

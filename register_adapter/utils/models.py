@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .hub import HubAccessError, hub_errors
+from .hub import OFFLINE, HubAccessError, hub_errors
 from .shipped import is_shipped
 
 __all__ = ["require_model"]
@@ -48,10 +48,7 @@ def require_model(name: str, **options: Any) -> None:
         if isinstance(cause, HFValidationError):
             why = "there is no such folder, and a name on the Hub is 'user/model'. Check the name"
         elif isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) and _offline(cause):
-            why = (
-                "there is no such folder, it is not in the local cache, and offline mode is set (HF_HUB_OFFLINE or "
-                "local_files_only). Check the name, or go online"
-            )
+            why = OFFLINE
         elif isinstance(cause, RepositoryNotFoundError):
             why = "there is no such folder, and the Hub shows no repository of that name. Check the name"
         else:
