@@ -2,7 +2,8 @@
 
 from .augmentation import AUGMENTATIONS, Augmentation
 from .batches import ImageBatches, list_images
-from .datasets import Data, DataArguments, ProcessedDataset, load_data, read_image_folder
+from .datasets import Data, DataArguments, ProcessedDataset, load_data
+from .folders import read_flat_folder, read_image_folder
 from .images import ImageFileError, check_image, load_image
 from .processors import load_image_processor
 
@@ -19,5 +20,6 @@ __all__ = [
     "load_data",
     "load_image",
     "load_image_processor",
+    "read_flat_folder",
     "read_image_folder",
 ]

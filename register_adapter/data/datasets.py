@@ -1,9 +1,9 @@
-"""Data sets of labelled images: from the Hub or a folder, checked before training, read one item at a time."""
+"""Data sets of images, with or without labels: from the Hub or a folder, checked first, read one item at a time."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 from tqdm.auto import tqdm
 
 from ..utils.files import check_regular
-from ..utils.text import path_text, printable
 from .augmentation import AUGMENTATIONS, Augmentation
-from .images import ImageFileError, check_image, image_name, load_image, walk_files
+from .folders import read_flat_folder, read_image_folder
+from .images import ImageFileError, check_image, image_name, load_image
 from .processing import process_image
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "DataArguments",
     "ProcessedDataset",
     "load_data",
-    "read_image_folder",
     "skip_bad",
 ]
 
@@ -44,7 +43,9 @@ class DataArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, or a local one."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one sub-folder of images per class."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of images; for classification with one sub-folder per class."}
+    )
     validation_dir: str | None = field(default=None, metadata={"help": "The same for the evaluation."})
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training images held out where there is no validation set."}
@@ -96,7 +97,10 @@ class DataArguments:
 
 
 class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Items ``{"pixel_values": (3, H, W) float32, "labels": int}`` of any map-style data set of images.
+    """Items ``{"pixel_values": (3, H, W) float32, "index": int, "labels": int}`` of a map-style data set of images.
+
+    ``index`` is the item's number, which stays the same however the items are shuffled; ``labels`` is there where the
+    data set has a label.
 
     Args:
         dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": image, "label": int}``; an
@@ -107,7 +111,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Raises:
         ImageFileError: On reading an item whose image is bad.
-        ValueError: On reading an item without a label.
+        ValueError: On reading an item whose label is ``None`` or negative.
     """
 
     def __init__(
@@ -125,59 +129,19 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
-        label = item["label"]
-        if label is None or label < 0:
-            raise ValueError(f"item {index} ({image_name(item['image'])}) has no label (found {label!r})")
+        labels = {}
+        if "label" in item:
+            label = item["label"]
+            if label is None or label < 0:
+                raise ValueError(f"item {index} ({image_name(item['image'])}) has no label (found {label!r})")
+            labels["labels"] = int(label)
         name = _item_name(item["image"], index)
         image = load_image(item["image"], name)
         if self.augmentation is not None:
             image = self.augmentation(image, self.epoch, index)
         made = process_image(self.image_processor, image, name)
         pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
-        return {"pixel_values": pixels[0], "labels": int(label)}
-
-
-def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -> Dataset:
-    """List an image folder, one sub-folder per class; files are listed whatever they are, and none is opened.
-
-    Classes are the sorted names of the sub-folders, empty ones and ones full of bad files included, so that what is
-    skipped later never shifts a label. Files of deeper folders belong to their class; hidden files and folders are left
-    out, and files beside the class folders are skipped with a warning.
-
-    Args:
-        folder: The folder.
-        labels: Classes to use, those of the training set, for a validation folder that may lack some.
-
-    Returns:
-        Columns ``image`` (undecoded ``datasets.Image``) and ``label`` (``datasets.ClassLabel``).
-
-    Raises:
-        ValueError: The folder does not exist, has no sub-folders, or has classes that ``labels`` lacks.
-        OSError: It cannot be listed.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder")
-    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    classes = [path for path in visible if path.is_dir()]
-    names = list(labels) if labels is not None else [printable(path.name) for path in classes]
-    if not classes:
-        raise ValueError(f"{root} has no sub-folders; expected one for each class, such as {root}/cat/1.jpg")
-    unknown = [printable(path.name) for path in classes if printable(path.name) not in names]
-    if unknown:
-        raise ValueError(f"{root} has the classes {unknown}, which the training set lacks; it has {names}")
-    loose = [printable(path.name) for path in visible if not path.is_dir()]
-    if loose and PartialState().is_main_process:
-        logger.warning("%s: files outside the class folders are not used: %s", root, _some(loose))
-    files = [
-        (path_text(path), names.index(printable(class_folder.name)))
-        for class_folder in classes
-        for path in walk_files(class_folder)
-    ]
-    if not files:
-        raise ValueError(f"{root} has no files in its class folders {names}")
-    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
-    return Dataset.from_dict({"image": [path for path, _ in files], "label": [n for _, n in files]}, features=features)
+        return {"pixel_values": pixels[0], "index": index, **labels}
 
 
 def skip_bad(
@@ -264,8 +228,8 @@ def _class_names(dataset: Dataset, column: str) -> list[str]:
     )
 
 
-def _from_hub(args: DataArguments, token: str | None) -> tuple[Dataset, Dataset | None]:
-    """The training split, and the validation or test split if there is one, with columns ``image`` and ``label``."""
+def _from_hub(args: DataArguments, token: str | None, labelled: bool) -> tuple[Dataset, Dataset | None]:
+    """The training split, and the validation or test split if there is one: a column ``image``, and maybe ``label``."""
     assert args.dataset_name is not None
     check_regular(args.dataset_name, deep=True)
     with PartialState().main_process_first():
@@ -273,21 +237,21 @@ def _from_hub(args: DataArguments, token: str | None) -> tuple[Dataset, Dataset 
     if "train" not in splits:
         raise ValueError(f"{args.dataset_name} has no split 'train'; it has {list(splits)}")
     chosen = [splits[name] for name in ("train", "validation", "test") if name in splits][:2]
-    names = {args.image_column_name: "image", args.label_column_name: "label"}
+    names = {args.image_column_name: "image"} | ({args.label_column_name: "label"} if labelled else {})
     missing = [name for name in names if name not in chosen[0].features]
     if missing:
         raise ValueError(
             f"{args.dataset_name} has no columns {missing}; it has {list(chosen[0].features)}. Name them with "
             "--image_column_name and --label_column_name"
         )
-    labels = ClassLabel(names=_class_names(chosen[0], args.label_column_name))
+    renamed = {old: new for old, new in names.items() if old != new}
     sets = [
-        split.select_columns(list(names))
-        .rename_columns({old: new for old, new in names.items() if old != new})
-        .cast_column("image", Image(decode=False))
-        .cast_column("label", labels)
+        split.select_columns(list(names)).rename_columns(renamed).cast_column("image", Image(decode=False))
         for split in chosen
     ]
+    if labelled:
+        labels = ClassLabel(names=_class_names(chosen[0], args.label_column_name))
+        sets = [split.cast_column("label", labels) for split in sets]
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -298,7 +262,7 @@ class Data:
     Attributes:
         train: The training images, columns ``image`` and ``label``.
         validation: The evaluation images, with the same columns.
-        labels: Class names in the order of their numbers.
+        labels: Class names in the order of their numbers, none without labels.
         skipped: A line for each file that was left out: its name and what is wrong.
         name: What the model card says about the training data.
         validation_name: What it says about the evaluation images.
@@ -313,7 +277,13 @@ class Data:
 
 
 def load_data(
-    args: DataArguments, seed: int = 0, num_workers: int = 4, token: str | None = None, *, progress: bool = True
+    args: DataArguments,
+    seed: int = 0,
+    num_workers: int = 4,
+    token: str | None = None,
+    *,
+    progress: bool = True,
+    labelled: bool = True,
 ) -> Data:
     """Load, split and check the images that ``args`` describe.
 
@@ -323,6 +293,8 @@ def load_data(
         num_workers: Number of threads that check images.
         token: Token for the Hub; by default the one that huggingface_hub finds.
         progress: Show a bar while images are checked.
+        labelled: Whether labels are needed. Without, a folder is taken with all that is below it, and no label column
+            is looked for.
 
     Raises:
         ValueError: There is no such folder, column or split, or a class of the validation set is unknown.
@@ -330,13 +302,15 @@ def load_data(
     """
     if args.train_dir is not None:
         name = Path(args.train_dir).resolve().name
-        train = read_image_folder(args.train_dir)
-        folder = args.validation_dir
-        validation = read_image_folder(folder, train.features["label"].names) if folder else None
+        folder, validation = args.validation_dir, None
+        train = read_image_folder(args.train_dir) if labelled else read_flat_folder(args.train_dir)
+        if folder:
+            classes = train.features["label"].names if labelled else ()
+            validation = read_image_folder(folder, classes) if labelled else read_flat_folder(folder)
         validation_name = Path(folder).resolve().name if folder else name
     else:
         name = str(args.dataset_name)
-        train, validation = _from_hub(args, token)
+        train, validation = _from_hub(args, token, labelled)
         validation_name = name
     if len(train) < 2 and validation is None:
         raise ValueError(f"{name} has {len(train)} images; at least two are needed, one of them for the evaluation")
@@ -353,4 +327,5 @@ def load_data(
             data, lines = skip_bad(data, "image", args.verify == "full", args.strict, num_workers, progress)
             skipped += lines
         sets.append(data)
-    return Data(sets[0], sets[1], train.features["label"].names, skipped, name, validation_name)
+    labels = train.features["label"].names if labelled else []
+    return Data(sets[0], sets[1], labels, skipped, name, validation_name)

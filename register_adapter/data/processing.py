@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,7 +101,13 @@ class Processing:
 
 
 def _is_processor(processor: Any) -> bool:
-    return hasattr(processor, "preprocess") or hasattr(processor, "image_processor")
+    """Whether it is called as transformers' image processors are, whatever its class."""
+    if hasattr(processor, "preprocess") or hasattr(processor, "image_processor"):
+        return True
+    try:
+        return {"images", "return_tensors"} <= set(inspect.signature(processor).parameters)
+    except (TypeError, ValueError):  # no signature
+        return False
 
 
 def _called(processor: Any) -> str:

@@ -41,8 +41,8 @@ def load_base(name: str) -> nn.Module:
     if is_shipped(name):
         named: nn.Module = load_shipped(name)
         return named
-    require_model(name)
     check_regular(name)
+    require_model(name)
     config = transformers.AutoConfig.from_pretrained(name)
     # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
     saved = (getattr(config, "architectures", None) or [""])[0]

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ...artifacts import audit, resolve_rule
-from ...data.datasets import read_image_folder
+from ...data.folders import read_image_folder
 from ...errors import UnsupportedModelError
 from ...evaluation import ProbeReport, RegisterReport, analyse_registers, probe_tokens
 from ...testbed import LABELS

@@ -1,0 +1,82 @@
+"""Image folders as data sets: one sub-folder per class, or a heap of images without classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, Features, Image
+
+from ..utils.text import first_few, path_text, printable
+from .images import walk_files
+
+__all__ = ["read_flat_folder", "read_image_folder"]
+
+logger = logging.getLogger(__name__)
+
+
+def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -> Dataset:
+    """List an image folder, one sub-folder per class; files are listed whatever they are, and none is opened.
+
+    Classes are the sorted names of the sub-folders, empty ones and ones full of bad files included, so that what is
+    skipped later never shifts a label. Files of deeper folders belong to their class; hidden files and folders are left
+    out, and files beside the class folders are skipped with a warning.
+
+    Args:
+        folder: The folder.
+        labels: Classes to use, those of the training set, for a validation folder that may lack some.
+
+    Returns:
+        Columns ``image`` (undecoded ``datasets.Image``) and ``label`` (``datasets.ClassLabel``).
+
+    Raises:
+        ValueError: The folder does not exist, has no sub-folders, or has classes that ``labels`` lacks.
+        OSError: It cannot be listed.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    classes = [path for path in visible if path.is_dir()]
+    names = list(labels) if labels is not None else [printable(path.name) for path in classes]
+    if not classes:
+        raise ValueError(f"{root} has no sub-folders; expected one for each class, such as {root}/cat/1.jpg")
+    unknown = [printable(path.name) for path in classes if printable(path.name) not in names]
+    if unknown:
+        raise ValueError(f"{root} has the classes {unknown}, which the training set lacks; it has {names}")
+    loose = [printable(path.name) for path in visible if not path.is_dir()]
+    if loose and PartialState().is_main_process:
+        logger.warning("%s: files outside the class folders are not used: %s", root, first_few(loose))
+    files = [
+        (path_text(path), names.index(printable(class_folder.name)))
+        for class_folder in classes
+        for path in walk_files(class_folder)
+    ]
+    if not files:
+        raise ValueError(f"{root} has no files in its class folders {names}")
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": [path for path, _ in files], "label": [n for _, n in files]}, features=features)
+
+
+def read_flat_folder(folder: str | Path) -> Dataset:
+    """List the images of a folder and of those below it, without classes; no file is opened.
+
+    Args:
+        folder: The folder; hidden files and folders are left out.
+
+    Returns:
+        One column ``image`` (undecoded ``datasets.Image``), sorted by path.
+
+    Raises:
+        ValueError: The folder does not exist or has no files.
+        OSError: It cannot be listed.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    files = [path_text(path) for path in walk_files(root)]
+    if not files:
+        raise ValueError(f"{root} has no files")
+    return Dataset.from_dict({"image": files}, features=Features({"image": Image(decode=False)}))
