@@ -11,7 +11,7 @@ import argparse
 from peft import AutoPeftModel
 
 from register_adapter.data import DataArguments, load_data, load_image_processor
-from register_adapter.training import ClassificationObjective, TrainArguments, train
+from register_adapter.training import ClassificationObjective, TrainArguments, load_base, train, wrap
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
 
     # A frozen model with a new head for the folder's classes; what is trained is four registers and that head.
     objective = ClassificationObjective(labels=data.labels)
-    model = objective.wrap(objective.load_base(arguments.model), num_registers=4)
+    model = wrap(load_base(objective, arguments.model), objective, num_registers=4)
     model.print_trainable_parameters()
 
     results = train(

@@ -13,7 +13,7 @@ from transformers import ViTForImageClassification
 
 from register_adapter import RegisterConfig, add_registers, find_register_layer
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
-from register_adapter.training import TrainArguments, train
+from register_adapter.training import TrainArguments, train, wrap
 from register_adapter.training.objectives import ClassificationObjective
 from register_adapter.tuner.card import update_model_card
 from register_adapter.tuner.card_text import INSTALL
@@ -49,7 +49,7 @@ def test_a_fitted_adapters_card_says_what_was_found(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float], torch.nn.Module]:
     out = tmp_path_factory.mktemp("trained") / "out"
     objective = ClassificationObjective()
-    model = objective.wrap(load_vit(), num_registers=4, init_std=1.0)
+    model = wrap(load_vit(), objective, num_registers=4, init_std=1.0)
     args = TrainArguments(output_dir=str(out), max_train_steps=2, checkpointing_steps=2, use_cpu=True, seed=7)
     results = train(
         model,

@@ -23,6 +23,7 @@ from register_adapter.errors import AdapterFileError
 from register_adapter.export.saved import _transformers
 from register_adapter.towers.supported import write_table
 from register_adapter.training import checkpoints
+from register_adapter.training import load_base as load_trained
 from register_adapter.training.objectives import ClassificationObjective
 from register_adapter.utils.adapter_file import read_tensors
 from register_adapter.utils.files import check_regular, checksum, open_regular, read_text
@@ -46,7 +47,10 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "processor": ("preprocessor_config.json", lambda folder: load_image_processor(str(folder))),
     "model": ("config.json", lambda folder: load_base(str(folder))),
     "base of an export": ("model.safetensors", lambda folder: _transformers(str(folder), {})),
-    "base of a training": ("config.json", lambda folder: ClassificationObjective(["a"]).load_base(str(folder))),
+    "base of a training": (
+        "config.json",
+        lambda folder: load_trained(ClassificationObjective(["a"]), str(folder)),
+    ),
     "data set": ("train.csv", lambda folder: load_data(DataArguments(dataset_name=str(folder)))),
     "checkpoint's numbers": ("train_state.json", lambda folder: checkpoints.read_state(folder, {})),
     "checkpoint's tensors": ("train_state.pt", load_state),

@@ -27,7 +27,15 @@ from transformers import AutoImageProcessor, ViTForImageClassification
 
 from register_adapter import add_registers
 from register_adapter.testbed import LABELS, SceneDataset
-from register_adapter.training import OBJECTIVES, ClassificationObjective, TrainArguments, checkpoints, train
+from register_adapter.training import (
+    OBJECTIVES,
+    ClassificationObjective,
+    TrainArguments,
+    checkpoints,
+    load_base,
+    train,
+    wrap,
+)
 from register_adapter.training.checkpoints import CheckpointError
 from register_adapter.training.launch import main
 
@@ -129,7 +137,7 @@ def test_a_frozen_head_is_kept_and_labels_are_found_by_name(photos: Path, tmp_pa
     assert results["trainable_parameters"] == 4 * 32
     assert list(load_file(tmp_path / "out" / "adapter_model.safetensors")) == [TOKENS]
     objective = ClassificationObjective(CLASSES, freeze_head=True)
-    objective.wrap(ViTForImageClassification.from_pretrained(vit))
+    wrap(ViTForImageClassification.from_pretrained(vit), objective)
     items = [{"pixel_values": torch.zeros(3, 4, 4), "labels": label} for label in (0, 1, 2)]
     assert objective.collate(items)["labels"].tolist() == [2, 3, 1]
 
@@ -467,8 +475,8 @@ def test_wrong_paths_and_heads(vit: Path, photos: Path, tmp_path: Path, capsys: 
 def test_a_frozen_head_that_the_checkpoint_lacks_is_refused(vit: Path, tmp_path: Path) -> None:
     ViTForImageClassification.from_pretrained(vit).vit.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no fitting weights for \['classifier.bias', 'classifier.weight'\]"):
-        ClassificationObjective(freeze_head=True).load_base(str(tmp_path))
-    assert ClassificationObjective(CLASSES).load_base(str(tmp_path)).classifier.out_features == 3
+        load_base(ClassificationObjective(freeze_head=True), str(tmp_path))
+    assert load_base(ClassificationObjective(CLASSES), str(tmp_path)).classifier.out_features == 3
 
 
 def test_what_train_refuses(vit: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on_to_the_same_adapte
 def test_before_the_first_step_there_is_nothing_to_go_on_from(
     case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before(monkeypatch, "load_base", 1, lambda: signal.raise_signal(signal.SIGTERM))
+    before(monkeypatch, "check_base", 1, lambda: signal.raise_signal(signal.SIGTERM))
     argv = flags(case, tmp_path, *RUN)
     assert stopped(argv) == 143
     said = capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_before_the_first_step_there_is_nothing_to_go_on_from(
 def test_a_run_that_was_resumed_and_stopped_at_once_names_its_checkpoint(
     case: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before(monkeypatch, "load_base", 1, lambda: signal.raise_signal(signal.SIGINT))
+    before(monkeypatch, "check_base", 1, lambda: signal.raise_signal(signal.SIGINT))
     checkpoint = str(whole / "checkpoint-3")
     argv = flags(case, tmp_path, *SELECTING, f"--resume_from_checkpoint={checkpoint}", "--overwrite-output-dir")
     assert stopped(argv) == 130

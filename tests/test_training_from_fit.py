@@ -17,9 +17,8 @@ from training_helpers import adapter_bytes
 from register_adapter import add_registers, capture, find_register_layer
 from register_adapter.neurons import set_strength, start_from
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
-from register_adapter.training import ClassificationObjective
+from register_adapter.training import AnnealNeurons
 from register_adapter.training.launch import main
-from register_adapter.training.objectives import AnnealedNeurons
 
 pytestmark = pytest.mark.slow
 
@@ -92,14 +91,14 @@ def test_what_cannot_be_had_is_refused(options: dict[str, Any] | None, neurons: 
 
 def test_the_shift_fades_in_a_straight_line_that_ends_early() -> None:
     model = fitted()
-    objective = AnnealedNeurons(ClassificationObjective(), until=0.5)
+    callback = AnnealNeurons(until=0.5)
     strengths = []
     for progress in (0.0, 0.25, 0.5, 0.75):
-        objective.begin_step(model, progress)
+        callback.on_step_begin(model, progress)
         strengths.append(find_register_layer(model).tokens("default").strength.unique().item())
     assert strengths == [1.0, 0.5, 0.0, 0.0]
     set_strength(model, 1.0)
-    assert objective.details()["annealed_until"] == 0.5
+    assert callback.details()["annealed_until"] == 0.5
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,40 @@
 """Training registers with Accelerate: objectives, the loop, checkpoints, and what is saved at the end."""
 
 from .arguments import TrainArguments
+from .bases import BASES, load_base, wrap
+from .callbacks import AnnealNeurons, Callback
 from .loop import evaluate
-from .objectives import OBJECTIVES, ClassificationObjective, Objective
+from .objectives import (
+    OBJECTIVES,
+    ClassificationObjective,
+    DistillationObjective,
+    NormObjective,
+    Objective,
+    PreservationObjective,
+    RefinementObjective,
+    SmoothObjective,
+    Term,
+    WeightedTerms,
+)
 from .trainer import train
 
-__all__ = ["OBJECTIVES", "ClassificationObjective", "Objective", "TrainArguments", "evaluate", "train"]
+__all__ = [
+    "BASES",
+    "OBJECTIVES",
+    "AnnealNeurons",
+    "Callback",
+    "ClassificationObjective",
+    "DistillationObjective",
+    "NormObjective",
+    "Objective",
+    "PreservationObjective",
+    "RefinementObjective",
+    "SmoothObjective",
+    "Term",
+    "TrainArguments",
+    "WeightedTerms",
+    "evaluate",
+    "load_base",
+    "train",
+    "wrap",
+]

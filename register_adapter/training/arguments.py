@@ -19,6 +19,9 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
+#: How targets can be stored.
+DTYPES = ("bfloat16", "float16", "float32", "int8")
+
 
 def _knob(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -64,6 +67,10 @@ class TrainArguments:
         None, "Whether more of that metric is better; by default it is, but for a loss."
     )
     early_stopping_patience: int | None = _knob(None, "Stop after this many evaluations in a row without a new best.")
+    target_store: str | None = _knob(
+        None, "Folder for what the frozen base says of every training image, computed once; used again if it is there."
+    )
+    target_dtype: str = _knob("bfloat16", "How it is stored: bfloat16, float16, float32 or int8.")
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
     report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
@@ -99,6 +106,8 @@ class TrainArguments:
             raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler_type!r}")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise ValueError(f"mixed_precision must be no, fp16 or bf16, got {self.mixed_precision!r}")
+        if self.target_dtype not in DTYPES:
+            raise ValueError(f"target_dtype must be one of {', '.join(DTYPES)}, got {self.target_dtype!r}")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the repository to upload to, such as user/name")
         for name in ("checkpointing_steps", "resume_from_checkpoint", "with_tracking", "push_to_hub"):

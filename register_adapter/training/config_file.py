@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from ..utils.files import open_regular
 
-__all__ = ["config_words", "did_you_mean", "render_config"]
+__all__ = ["config_value", "config_words", "did_you_mean", "render_config"]
 
 #: Flags that are about one start of the program, not about the run.
 _NOT_SETTINGS = ("help", "config", "json", "quiet", "resume_from_checkpoint", "overwrite_output_dir")
@@ -35,16 +35,7 @@ def config_words(path: str | Path, parser: ArgumentParser) -> list[str]:
             names file, line and key, and the nearest flag.
         OSError: The file cannot be read.
     """
-    with open_regular(path) as file:
-        data = file.read(_MOST + 1)
-    if len(data) > _MOST:
-        raise ValueError(f"{path} is larger than a file of settings can be ({_MOST} bytes)")
-    try:
-        node = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"{path} must have lines such as 'learning-rate: 0.01', one a flag")
+    node = _read(path)
     words: dict[str, list[str]] = {}
     for key, value in node.value:
         name, place = str(key.value), f"{path}, line {key.start_mark.line + 1}"
@@ -57,6 +48,28 @@ def config_words(path: str | Path, parser: ArgumentParser) -> list[str]:
             raise ValueError(f"{place}: {name} must be a single value")
         words[action.dest] = [] if value.tag.endswith(":null") else _words(action, str(value.value), place, parser)
     return [word for group in words.values() for word in group]
+
+
+def config_value(path: str | Path, name: str) -> str | None:
+    """What a file says of one flag, as text, ``None`` if nothing; raises as :func:`config_words`."""
+    for key, value in _read(path).value:
+        if str(key.value).replace("-", "_") == name and isinstance(value, yaml.ScalarNode):
+            return str(value.value)
+    return None
+
+
+def _read(path: str | Path) -> yaml.MappingNode:
+    with open_regular(path) as file:
+        data = file.read(_MOST + 1)
+    if len(data) > _MOST:
+        raise ValueError(f"{path} is larger than a file of settings can be ({_MOST} bytes)")
+    try:
+        node = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{path} must have lines such as 'learning-rate: 0.01', one a flag")
+    return node
 
 
 def _flags(parser: ArgumentParser) -> dict[str, Action]:

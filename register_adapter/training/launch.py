@@ -9,7 +9,7 @@ import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,10 +29,12 @@ from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
 from ..utils.staging import check_writable
 from .arguments import TrainArguments
-from .config_file import config_words, did_you_mean, render_config
+from .bases import load_base, wrap
+from .callbacks import AnnealNeurons
+from .config_file import config_value, config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
 from .last_words import farewell, summarise
-from .objectives import OBJECTIVES, AnnealedNeurons, Objective
+from .objectives import OBJECTIVES, ClassificationObjective, Objective, Term, WeightedTerms
 from .run_lock import folder_lock
 from .setup import use_cpu
 from .trainer import check_output_dir, train
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
         SystemExit: An argument, the data or the model is unfit; the message on the standard error says why.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _make_parser(prog)
+    parser = _make_parser(prog, _objective_of(argv))
     model_args, data_args, args, flags = _parse(parser, argv)
     if args.quiet:
         disable_progress_bars()
@@ -147,7 +149,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
     return results
 
 
-def _make_parser(prog: str) -> HfArgumentParser:
+def _objective_of(argv: Sequence[str]) -> str:
+    """Name of the objective, which decides what other flags there are; a wrong one is refused later, with the rest."""
+    path = _early(argv, "config")
+    name = _early(argv, "objective")
+    if name is None and path is not None:
+        with suppress(ValueError, OSError):  # the parser says what is wrong
+            name = config_value(path, "objective")
+    return name if name in OBJECTIVES else ClassificationObjective.name
+
+
+def _make_parser(prog: str, objective: str = ClassificationObjective.name) -> HfArgumentParser:
     """The parser of all flags; it accepts underscores and hyphens, and shows hyphens."""
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, TrainArguments),
@@ -158,13 +170,35 @@ def _make_parser(prog: str) -> HfArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="Print the results as JSON, and nothing else.")
     parser.add_argument("--config", help="YAML file with flags; those on the command line win.")
-    for objective in OBJECTIVES.values():
-        objective.add_arguments(parser.add_argument_group(f"objective {objective.name}"))
+    OBJECTIVES[objective].add_arguments(parser.add_argument_group(f"objective {objective}"))
+    for name in _added_terms(objective):
+        parser.add_argument(f"--{name}", type=float, metavar="WEIGHT", help=f"Add the term {name} with this weight.")
     for action in parser._actions:
         shown = [option for option in action.option_strings if "_" not in option]
         # The parser has its own table of what it accepts; these are for help and messages.
         action.option_strings = shown or action.option_strings
     return parser
+
+
+def _added_terms(objective: str) -> list[str]:
+    """Names of the terms that can be added to an objective which is itself one."""
+    terms = [name for name, kind in OBJECTIVES.items() if issubclass(kind, Term)]
+    return [name for name in terms if name != objective] if objective in terms else []
+
+
+def _make_objective(name: str, flags: Namespace, labels: Sequence[str]) -> Objective:
+    """The objective of the parsed flags, with the terms that are added to it."""
+    objective = OBJECTIVES[name].from_arguments(flags, labels)
+    if not isinstance(objective, Term):
+        return objective
+    terms = [(objective, 1.0)]
+    for other in _added_terms(name):
+        weight = getattr(flags, other)
+        if weight is not None:
+            added = OBJECTIVES[other].from_arguments(flags, labels)
+            assert isinstance(added, Term)
+            terms.append((added, weight))
+    return WeightedTerms(terms)
 
 
 def _parse(
@@ -176,7 +210,7 @@ def _parse(
         SystemExit: One of them is unfit.
     """
     try:
-        path, first = _config_path(argv), list[str]()
+        path, first = _early(argv, "config"), list[str]()
         if path is not None:
             first = config_words(path, parser)
         *parsed, rest = parser.parse_args_into_dataclasses([*first, *argv], True, look_for_args_file=False)
@@ -195,12 +229,12 @@ def _parse(
     return model_args, data_args, args, flags
 
 
-def _config_path(argv: Sequence[str]) -> str | None:
-    """The value of ``--config``."""
+def _early(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that is needed before the parser is made."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    path: str | None = parser.parse_known_args(argv)[0].config
-    return path
+    parser.add_argument(f"--{flag}")
+    value: str | None = getattr(parser.parse_known_args(argv)[0], flag)
+    return value
 
 
 @contextmanager
@@ -231,13 +265,12 @@ def _train(
     image_processor = load_image_processor(
         source, **({} if model_args.image_processor_name else {"revision": revision})
     )
-    data = load_data(data_args, args.seed, max(1, args.dataloader_num_workers), progress=not args.quiet)
-    objective = OBJECTIVES[model_args.objective].from_arguments(flags, data.labels)
-    base = objective.load_base(model_args.model_name_or_path, revision=revision)
+    workers, labelled = max(1, args.dataloader_num_workers), "labels" in OBJECTIVES[model_args.objective].needs
+    data = load_data(data_args, args.seed, workers, progress=not args.quiet, labelled=labelled)
+    objective = _make_objective(model_args.objective, Namespace(**vars(flags), seed=args.seed), data.labels)
+    base = load_base(objective, model_args.model_name_or_path, revision=revision)
     images = ProcessedDataset(data.train, image_processor)
     model = _wrap(model_args, objective, base, images, progress=not args.quiet)
-    if model_args.neurons == "anneal":
-        objective = AnnealedNeurons(objective)
     augmentation = data_args.make_augmentation(args.seed)
     return train(
         model,
@@ -252,6 +285,7 @@ def _train(
         | {"data": data.name, "skipped": data.skipped, "augmentation": str(augmentation) if augmentation else None},
         run_config=render_config({**asdict(model_args), **asdict(data_args), **asdict(args), **vars(flags)}),
         interruption=interruption,
+        callbacks=[AnnealNeurons()] if model_args.neurons == "anneal" else [],
     )
 
 
@@ -260,7 +294,7 @@ def _wrap(
 ) -> RegisterPeftModel:
     """New registers, or those of an adapter, or fitted ones."""
     if args.adapter_name_or_path is None and args.init != "test_time":
-        return objective.wrap(base, **args.registers)
+        return wrap(base, objective, **args.registers)
     device = PartialState().device
     base.to(device)
     if args.adapter_name_or_path is not None:
@@ -273,7 +307,7 @@ def _wrap(
     batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
     start = start_from(source, args.neurons, batches)
     source.unload()
-    model = objective.wrap(base, **start.options)
+    model = wrap(base, objective, **start.options)
     layer = require_register_layer(model)
     start.fill(layer.tokens(str(model.active_adapter)))
     return model

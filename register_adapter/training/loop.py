@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .arguments import TrainArguments
+from .callbacks import Callback
 from .checkpoints import TrainState
 from .interruption import Interrupted, Interruption
 from .objectives import Objective
@@ -50,6 +51,7 @@ class Loop:
         selection: What those say.
         checkpoint: The checkpoint that the run goes on from.
         interruption: Says whether the run is to stop.
+        callbacks: What changes on the way.
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class Loop:
         selection: Selection | None = None,
         checkpoint: Path | None = None,
         interruption: Interruption | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.accelerator, self.args, self.objective, self.model = accelerator, args, objective, model
         self.optimizer, self.scheduler, self.loader, self.generator = optimizer, scheduler, loader, generator
         self.state, self.total_steps, self.random_state = state, total_steps, random_state
         self.eval_loader, self.checkpoint, self.interruption = eval_loader, checkpoint, interruption
+        self.callbacks = callbacks
         self.selection = selection or Selection(args, state)
         self.seconds, self.images = 0.0, 0
         self._evaluating, self._saved = 0.0, state.global_step if checkpoint else 0
@@ -203,7 +207,8 @@ class Loop:
         if self.random_state is not None:
             checkpoints.set_random_state(self.random_state)
             self.random_state = None
-        self.objective.begin_step(self.model, self.state.global_step / self.total_steps)
+        for callback in self.callbacks:
+            callback.on_step_begin(self.model, self.state.global_step / self.total_steps)
         with self.accelerator.accumulate(self.model):
             loss, metrics = self.objective.loss(self.model, batch)
             self.accelerator.backward(loss)

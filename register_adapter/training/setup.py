@@ -19,7 +19,6 @@ from ..tuner.config import RegisterConfig
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from .arguments import TrainArguments
-from .objectives import Objective
 
 __all__ = [
     "image_processor_for",
@@ -131,7 +130,7 @@ def parameter_groups(trainable: Mapping[str, torch.nn.Parameter], weight_decay: 
 def run_settings(
     args: TrainArguments,
     accelerator: Accelerator,
-    objective: Objective,
+    objective: Mapping[str, Any],
     trainable: dict[str, torch.nn.Parameter],
     train_data: Any,
     config: RegisterConfig,
@@ -151,7 +150,7 @@ def run_settings(
         "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "train_samples": len(train_data),
-        "objective": objective.details(),
+        "objective": dict(objective),
         "trainable": {name: list(parameter.shape) for name, parameter in trainable.items()},
         "augmentation": str(augmentation) if augmentation else None,
         "insert_layer": config.insert_layer or None,

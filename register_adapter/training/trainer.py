@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +23,12 @@ from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
+from .callbacks import Callback
 from .checkpoints import TrainState
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
 from .loop import Loop, number_of_steps
 from .objectives import Objective
+from .objectives.stored import store_targets
 from .run_lock import folder_lock
 from .saving import RESULTS_NAME, RUN_CONFIG, check_finite, describe_run, push_run, save_run
 from .selection import Selection
@@ -59,6 +62,7 @@ def train(
     hub_token: str | None = None,
     run_config: str | None = None,
     interruption: Interruption | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train what of ``model`` needs gradients: registers, and ``modules_to_save``.
 
@@ -66,12 +70,13 @@ def train(
     adapter, its card, the image processor and ``results.json`` are saved there.
 
     Args:
-        model: A model with registers, from ``add_registers`` or ``objective.wrap``.
+        model: A model with registers, from ``add_registers`` or :func:`wrap`.
         objective: What to train on.
         train_dataset: A map-style data set: items ``{"image": image, "label": int}``, or, ready for the model,
-            ``{"pixel_values": (3, H, W) float, "labels": int}``. Random augmentation is the same after a resumption
-            only if it depends on nothing but the item's number, and on the epoch that ``set_epoch`` is called with, if
-            the data set has it; that of :class:`register_adapter.data.ProcessedDataset` does.
+            ``{"pixel_values": (3, H, W) float, "labels": int}``; labels only if the objective needs them. Random
+            augmentation is the same after a resumption only if it depends on nothing but the item's number, and on the
+            epoch that ``set_epoch`` is called with, if the data set has it; that of
+            :class:`register_adapter.data.ProcessedDataset` does.
         args: The knobs.
         eval_dataset: The same for the evaluations, without augmentation; ``None`` for none.
         image_processor: Turns images into pixel values; by default that of the base model's folder or repository.
@@ -81,6 +86,7 @@ def train(
         hub_token: Token for ``args.push_to_hub``; by default the one that huggingface_hub finds. Never logged.
         run_config: The run's settings as text, for ``run.yaml`` in ``args.output_dir``.
         interruption: Listens for signals; with one, the run ends with a checkpoint. Default: Ctrl-C ends it at once.
+        callbacks: What changes during the run, such as :class:`AnnealNeurons`.
 
     Returns:
         What ``results.json`` holds: ``metrics`` (``train_loss``, ``eval_...``, and ``eval_registers_off_...`` of the
@@ -107,7 +113,16 @@ def train(
         train_data = processed(train_dataset, image_processor, "train_dataset")
         eval_data = processed(eval_dataset, image_processor, "eval_dataset") if eval_dataset is not None else None
         trainable = _trainable(model)
-        loop = _prepare(accelerator, args, objective, model, trainable, train_data, eval_data, interruption)
+        objective.prepare(model, train_data)
+        if args.target_store is not None:
+            model.to(accelerator.device)
+            train_data = store_targets(
+                *(objective, model, train_data, accelerator, image_processor),
+                folder=args.target_store,
+                dtype=args.target_dtype,
+                progress=not args.quiet,
+            )
+        loop = _prepare(accelerator, args, objective, model, trainable, train_data, eval_data, interruption, callbacks)
         resumed, first_step = loop.checkpoint, loop.state.global_step
         _open_outputs(accelerator, args, resumed is not None, run_config)
         try:
@@ -129,7 +144,7 @@ def train(
             "train_samples": len(train_data),
             "eval_samples": len(eval_data) if eval_data is not None else 0,
             "trainable_parameters": sum(parameter.numel() for parameter in trainable.values()),
-            "objective": objective.details(),
+            "objective": {**objective.details(), **_details(callbacks)},
             "arguments": asdict(args),
             "versions": versions(),
             "hardware": hardware(accelerator),
@@ -262,12 +277,14 @@ def _prepare(
     train_data: Any,
     eval_data: Any,
     interruption: Interruption | None,
+    callbacks: Sequence[Callback],
 ) -> Loop:
     """Loaders, optimiser, schedule and model as the loop runs them, with what a checkpoint holds of them."""
     if eval_data is None and args.evaluates_every is not None:
         raise ValueError("eval_steps, load_best_model_at_end and early_stopping_patience need an eval_dataset")
     config, samples = model.peft_config[str(model.active_adapter)], len(eval_data) if eval_data is not None else 0
-    settings = run_settings(args, accelerator, objective, trainable, train_data, config, samples)
+    learned = {**objective.details(), **_details(callbacks)}
+    settings = run_settings(args, accelerator, learned, trainable, train_data, config, samples)
     state, checkpoint = _find_start(args, model, settings)
     selection = Selection(args, state, checkpoints.read_best(checkpoint) if checkpoint is not None else None)
     generator = torch.Generator()
@@ -305,7 +322,12 @@ def _prepare(
         selection,
         checkpoint,
         interruption,
+        callbacks,
     )
+
+
+def _details(callbacks: Sequence[Callback]) -> dict[str, Any]:
+    return {name: value for callback in callbacks for name, value in callback.details().items()}
 
 
 def _metric_names(accelerator: Accelerator, objective: Objective, model: torch.nn.Module, data: Any) -> list[str]:

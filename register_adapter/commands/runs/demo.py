@@ -23,7 +23,7 @@ from ...evaluation.measure import Measured, Reference, measure_model
 from ...neurons import fit_test_time_registers, start_from
 from ...testbed import LABELS, SceneDataset, load_planted_vit, load_vit, random_registers
 from ...testbed import load_image_processor as load_scene_processor
-from ...training import TrainArguments, train
+from ...training import TrainArguments, load_base, train, wrap
 from ...training.objectives import ClassificationObjective
 from ...training.run_lock import folder_lock
 from ...tuner.layer import require_register_layer
@@ -101,7 +101,7 @@ class _Setting:
     def load(self, trained_head: bool = True) -> Any:
         """A fresh copy of the base: with the head that was trained without registers, or as a training begins."""
         torch.manual_seed(self.seed)  # a new head is the same in every arm
-        base = self.objective.load_base(self.source).eval()
+        base = load_base(self.objective, self.source).eval()
         if trained_head and self.head is not None:
             base.get_submodule(self.objective.head).load_state_dict(self.head)
         return base
@@ -250,7 +250,7 @@ def _add_untrained(args: DemoArguments, setting: _Setting, table: _Table, base: 
 
 def _train_head(args: DemoArguments, setting: _Setting) -> dict[str, torch.Tensor]:
     """The head as it is learned without registers, in the same number of steps; nothing is saved."""
-    model = setting.objective.wrap(setting.load(), num_registers=args.num_registers)
+    model = wrap(setting.load(), setting.objective, num_registers=args.num_registers)
     with require_register_layer(model).set_aside():
         _train(args, setting, model, None)
     head: Any = model.get_base_model().get_submodule(setting.objective.head)
@@ -265,7 +265,7 @@ def _add_trained(args: DemoArguments, setting: _Setting, table: _Table, folder: 
     """
     base = setting.load(trained_head=False)
     torch.manual_seed(args.seed)
-    model = setting.objective.wrap(base, num_registers=args.num_registers)
+    model = wrap(base, setting.objective, num_registers=args.num_registers)
     results = _train(args, setting, model, folder)
     model = model.cpu().eval()
     logits = logits_in_fresh_process(folder, table.batches[0])
@@ -290,7 +290,7 @@ def _add_test_time(args: DemoArguments, setting: _Setting, table: _Table, out: P
     table.add("test_time", "+ 1 test-time register", fitted.eval(), shown="test-time")
     fit: dict[str, Any] = fitted.peft_config["default"].test_time_fit
     start = start_from(fitted)
-    both = setting.objective.wrap(setting.load(trained_head=False), **start.options)
+    both = wrap(setting.load(trained_head=False), setting.objective, **start.options)
     layer = require_register_layer(both)
     start.fill(layer.tokens("default"))
     _train(args, setting, both, out / "both")

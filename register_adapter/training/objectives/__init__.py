@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from .annealing import AnnealedNeurons
 from .base import Batch, Objective
 from .classification import ClassificationObjective
+from .distillation import DistillationObjective
+from .norm import NormObjective
+from .preserve import PreservationObjective
+from .refine import RefinementObjective
+from .smooth import SmoothObjective
+from .terms import Term, WeightedTerms
 
-__all__ = ["OBJECTIVES", "AnnealedNeurons", "Batch", "ClassificationObjective", "Objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Batch",
+    "ClassificationObjective",
+    "DistillationObjective",
+    "NormObjective",
+    "Objective",
+    "PreservationObjective",
+    "RefinementObjective",
+    "SmoothObjective",
+    "Term",
+    "WeightedTerms",
+]
 
 #: Name to objective, as in ``--objective``.
-OBJECTIVES: dict[str, type[Objective]] = {ClassificationObjective.name: ClassificationObjective}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind
+    for kind in (
+        ClassificationObjective,
+        DistillationObjective,
+        RefinementObjective,
+        SmoothObjective,
+        NormObjective,
+        PreservationObjective,
+    )
+}

@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.hf_argparser import string_to_bool
 
-from ...tuner.peft_model import RegisterPeftModel, add_registers
-from ...utils.files import check_regular
-from ...utils.models import require_model
-from ...utils.shipped import local_folder
 from .base import Batch, Objective
 
 __all__ = ["ClassificationObjective"]
@@ -35,6 +30,8 @@ class ClassificationObjective(Objective):
     """
 
     name = "classification"
+    needs = ("labels",)
+    base = "classifier"
 
     def __init__(
         self, labels: Sequence[str] | None = None, freeze_head: bool = False, head: str = "classifier"
@@ -59,56 +56,25 @@ class ClassificationObjective(Objective):
         """The objective of the parsed flags."""
         return cls(labels, arguments.freeze_head, arguments.head)
 
-    def load_base(self, name_or_path: str, **kwargs: Any) -> nn.Module:
-        """``AutoModelForImageClassification`` with a head for the data set's classes.
+    @property
+    def base_options(self) -> dict[str, Any]:
+        """The classes, and what is with the head."""
+        return {"labels": self.labels, "head": self.head, "freeze_head": self.freeze_head}
 
-        Raises:
-            ValueError: The model has no head of that name; or the checkpoint lacks weights of the tower or of a frozen
-                head, or has them in other shapes.
-        """
-        require_model(name_or_path, **kwargs)
-        name_or_path = local_folder(name_or_path)
-        check_regular(name_or_path)
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        own = [config.id2label[index] for index in sorted(config.id2label)]
-        labels = own if self.freeze_head or self.labels is None else self.labels
-        if labels != own:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: index for index, label in enumerate(labels)}
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
-        if not self.freeze_head:
-            self._check_head(model)
-        # A new head may be missing from the checkpoint or have another shape there; nothing else may.
-        allowed = () if self.freeze_head else (f"{self.head}.",)
-        lost = {key for key in info["missing_keys"] if not key.startswith(allowed)}
-        # transformers 4 gives the keys alone, 5 their shapes too.
-        misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-        lost |= {key for key in misshapen if not key.startswith(allowed)}
-        if lost:
-            advice = "A frozen head must be in the checkpoint: leave --freeze-head out, or " if self.freeze_head else ""
-            raise ValueError(
-                f"{name_or_path} has no fitting weights for {sorted(lost)[:6]} of {type(model).__name__}; training "
-                f"would build on random values. {advice or 'Please '}choose another checkpoint."
-            )
-        return model  # type: ignore[no-any-return]
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head, if it is trained."""
+        return () if self.freeze_head else (self.head,)
 
-    def wrap(self, base: nn.Module, **kwargs: Any) -> RegisterPeftModel:
-        """Add registers, and with ``freeze_head=False`` the head to ``modules_to_save``.
+    def check_base(self, base: nn.Module) -> None:
+        """Find the head that is trained, or the data set's classes among those of a frozen one.
 
         Raises:
             ValueError: The model has no module of the head's name, or a frozen head lacks some of the classes.
         """
         if self.freeze_head:
             self._ids = self._find_labels(base)
-            return add_registers(base, **kwargs)
-        self._check_head(base)
-        modules = [*(kwargs.pop("modules_to_save", None) or []), self.head]
-        return add_registers(base, modules_to_save=list(dict.fromkeys(modules)), **kwargs)
-
-    def _check_head(self, base: nn.Module) -> None:
-        if not hasattr(base, self.head):
+        elif not hasattr(base, self.head):
             children = [name for name, _ in base.named_children()]
             raise ValueError(
                 f"{type(base).__name__} has no head {self.head!r}; it has {children}. Name the head (--head), or train "
@@ -130,21 +96,11 @@ class ClassificationObjective(Objective):
         return [own[label] for label in self.labels]
 
     def collate(self, items: list[dict[str, Any]]) -> Batch:
-        """``pixel_values`` ``(B, 3, H, W)`` and ``labels`` ``(B,)`` int64, in the model's numbers.
-
-        Raises:
-            ValueError: Images have different sizes.
-        """
-        pixels = [item["pixel_values"] for item in items]
-        sizes = {tuple(value.shape) for value in pixels}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"images of one batch have different shapes {sorted(sizes)}; the image processor must resize to one"
-            )
-        labels = [int(item["labels"]) for item in items]
+        """As for any objective, with ``labels`` ``(B,)`` int64 in the model's numbers."""
+        batch = super().collate(items)
         if self._ids is not None:
-            labels = [self._ids[label] for label in labels]
-        return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
+            batch["labels"] = torch.tensor([self._ids[label] for label in batch["labels"].tolist()])
+        return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Cross-entropy, and the accuracy on the batch."""

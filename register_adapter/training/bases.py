@@ -1,0 +1,108 @@
+"""How a base model is loaded and gets what is trained: apart from what it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from ..tuner.peft_model import RegisterPeftModel, add_registers
+from ..utils.files import check_regular
+from ..utils.models import require_model
+from ..utils.shipped import local_folder
+from .objectives import Objective
+
+__all__ = ["BASES", "load_base", "wrap"]
+
+
+def load_base(objective: Objective, name_or_path: str, **kwargs: Any) -> nn.Module:
+    """Load the kind of model that an objective is for.
+
+    Args:
+        objective: Says which kind, and what its loader must know.
+        name_or_path: Name on the Hub, a folder, or the name of a shipped model.
+        **kwargs: For ``from_pretrained``.
+
+    Raises:
+        HubAccessError: There is no model of that name.
+        ValueError: The checkpoint lacks weights that the objective builds on.
+        OSError: It cannot be read.
+    """
+    folder = local_folder(name_or_path)
+    check_regular(folder)
+    require_model(name_or_path, **kwargs)
+    base = BASES[objective.base](folder, **objective.base_options, **kwargs)
+    objective.check_base(base)
+    return base
+
+
+def wrap(base: nn.Module, objective: Objective, **options: Any) -> RegisterPeftModel:
+    """Give a base registers, and train with them the heads that the objective trains.
+
+    Args:
+        base: From :func:`load_base`, or any model of that kind.
+        objective: What it is trained on.
+        **options: For :func:`register_adapter.add_registers`.
+
+    Raises:
+        ValueError: The base lacks something that the objective needs.
+    """
+    objective.check_base(base)
+    modules = list(dict.fromkeys([*(options.get("modules_to_save") or []), *objective.heads]))
+    return add_registers(base, **{**options, "modules_to_save": modules or None})
+
+
+def _load_classifier(
+    name_or_path: str, *, labels: Sequence[str] | None, head: str, freeze_head: bool, **kwargs: Any
+) -> nn.Module:
+    """``AutoModelForImageClassification`` with a head for the data set's classes."""
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    own = [config.id2label[index] for index in sorted(config.id2label)]
+    labels = own if freeze_head or labels is None else list(labels)
+    if labels != own:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    model, info = AutoModelForImageClassification.from_pretrained(
+        name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+    )
+    # A new head may be missing from the checkpoint or have another shape there; nothing else may.
+    advice = "A frozen head must be in the checkpoint: leave --freeze-head out, or " if freeze_head else ""
+    _check_loaded(model, info, name_or_path, () if freeze_head else (f"{head}.",), advice)
+    return model  # type: ignore[no-any-return]
+
+
+def _load_backbone(name_or_path: str, **kwargs: Any) -> nn.Module:
+    """``AutoModel``; of a model with two towers the vision tower alone."""
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        kwargs["config"] = config.vision_config
+    model, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    _check_loaded(model, info, name_or_path, ("pooler.",))
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        model.pooler = None  # a classifier's checkpoint has none, and a random one says nothing
+    return model  # type: ignore[no-any-return]
+
+
+def _check_loaded(
+    model: nn.Module, info: dict[str, Any], name_or_path: str, allowed: tuple[str, ...], advice: str = ""
+) -> None:
+    """Refuse a model some of whose weights are new ones.
+
+    Raises:
+        ValueError: It has such weights, beside those whose names begin with one of ``allowed``.
+    """
+    lost = {key for key in info["missing_keys"] if not key.startswith(allowed)}
+    # transformers 4 gives the keys alone, 5 their shapes too.
+    misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    lost |= {key for key in misshapen if not key.startswith(allowed)}
+    if lost:
+        raise ValueError(
+            f"{name_or_path} has no fitting weights for {sorted(lost)[:6]} of {type(model).__name__}; training "
+            f"would build on random values. {advice or 'Please '}choose another checkpoint."
+        )
+
+
+#: Kind of base to its loader; an objective names one of them.
+BASES: dict[str, Callable[..., nn.Module]] = {"backbone": _load_backbone, "classifier": _load_classifier}

@@ -1,0 +1,76 @@
+"""Distillation of denoised features: the frozen base, averaged over views, teaches the model with registers."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import Batch
+from .similarity import feature_loss
+from .terms import Targets, Teacher, Term
+from .tokens import Tokens
+from .views import denoised_tokens
+
+__all__ = ["DistillationObjective"]
+
+
+class DistillationObjective(Term):
+    """``(1 - cosine) + MSE`` between patch tokens and the base's mean over views of the same image.
+
+    After "Vision Transformers with Self-Distilled Registers" (arXiv 2505.21501). The target of an image depends on the
+    image, its number and the seed alone: it is the same in every epoch, and can be stored.
+
+    Args:
+        num_views: Number of views that the target is the mean of, the image itself included; default 10 as published.
+        seed: Seed of the views.
+        white: ``(3,)``, what a white pixel is to the model, for the padding of views; default 1 in every channel, as an
+            image processor of mean and standard deviation 0.5 makes it.
+    """
+
+    name = "distillation"
+
+    def __init__(self, num_views: int = 10, seed: int = 0, white: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+        if num_views < 1:
+            raise ValueError(f"num_views must be at least 1, got {num_views}")
+        self.num_views, self.seed, self.white = num_views, seed, [float(value) for value in white]
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        """Add ``--num-views``."""
+        parser.add_argument(
+            *("--num-views", "--num_views"),
+            type=int,
+            default=10,
+            help="Views that a target is the mean of, default 10.",
+        )
+
+    @classmethod
+    def from_arguments(cls, arguments: Namespace, labels: Sequence[str]) -> DistillationObjective:
+        """The objective of the parsed flags."""
+        return cls(arguments.num_views, arguments.seed)
+
+    def targets(self, teacher: Teacher) -> dict[str, torch.Tensor]:
+        """``patches`` ``(B, P, D)``: the mean over views that show the patch."""
+        pixels = teacher.batch["pixel_values"]
+        if self.num_views == 1:
+            return {"patches": teacher.tokens.patches}
+        numbers = teacher.batch.get("index", torch.arange(len(pixels)))
+        # Views of one image must not be those of another: large primes keep numbers and seeds apart.
+        seeds = [(int(number) * 1_000_003 + self.seed * 7_919) % 2**31 for number in numbers]
+        grid = teacher.tokens.grid
+        tokens = denoised_tokens(
+            lambda views: teacher.run(views).patches, pixels, seeds, grid, torch.tensor(self.white), self.num_views
+        )
+        return {"patches": tokens}
+
+    def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:
+        """Mean over the patches of each image, ``(B,)``."""
+        return feature_loss(student.patches, targets["patches"].to(student.patches.device)).mean(1)
+
+    def details(self) -> dict[str, Any]:
+        """The name and the number of views."""
+        return {"name": self.name, "num_views": self.num_views, "seed": self.seed, "white": self.white}

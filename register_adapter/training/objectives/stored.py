@@ -1,0 +1,153 @@
+"""Targets of the frozen base, computed once for every training image and read from disk in every epoch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...features.layout import tower_of
+from ...features.store import STORE_NAME, FeatureStore, StoreError, StoreSpec
+from ...towers.identity import TowerIdentity
+from .base import Objective
+from .terms import Term, WeightedTerms
+
+__all__ = ["StoredTargets", "store_targets"]
+
+logger = logging.getLogger(__name__)
+#: Mean colour of an image, by which it is known again.
+_COLOUR = "colour"
+#: Differences that rounding to 16 bits can make.
+_TOLERANCE = 0.02
+
+
+class StoredTargets(torch.utils.data.Dataset[dict[str, Any]]):
+    """Items with the targets that a store holds for them.
+
+    Args:
+        dataset: Items with ``pixel_values``.
+        store: From :func:`store_targets`.
+
+    Raises:
+        StoreError: On reading an item: the image is not the one that its targets were computed for.
+    """
+
+    def __init__(self, dataset: Any, store: FeatureStore) -> None:
+        self.dataset, self.store = dataset, store
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item, targets = self.dataset[index], self.store[index]
+        there, here = targets.pop(_COLOUR), _colour_of(item["pixel_values"])
+        if (there - here).abs().max() > _TOLERANCE * (1 + here.abs().max()):
+            raise StoreError(
+                f"image {index} is not the one that its targets in {self.store.folder} were computed for: the images, "
+                "their order or the processor changed; name another folder, or delete that one"
+            )
+        return {**item, **targets}
+
+
+def store_targets(
+    objective: Objective,
+    model: nn.Module,
+    dataset: Any,
+    accelerator: Accelerator,
+    processor: Any = None,
+    *,
+    folder: str | Path,
+    dtype: str = "bfloat16",
+    batch_size: int = 32,
+    progress: bool = True,
+) -> StoredTargets:
+    """Compute what the terms need of the frozen base, for every image, unless the folder has it already.
+
+    Every process computes its share. A run that is killed goes on with the shards that are missing.
+
+    Args:
+        objective: Its terms, prepared.
+        model: On the device where the base is to run; adapters are off meanwhile.
+        dataset: The training images, each the same whenever it is read.
+        accelerator: The run's accelerator.
+        processor: The image processor, whose settings belong to what is stored.
+        folder: Where the store is, or will be.
+        dtype: As in :class:`StoreSpec`.
+        batch_size: Images in one pass.
+        progress: Show a bar.
+
+    Raises:
+        ValueError: The objective has no targets, a term's change from step to step, or so do the images.
+        StoreError: The folder holds something else, or the disk cannot hold the targets.
+    """
+    if isinstance(objective, Term):
+        objective = WeightedTerms([(objective, 1.0)])
+    if not isinstance(objective, WeightedTerms):
+        raise ValueError(f"the objective {objective.name!r} asks the frozen base for nothing that could be stored")
+    if getattr(dataset, "augmentation", None) is not None:
+        raise ValueError("images that change at random have no targets that could be stored; leave augmentation out")
+    unfit = [term.name for term, _ in objective.terms if not term.storable]
+    if unfit:
+        raise ValueError(
+            f"targets of {', '.join(unfit)} are other ones in every step and cannot be stored; leave the store out"
+        )
+    seconds = None
+    if (Path(folder) / STORE_NAME).exists():
+        shapes = dict(FeatureStore.load(folder).spec.shapes)
+    else:
+        began, few = time.perf_counter(), min(len(dataset), 2)
+        first = _compute(objective, model, dataset, range(few), accelerator.device)
+        seconds = (time.perf_counter() - began) / few * len(dataset) / accelerator.num_processes
+        shapes = {name: tuple(value.shape[1:]) for name, value in first.items()}
+    tower, _ = tower_of(accelerator.unwrap_model(model))
+    source = {
+        "base": TowerIdentity.of(tower).to_dict(),
+        "processor": processor.to_dict() if hasattr(processor, "to_dict") else str(type(processor).__name__),
+        "terms": objective.details(),
+    }
+    spec = StoreSpec(len(dataset), shapes, source, dtype)
+    with accelerator.main_process_first():
+        store = FeatureStore(folder, spec)
+    missing = store.missing
+    if missing and accelerator.is_main_process:
+        time_needed = f", about {seconds:.0f} s" if seconds is not None else ""
+        logger.info("targets of %d images go to %s: %.2f GiB%s", len(dataset), folder, spec.nbytes / 2**30, time_needed)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    shown = progress and accelerator.is_local_main_process and bool(mine)
+    total = sum(len(store.images_of(shard)) for shard in mine)
+    with tqdm(total=total, desc="targets", unit="image", disable=not shown) as bar:
+
+        def compute(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+            parts = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+            done = []
+            for part in parts:
+                done.append(_compute(objective, model, dataset, part, accelerator.device))
+                bar.update(len(part))
+            return {name: torch.cat([values[name] for values in done]) for name in shapes}
+
+        error = store.fill(compute, mine)
+    if mine:
+        logger.info("targets are stored as %s, with a relative error of at most %.2g", dtype, error)
+    accelerator.wait_for_everyone()
+    return StoredTargets(dataset, store)
+
+
+def _compute(
+    objective: WeightedTerms, model: nn.Module, dataset: Any, numbers: Sequence[int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    batch = objective.collate([{"index": number, **dataset[number]} for number in numbers])
+    colours = torch.stack([_colour_of(pixels) for pixels in batch["pixel_values"]])
+    targets = objective.targets(model, {name: value.to(device) for name, value in batch.items()})
+    return {_COLOUR: colours, **{name: value.cpu() for name, value in targets.items()}}
+
+
+def _colour_of(pixels: torch.Tensor) -> torch.Tensor:
+    colour: torch.Tensor = pixels.float().mean((1, 2))
+    return colour

@@ -1,0 +1,107 @@
+"""What a label-free objective reads of a forward pass: tokens behind the final LayerNorm, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ...features.grid import watch_patches
+from ...features.layout import tower_of
+from ...features.passes import keep_layer
+from .base import Batch
+
+__all__ = ["Tokens", "read_base", "read_tokens"]
+
+# Where models put the one vector that stands for an image, the most specific first.
+_SUMMARIES = ("image_embeds", "pooler_output")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one forward pass; behind the final LayerNorm where the model norms its patch tokens.
+
+    Attributes:
+        cls: ``(B, C, D)``: CLS and the like, C is 0 without any.
+        registers: ``(B, R, D)``: the adapters' registers in the last block, R is 0 without any.
+        patches: ``(B, P, D)``.
+        inside: Index into ``hidden_states`` to the patch tokens ``(B, P, D)`` there, before any final LayerNorm; the
+            last one always.
+        summary: ``(B, E)``: image embedding or pooled output, CLS or the patches' mean where there is none.
+        grid: Rows and columns ``(h, w)`` of the patches.
+        output: What the model returned.
+    """
+
+    cls: torch.Tensor
+    registers: torch.Tensor
+    patches: torch.Tensor
+    inside: dict[int, torch.Tensor]
+    summary: torch.Tensor
+    grid: tuple[int, int]
+    output: Any
+
+    @property
+    def before_norm(self) -> torch.Tensor:
+        """``(B, P, D)``: the patch tokens as they leave the last block, whose norms tell outliers."""
+        return self.inside[max(self.inside)]
+
+
+def read_tokens(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> Tokens:
+    """Run a model, which may be wrapped for distributed training, and read its tokens.
+
+    Args:
+        model: It is called as it is given.
+        batch: ``pixel_values`` ``(B, 3, H, W)`` and, for a model with a text tower, ``input_ids`` and
+            ``attention_mask``.
+        layers: Indices into ``hidden_states`` whose patch tokens are read too.
+    """
+    inner: nn.Module = extract_model_from_parallel(model)
+    tower, layer = tower_of(inner)
+    last = len(tower.part("blocks"))
+    names = ("pixel_values", "input_ids", "attention_mask")
+    inputs = {name: batch[name] for name in names if name in batch}
+    with watch_patches(tower) as patch_grid, ExitStack() as stack:
+        kept = {index: stack.enter_context(keep_layer(tower, index)) for index in {*layers, last}}
+        output = model(**inputs)
+        # Registers may enter between two of the layers.
+        counts = {index: layer.count_at(max(index - 1, 0)) if layer is not None else 0 for index in kept}
+    hidden, first = kept[last][0], tower.prefix + counts[last]
+    grid = patch_grid.shape(len(hidden), hidden.shape[1] - first, inputs)
+    size = grid[0] * grid[1]
+    inside = {
+        index: kept[index][0][:, tower.prefix + count : tower.prefix + count + size] for index, count in counts.items()
+    }
+    norm = tower.part("final_norm") if tower.anatomy.norm_patches else None
+    # Not through __call__: registers leave by a hook on this very module.
+    normed = norm.forward(hidden) if norm is not None else hidden
+    cls, patches = normed[:, : tower.prefix], normed[:, first : first + size]
+    summary = next((value for name in _SUMMARIES if (value := getattr(output, name, None)) is not None), None)
+    if summary is None:
+        summary = cls[:, 0] if tower.prefix else patches.mean(1)
+    return Tokens(cls, normed[:, tower.prefix : first], patches, inside, summary, grid, output)
+
+
+@torch.no_grad()
+def read_base(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> Tokens:
+    """The same of the frozen base: adapters off, evaluation mode, no gradient; the model is as before afterwards.
+
+    Args:
+        model: With registers or other adapters, and maybe wrapped for distributed training.
+        batch: As for :func:`read_tokens`.
+        layers: As there.
+    """
+    inner: Any = extract_model_from_parallel(model)
+    modes = [(module, module.training) for module in inner.modules() if module.training]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with inner.disable_adapter():
+            return read_tokens(inner, batch, layers)
+    finally:
+        for module, mode in modes:
+            module.training = mode
