@@ -20,7 +20,13 @@ from register_adapter import MissingExtraError, UnsupportedModelError, add_regis
 from register_adapter.artifacts import Threshold
 from register_adapter.evaluation import probe_tokens
 from register_adapter.evaluation.estimate import mean_over_images
-from register_adapter.evaluation.linear_models import PENALTIES, fit_classifier, fit_regression
+from register_adapter.evaluation.linear_models import (
+    INVERSE_PENALTIES,
+    PENALTIES,
+    _folds,
+    fit_classifier,
+    fit_regression,
+)
 from register_adapter.evaluation.probes.fitting import _split
 from register_adapter.evaluation.probes.samples import TokenSampler
 from register_adapter.features.passes import open_pass
@@ -272,7 +278,7 @@ def probed() -> Probed:
     pixels = processor([item["image"] for item in scenes], return_tensors="pt")["pixel_values"]
     options: dict[str, Any] = {"layer": 5, "min_images": 20, "tokens_per_image": 3, "seed": 2}
     report = probe_tokens(model, [pixels[:64], pixels[64:]], labels.tolist(), **options)
-    return Probed(report, model, pixels, labels, _split(120, 0.3, 2).test)
+    return Probed(report, model, pixels, labels, _split(120, 0.3, 2))
 
 
 @dataclass
@@ -357,24 +363,54 @@ def test_penalties_are_chosen_on_training_data_as_by_a_plain_search() -> None:
     x = rng.normal(size=(300, 20))
     truth = x @ rng.normal(size=(20, 3))
     classes = (truth + 6 * rng.gumbel(size=truth.shape)).argmax(1)
-    held_out = rng.random(300) < 0.3
-    fitted = fit_classifier(x, classes, held_out)
+    images = np.arange(300) // 3
+    folds = list(GroupKFold(5).split(x, groups=images))
+    thirds = list(GroupKFold(3).split(x, groups=images))
+    fitted = fit_classifier(x, classes, images)
 
     def accuracy(inverse: float) -> float:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=inverse, max_iter=300))
-        return float(model.fit(x[~held_out], classes[~held_out]).score(x[held_out], classes[held_out]))
+        scores = [model.fit(x[fit], classes[fit]).score(x[test], classes[test]) for fit, test in thirds]
+        return float(np.mean(scores))
 
-    assert accuracy(fitted.penalty) == max(accuracy(inverse) for inverse in (1e-3, 1e-2, 1e-1, 1.0))
+    assert accuracy(fitted.penalty) == max(map(accuracy, INVERSE_PENALTIES))
     assert fitted.converged
-    assert not fit_classifier(x, classes, held_out, max_iter=2).converged
+    assert not fit_classifier(x, classes, images, max_iter=2).converged
 
-    targets, images = truth + 8 * rng.normal(size=truth.shape), np.arange(300) // 3
+    targets = truth + 8 * rng.normal(size=truth.shape)
     regression = fit_regression(x, targets, images)
-    folds = GroupKFold(5).split(x, groups=images)
     scaled = StandardScaler().fit_transform(x)
-    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, cv=list(folds), scoring="neg_mean_squared_error")
+    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, cv=folds, scoring="neg_mean_squared_error")
     assert regression.penalty == search.fit(scaled, targets).best_params_["alpha"]
     np.testing.assert_allclose(regression.predict(x), search.predict(scaled), rtol=1e-6)
+
+
+def test_a_weak_penalty_is_chosen_where_what_is_asked_for_hides_behind_what_varies_more() -> None:
+    rng = np.random.default_rng(0)
+    places, shared = rng.normal(size=(36, 32)), rng.normal(size=(6, 32))
+
+    def draw(count: int) -> tuple[Any, Any, Any]:
+        images, place = np.repeat(np.arange(count), 4), rng.integers(36, size=4 * count)
+        content = 3 * rng.normal(size=(4 * count, 6)) @ shared
+        return 0.15 * places[place] + content + 0.03 * rng.normal(size=content.shape), place, images
+
+    fitted = fit_classifier(*draw(80))
+    x, place, _ = draw(200)
+    assert (fitted.predict(x) == place).mean() > 0.7
+
+
+def test_folds_are_over_images_and_no_more_than_are_needed() -> None:
+    def folds(count: int, per_image: int = 4) -> list[Any]:
+        images = np.repeat(np.arange(count), per_image)
+        made = list(_folds(images % 2, images))
+        assert all(not set(images[learned]) & set(images[held_out]) for learned, held_out in made)
+        return made
+
+    assert [len(folds(count)) for count in (5, 100, 500, 2000)] == [3, 3, 1, 1]
+    images = np.array([0, 0, 1, 2])
+    assert len(list(_folds(np.array([0, 0, 0, 1]), images))) == 2  # without image 2 there is one class
+    with pytest.raises(ValueError, match="two images"):
+        fit_classifier(np.eye(4), np.array([0, 1, 0, 1]), np.zeros(4, int))
 
 
 def test_the_standard_error_is_over_images() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ __all__ = ["Fitted", "fit_classifier", "fit_regression"]
 
 _Array = npt.NDArray[Any]
 #: Inverse penalties C of the classifiers, and penalties of the regressions, that are tried.
-INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 PENALTIES = (1e-1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+#: Folds of the cross-validations, and tokens that C is chosen on: an accuracy of 5 % is then known to 0.9 %.
+_FOLDS, _CLASSIFIER_FOLDS, _ENOUGH = 5, 3, 600
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,25 @@ class Fitted:
 def fit_classifier(
     features: _Array,
     classes: _Array,
-    held_out: _Array,
+    images: _Array,
     max_iter: int = 300,
     grid: tuple[float, ...] = INVERSE_PENALTIES,
 ) -> Fitted:
     """Multinomial logistic regression with an L2 penalty.
 
-    C is the value with the best accuracy on the held-out part of the training tokens, the smallest such value; the
-    model is then fitted on all of them.
+    C is the value with the best accuracy in a cross-validation over images (no image is in two folds), the smallest
+    such value; the model is then fitted on all tokens. With many tokens one of the three folds is enough.
 
     Args:
         features: ``(T, D)`` training tokens.
         classes: ``(T,)`` their classes.
-        held_out: ``(T,)`` bool, the part that C is chosen on.
+        images: ``(T,)`` which image each token is from.
         max_iter: Iterations of L-BFGS at most.
         grid: The values of C, ascending.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
-        ValueError: The training tokens are of fewer than two classes.
+        ValueError: The training tokens are of fewer than two classes, or of a single image.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -71,30 +74,52 @@ def fit_classifier(
     except ImportError as error:
         raise MissingExtraError("probes", "scikit-learn", "testbed") from error
 
-    if len(np.unique(classes[~held_out])) < 2:
+    if len(np.unique(classes)) < 2:
         raise ValueError(f"a classifier needs two classes among its training tokens, found {np.unique(classes)}")
     features = np.asarray(features, dtype=np.float64)
+    hits = np.zeros(len(grid), int)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the report says it
         warnings.filterwarnings("ignore", "The number of unique classes")  # places of the grid, with few tokens
-        best = grid[0]
-        if len(grid) > 1 and held_out.any():
-            scaler = StandardScaler().fit(features[~held_out])
-            fit, test = scaler.transform(features[~held_out]), scaler.transform(features[held_out])
-            # From strong to weak penalties each fit starts where the one before ended.
-            path = LogisticRegression(max_iter=max_iter, warm_start=True)
-            accuracies = [
-                path.set_params(C=inverse).fit(fit, classes[~held_out]).score(test, classes[held_out])
-                for inverse in grid
-            ]
-            best = grid[int(np.argmax(accuracies))]
+        for learned, held_out in _folds(classes, images) if len(grid) > 1 else ():
+            scaler = StandardScaler().fit(features[learned])
+            fit, test = scaler.transform(features[learned]), scaler.transform(features[held_out])
+            # From strong to weak penalties each fit starts where the one before ended, so that few iterations do.
+            path = LogisticRegression(max_iter=max(max_iter // 6, 1), warm_start=True)
+            for number, inverse in enumerate(grid):
+                path.set_params(C=inverse).fit(fit, classes[learned])
+                hits[number] += int((path.predict(test) == classes[held_out]).sum())
+        best = grid[int(np.argmax(hits))]
         model = make_pipeline(StandardScaler(), LogisticRegression(C=best, max_iter=max_iter)).fit(features, classes)
     return Fitted(model, best, bool((model[-1].n_iter_ < max_iter).all()))
 
 
+def _folds(classes: _Array, images: _Array) -> Iterator[tuple[_Array, _Array]]:
+    """Numbers of the tokens to learn from and to choose C on, until enough were chosen on."""
+    chosen_on = 0
+    for learned, held_out in _splits(images, _CLASSIFIER_FOLDS):
+        if chosen_on < _ENOUGH and len(np.unique(classes[learned])) > 1:
+            chosen_on += len(held_out)
+            yield learned, held_out
+
+
+def _splits(images: _Array, folds: int) -> list[tuple[_Array, _Array]]:
+    """Folds over images, at most as many as there are.
+
+    Raises:
+        ValueError: The tokens are of a single image.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    count = len(np.unique(images))
+    if count < 2:
+        raise ValueError("a probe needs training tokens of at least two images")
+    return list(GroupKFold(min(folds, count)).split(images, groups=images))
+
+
 def fit_regression(
-    features: _Array, targets: _Array, images: _Array, folds: int = 5, grid: tuple[float, ...] = PENALTIES
+    features: _Array, targets: _Array, images: _Array, folds: int = _FOLDS, grid: tuple[float, ...] = PENALTIES
 ) -> Fitted:
     """Ridge regression; its penalty is chosen by cross-validation over images (no image is in two folds).
 
@@ -111,17 +136,12 @@ def fit_regression(
     """
     try:
         from sklearn.linear_model import RidgeCV
-        from sklearn.model_selection import GroupKFold
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise MissingExtraError("probes", "scikit-learn", "testbed") from error
 
     features = np.asarray(features, dtype=np.float64)
-    count = len(np.unique(images))
-    if count < 2:
-        raise ValueError("a regression needs tokens of at least two images")
-    splits = list(GroupKFold(min(folds, count)).split(features, groups=images))
-    ridge = RidgeCV(alphas=grid, cv=splits, scoring="neg_mean_squared_error")
+    ridge = RidgeCV(alphas=grid, cv=_splits(images, folds), scoring="neg_mean_squared_error")
     model = make_pipeline(StandardScaler(), ridge).fit(features, np.asarray(targets, dtype=np.float64))
     return Fitted(model, float(model[-1].alpha_), True)

@@ -19,9 +19,6 @@ __all__ = ["LOCAL", "Probing", "Task"]
 Task = Literal["position", "reconstruction", "classification"]
 #: Tasks that ask a token for something of its own patch.
 LOCAL: tuple[Task, ...] = ("position", "reconstruction")
-#: Share of the training images on which C is chosen.
-_HELD_OUT = 0.2
-
 _Array = npt.NDArray[Any]
 
 
@@ -43,14 +40,6 @@ class _Tokens:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """Which of the drawn images are for test, and which of the rest C is chosen on; ``(images,)`` bool each."""
-
-    test: _Array
-    held_out: _Array
-
-
-@dataclass(frozen=True)
 class _Measured:
     """Figures of the test tokens one by one, the test tokens' images, and what they add up to."""
 
@@ -59,14 +48,13 @@ class _Measured:
     score: Score
 
 
-def _split(count: int, test_share: float, seed: int) -> _Split:
+def _split(count: int, test_share: float, seed: int) -> _Array:
+    """Which of the drawn images are for test, ``(images,)`` bool."""
     order = np.random.default_rng((seed, 0, 1)).permutation(count)
     num_test = min(max(round(test_share * count), 1), count - 4)
-    num_held_out = max(round(_HELD_OUT * (count - num_test)), 1)
-    test, held_out = np.zeros(count, bool), np.zeros(count, bool)
+    test = np.zeros(count, bool)
     test[order[:num_test]] = True
-    held_out[order[num_test : num_test + num_held_out]] = True
-    return _Split(test, held_out)
+    return test
 
 
 class Probing:
@@ -91,7 +79,7 @@ class Probing:
         seed: int,
     ) -> None:
         self.drawn, self.samples = drawn, samples
-        self.split = _split(len(drawn), test_share, seed)
+        self.test = _split(len(drawn), test_share, seed)
         self.tasks, self.max_iter, self.seed = tasks, max_iter, seed
         self.labels = np.array([-1 if image.label is None else image.label for image in drawn])
 
@@ -155,7 +143,7 @@ class Probing:
         return _Tokens(features, numbers, places, pixels)
 
     def _training(self, tokens: _Tokens) -> _Tokens:
-        return tokens[~self.split.test[tokens.images]]
+        return tokens[~self.test[tokens.images]]
 
     def _shared(self, tokens: dict[str, _Tokens]) -> _Tokens:
         """Normal tokens, and outliers in their natural proportion to them."""
@@ -169,13 +157,12 @@ class Probing:
         """Position and pixels of the test part of ``tokens``, by probes fitted on ``train``."""
         figures: dict[str, _Measured] = {}
         notes: list[str] = []
-        test, grid = tokens[self.split.test[tokens.images]], self.samples.grid
+        test, grid = tokens[self.test[tokens.images]], self.samples.grid
         if "position" in self.tasks and grid is not None:
-            held_out = self.split.held_out[train.images]
-            if len(np.unique(train.places[~held_out])) < 2:
+            if len(np.unique(train.places)) < 2:
                 notes.append(f"position: all training tokens stand at place {train.places[0]}")
             else:
-                fitted = fit_classifier(train.features, train.places, held_out, self.max_iter)
+                fitted = fit_classifier(train.features, train.places, train.images, self.max_iter)
                 guess, distances = fitted.predict(test.features), _distances(grid)
                 common = _commonest(train.places)
                 centre = int(distances[:, train.places].mean(1).argmin())
@@ -198,8 +185,8 @@ class Probing:
         """Class of the image by one token of it, ``features`` ``(images, D)``."""
         if "classification" not in self.tasks:
             return
-        train, test = ~self.split.test, self.split.test
-        fitted = fit_classifier(features[train], self.labels[train], self.split.held_out[train], self.max_iter)
+        train, test = ~self.test, self.test
+        fitted = fit_classifier(features[train], self.labels[train], np.flatnonzero(train), self.max_iter)
         hits = fitted.predict(features[test]) == self.labels[test]
         constant = self.labels[test] == _commonest(self.labels[train])
         figures["classification"] = _measured(

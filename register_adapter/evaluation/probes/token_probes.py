@@ -73,7 +73,8 @@ def probe_tokens(
 ) -> ProbeReport:
     """What normal patches, outliers, CLS and registers of a model know, by linear probes on held-out images.
 
-    Images stream through; of each only a few tokens are kept. Training, choice of C, and test use different images.
+    Images stream through; of each only a few tokens are kept. Penalties are chosen by
+    cross-validation over the training images; the test uses other images.
 
     Args:
         model: A base model or one with registers; it runs in ``eval()`` mode and is left as it was.
