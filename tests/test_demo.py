@@ -110,8 +110,9 @@ def test_on_a_model_and_images_of_ones_own(tmp_path):
         (["--num_registers", "0"], "num-registers"),
     ],
 )
-def test_wrong_arguments_end_in_one_clear_line(arguments, message, tmp_path):
-    said = run("demo", "--out", str(tmp_path / "out"), *(a.format(tmp=tmp_path) for a in arguments), ok=False)
+def test_wrong_arguments_end_in_one_clear_line(arguments, message, tmp_path, monkeypatch, capfd):
+    given = ("demo", "--out", str(tmp_path / "out"), *(a.format(tmp=tmp_path) for a in arguments))
+    said = str(call(monkeypatch, *given)) + capfd.readouterr().err
     assert message in said
     assert "Traceback" not in said
 
