@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from register_adapter.features.store import FeatureStore, StoreError, StoreSpec
 
@@ -126,7 +128,25 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         FeatureStore(tmp_path, make_spec())[0]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"count": 10}', "[" * 100_000])
+def describe(**changes: Any) -> str:
+    return json.dumps({"count": 10, "shapes": {"patches": [4, 8]}, "source": {}, "dtype": "float32", **changes})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"count": 10}',
+        "[" * 100_000,
+        *(describe(count=count) for count in (0, 10**12, 10**400, 1.5, True, "10")),
+        describe().replace("10", "1e400"),
+        describe(source=3),
+        describe(dtype="int4"),
+        *(describe(shapes=shapes) for shapes in ({}, {"patches": [1.5]}, {"../a": [4]}, {"a": 4}, {"a": [2**39, 4]})),
+    ],
+)
 def test_a_damaged_description_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "store.json").write_text(text)
     with pytest.raises(StoreError, match=r"store\.json"):
@@ -143,6 +163,24 @@ def test_a_store_says_what_it_holds_and_goes_to_other_processes(tmp_path: Path) 
     torch.testing.assert_close(copy[5]["patches"], store[5]["patches"])
     with pytest.raises(IndexError, match="image 10 of 10"):
         store[10]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"patches": torch.zeros(3, 4, 8)},
+        {"patches": torch.zeros(3, 4, 9), "cls": torch.zeros(3, 8)},
+        {"patches": torch.zeros(1, 4, 8), "cls": torch.zeros(1, 8)},
+        {"patches": torch.zeros(()), "cls": torch.zeros(3, 8)},
+    ],
+    ids=["fewer tensors", "another shape", "fewer rows", "no rows"],
+)
+def test_a_shard_of_something_else_is_named(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    store = FeatureStore(tmp_path, make_spec())
+    store.fill(compute)
+    save_file(tensors, sorted(tmp_path.glob("*.safetensors"))[0])
+    with pytest.raises(StoreError, match="is missing or damaged"):
+        FeatureStore(tmp_path, make_spec())[2]
 
 
 @pytest.mark.parametrize("broken", ["shape", "name", "nan"])

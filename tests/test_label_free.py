@@ -233,6 +233,7 @@ def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("distillation", ("--num-views", "2", "--preserve", "0.5")),
         ("refine", ("--num-crops", "1", "--preserve", "1.0")),
         ("smooth", ("--norm", "0.1")),
+        ("preserve", ("--distillation", "1", "--num-views", "2", "--refine", "1", "--smooth=1")),
     ],
 )
 def test_the_command_trains_on_a_heap_of_images(
@@ -250,6 +251,35 @@ def test_the_command_trains_on_a_heap_of_images(
     resume = ["--resume-from-checkpoint", str(tmp_path / "out" / "checkpoint-1")]
     assert call(monkeypatch, *given, *resume, "--output-dir", str(tmp_path / "again")) == 0
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "out")
+
+
+@pytest.mark.parametrize("weight", ["nan", "-1", "inf", "much"])
+def test_a_weight_that_makes_no_sense_is_refused(
+    weight: str, heap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["train", "--objective", "distillation", "--model-name-or-path", str(heap / "model"), "--preserve", weight]
+    given += ["--train-dir", str(heap / "images"), "--output-dir", str(tmp_path / "out")]
+    assert call(monkeypatch, *given) == 2
+    assert "argument --preserve" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["images", "images/deeper/new", "model", "out", ""])
+def test_a_store_is_kept_out_of_what_the_run_reads(
+    place: str, heap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = str(tmp_path / place if place == "out" else heap / place) if place else ""
+    given = [
+        "train",
+        "--objective",
+        "distillation",
+        "--model-name-or-path",
+        str(heap / "model"),
+        "--target-store",
+        store,
+    ]
+    given += ["--train-dir", str(heap / "images"), "--output-dir", str(tmp_path / "out")]
+    assert call(monkeypatch, *given) == 2
+    assert ("name another folder" if place else "target_store must name a folder") in capfd.readouterr().err
 
 
 def test_only_the_flags_of_the_chosen_objective_are_taken(
@@ -312,6 +342,7 @@ def test_a_run_from_stored_targets_is_the_run_without(
         ({"objective": OBJECTIVES["classification"]()}, "asks the frozen base for nothing"),
         ({"base": load_vit}, r"differing: base\)"),
         ({"images": slice(1, 21)}, r"image \d+ is not the one that its targets"),
+        ({"turned": True}, r"image 0 is not the one that its targets"),
         ({"images": slice(0, 19)}, r"differing: count\)"),
         ({"dtype": "int8"}, r"differing: dtype\)"),
     ],
@@ -320,10 +351,19 @@ def test_a_run_from_stored_targets_is_the_run_without(
 def test_targets_of_something_else_are_refused(
     change: dict[str, Any], message: str, items: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    def run(objective: Any = None, base: Any = None, images: slice = slice(20), dtype: str = "bfloat16") -> None:
+    def run(
+        objective: Any = None,
+        base: Any = None,
+        images: slice = slice(20),
+        dtype: str = "bfloat16",
+        turned: bool = False,
+    ) -> None:
+        chosen = [
+            {**item, "pixel_values": item["pixel_values"].flip(1, 2)} if turned else item for item in items[images]
+        ]
         model = add_registers(base() if base else load_planted_vit().model, 2)
         args = TrainArguments(max_train_steps=3, quiet=True, target_store=str(tmp_path), target_dtype=dtype)
-        train(model, objective or DistillationObjective(num_views=2), items[images], args, image_processor=str)
+        train(model, objective or DistillationObjective(num_views=2), chosen, args, image_processor=str)
 
     run()
     with pytest.raises(ValueError, match=message):

@@ -72,17 +72,17 @@ class DataArguments:
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_dir is None):
             given = "both" if self.train_dir else "neither"
-            raise ValueError(f"give either --dataset_name or --train_dir, found {given}")
+            raise ValueError(f"give either --dataset-name or --train-dir, found {given}")
         if self.validation_dir and not self.train_dir:
             raise ValueError(
-                "--validation_dir goes with --train_dir; a data set's own split is used with --dataset_name"
+                "--validation-dir goes with --train-dir; a data set's own split is used with --dataset-name"
             )
         if not 0 < self.train_val_split < 1:
-            raise ValueError(f"--train_val_split must lie between 0 and 1, got {self.train_val_split}")
+            raise ValueError(f"--train-val-split must lie between 0 and 1, got {self.train_val_split}")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.verify not in ("full", "header", "none"):
             raise ValueError(f"--verify must be full, header or none, got {self.verify!r}")
         self.make_augmentation()
@@ -224,7 +224,7 @@ def _class_names(dataset: Dataset, column: str) -> list[str]:
             return [str(value) for value in values]
     raise ValueError(
         f"column {column!r} ({feature}) cannot be used as a label; the data set has {list(dataset.features)}. A label "
-        "is a class label, a string, or a number from 0 without gaps; name the column with --label_column_name"
+        "is a class label, a string, or a number from 0 without gaps; name the column with --label-column-name"
     )
 
 
@@ -242,7 +242,7 @@ def _from_hub(args: DataArguments, token: str | None, labelled: bool) -> tuple[D
     if missing:
         raise ValueError(
             f"{args.dataset_name} has no columns {missing}; it has {list(chosen[0].features)}. Name them with "
-            "--image_column_name and --label_column_name"
+            "--image-column-name and --label-column-name"
         )
     renamed = {old: new for old, new in names.items() if old != new}
     sets = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from safetensors.torch import save_file
 from ..utils.files import open_regular
 from ..utils.staging import staged, write_text
 
-__all__ = ["STORE_NAME", "FeatureStore", "StoreError", "StoreSpec"]
+__all__ = ["STORE_NAME", "FeatureStore", "StoreError", "StoreSpec", "read_spec"]
 
 #: What says what is in a folder.
 STORE_NAME = "store.json"
 _SCALES = ".scales"
+_NAME = re.compile(r"[\w.-]{1,200}")
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -35,6 +37,7 @@ _DTYPES = {
 #: Bytes of a shard, about; a shard is what a killed run loses.
 _SHARD_BYTES = 64 * 2**20
 _MOST_SPEC_BYTES = 16 * 2**20
+_MOST_IMAGES, _MOST_VALUES = 2**32, 2**40
 
 
 class StoreError(ValueError):
@@ -62,6 +65,8 @@ class StoreSpec:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.count > _MOST_IMAGES:
+            raise ValueError(f"a store holds at most {_MOST_IMAGES} images, got {self.count}")
         if self.count < 1 or not self.shapes or any(not shape or min(shape) < 1 for shape in self.shapes.values()):
             raise ValueError(f"a store needs at least one image and one value, got {self.count} of {self.shapes}")
 
@@ -126,13 +131,7 @@ class FeatureStore:
         Raises:
             StoreError: There is none, or its description is damaged.
         """
-        values = _read_spec(Path(folder))
-        try:
-            shapes = {name: tuple(shape) for name, shape in values["shapes"].items()}
-            spec = StoreSpec(values["count"], shapes, values["source"], values["dtype"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{Path(folder) / STORE_NAME} does not describe a store of features: {error!r}") from error
-        return cls(folder, spec)
+        return cls(folder, read_spec(folder))
 
     def __len__(self) -> int:
         return self.spec.count
@@ -200,8 +199,11 @@ class FeatureStore:
                     pass
                 file = self._open[shard] = safe_open(self._path(shard), "pt")
             rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
-            return {name: value[0] for name, value in _unpack(rows).items()}
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            tensors = {name: value[0] for name, value in _unpack(rows).items()}
+            if {name: tuple(value.shape) for name, value in tensors.items()} != dict(self.spec.shapes):
+                raise KeyError("other tensors than the store says")
+            return tensors
+        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
             raise StoreError(
                 f"{self._path(shard)} is missing or damaged ({error}); delete it, and it is computed again"
             ) from error
@@ -240,7 +242,8 @@ class FeatureStore:
         there = self.folder
         while not there.exists():
             there = there.parent
-        written = sum(len(self.images_of(shard)) for shard in range(self.num_shards) if self._path(shard).is_file())
+        there_already = len(list(self.folder.glob(f"features-*-of-{self.num_shards:05d}.safetensors")))
+        written = min(self.spec.count, there_already * self.spec.images_per_shard)
         needed = (self.spec.count - written) * self.spec.bytes_per_image
         free = shutil.disk_usage(there).free
         if needed > free:
@@ -265,6 +268,38 @@ def _unpack(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _relative_error(rounded: torch.Tensor, values: torch.Tensor) -> float:
     return float((rounded - values).square().mean().sqrt() / values.square().mean().sqrt().clamp_min(1e-12))
+
+
+def read_spec(folder: str | Path) -> StoreSpec:
+    """What the store in a folder says it holds.
+
+    Raises:
+        StoreError: There is none, or its description is damaged.
+    """
+    values = _read_spec(Path(folder))
+    shapes, count, source, dtype = (values.get(name) for name in ("shapes", "count", "source", "dtype"))
+    fits = (
+        isinstance(shapes, dict)
+        and isinstance(source, dict)
+        and isinstance(dtype, str)
+        and _is_count(count, _MOST_IMAGES)
+        and all(_NAME.fullmatch(name) and isinstance(shape, list) for name, shape in shapes.items())
+        and all(_is_count(side, _MOST_VALUES) for shape in shapes.values() for side in shape)
+        and all(math.prod(shape) <= _MOST_VALUES for shape in shapes.values())
+    )
+    try:
+        if not fits:
+            raise ValueError("count, shapes, source or dtype is missing or is none")
+        assert isinstance(shapes, dict)
+        return StoreSpec(
+            values["count"], {name: tuple(shape) for name, shape in shapes.items()}, values["source"], str(dtype)
+        )
+    except ValueError as error:
+        raise StoreError(f"{Path(folder) / STORE_NAME} does not describe a store of features: {error}") from error
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:

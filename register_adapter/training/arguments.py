@@ -106,6 +106,8 @@ class TrainArguments:
             raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler_type!r}")
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise ValueError(f"mixed_precision must be no, fp16 or bf16, got {self.mixed_precision!r}")
+        if self.target_store == "":
+            raise ValueError("target_store must name a folder, got ''")
         if self.target_dtype not in DTYPES:
             raise ValueError(f"target_dtype must be one of {', '.join(DTYPES)}, got {self.target_dtype!r}")
         if self.push_to_hub and not self.hub_model_id:

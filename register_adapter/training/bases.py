@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.utils import logging
 
 from ..tuner.peft_model import RegisterPeftModel, add_registers
 from ..utils.files import check_regular
@@ -78,11 +80,22 @@ def _load_backbone(name_or_path: str, **kwargs: Any) -> nn.Module:
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         kwargs["config"] = config.vision_config
-    model, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    with _quiet():  # the weights of a text tower or a head are left out on purpose
+        model, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     _check_loaded(model, info, name_or_path, ("pooler.",))
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
         model.pooler = None  # a classifier's checkpoint has none, and a random one says nothing
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _check_loaded(

@@ -23,7 +23,11 @@ _SHARES = ("accuracy",)
 
 def summarise(results: dict[str, Any], output_dir: str) -> str:
     """A few lines for people, from what :func:`register_adapter.training.train` returns."""
-    lines = [f"trained for {results['global_step']} steps{', stopped early' if results['stopped_early'] else ''}"]
+    steps = results["global_step"]
+    lines = [
+        f"trained for {steps} step{'s' if steps != 1 else ''}{', stopped early' if results['stopped_early'] else ''}"
+    ]
+    same = ", the same head" if results["objective"].get("labels") else ""
     if results["resumed_from_checkpoint"]:
         lines[0] += f", resumed from {results['resumed_from_checkpoint']}"
     metrics = results["metrics"]
@@ -31,7 +35,7 @@ def summarise(results: dict[str, Any], output_dir: str) -> str:
         if name.startswith("eval_") and not name.startswith(OFF):
             name = name.removeprefix("eval_")
             off = metrics.get(f"{OFF}{name}")
-            without = f" (registers off, the same head: {_number(name, off)})" if off is not None else ""
+            without = f" (registers off{same}: {_number(name, off)})" if off is not None else ""
             lines.append(f"{name} on {results['eval_samples']} held-out images: {_number(name, value)}{without}")
     best = results["best"]
     if best:

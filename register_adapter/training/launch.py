@@ -7,10 +7,11 @@ import logging
 import signal
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,13 +32,15 @@ from ..utils.staging import check_writable
 from .arguments import TrainArguments
 from .bases import load_base, wrap
 from .callbacks import AnnealNeurons
-from .config_file import config_value, config_words, did_you_mean, render_config
+from .config_file import config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
 from .last_words import farewell, summarise
-from .objectives import OBJECTIVES, ClassificationObjective, Objective, Term, WeightedTerms
+from .objectives import OBJECTIVES, ClassificationObjective, Objective
+from .objectives.flags import add_objective_flags, added_terms, early_value, make_objective, objective_of
 from .run_lock import folder_lock
+from .saving import check_output_dir
 from .setup import use_cpu
-from .trainer import check_output_dir, train
+from .trainer import train
 
 __all__ = ["ModelArguments", "main"]
 
@@ -113,7 +116,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
         SystemExit: An argument, the data or the model is unfit; the message on the standard error says why.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _make_parser(prog, _objective_of(argv))
+    objective = objective_of(argv)
+    parser = _make_parser(prog, objective, added_terms(argv, objective))
     model_args, data_args, args, flags = _parse(parser, argv)
     if args.quiet:
         disable_progress_bars()
@@ -149,17 +153,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
     return results
 
 
-def _objective_of(argv: Sequence[str]) -> str:
-    """Name of the objective, which decides what other flags there are; a wrong one is refused later, with the rest."""
-    path = _early(argv, "config")
-    name = _early(argv, "objective")
-    if name is None and path is not None:
-        with suppress(ValueError, OSError):  # the parser says what is wrong
-            name = config_value(path, "objective")
-    return name if name in OBJECTIVES else ClassificationObjective.name
-
-
-def _make_parser(prog: str, objective: str = ClassificationObjective.name) -> HfArgumentParser:
+def _make_parser(
+    prog: str, objective: str = ClassificationObjective.name, added: Sequence[str] = ()
+) -> HfArgumentParser:
     """The parser of all flags; it accepts underscores and hyphens, and shows hyphens."""
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, TrainArguments),
@@ -170,35 +166,12 @@ def _make_parser(prog: str, objective: str = ClassificationObjective.name) -> Hf
     )
     parser.add_argument("--json", action="store_true", help="Print the results as JSON, and nothing else.")
     parser.add_argument("--config", help="YAML file with flags; those on the command line win.")
-    OBJECTIVES[objective].add_arguments(parser.add_argument_group(f"objective {objective}"))
-    for name in _added_terms(objective):
-        parser.add_argument(f"--{name}", type=float, metavar="WEIGHT", help=f"Add the term {name} with this weight.")
+    add_objective_flags(parser, objective, added)
     for action in parser._actions:
         shown = [option for option in action.option_strings if "_" not in option]
         # The parser has its own table of what it accepts; these are for help and messages.
         action.option_strings = shown or action.option_strings
     return parser
-
-
-def _added_terms(objective: str) -> list[str]:
-    """Names of the terms that can be added to an objective which is itself one."""
-    terms = [name for name, kind in OBJECTIVES.items() if issubclass(kind, Term)]
-    return [name for name in terms if name != objective] if objective in terms else []
-
-
-def _make_objective(name: str, flags: Namespace, labels: Sequence[str]) -> Objective:
-    """The objective of the parsed flags, with the terms that are added to it."""
-    objective = OBJECTIVES[name].from_arguments(flags, labels)
-    if not isinstance(objective, Term):
-        return objective
-    terms = [(objective, 1.0)]
-    for other in _added_terms(name):
-        weight = getattr(flags, other)
-        if weight is not None:
-            added = OBJECTIVES[other].from_arguments(flags, labels)
-            assert isinstance(added, Term)
-            terms.append((added, weight))
-    return WeightedTerms(terms)
 
 
 def _parse(
@@ -210,7 +183,7 @@ def _parse(
         SystemExit: One of them is unfit.
     """
     try:
-        path, first = _early(argv, "config"), list[str]()
+        path, first = early_value(argv, "config"), list[str]()
         if path is not None:
             first = config_words(path, parser)
         *parsed, rest = parser.parse_args_into_dataclasses([*first, *argv], True, look_for_args_file=False)
@@ -222,19 +195,24 @@ def _parse(
         model_args, data_args, args, flags = parsed
         if args.output_dir is None:
             raise ValueError("--output-dir is required")
-        if args.output_dir in (model_args.model_name_or_path, data_args.train_dir, data_args.validation_dir):
+        read = [model_args.model_name_or_path, data_args.train_dir, data_args.validation_dir]
+        if args.output_dir in read:
             raise ValueError(f"--output-dir {args.output_dir} is what the run reads; name another folder")
+        _check_store(args.target_store, [*read, args.output_dir])
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     return model_args, data_args, args, flags
 
 
-def _early(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that is needed before the parser is made."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{flag}")
-    value: str | None = getattr(parser.parse_known_args(argv)[0], flag)
-    return value
+def _check_store(store: str | None, others: Sequence[str | None]) -> None:
+    """Refuse a store of targets where the run reads something else, or writes it."""
+    if store is None:
+        return
+    place = Path(store).resolve()
+    for name in others:
+        folder = Path(name).resolve() if name is not None else None
+        if folder == place or (folder is not None and name != others[-1] and folder in place.parents):
+            raise ValueError(f"--target-store {store} is in {name}, which holds something else; name another folder")
 
 
 @contextmanager
@@ -267,7 +245,7 @@ def _train(
     )
     workers, labelled = max(1, args.dataloader_num_workers), "labels" in OBJECTIVES[model_args.objective].needs
     data = load_data(data_args, args.seed, workers, progress=not args.quiet, labelled=labelled)
-    objective = _make_objective(model_args.objective, Namespace(**vars(flags), seed=args.seed), data.labels)
+    objective = make_objective(model_args.objective, Namespace(**vars(flags), seed=args.seed), data.labels)
     base = load_base(objective, model_args.model_name_or_path, revision=revision)
     images = ProcessedDataset(data.train, image_processor)
     model = _wrap(model_args, objective, base, images, progress=not args.quiet)

@@ -13,11 +13,14 @@ from ..tuner.card import update_model_card
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, hub_errors
 from ..utils.staging import staged
+from . import checkpoints
 from .arguments import TrainArguments
 
-__all__ = ["RESULTS_NAME", "RUN_CONFIG", "check_finite", "describe_run", "push_run", "save_run"]
+__all__ = ["RESULTS_NAME", "RUN_CONFIG", "check_finite", "check_output_dir", "describe_run", "push_run", "save_run"]
 
 RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
+#: Files of a finished run.
+_RESULTS = (WEIGHTS_NAME, CONFIG_NAME, RESULTS_NAME)
 
 
 def check_finite(tensors: dict[str, Any]) -> None:
@@ -84,3 +87,34 @@ def push_run(
         with hub_errors(name, token=token):
             image_processor.push_to_hub(name, token=token)
     return str(commit.repo_url)
+
+
+def check_output_dir(args: TrainArguments) -> None:
+    """Refuse a folder whose earlier run would be lost, or could not be told from this one.
+
+    Raises:
+        ValueError: ``output_dir`` is a file, or holds an adapter, results or checkpoints of an earlier run, and the run
+            neither resumes from there nor overwrites.
+    """
+    if args.output_dir is None:
+        return
+    folder = Path(args.output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir {folder} is a file; name a folder")
+    whole = checkpoints.find_all(folder)
+    left = [path.name for path in whole] or [name for name in _RESULTS if (folder / name).exists()]
+    if not left or args.overwrite_output_dir or _resumes_in(folder, whole, args.resume_from_checkpoint):
+        return
+    kind = "checkpoints" if whole else "the result"
+    advice = "Go on with --resume-from-checkpoint latest, choose" if whole else "Choose"
+    raise ValueError(
+        f"{folder} holds {kind} of an earlier run ({', '.join(left)}). {advice} another --output-dir, or write over it "
+        "with --overwrite-output-dir"
+    )
+
+
+def _resumes_in(folder: Path, whole: list[Path], name: str | None) -> bool:
+    """Whether a run goes on from one of the checkpoints in its own folder."""
+    if name is None or name == "latest":
+        return name is not None and bool(whole)
+    return Path(name).resolve() in [path.resolve() for path in whole]

@@ -19,7 +19,6 @@ from ..tuner.card_text import OFF
 from ..tuner.layer import find_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.environment import git_commit, hardware, versions
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
@@ -30,7 +29,7 @@ from .loop import Loop, number_of_steps
 from .objectives import Objective
 from .objectives.stored import store_targets
 from .run_lock import folder_lock
-from .saving import RESULTS_NAME, RUN_CONFIG, check_finite, describe_run, push_run, save_run
+from .saving import RUN_CONFIG, check_finite, check_output_dir, describe_run, push_run, save_run
 from .selection import Selection
 from .setup import (
     image_processor_for,
@@ -41,11 +40,9 @@ from .setup import (
     shard_by_block,
 )
 
-__all__ = ["check_output_dir", "train"]
+__all__ = ["train"]
 
 logger = logging.getLogger(__name__)
-#: Files of a finished run.
-_RESULTS = (WEIGHTS_NAME, CONFIG_NAME, RESULTS_NAME)
 
 
 def train(
@@ -213,37 +210,6 @@ def _save(
     if accelerator.is_main_process and args.output_dir:
         save_run(trained, weights, Path(args.output_dir), results, image_processor, card)
     return card
-
-
-def check_output_dir(args: TrainArguments) -> None:
-    """Refuse a folder whose earlier run would be lost, or could not be told from this one.
-
-    Raises:
-        ValueError: ``output_dir`` is a file, or holds an adapter, results or checkpoints of an earlier run, and the run
-            neither resumes from there nor overwrites.
-    """
-    if args.output_dir is None:
-        return
-    folder = Path(args.output_dir)
-    if folder.is_file():
-        raise ValueError(f"output_dir {folder} is a file; name a folder")
-    whole = checkpoints.find_all(folder)
-    left = [path.name for path in whole] or [name for name in _RESULTS if (folder / name).exists()]
-    if not left or args.overwrite_output_dir or _resumes_in(folder, whole, args.resume_from_checkpoint):
-        return
-    kind = "checkpoints" if whole else "the result"
-    advice = "Go on with --resume-from-checkpoint latest, choose" if whole else "Choose"
-    raise ValueError(
-        f"{folder} holds {kind} of an earlier run ({', '.join(left)}). {advice} another --output-dir, or write over it "
-        "with --overwrite-output-dir"
-    )
-
-
-def _resumes_in(folder: Path, whole: list[Path], name: str | None) -> bool:
-    """Whether a run goes on from one of the checkpoints in its own folder."""
-    if name is None or name == "latest":
-        return name is not None and bool(whole)
-    return Path(name).resolve() in [path.resolve() for path in whole]
 
 
 def _trainable(model: RegisterPeftModel) -> dict[str, torch.nn.Parameter]:

@@ -80,8 +80,21 @@ def adapter_name(adapter: str) -> str:
 
 
 def choose_device(device: str | None) -> str:
-    """The device that was asked for; by default a GPU if there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that was asked for; by default a GPU if there is one.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {device!r} is not there ({said}); leave it out, or name cpu, cuda or cuda:0"
+        ) from error
+    return device
 
 
 def _is_packaged(name: str) -> bool:

@@ -13,7 +13,7 @@ from .base import Batch
 from .similarity import feature_loss
 from .terms import Targets, Teacher, Term
 from .tokens import Tokens
-from .views import denoised_tokens
+from .views import MOST_VIEWS, denoised_tokens
 
 __all__ = ["DistillationObjective"]
 
@@ -34,8 +34,8 @@ class DistillationObjective(Term):
     name = "distillation"
 
     def __init__(self, num_views: int = 10, seed: int = 0, white: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
-        if num_views < 1:
-            raise ValueError(f"num_views must be at least 1, got {num_views}")
+        if not 1 <= num_views <= MOST_VIEWS:
+            raise ValueError(f"num_views must be 1 to {MOST_VIEWS}, got {num_views}")
         self.num_views, self.seed, self.white = num_views, seed, [float(value) for value in white]
 
     @classmethod

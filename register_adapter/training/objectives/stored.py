@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...features.layout import tower_of
-from ...features.store import STORE_NAME, FeatureStore, StoreError, StoreSpec
+from ...features.store import STORE_NAME, FeatureStore, StoreError, StoreSpec, read_spec
 from ...towers.identity import TowerIdentity
 from .base import Objective
 from .terms import Term, WeightedTerms
@@ -22,10 +23,12 @@ from .terms import Term, WeightedTerms
 __all__ = ["StoredTargets", "store_targets"]
 
 logger = logging.getLogger(__name__)
-#: Mean colour of an image, by which it is known again.
-_COLOUR = "colour"
-#: Differences that rounding to 16 bits can make.
+#: An image's sketches on a coarse grid, by which it is known again.
+_SKETCH, _CELLS = "sketch", 4
+#: Differences that rounding can make.
 _TOLERANCE = 0.02
+#: Images that are compared before a store that was there is used.
+_COMPARED = 32
 
 
 class StoredTargets(torch.utils.data.Dataset[dict[str, Any]]):
@@ -47,8 +50,10 @@ class StoredTargets(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item, targets = self.dataset[index], self.store[index]
-        there, here = targets.pop(_COLOUR), _colour_of(item["pixel_values"])
-        if (there - here).abs().max() > _TOLERANCE * (1 + here.abs().max()):
+        if _SKETCH not in targets:
+            raise StoreError(f"{self.store.folder} holds no targets of a training; name another folder")
+        there, here = targets.pop(_SKETCH), _sketch_of(item["pixel_values"])
+        if there.shape != here.shape or (there - here).abs().max() > _TOLERANCE * (1 + here.abs().max()):
             raise StoreError(
                 f"image {index} is not the one that its targets in {self.store.folder} were computed for: the images, "
                 "their order or the processor changed; name another folder, or delete that one"
@@ -100,7 +105,7 @@ def store_targets(
         )
     seconds = None
     if (Path(folder) / STORE_NAME).exists():
-        shapes = dict(FeatureStore.load(folder).spec.shapes)
+        shapes = dict(read_spec(folder).shapes)
     else:
         began, few = time.perf_counter(), min(len(dataset), 2)
         first = _compute(objective, model, dataset, range(few), accelerator.device)
@@ -136,18 +141,22 @@ def store_targets(
     if mine:
         logger.info("targets are stored as %s, with a relative error of at most %.2g", dtype, error)
     accelerator.wait_for_everyone()
-    return StoredTargets(dataset, store)
+    stored = StoredTargets(dataset, store)
+    if not missing:  # another run's: before hours are spent on it
+        for index in range(0, len(dataset), max(1, len(dataset) // _COMPARED)):
+            stored[index]
+    return stored
 
 
 def _compute(
     objective: WeightedTerms, model: nn.Module, dataset: Any, numbers: Sequence[int], device: torch.device
 ) -> dict[str, torch.Tensor]:
     batch = objective.collate([{"index": number, **dataset[number]} for number in numbers])
-    colours = torch.stack([_colour_of(pixels) for pixels in batch["pixel_values"]])
+    sketches = torch.stack([_sketch_of(pixels) for pixels in batch["pixel_values"]])
     targets = objective.targets(model, {name: value.to(device) for name, value in batch.items()})
-    return {_COLOUR: colours, **{name: value.cpu() for name, value in targets.items()}}
+    return {_SKETCH: sketches, **{name: value.cpu() for name, value in targets.items()}}
 
 
-def _colour_of(pixels: torch.Tensor) -> torch.Tensor:
-    colour: torch.Tensor = pixels.float().mean((1, 2))
-    return colour
+def _sketch_of(pixels: torch.Tensor) -> torch.Tensor:
+    """Means ``(3 * 16,)`` of the cells of a grid over pixel values ``(3, H, W)``."""
+    return F.adaptive_avg_pool2d(pixels.float(), _CELLS).flatten()

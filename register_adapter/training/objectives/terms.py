@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -91,6 +92,9 @@ class WeightedTerms(Objective):
     def __init__(self, terms: Sequence[tuple[Term, float]]) -> None:
         if not terms:
             raise ValueError("there must be at least one term")
+        for term, weight in terms:
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight of {term.name} must be a finite number of at least 0, got {weight}")
         self.terms = list(terms)
 
     @property

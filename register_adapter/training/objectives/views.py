@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["View", "choose_views", "denoised_tokens", "make_view", "map_back"]
+__all__ = ["MOST_VIEWS", "View", "choose_views", "denoised_tokens", "make_view", "map_back"]
 
 #: Share of the grid's side that a view is shifted by at most.
 MOST_SHIFT = 0.15
 _CANDIDATES = 100
+#: More views than candidates would be the same ones again.
+MOST_VIEWS = 100
 
 
 @dataclass(frozen=True)
