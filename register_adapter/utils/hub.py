@@ -228,10 +228,10 @@ def check_folder(name: str | Path, subfolder: str | None = None) -> None:
     """Refuse a folder without weights, for which PEFT would look up a repository of the folder's name.
 
     Raises:
-        AdapterFileError: ``name`` is a folder here, and there is no safetensors file in it.
+        AdapterFileError: ``name`` is a folder here, and there is no safetensors file in it, or a pickled one alone.
     """
     place = Path(name, subfolder or "")
-    if Path(name).is_dir() and not (place / WEIGHTS_NAME).is_file():
+    if Path(name).is_dir() and find_weights(str(name), subfolder, {}) is None:
         raise AdapterFileError(
             f"the adapter in {str(place)!r} has no weights: there is no {WEIGHTS_NAME}. Nothing was changed."
         )
