@@ -22,6 +22,7 @@ from .config import RegisterConfig
 from .heads import HeadLabels
 from .hooks.base import CallState
 from .hooks.choice import BASE, Choice
+from .hooks.fitting import misfit
 from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.sequence import SequenceHooks
@@ -66,6 +67,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
         self._hooked: list[Any] = []
+        self.misfits: dict[str, str] = {}
         self._configs: list[tuple[nn.Module, Any]] = []
         self.call = CallState()
         #: Of a replica that DataParallel makes: the adapters that the thread which makes it has set aside.
@@ -230,6 +232,12 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         if attending:
             self._enter_attention()
         self._hooked = self._all_points()
+        self.misfits = {name: sentence for name in self.names if (sentence := self._misfit(name))}
+
+    def _misfit(self, name: str) -> str | None:
+        tokens, placement = self.tokens(name), self.placements[name]
+        attends = placement.key_value or tokens.gate is not None
+        return misfit(self.tower, placement, attends, set(tokens.slices), tokens.num_blocks)
 
     @property
     def _in_attention(self) -> bool:
@@ -247,7 +255,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         points = self._hook_points()
         if blocks := self._neuron_blocks:
             points += self._neuron_points(blocks)
-        return points + self._attention_points() if self._in_attention else points
+        return points + self._attention_points() if self._in_attention or self._configs else points
 
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""

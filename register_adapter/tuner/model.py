@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import AdapterFileError, UnsupportedModelError
-from ..towers.anatomy import Anatomy
+from ..towers.anatomy import Anatomy, resolve
 from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
@@ -61,6 +61,8 @@ class RegisterModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = RegisterLayer
+    #: The layers of this tuner, also those whose tower is no longer in the model.
+    noted: tuple[RegisterLayer, ...] = ()
 
     def __init__(
         self,
@@ -177,6 +179,27 @@ class RegisterModel(BaseTuner):
         if self._labels:
             layer.labels[adapter_name] = self._labels
         layer.attach()
+        self.noted = tuple(dict.fromkeys([*self.noted, layer]))
+
+    def check_towers(self) -> None:
+        """The towers with this tuner's registers are in the model.
+
+        Raises:
+            UnsupportedModelError: One with an active adapter was replaced, hooks and registers with it.
+        """
+        for layer in self.noted:
+            tower = layer.tower
+            if resolve(self.model, tower.path) is tower.module if tower.path else self.model is tower.module:
+                continue
+            names = [name for name in layer.active_names if name in self.peft_config and name in layer.names]
+            # What wraps a tower (torch.compile, FSDP) stands in its place.
+            if not names or layer.disable_adapters or any(part is tower.module for part in self.model.modules()):
+                continue
+            raise UnsupportedModelError(
+                f"the tower {type(tower.module).__name__} at {tower.path!r}, which has the registers of {names[0]!r}, "
+                f"is no longer in {type(self.model).__name__}. Was it replaced after the registers were added? Put it "
+                f"back, or call delete_adapter({names[0]!r}) and add registers to the new one."
+            )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -102,7 +102,7 @@ class RegisterPeftModel(PeftModel):
         """
         with ExitStack() as stack:
             stack.enter_context(_heads_aside(self))
-            for layer in register_layers(self):
+            for layer in dict.fromkeys([*register_layers(self), *self.base_model.noted]):
                 stack.enter_context(layer.without(layer.names))
             yield
 
@@ -113,8 +113,8 @@ class RegisterPeftModel(PeftModel):
         return bool(self.peft_config) and not aside and bool(super().has_active_enabled_adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward pass; ``adapter_names`` as in PEFT."""
-        # A short pass notices PEFT's nested contexts, which do nothing without such an argument.
+        """The base model's forward pass; ``adapter_names`` as in PEFT; ``UnsupportedModelError`` without the tower."""
+        self.base_model.check_towers()  # PEFT's nested contexts, which a short pass notices, where they have work
         if self.special_peft_forward_args.isdisjoint(kwargs):
             return self.base_model.model(*args, **kwargs)
         return super().forward(*args, **kwargs)

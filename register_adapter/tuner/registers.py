@@ -51,6 +51,9 @@ class RegisterTokens(NeuronShift):
     def __init__(self, weight: torch.Tensor, pending: bool = False, gate: torch.Tensor | None = None) -> None:
         super().__init__()
         self.count = weight.shape[-2]  # the weight itself may be sharded or offloaded
+        by_block = gate if gate is not None else weight if weight.ndim > 2 else None
+        #: Number of blocks that have values of their own, ``None`` if all have the same.
+        self.num_blocks = None if by_block is None else by_block.shape[0]
         self.weight = nn.Parameter(weight)
         self.gate = None if gate is None else nn.Parameter(gate)
         self.slices = {}

@@ -14,6 +14,7 @@ from ...utils.shipped import is_shipped, shipped_name
 from ..config import RegisterConfig
 from ..heads import lacking_modules
 from ..hooks.attention import reads_implementation
+from ..hooks.fitting import misfit
 from ..neuron_shift import count_neurons
 from .saved_heads import check_saved_heads
 
@@ -71,6 +72,8 @@ def check_placement(tower: Tower, config: RegisterConfig) -> None:
             f"and biases can be added; the blocks of {name} do not. Use registers in the sequence (deep=True for fresh "
             "ones at every block)."
         )
+    if sentence := misfit(tower, config.placement, bool(wanted), set(neurons)):
+        raise UnsupportedModelError(f"{sentence}. Use registers with insert_layer=0 and none of deep, key_value, gate.")
 
 
 def heads_of(model: nn.Module, tower: Tower, config: RegisterConfig) -> tuple[list[str], list[str]]:

@@ -23,7 +23,14 @@ from .base import ATTACHING, LayerHooks, RecordPairs
 if TYPE_CHECKING:
     from ...towers.tower import Tower
 
-__all__ = ["AttentionConfig", "AttentionHooks", "grow_block_mask", "is_block_mask", "reads_implementation"]
+__all__ = [
+    "AttentionConfig",
+    "AttentionHooks",
+    "attention_modules",
+    "grow_block_mask",
+    "is_block_mask",
+    "reads_implementation",
+]
 
 IMPLEMENTATION = "register_adapter"
 #: Implementations that take an additive mask.
@@ -33,10 +40,11 @@ _MASKABLE = ("eager", "sdpa")
 def reads_implementation(tower: Tower) -> bool:
     """Whether every block of a tower looks its attention implementation up, as transformers' newer models do."""
     blocks = range(len(tower.part("blocks")))
-    return all(any(True for _ in _attention_modules(tower, block)) for block in blocks)
+    return all(any(True for _ in attention_modules(tower, block)) for block in blocks)
 
 
-def _attention_modules(tower: Tower, block: int) -> Iterator[nn.Module]:
+def attention_modules(tower: Tower, block: int) -> Iterator[nn.Module]:
+    """Modules of a block that look their attention implementation up."""
     attention: nn.Module | None = tower.block_part(block, "attention")
     for module in attention.modules() if attention is not None else ():
         source = sys.modules.get(type(module).__module__)
@@ -167,16 +175,24 @@ class AttentionHooks(LayerHooks):
                 return
             ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
             for block in range(len(self.tower.part("blocks"))):
-                for module in _attention_modules(self.tower, block):
+                for module in attention_modules(self.tower, block):
+                    config: Any = module.config
+                    if isinstance(config, AttentionConfig):
+                        if config.layer is self:  # the module of two blocks
+                            continue
+                        config = config.config  # a copied block's, which belongs to a copy of this layer
                     eager = sys.modules[type(module).__module__].eager_attention_forward
-                    self._configs.append((module, module.config))
-                    stand_in: Any = AttentionConfig(module.config, self, block, eager)
+                    self._configs.append((module, config))
+                    stand_in: Any = AttentionConfig(config, self, block, eager)
                     module.config = stand_in
+            # What is replaced later needs one too.
+            self._hooked = [*self._hooked, *self._attention_points()]
 
     def _attention_points(self) -> list[Any]:
         """As ``_hook_points``, for the modules with stand-in configs."""
         blocks = range(len(self.tower.part("blocks")))
-        return [self.tower.block_part(block, "attention") for block in blocks]
+        parts = [self.tower.block_part(block, "attention") for block in blocks]
+        return [part for part in parts if part is not None]
 
     def _leave_attention(self) -> None:
         for module, config in self._configs:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...errors import UnsupportedModelError
-from ..registers import Segment
+from ..registers import RegisterTokens, Segment
 from ..tokens import cut_tokens
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ class LayerHooks:
     _configs: list[tuple[Any, Any]]
     #: What ``_all_points`` gave when the hooks were put there.
     _hooked: list[Any]
+    #: Adapters that cannot work in the blocks that the tower has now, and why.
+    misfits: dict[str, str]
 
     @property
     @abstractmethod
@@ -116,6 +118,19 @@ class LayerHooks:
     @abstractmethod
     def _by_block(self) -> bool:
         """Whether an adapter does something at single blocks."""
+
+    @abstractmethod
+    def _misfit(self, name: str) -> str | None:
+        """Why an adapter cannot work in the tower as it is; ``None`` if it can."""
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of the adapters."""
+
+    @abstractmethod
+    def tokens(self, adapter_name: str) -> RegisterTokens:
+        """The registers of one adapter."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -135,6 +150,9 @@ class LayerHooks:
 
         Args:
             without: Names of more adapters that take no part in it.
+
+        Raises:
+            UnsupportedModelError: An adapter that takes part cannot work in the blocks that the tower has now.
         """
         self._end_pass()  # of one that has failed
         if without:
@@ -142,7 +160,28 @@ class LayerHooks:
         # Not in a graph: part of it may be run by another pass, with other objects.
         if not torch.compiler.is_compiling():
             self._renew_hooks()
-            self.call.segments = self.segments
+            segments = self.segments
+            if self.misfits:
+                self._refuse_misfits(segments)
+            self.call.segments = segments
+        elif late := [segment for segment in self.segments if segment.placement.insert_layer]:
+            # A graph may be of a model that has lost blocks since its last pass.
+            count = len(self.tower.part("blocks"))
+            if any(segment.placement.insert_layer >= count for segment in late):
+                raise UnsupportedModelError(
+                    f"{type(self.tower.module).__name__} has {count} blocks now, and registers enter behind the last "
+                    "one. Put the blocks back, or take the adapter off and add one that fits."
+                )
+
+    def _refuse_misfits(self, segments: list[Segment]) -> None:
+        present = [id(tokens) for segment in segments for tokens in segment.tokens]
+        for name, sentence in self.misfits.items():
+            if id(self.tokens(name)) in present:
+                self._end_pass()
+                raise UnsupportedModelError(
+                    f"the adapter {name!r} cannot run: {sentence}. Was a block taken out, added or replaced after the "
+                    "registers were added? Put the blocks back, or take the adapter off and add one that fits."
+                )
 
     def _renew_hooks(self) -> None:
         """Put the hooks on the modules that are now where hooked ones were, if somebody has replaced any."""

@@ -21,10 +21,13 @@ class NeuronHooks(LayerHooks):
     def _neuron_hooks(self, blocks: set[int]) -> list[Any]:
         """Register the hooks on the blocks that have register neurons."""
         handles = []
+        modules = self.tower.part("blocks")
         for block in sorted(blocks):
-            last = self.tower.block_part(block, "mlp_out")
+            last = self.tower.block_part(block, "mlp_out") if block < len(modules) else None
+            if last is None:  # a pass with these neurons is refused
+                continue
             handles.append(last.register_forward_pre_hook(partial(self._shift_hook, block)))
-            module = self.tower.part("blocks")[block]
+            module = modules[block]
             handles.append(module.register_forward_pre_hook(self._visible_hook, with_kwargs=True))
         return handles
 
@@ -32,7 +35,8 @@ class NeuronHooks(LayerHooks):
         """As ``_hook_points``, for these hooks."""
         parts = self.tower.part("blocks")
         places = [block for block in sorted(blocks) if block < len(parts)]
-        return [*(parts[block] for block in places), *(self.tower.block_part(block, "mlp_out") for block in places)]
+        ends = [self.tower.block_part(block, "mlp_out") for block in places]
+        return [*(parts[block] for block in places), *(end for end in ends if end is not None)]
 
     def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         visible = visible_to(self.prefix, hidden_states_of(args, kwargs), [*args[1:], *kwargs.values()])

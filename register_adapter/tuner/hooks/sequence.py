@@ -39,18 +39,20 @@ class SequenceHooks(LayerHooks):
         ]
         if remove is not module:  # a tower that ends where registers leave needs no second cut
             handles.append(module.register_forward_hook(self._tower_output_hook))
-        for block, bias in self.tower.parts("position_bias"):
+        biases = {bias: block for block, bias in self.tower.parts("position_bias")}  # once, if blocks share them
+        for bias, block in biases.items():
             handles.append(bias.register_forward_pre_hook(partial(self._position_length_hook, block), with_kwargs=True))
             handles.append(bias.register_forward_hook(partial(self._position_bias_hook, block)))
-        if any(True for _ in self.tower.parts("position_bias")):
+        if biases:
             for block in self.tower.part("blocks"):
                 handles.append(block.register_forward_pre_hook(self._additive_mask_hook, with_kwargs=True))
         handles += [
             module.register_forward_hook(self._positions_between_hook)
-            for _, module in self.tower.parts("positions_between")
+            for module in dict.fromkeys(module for _, module in self.tower.parts("positions_between"))
         ]
         if anatomy.rotary:
-            for index, block in enumerate(self.tower.part("blocks")):
+            places = {block: index for index, block in enumerate(self.tower.part("blocks"))}
+            for block, index in places.items():
                 place = list(inspect.signature(type(block).forward).parameters).index(anatomy.rotary) - 1
                 hook = partial(self._rotary_hook, index, place)
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
