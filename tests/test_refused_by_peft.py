@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_refusals import (
     CLASSES,
-    CONFIG,
     HEAD,
     PIXELS,
     PREFIX,
@@ -116,8 +114,8 @@ def test_a_head_has_as_many_classes_as_its_file(
 ) -> None:
     rows(number, id2label=labels)(adapter)
     model, load = WAYS[way](base, adapter)
-    model = load() or model
-    model = model if hasattr(model, "named_modules") else WAYS[way](base, adapter)[0]
+    result = load()
+    model = result if isinstance(result, torch.nn.Module) else model
     heads = [value for key, value in model.state_dict().items() if key.endswith(".weight") and "classifier.mod" in key]
     assert [value.shape[0] for value in heads] == [number]
     (shown,) = find_register_layer(model).labels.values() or [names(CLASSES)]
@@ -161,6 +159,8 @@ FAULTS: dict[str, Spoil] = {
 def test_a_refused_module_leaves_the_model_as_it_was(
     fault: str, way: str, base: Any, adapter: Path, untouched: Any
 ) -> None:
+    if way == "AutoPeftModel" and "task" in fault:
+        pytest.skip("PEFT's AutoPeftModel takes no file with a task")
     FAULTS[fault](adapter)
     model, load = WAYS[way](base, adapter)
     check = untouched(model)
@@ -189,9 +189,10 @@ def test_whatever_fails_while_the_values_go_in_is_undone(
         load_state_dict(self, *args, **kwargs)
         raise MemoryError("no memory")
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Module, "load_state_dict", fail)
-        load()
+        with pytest.raises(MemoryError):
+            load()
     check()
 
 
@@ -208,11 +209,10 @@ def test_an_adapter_that_transformers_cannot_put_in_leaves_no_name(
     check()
 
 
-def test_other_methods_and_later_values_go_their_own_way(base: Any, adapter: Path) -> None:
+def test_other_values_can_be_put_in_later(base: Any, adapter: Path) -> None:
     model = PeftModel.from_pretrained(base, str(adapter)).eval()
     state = {key: value + 1 for key, value in load_file(adapter / WEIGHTS).items()}
     set_peft_model_state_dict(model, state)
     expected = state[f"{HEAD}bias"]
     assert torch.equal(model.get_base_model().classifier.modules_to_save["default"].bias, expected)
     assert model(**PIXELS).logits.isfinite().all()
-    assert json.loads((adapter / CONFIG).read_text())["id2label"]

@@ -40,6 +40,8 @@ from .undo import unchanged_if_refused
 
 __all__ = ["RegisterModel"]
 
+_HANDED_ON = ("_tower", "_labels", "_present", "_pending", "_target")
+
 
 class RegisterModel(BaseTuner):
     """Adds register tokens to a frozen vision transformer.
@@ -91,9 +93,14 @@ class RegisterModel(BaseTuner):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
         with unchanged_if_refused(model) as before, naming(given.folder) if given.folder else nullcontext():
             before.forget(adapter_name)
-            self._inject(model, adapter_name, given, *args, **kwargs)
+            try:
+                self._inject(model, adapter_name, given, *args, **kwargs)
+                pending = self._pending
+            finally:  # what one injection hands on to PEFT's steps says nothing of the next
+                for name in _HANDED_ON:
+                    vars(self).pop(name, None)
         for layer in register_layers(model):
-            layer.before = before if self._pending and adapter_name in layer.names else layer.before
+            layer.before = before if pending and adapter_name in layer.names else layer.before
 
     def _inject(self, model: nn.Module, adapter_name: str, given: RegisterConfig, *args: Any, **kwargs: Any) -> None:
         if given.folder is not None and given.saved_weights is None and given.inference_mode:
