@@ -98,7 +98,7 @@ class RegisterModel(BaseTuner):
                 pending = self._pending
             finally:  # what one injection hands on to PEFT's steps says nothing of the next
                 for name in _HANDED_ON:
-                    vars(self).pop(name, None)
+                    self.__dict__.pop(name, None)
         for layer in register_layers(model):
             layer.before = before if pending and adapter_name in layer.names else layer.before
 
@@ -299,7 +299,10 @@ class RegisterModel(BaseTuner):
         befores = [layer.before for layer in register_layers(model) if adapter_name in layer.names]
         try:
             known = saved_by_key(model, adapter_name, state_dict)
-            yield {known.get(key, key): value for key, value in state_dict.items()}
+            config = model.peft_config[adapter_name]
+            rest = {key: value for key, value in state_dict.items() if key not in known}
+            rest = without_left_out(model, config.left_out, config.task_heads, rest)
+            yield {known[key]: state_dict[key] for key in known} | rest
         except BaseException:
             for before in befores:
                 if before is not None:
