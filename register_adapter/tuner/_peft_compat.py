@@ -7,17 +7,28 @@ transformers calls ``.value`` on it, so the enum gets a real member.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import peft.auto
+import peft.peft_model
+import peft.utils.save_and_load
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
 
-__all__ = ["CHECKS_IMPORTS", "METHOD", "PREFIX", "peft_type", "register", "remap_on_load", "renew_on_save"]
+__all__ = [
+    "CHECKS_IMPORTS",
+    "METHOD",
+    "PREFIX",
+    "peft_type",
+    "register",
+    "remap_on_load",
+    "renamed_by_transformers",
+    "renew_on_save",
+]
 
 METHOD = "register_adapter"
 PREFIX = "register_adapter_"
@@ -44,6 +55,7 @@ def register(config_cls: type, model_cls: type) -> None:
     if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
         _read_with(config_cls)
+        _load_with(model_cls)
 
 
 def _read_with(config_cls: Any) -> None:
@@ -71,6 +83,39 @@ def _is_ours(name: Any, subfolder: str | None, kwargs: dict[str, Any]) -> bool:
         return bool(PeftConfig._get_peft_type(str(name), **hub) == METHOD.upper())
     except Exception:  # no file, or none that can be read: PEFT says so
         return False
+
+
+def _load_with(model_cls: Any) -> None:
+    """Have PEFT put a file's values into a register adapter by way of ``model_cls.loading``.
+
+    PEFT looks for the modules of ``modules_to_save`` before it asks the tuner, and finds them by one name alone.
+    """
+    inherited = peft.utils.save_and_load.set_peft_model_state_dict
+
+    @wraps(inherited)
+    def set_peft_model_state_dict(
+        model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        config = getattr(model, "peft_config", {}).get(adapter_name)
+        if getattr(config, "peft_type", None) != peft_type():
+            return inherited(model, peft_model_state_dict, adapter_name, *args, **kwargs)
+        with model_cls.loading(model, peft_model_state_dict, adapter_name) as placed:
+            return inherited(model, placed, adapter_name, *args, **kwargs)
+
+    for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
+        holder.set_peft_model_state_dict = set_peft_model_state_dict
+
+
+def renamed_by_transformers(model: nn.Module) -> Callable[[str], str]:
+    """What turns a key of an older release of transformers into this one's (transformers 5; 4 renames nothing)."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]
+    except (ImportError, AttributeError):  # transformers 4, or no model of transformers
+        return str
+    return lambda key: str(rename_source_key(key, renamings, [])[0])
 
 
 def remap_on_load(tuner: nn.Module, remap: Callable[..., dict[str, Any]]) -> None:

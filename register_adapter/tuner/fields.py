@@ -12,6 +12,8 @@ __all__ = ["check_combinations", "check_types", "check_values"]
 
 # Far more than any model has patches.
 _MOST = 2**16
+# Names of the modules that hold the registers.
+_OWN = {"registers", "register_adapter_tokens"}
 _INITS = ("normal", "zeros", "cls", "test_time")
 _ATTENTIONS = ("slice", "full")
 _KINDS: dict[str, Any] = {
@@ -66,6 +68,10 @@ def check_values(config: Any) -> None:
     for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+    if own := [name for name in config.modules_to_save or () if not _OWN.isdisjoint(name.split("."))]:
+        raise ValueError(
+            f"modules_to_save names {own[0]!r}, the registers themselves, which are always saved: leave it out"
+        )
     if config.insert_layer < 0:
         raise ValueError(f"insert_layer must be at least 0, got {config.insert_layer}")
     if config.gate is not None and not is_finite(config.gate):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..towers.tower import Tower
+from ..utils.adapter_file import TensorInfo
 
 __all__ = [
     "TASK_HEADS",
@@ -174,7 +175,7 @@ def fit_heads(
     model: nn.Module,
     adapter_name: str,
     classes: tuple[int, int] | None = None,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
+    state_dict: Mapping[str, torch.Tensor | TensorInfo] | None = None,
 ) -> int | None:
     """Give a saved head its own number of classes: the base's head, of which PEFT makes a copy, may have another.
 
@@ -182,7 +183,8 @@ def fit_heads(
         model: The model with the adapter.
         adapter_name: The adapter.
         classes: Numbers of classes of the base and of the adapter, as their configs have it.
-        state_dict: The adapter's tensors by the model's keys, of which the head's weight tells the number.
+        state_dict: The adapter's tensors, or what their file says of them, by the model's keys; the head's weight tells
+            the number.
 
     Returns:
         The new number of classes, ``None`` where nothing was to be done.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, c
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
-from .checks.placing import by_block, check_placement, check_units, checked_identity, heads_of
+from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .config import RegisterConfig
 from .heads import (
     check_adapter_name,
@@ -35,9 +35,12 @@ from .heads import (
 )
 from .layer import BASE, RegisterLayer, register_layers, renew_bases
 from .reading import naming
+from .saved_heads import class_rows, saved_by_key
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterModel"]
+
+_HANDED_ON = ("_tower", "_labels", "_present", "_pending", "_target")
 
 
 class RegisterModel(BaseTuner):
@@ -91,9 +94,15 @@ class RegisterModel(BaseTuner):
         if not isinstance(given, RegisterConfig):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
         with unchanged_if_refused(model) as before, naming(given.folder) if given.folder else nullcontext():
-            self._inject(model, adapter_name, given, *args, **kwargs)
+            before.forget(adapter_name)
+            try:
+                self._inject(model, adapter_name, given, *args, **kwargs)
+                pending = self._pending
+            finally:  # what one injection hands on to PEFT's steps says nothing of the next
+                for name in _HANDED_ON:
+                    self.__dict__.pop(name, None)
         for layer in register_layers(model):
-            layer.before = before if self._pending and adapter_name in layer.names else layer.before
+            layer.before = before if pending and adapter_name in layer.names else layer.before
 
     def _inject(self, model: nn.Module, adapter_name: str, given: RegisterConfig, *args: Any, **kwargs: Any) -> None:
         if given.folder is not None and given.saved_weights is None and given.inference_mode:
@@ -111,13 +120,18 @@ class RegisterModel(BaseTuner):
         identity = checked_identity(present, given)
         if anatomy is not None:
             check_anatomy(tower, given)
-        heads, lacking = heads_of(model, tower, given)
+        check_task(model, given)
+        heads, lacking, layout = heads_of(model, tower, given)
         check_adapter_name(model, adapter_name, [*heads, *given.task_heads])
         labels = given.id2label if heads else None
         if not given.from_file:
             labels = labels_for(model, [*heads, *given.task_heads], given.labels_given)
             if given.init != "test_time":
                 warn_of_new_weights(model, heads)
+        own_classes = number_of_labels(model)
+        rows = class_rows(model, layout or {}, own_classes)
+        if rows is not None and rows != (len(labels) if labels else own_classes):
+            labels = _unnamed(rows)
         self._pending = given.awaits_values
         config = given
         now = (identity.to_dict(), labels)
@@ -132,9 +146,10 @@ class RegisterModel(BaseTuner):
         config.folder = config.saved_weights = config.weights_sha256 = None
         self.peft_config[adapter_name] = config
         self._tower, self._labels, self._present = tower, config.id2label, present
-        own_classes = number_of_labels(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if given.from_file and config.id2label:
+        if layout is not None:
+            fit_heads(model, adapter_name, state_dict=_of_copies(layout, adapter_name))
+        elif given.from_file and config.id2label:
             fit_heads(model, adapter_name, (own_classes, len(config.id2label)))
 
     @staticmethod
@@ -286,13 +301,47 @@ class RegisterModel(BaseTuner):
         number = fit_heads(model, adapter_name, state_dict=state_dict)
         if number is not None:
             layer = next(layer for layer in register_layers(model) if adapter_name in layer.names)
-            config.id2label = {index: f"LABEL_{index}" for index in range(number)}
+            config.id2label = _unnamed(number)
             layer.labels[adapter_name] = config.id2label
             layer.show_labels()
         for layer in register_layers(model):
             layer.before = None
         kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}
         return {_place(model, adapter_name, key): value for key, value in kept.items()}
+
+    @classmethod
+    @contextmanager
+    def loading(
+        cls, model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """A context in which an adapter's values are put in; the base is as it was if that is refused.
+
+        Yields:
+            The tensors by the keys that PEFT looks for in this model.
+        """
+        befores = [layer.before for layer in register_layers(model) if adapter_name in layer.names]
+        try:
+            known = saved_by_key(model, adapter_name, state_dict)
+            config = model.peft_config[adapter_name]
+            rest = {key: value for key, value in state_dict.items() if key not in known}
+            rest = without_left_out(model, config.left_out, config.task_heads, rest)
+            yield {known[key]: state_dict[key] for key in known} | rest
+        except BaseException:
+            for before in befores:
+                if before is not None:
+                    before.restore()
+            raise
+
+
+def _unnamed(number: int) -> dict[int, str]:
+    """As transformers calls classes that have no names."""
+    return {index: f"LABEL_{index}" for index in range(number)}
+
+
+def _of_copies(layout: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+    """A layout by the keys of an adapter's copies of linear heads."""
+    ends = ((key.rpartition("."), info) for key, info in layout.items())
+    return {f"{path}.modules_to_save.{adapter_name}.{end}": info for (path, _, end), info in ends}
 
 
 def _place(model: nn.Module, adapter_name: str, key: str) -> str:

@@ -47,6 +47,13 @@ class Before:
         # A copy of a model has a state of its own to go back to, which is not this one.
         return type(None), ()
 
+    def forget(self, adapter_name: str) -> None:
+        """An adapter's name was noted down in the model before the time that this is the state of: it was not there."""
+        names = getattr(self.model, "peft_config", None)
+        for table, content in self._tables:
+            if table is names and isinstance(content, dict):
+                content.pop(adapter_name, None)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back."""

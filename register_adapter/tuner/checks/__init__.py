@@ -1,7 +1,7 @@
 """What is checked before an adapter is put on a model: its place, its base, its heads, an anatomy by hand."""
 
 from .dry_run import check_anatomy
-from .placing import by_block, check_placement, check_units, checked_identity, heads_of
+from .placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .saved_heads import check_saved_heads
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "check_anatomy",
     "check_placement",
     "check_saved_heads",
+    "check_task",
     "check_units",
     "checked_identity",
     "heads_of",

@@ -10,15 +10,22 @@ from torch import nn
 from ...errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
 from ...towers.identity import TowerIdentity
 from ...towers.tower import Tower
+from ...utils.adapter_file import TensorInfo
 from ...utils.shipped import is_shipped, shipped_name
 from ..config import RegisterConfig
-from ..heads import lacking_modules
+from ..heads import lacking_modules, modules_called
 from ..hooks.attention import reads_implementation
 from ..hooks.fitting import misfit
 from ..neuron_shift import count_neurons
 from .saved_heads import check_saved_heads
 
-__all__ = ["by_block", "check_placement", "check_units", "checked_identity", "heads_of"]
+__all__ = ["by_block", "check_placement", "check_task", "check_units", "checked_identity", "heads_of"]
+
+#: What PEFT's classes for a task take from the model as they are made.
+_ASKED: dict[str, tuple[str, ...]] = {
+    "CAUSAL_LM": ("prepare_inputs_for_generation",),
+    "SEQ_2_SEQ_LM": ("prepare_inputs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation"),
+}
 
 
 def by_block(config: RegisterConfig, units: list[int]) -> dict[int, Any]:
@@ -49,6 +56,19 @@ def check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
             )
 
 
+def check_task(model: nn.Module, config: RegisterConfig) -> None:
+    """The model can do what PEFT's class for the ``task_type`` asks of it.
+
+    Raises:
+        ValueError: The task is to generate text, and the model does not.
+    """
+    if lacking := [name for name in _ASKED.get(str(config.task_type), ()) if not hasattr(model, name)]:
+        raise ValueError(
+            f"task_type {str(config.task_type)!r} is for models that generate text, and {type(model).__name__} has no "
+            f"{lacking[0]!r}. Leave task_type out."
+        )
+
+
 def check_placement(tower: Tower, config: RegisterConfig) -> None:
     """The tower can have registers where the config wants them."""
     name, blocks = type(tower.module).__name__, len(tower.part("blocks"))
@@ -76,17 +96,24 @@ def check_placement(tower: Tower, config: RegisterConfig) -> None:
         raise UnsupportedModelError(f"{sentence}. Use registers with insert_layer=0 and none of deep, key_value, gate.")
 
 
-def heads_of(model: nn.Module, tower: Tower, config: RegisterConfig) -> tuple[list[str], list[str]]:
-    """The ``modules_to_save`` that the model has, and those of a saved adapter that it lacks."""
+def heads_of(
+    model: nn.Module, tower: Tower, config: RegisterConfig
+) -> tuple[list[str], list[str], dict[str, TensorInfo] | None]:
+    """The ``modules_to_save`` that the model has, those of a saved adapter that it lacks, and what its file has.
+
+    The last is ``None`` where there is no file.
+    """
     names = config.modules_to_save or []
     lacking = [name for name in lacking_modules(model, tower, names) if config.needs(name)]
     if lacking and not config.from_file:
         children = [name for name, _ in model.named_children()]
         raise ValueError(f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}")
     heads = [name for name in names if name not in lacking]
+    layout = None
     if config.saved_weights is not None:
-        check_saved_heads(model, tower, [name for name in heads if config.needs(name)], config.saved_weights)
-    return heads, lacking
+        present = [name for name in dict.fromkeys(heads) if modules_called(model, name)]
+        layout = check_saved_heads(model, tower, present, config.saved_weights)
+    return heads, lacking, layout
 
 
 def checked_identity(identity: TowerIdentity, config: RegisterConfig) -> TowerIdentity:

@@ -1,0 +1,100 @@
+"""Where in a model the tensors go that a file has for modules saved as a whole, and how many classes they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..utils.adapter_file import TOKENS_KEY, is_foreign
+from ._peft_compat import renamed_by_transformers
+
+__all__ = ["class_rows", "copied_modules", "places", "saved_by_key"]
+
+_PREFIX = "base_model.model."
+
+
+def copied_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Path and original of every module that PEFT will make a copy of."""
+    wrapped: list[str] = []
+    wanted = tuple(names)
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in wrapped):
+            continue
+        if path.endswith(wanted):
+            wrapped.append(path)
+            yield path, module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def places(model: nn.Module, tower_path: str, keys: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
+    """The model's key of each tensor in a file: its tower may have another place, its modules other names by now.
+
+    Args:
+        model: The base model.
+        tower_path: Where its vision tower is.
+        keys: The file's keys.
+        expected: The model's keys, without PEFT's prefix.
+
+    Returns:
+        The file's key to one of ``expected``; what has no place there is left out.
+    """
+    keys = [key for key in keys if not is_foreign(key)]
+    tokens = next((key.removeprefix(_PREFIX) for key in keys if key.endswith(TOKENS_KEY)), None)
+    saved_inside = None if tokens is None else tokens.removesuffix(TOKENS_KEY)
+    inside = f"{tower_path}." if tower_path else ""
+    free = dict.fromkeys(expected)
+    placed = {}
+    rename: Callable[[str], str] | None = None
+    for key in keys:
+        bare = key.removeprefix(_PREFIX)
+        options = [bare]
+        if saved_inside is not None and bare.startswith(saved_inside):
+            options.insert(0, inside + bare.removeprefix(saved_inside))
+        if not any(option in free for option in options):
+            rename = rename or renamed_by_transformers(model)
+            options = [rename(option) for option in options]
+        place = next((option for option in options if option in free), None)
+        if place is not None:
+            placed[key] = place
+            del free[place]
+    return placed
+
+
+def saved_by_key(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> dict[str, str]:
+    """The file's keys of an adapter's modules, to those by which PEFT looks for them in this model.
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: The adapter.
+        keys: The file's keys.
+    """
+    paths = dict(model.named_modules())
+    prefix = _PREFIX if any(path.startswith(_PREFIX) for path in paths) else ""
+    tower = next((path for path in paths if f".{path}".endswith(".registers.register_adapter_tokens")), "")
+    expected = [
+        f"{path.removeprefix(prefix)}.{key}"
+        for path, module in paths.items()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for key in module.modules_to_save[adapter_name].state_dict()
+    ]
+    base = paths[prefix.rstrip(".")] if prefix else model
+    path = tower.removeprefix(prefix).removesuffix("registers.register_adapter_tokens").rstrip(".")
+    return {key: prefix + place for key, place in places(base, path, keys, expected).items()}
+
+
+def class_rows(model: nn.Module, layout: Mapping[str, Any], own: int) -> int | None:
+    """For how many classes a saved head is, ``None`` if none of the model's linear heads has an output per class.
+
+    Args:
+        model: The base model.
+        layout: What the file says of the heads' tensors, by the model's keys.
+        own: How many classes the model's config names.
+    """
+    rows = None
+    for path, module in model.named_modules():
+        head = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        if f"{path}.weight" in layout and isinstance(head, nn.Linear) and head.out_features == own:
+            rows = int(layout[f"{path}.weight"].shape[0])
+    return rows
