@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -319,15 +319,15 @@ class RegisterModel(BaseTuner):
         Yields:
             The tensors by the keys that PEFT looks for in this model.
         """
-        befores = [layer.before for layer in register_layers(model) if adapter_name in layer.names]
+        states = [layer.before for layer in register_layers(model) if adapter_name in layer.names]
         try:
             known = saved_by_key(model, adapter_name, state_dict)
-            config = model.peft_config[adapter_name]
+            config = cast(Any, model).peft_config[adapter_name]
             rest = {key: value for key, value in state_dict.items() if key not in known}
             rest = without_left_out(model, config.left_out, config.task_heads, rest)
             yield {known[key]: state_dict[key] for key in known} | rest
         except BaseException:
-            for before in befores:
+            for before in states:
                 if before is not None:
                     before.restore()
             raise
