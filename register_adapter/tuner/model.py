@@ -202,7 +202,8 @@ class RegisterModel(BaseTuner):
         Raises:
             UnsupportedModelError: One with an active adapter was replaced, hooks and registers with it.
         """
-        for layer in self.noted:
+        # A replica of DataParallel's is made for one pass, from a model that is whole.
+        for layer in () if getattr(self.model, "_is_replica", False) else self.noted:
             tower = layer.tower
             if resolve(self.model, tower.path) is tower.module if tower.path else self.model is tower.module:
                 continue
