@@ -161,7 +161,8 @@ def report_of(**rows):
     }
 
 
-def test_what_is_printed_of_one_seed_and_of_three(capsys):
+def test_what_is_printed_of_one_seed_and_of_three(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     reports = [report_of(before=0.1, control=0.1, trained=share) for share in (0.001, 0.02, 0.05)]
     print_demo(reports[0], "out")
     said = " ".join(capsys.readouterr().out.split())
