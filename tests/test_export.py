@@ -489,7 +489,7 @@ def test_the_command(form, load, tolerance, saved, tmp_path, monkeypatch, capfd)
     [
         ({"form": "tflite"}, ValueError, "there are native, onnx, program"),
         ({"adapter": "{saved}/none"}, HubAccessError, "neither a folder"),
-        ({"base": "{saved}/none"}, OSError, "none"),
+        ({"base": "{saved}/none"}, HubAccessError, "none"),
         ({"out": "{saved}/adapter"}, ValueError, "holds the adapter or its base"),
         ({"out": "{saved}/base/config.json"}, ValueError, "is a file"),
     ],

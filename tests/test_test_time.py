@@ -474,7 +474,7 @@ def test_it_is_saved_with_the_adapter_and_found_again_in_a_fresh_process(tmp_pat
     model = fit(type(load_vit()).from_pretrained(base).eval(), pixels, remove="outliers")
     model.save_pretrained(tmp_path / "fitted")
     torch.save({"pixels": pixels[:4], "logits": model(pixel_values=pixels[:4]).logits}, tmp_path / "expected.pt")
-    torch.save(model.peft_config["default"].test_time_fit, tmp_path / "fit.pt")
+    torch.save(dict(model.peft_config["default"].test_time_fit), tmp_path / "fit.pt")
     run_script("load_test_time_fit", tmp_path)
     assert (tmp_path / "fitted" / "adapter_model.safetensors").stat().st_size < 14_000
 

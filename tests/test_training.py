@@ -433,8 +433,8 @@ WRONG = [
     (["--num_registers", "0"], "num_registers must be at least 1, got 0"),
     (["--objective", "wishing"], "invalid choice: 'wishing'"),
     (["--push_to_hub"], "push_to_hub needs hub_model_id"),
-    (["--dataset_name", "beans"], "give either --dataset_name or --train_dir, found both"),
-    (["--train_val_split", "1.5"], "--train_val_split must lie between 0 and 1, got 1.5"),
+    (["--dataset_name", "beans"], "give either --dataset-name or --train-dir, found both"),
+    (["--train_val_split", "1.5"], "--train-val-split must lie between 0 and 1, got 1.5"),
 ]
 
 
@@ -460,7 +460,7 @@ def test_a_token_on_the_command_line_is_not_repeated(
 def test_wrong_paths_and_heads(vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = {
         f"{tmp_path / 'none' / 'train'} is not a folder": (vit, tmp_path / "none", []),
-        "no image processor was found": (tmp_path / "nothing", photos, []),
+        "there is no such folder": (tmp_path / "nothing", photos, []),
         "lacks 3 of the data set's classes": (vit, photos, ["--freeze_head"]),
         "has no head 'fc'": (vit, photos, ["--head", "fc"]),
         "report_to must be one of": (vit, photos, ["--with_tracking", "--report_to", "paper"]),

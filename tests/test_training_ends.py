@@ -31,6 +31,17 @@ SELECTING = (*RUN, "--eval-steps", "3", "--load-best-model-at-end", "--early-sto
 SELECTING += ("--greater-is-better", "true")
 
 
+@pytest.fixture(autouse=True)
+def _listens(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A shell's background processes ignore Ctrl-C, and a run leaves what is ignored alone."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_case(tmp_path_factory.mktemp("case"))

@@ -69,6 +69,8 @@ def _load_classifier(
     model, info = AutoModelForImageClassification.from_pretrained(
         name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
     )
+    if not freeze_head and not hasattr(model, head):
+        return model  # type: ignore[no-any-return]  # the objective says so
     # A new head may be missing from the checkpoint or have another shape there; nothing else may.
     advice = "A frozen head must be in the checkpoint: leave --freeze-head out, or " if freeze_head else ""
     _check_loaded(model, info, name_or_path, () if freeze_head else (f"{head}.",), advice)
