@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import call
 from torch.nn import functional as F
 from training_helpers import adapter_bytes
+from transformers import ViTImageProcessor
 
 from register_adapter import NoArtifactsError, add_registers
 from register_adapter.artifacts.rules import Threshold
@@ -133,6 +136,21 @@ def test_nothing_can_be_trained_away_where_there_is_nothing(items: list[dict[str
     clean = add_registers(load_vit(), 1)
     with pytest.raises(NoArtifactsError, match="--objective distillation"):
         SmoothObjective().prepare(clean, items)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "white"), [([0.5] * 3, [0.5] * 3, 1.0), ([0.25] * 3, [0.5] * 3, 1.5), (None, None, 1.0)]
+)
+def test_views_are_padded_with_what_the_processor_makes_of_white(
+    mean: list[float] | None, std: list[float] | None, white: float, model: Any, items: list[dict[str, Any]]
+) -> None:
+    processor = None if mean is None else ViTImageProcessor(image_mean=mean, image_std=std)
+    objective = WeightedTerms([(DistillationObjective(), 1.0)])
+    objective.prepare(model, SimpleNamespace(image_processor=processor))
+    assert objective.details()["terms"][0]["white"] == [white] * 3
+    if processor is not None:
+        made = processor(images=np.full((8, 8, 3), 255, np.uint8), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(made.amax().item(), white)
 
 
 def test_the_smooth_target_replaces_outliers_only(model: Any, items: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from .processing import process_image
 __all__ = [
     "Data",
     "DataArguments",
+    "PixelBatches",
     "ProcessedDataset",
     "load_data",
     "skip_bad",
@@ -142,6 +143,25 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         made = process_image(self.image_processor, image, name)
         pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
         return {"pixel_values": pixels[0], "index": index, **labels}
+
+
+class PixelBatches:
+    """The pixel values of a data set's items alone, in batches ``(B, 3, H, W)``, as an audit or a fit takes them.
+
+    Args:
+        dataset: Items with ``pixel_values``.
+        batch_size: Images in a batch.
+        limit: Use at most this many items, the first ones.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int = 32, limit: int | None = None) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+        self.count = len(dataset) if limit is None else min(limit, len(dataset))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for start in range(0, self.count, self.batch_size):
+            items = range(start, min(start + self.batch_size, self.count))
+            yield torch.stack([self.dataset[index]["pixel_values"] for index in items])
 
 
 def skip_bad(

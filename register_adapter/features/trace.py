@@ -66,10 +66,7 @@ class Trace:
         if not self._hidden:
             raise RuntimeError("nothing captured yet: call the model inside `with capture(model) as trace:` first")
         cut = self._hidden[max(self._hidden)][:, self.prefix : self.prefix + self.num_registers]
-        norm = self._tower.part("final_norm") if self._tower.anatomy.norm_patches else None
-        # Not through __call__: the registers leave by a hook on this very module.
-        normed: torch.Tensor = norm.forward(cut) if norm is not None else cut
-        return normed
+        return self._tower.normed(cut)
 
     def num_registers_at(self, layer: int) -> int:
         """Number of the adapters' registers in ``hidden_states[layer]``."""

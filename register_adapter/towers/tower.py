@@ -59,6 +59,12 @@ class Tower:
         if (part := self.part(field)) is not None:
             yield None, part
 
+    def normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What leaves the last block ``(B, N, D)``, behind the final LayerNorm if this model norms patch tokens."""
+        norm = self.part("final_norm") if self.anatomy.norm_patches else None
+        # Not through __call__: registers leave by a hook on this very module.
+        return hidden_states if norm is None else norm.forward(hidden_states)
+
     def run(self, inputs: torch.Tensor | Mapping[str, Any]) -> Any:
         """Call the tower, at any image size that it can take.
 

@@ -18,6 +18,9 @@ from .objectives import Objective
 
 __all__ = ["BASES", "load_base", "wrap"]
 
+#: A model, what transformers says of loading it, and how the names begin of weights that may be new ones.
+Loaded = tuple[nn.Module, dict[str, Any], tuple[str, ...]]
+
 
 def load_base(objective: Objective, name_or_path: str, **kwargs: Any) -> nn.Module:
     """Load the kind of model that an objective is for.
@@ -35,8 +38,9 @@ def load_base(objective: Objective, name_or_path: str, **kwargs: Any) -> nn.Modu
     folder = local_folder(name_or_path)
     check_regular(folder)
     require_model(name_or_path, **kwargs)
-    base = BASES[objective.base](folder, **objective.base_options, **kwargs)
+    base, info, may_be_new = BASES[objective.base](folder, **objective.base_options, **kwargs)
     objective.check_base(base)
+    _check_loaded(base, info, name_or_path, may_be_new)
     return base
 
 
@@ -58,7 +62,7 @@ def wrap(base: nn.Module, objective: Objective, **options: Any) -> RegisterPeftM
 
 def _load_classifier(
     name_or_path: str, *, labels: Sequence[str] | None, head: str, freeze_head: bool, **kwargs: Any
-) -> nn.Module:
+) -> Loaded:
     """``AutoModelForImageClassification`` with a head for the data set's classes."""
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     own = [config.id2label[index] for index in sorted(config.id2label)]
@@ -69,25 +73,20 @@ def _load_classifier(
     model, info = AutoModelForImageClassification.from_pretrained(
         name_or_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
     )
-    if not freeze_head and not hasattr(model, head):
-        return model  # type: ignore[no-any-return]  # the objective says so
-    # A new head may be missing from the checkpoint or have another shape there; nothing else may.
-    advice = "A frozen head must be in the checkpoint: leave --freeze-head out, or " if freeze_head else ""
-    _check_loaded(model, info, name_or_path, () if freeze_head else (f"{head}.",), advice)
-    return model  # type: ignore[no-any-return]
+    # A head that is trained may be missing from the checkpoint or have another shape there; nothing else may.
+    return model, info, () if freeze_head else (f"{head}.",)
 
 
-def _load_backbone(name_or_path: str, **kwargs: Any) -> nn.Module:
+def _load_backbone(name_or_path: str, **kwargs: Any) -> Loaded:
     """``AutoModel``; of a model with two towers the vision tower alone."""
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         kwargs["config"] = config.vision_config
     with _quiet():  # the weights of a text tower or a head are left out on purpose
         model, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    _check_loaded(model, info, name_or_path, ("pooler.",))
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
         model.pooler = None  # a classifier's checkpoint has none, and a random one says nothing
-    return model  # type: ignore[no-any-return]
+    return model, info, ("pooler.",)
 
 
 @contextmanager
@@ -100,19 +99,19 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _check_loaded(
-    model: nn.Module, info: dict[str, Any], name_or_path: str, allowed: tuple[str, ...], advice: str = ""
-) -> None:
+def _check_loaded(model: nn.Module, info: dict[str, Any], name_or_path: str, may_be_new: tuple[str, ...]) -> None:
     """Refuse a model some of whose weights are new ones.
 
     Raises:
-        ValueError: It has such weights, beside those whose names begin with one of ``allowed``.
+        ValueError: It has such weights, beside those whose names begin with one of ``may_be_new``.
     """
-    lost = {key for key in info["missing_keys"] if not key.startswith(allowed)}
+    lost = {key for key in info["missing_keys"] if not key.startswith(may_be_new)}
     # transformers 4 gives the keys alone, 5 their shapes too.
     misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    lost |= {key for key in misshapen if not key.startswith(allowed)}
+    lost |= {key for key in misshapen if not key.startswith(may_be_new)}
     if lost:
+        # Only a frozen head leaves nothing that may be new.
+        advice = "" if may_be_new else "A frozen head must be in the checkpoint: leave --freeze-head out, or "
         raise ValueError(
             f"{name_or_path} has no fitting weights for {sorted(lost)[:6]} of {type(model).__name__}; training "
             f"would build on random values. {advice or 'Please '}choose another checkpoint."
@@ -120,4 +119,4 @@ def _check_loaded(
 
 
 #: Kind of base to its loader; an objective names one of them.
-BASES: dict[str, Callable[..., nn.Module]] = {"backbone": _load_backbone, "classifier": _load_classifier}
+BASES: dict[str, Callable[..., Loaded]] = {"backbone": _load_backbone, "classifier": _load_classifier}

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from transformers import HfArgumentParser
 
-from ..data.datasets import DataArguments, ProcessedDataset, load_data
+from ..data.datasets import DataArguments, PixelBatches, ProcessedDataset, load_data
 from ..data.processors import load_image_processor
 from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
@@ -279,7 +279,7 @@ def _wrap(
         source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
     else:
         source = fit_test_time_registers(
-            base, _Batches(images), num_registers=args.num_registers, max_images=256, progress=progress
+            base, PixelBatches(images), num_registers=args.num_registers, max_images=256, progress=progress
         )
     few, dropped = range(min(len(images), 64)), args.neurons == "drop"
     batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
@@ -289,18 +289,6 @@ def _wrap(
     layer = require_register_layer(model)
     start.fill(layer.tokens(str(model.active_adapter)))
     return model
-
-
-class _Batches:
-    """Pixel values alone, in batches, as a fit takes them."""
-
-    def __init__(self, images: ProcessedDataset, batch_size: int = 32) -> None:
-        self.images, self.batch_size = images, batch_size
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for start in range(0, len(self.images), self.batch_size):
-            items = range(start, min(start + self.batch_size, len(self.images)))
-            yield torch.stack([self.images[index]["pixel_values"] for index in items])
 
 
 def _registers_of(model: RegisterPeftModel) -> int:

@@ -18,7 +18,7 @@ from ..towers.anatomy import Anatomy, resolve
 from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
-from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, check_tensors, is_foreign
+from ..utils.adapter_file import UNITS_KEY, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
@@ -35,7 +35,7 @@ from .heads import (
 )
 from .layer import BASE, RegisterLayer, register_layers, renew_bases
 from .reading import naming
-from .saved_heads import class_rows, saved_by_key
+from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterModel"]
@@ -148,7 +148,7 @@ class RegisterModel(BaseTuner):
         self._tower, self._labels, self._present = tower, config.id2label, present
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if layout is not None:
-            fit_heads(model, adapter_name, state_dict=_of_copies(layout, adapter_name))
+            fit_heads(model, adapter_name, state_dict=keys_of_copies(layout, adapter_name))
         elif given.from_file and config.id2label:
             fit_heads(model, adapter_name, (own_classes, len(config.id2label)))
 
@@ -308,7 +308,7 @@ class RegisterModel(BaseTuner):
         for layer in register_layers(model):
             layer.before = None
         kept = {key: value for key, value in state_dict.items() if not is_foreign(key)}
-        return {_place(model, adapter_name, key): value for key, value in kept.items()}
+        return {place_of_key(model, adapter_name, key): value for key, value in kept.items()}
 
     @classmethod
     @contextmanager
@@ -337,19 +337,3 @@ class RegisterModel(BaseTuner):
 def _unnamed(number: int) -> dict[int, str]:
     """As transformers calls classes that have no names."""
     return {index: f"LABEL_{index}" for index in range(number)}
-
-
-def _of_copies(layout: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
-    """A layout by the keys of an adapter's copies of linear heads."""
-    ends = ((key.rpartition("."), info) for key, info in layout.items())
-    return {f"{path}.modules_to_save.{adapter_name}.{end}": info for (path, _, end), info in ends}
-
-
-def _place(model: nn.Module, adapter_name: str, key: str) -> str:
-    """The key in this model of what the file calls ``key``: the tower may have another place."""
-    path = TOKENS_KEY.rpartition(".")[0]
-    for end in (TOKENS_KEY, GATE_KEY, *NEURON_KEYS):
-        if key.endswith(end):
-            name = end.removeprefix(f"{path}.")
-            return next(k for k in model.state_dict() if k.endswith(f"{path}.{adapter_name}.{name}"))
-    return key

@@ -27,7 +27,7 @@ class Objective(ABC):
 
     Attributes:
         name: As in ``--objective``.
-        needs: Keys that an item must have beside ``pixel_values`` and ``index``: ``"labels"``, ``"input_ids"``.
+        needs: Keys that an item must have beside ``pixel_values`` and ``index``: such as ``"labels"``.
         base: Kind of base model, a key of :data:`register_adapter.training.bases.BASES`.
     """
 

@@ -17,6 +17,16 @@ from .views import MOST_VIEWS, denoised_tokens
 
 __all__ = ["DistillationObjective"]
 
+_NO_PROCESSOR = [1.0, 1.0, 1.0]
+
+
+def _white_of(processor: Any) -> list[float]:
+    """What an image processor of transformers makes of a white pixel."""
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    if mean is None or std is None or not getattr(processor, "do_normalize", False):
+        return _NO_PROCESSOR
+    return [(1.0 - float(m)) / float(s) for m, s in zip(mean, std, strict=True)]
+
 
 class DistillationObjective(Term):
     """``(1 - cosine) + MSE`` between patch tokens and the base's mean over views of the same image.
@@ -27,16 +37,17 @@ class DistillationObjective(Term):
     Args:
         num_views: Number of views that the target is the mean of, the image itself included; default 10 as published.
         seed: Seed of the views.
-        white: ``(3,)``, what a white pixel is to the model, for the padding of views; default 1 in every channel, as an
-            image processor of mean and standard deviation 0.5 makes it.
+        white: ``(3,)``, what a white pixel is to the model, for the padding of views; ``None`` takes it from the image
+            processor of the training images, or 1 in every channel where they come without one.
     """
 
     name = "distillation"
 
-    def __init__(self, num_views: int = 10, seed: int = 0, white: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+    def __init__(self, num_views: int = 10, seed: int = 0, white: Sequence[float] | None = None) -> None:
         if not 1 <= num_views <= MOST_VIEWS:
             raise ValueError(f"num_views must be 1 to {MOST_VIEWS}, got {num_views}")
-        self.num_views, self.seed, self.white = num_views, seed, [float(value) for value in white]
+        self.num_views, self.seed = num_views, seed
+        self.white = None if white is None else [float(value) for value in white]
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -53,6 +64,10 @@ class DistillationObjective(Term):
         """The objective of the parsed flags."""
         return cls(arguments.num_views, arguments.seed)
 
+    def prepare(self, model: nn.Module, images: Any) -> None:
+        """Look up what white is, if nobody has said so."""
+        self.white = self.white or _white_of(getattr(images, "image_processor", None))
+
     def targets(self, teacher: Teacher) -> dict[str, torch.Tensor]:
         """``patches`` ``(B, P, D)``: the mean over views that show the patch."""
         pixels = teacher.batch["pixel_values"]
@@ -61,10 +76,8 @@ class DistillationObjective(Term):
         numbers = teacher.batch.get("index", torch.arange(len(pixels)))
         # Views of one image must not be those of another: large primes keep numbers and seeds apart.
         seeds = [(int(number) * 1_000_003 + self.seed * 7_919) % 2**31 for number in numbers]
-        grid = teacher.tokens.grid
-        tokens = denoised_tokens(
-            lambda views: teacher.run(views).patches, pixels, seeds, grid, torch.tensor(self.white), self.num_views
-        )
+        grid, white = teacher.tokens.grid, torch.tensor(self.white or _NO_PROCESSOR)
+        tokens = denoised_tokens(lambda views: teacher.run(views).patches, pixels, seeds, grid, white, self.num_views)
         return {"patches": tokens}
 
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:

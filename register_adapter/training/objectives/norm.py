@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from .base import Batch
-from .smooth import SmoothObjective
+from .outliers import AuditedTerm
 from .terms import Targets, Teacher
 from .tokens import Tokens
 
 __all__ = ["NormObjective"]
 
 
-class NormObjective(SmoothObjective):
+class NormObjective(AuditedTerm):
     """How far patch norms lie beyond the audit's line, relative to it, squared.
 
     Alone it says nothing about content; go on with ``--preserve``.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ...artifacts import audit
 from ...artifacts.report import ArtifactReport
 from ...artifacts.rules import Threshold
+from ...data.datasets import PixelBatches
 from ...errors import NoArtifactsError
+from .terms import Term
 
-__all__ = ["Outliers", "audit_base"]
+__all__ = ["AuditedTerm", "Outliers", "audit_base"]
 
 #: Images that the audit before training looks at, the first ones.
 AUDITED_IMAGES = 256
@@ -69,14 +72,58 @@ def audit_base(model: nn.Module, images: Any, rule: str = "auto", batch_size: in
         NoArtifactsError: There are none.
     """
     inner: Any = extract_model_from_parallel(model)
-    count = min(len(images), AUDITED_IMAGES)
-    device = next(inner.parameters()).device
-
-    def batches() -> Any:
-        for first in range(0, count, batch_size):
-            items = [images[index]["pixel_values"] for index in range(first, min(first + batch_size, count))]
-            yield torch.stack(items).to(device)
-
+    batches = PixelBatches(images, batch_size, AUDITED_IMAGES)
     with inner.disable_adapter():
-        report = audit(inner, batches(), rule=rule, attentions=False, progress=False)
+        report = audit(inner, batches, rule=rule, attentions=False, progress=False)
     return Outliers.of(report)
+
+
+class AuditedTerm(Term):
+    """A term for which patch tokens of the base are outliers or others, by the audit's own rule.
+
+    Args:
+        outliers: The line between the two; ``None`` has the base audited on the training images first.
+        rule: The rule of that audit.
+    """
+
+    def __init__(self, outliers: Outliers | None = None, rule: str = "auto") -> None:
+        self.outliers, self.rule = outliers, rule
+
+    @classmethod
+    def add_arguments(cls, parser: ArgumentParser) -> None:
+        """Add ``--rule``."""
+        parser.add_argument("--rule", default="auto", help="The audit's rule for outliers, default auto.")
+
+    @classmethod
+    def from_arguments(cls, arguments: Namespace, labels: Sequence[str]) -> AuditedTerm:
+        """The objective of the parsed flags."""
+        return cls(rule=arguments.rule)
+
+    def prepare(self, model: nn.Module, images: Any) -> None:
+        """Audit the base, if nobody has said what an outlier is.
+
+        Raises:
+            NoArtifactsError: The base has none.
+        """
+        self.outliers = self.outliers or audit_base(model, images, self.rule)
+
+    @property
+    def line(self) -> Outliers:
+        """The line between outliers and others.
+
+        Raises:
+            RuntimeError: ``prepare`` was not called, and no line was given.
+        """
+        if self.outliers is None:
+            raise RuntimeError(f"{type(self).__name__} does not know what an outlier is: call prepare() first")
+        return self.outliers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of that line."""
+        return (self.line.layer,)
+
+    def details(self) -> dict[str, Any]:
+        """The name, and the line between outliers and others."""
+        line = self.outliers.to_dict() if self.outliers is not None else None
+        return {"name": self.name, "rule": self.rule, "outliers": line}

@@ -14,32 +14,20 @@ __all__ = ["PreservationObjective"]
 
 
 class PreservationObjective(Term):
-    """Image embedding (or pooled output, or CLS) and CLS tokens stay where the frozen base has them.
-
-    With text prompts in the batch (``input_ids``), as of a CLIP with ``--prompts``, the base's zero-shot distribution
-    over them stays too: a Kullback-Leibler divergence is added.
-    """
+    """Image embedding (or pooled output, or CLS) and CLS tokens stay where the frozen base has them."""
 
     name = "preserve"
 
     def targets(self, teacher: Teacher) -> dict[str, torch.Tensor]:
-        """``summary`` ``(B, E)``, ``cls`` ``(B, C, D)`` where there is a CLS, ``logits`` ``(B, K)`` with prompts."""
+        """``summary`` ``(B, E)``, and ``cls`` ``(B, C, D)`` where there is a CLS."""
         tokens = teacher.tokens
-        logits = getattr(tokens.output, "logits_per_image", None)
-        targets = {"summary": tokens.summary}
-        if tokens.cls.shape[1]:
-            targets["cls"] = tokens.cls
-        return targets if logits is None else {**targets, "logits": logits}
+        return {"summary": tokens.summary} | ({"cls": tokens.cls} if tokens.cls.shape[1] else {})
 
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:
         """``1 - cosine`` plus the error relative to the base's size, of each image ``(B,)``."""
         drift = _drift(student.summary, targets["summary"])
         if "cls" in targets:
             drift = drift + _drift(student.cls, targets["cls"]).mean(1)
-        if "logits" in targets:
-            wanted = targets["logits"].float().log_softmax(-1)
-            logits = student.output.logits_per_image.float().log_softmax(-1)
-            drift = drift + F.kl_div(logits, wanted.to(logits.device), reduction="none", log_target=True).sum(-1)
         return drift
 
 

@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .base import Batch
-from .outliers import Outliers
-from .smooth import SmoothObjective
+from .outliers import AuditedTerm, Outliers
 from .terms import Targets, Teacher
 from .tokens import Tokens, read_tokens
 
@@ -34,11 +33,11 @@ class _Crop(NamedTuple):
     side: torch.Tensor
 
 
-class RefinementObjective(SmoothObjective):
+class RefinementObjective(AuditedTerm):
     """InfoNCE of clean tokens + absorption of spurious ones + spatial correlations.
 
     Args:
-        outliers: As in :class:`SmoothObjective`.
+        outliers: As in :class:`AuditedTerm`.
         rule: As there.
         absorber: What takes the spurious tokens: ``"registers"``, or a ``"ring"`` of blanked patches along the border,
             as published.

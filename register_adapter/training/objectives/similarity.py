@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-__all__ = ["feature_loss", "mean_over", "neighbour_mean"]
-
-
-def mean_over(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The mean of ``values`` ``(B, P)`` where ``chosen`` ``(B, P)``; 0, with a gradient of 0, where nothing is."""
-    weights = chosen.to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp_min(1.0)
+__all__ = ["feature_loss", "neighbour_mean"]
 
 
 def feature_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

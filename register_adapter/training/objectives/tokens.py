@@ -14,6 +14,7 @@ from torch import nn
 from ...features.grid import watch_patches
 from ...features.layout import tower_of
 from ...features.passes import keep_layer
+from ...towers.modes import evaluating
 from .base import Batch
 
 __all__ = ["Tokens", "read_base", "read_tokens"]
@@ -56,15 +57,13 @@ def read_tokens(model: nn.Module, batch: Batch, layers: Collection[int] = ()) ->
 
     Args:
         model: It is called as it is given.
-        batch: ``pixel_values`` ``(B, 3, H, W)`` and, for a model with a text tower, ``input_ids`` and
-            ``attention_mask``.
+        batch: ``pixel_values`` ``(B, 3, H, W)``.
         layers: Indices into ``hidden_states`` whose patch tokens are read too.
     """
     inner: nn.Module = extract_model_from_parallel(model)
     tower, layer = tower_of(inner)
     last = len(tower.part("blocks"))
-    names = ("pixel_values", "input_ids", "attention_mask")
-    inputs = {name: batch[name] for name in names if name in batch}
+    inputs = {"pixel_values": batch["pixel_values"]}
     with watch_patches(tower) as patch_grid, ExitStack() as stack:
         kept = {index: stack.enter_context(keep_layer(tower, index)) for index in {*layers, last}}
         output = model(**inputs)
@@ -76,9 +75,7 @@ def read_tokens(model: nn.Module, batch: Batch, layers: Collection[int] = ()) ->
     inside = {
         index: kept[index][0][:, tower.prefix + count : tower.prefix + count + size] for index, count in counts.items()
     }
-    norm = tower.part("final_norm") if tower.anatomy.norm_patches else None
-    # Not through __call__: registers leave by a hook on this very module.
-    normed = norm.forward(hidden) if norm is not None else hidden
+    normed = tower.normed(hidden)
     cls, patches = normed[:, : tower.prefix], normed[:, first : first + size]
     summary = next((value for name in _SUMMARIES if (value := getattr(output, name, None)) is not None), None)
     if summary is None:
@@ -86,7 +83,6 @@ def read_tokens(model: nn.Module, batch: Batch, layers: Collection[int] = ()) ->
     return Tokens(cls, normed[:, tower.prefix : first], patches, inside, summary, grid, output)
 
 
-@torch.no_grad()
 def read_base(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> Tokens:
     """The same of the frozen base: adapters off, evaluation mode, no gradient; the model is as before afterwards.
 
@@ -96,12 +92,5 @@ def read_base(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> T
         layers: As there.
     """
     inner: Any = extract_model_from_parallel(model)
-    modes = [(module, module.training) for module in inner.modules() if module.training]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with inner.disable_adapter():
-            return read_tokens(inner, batch, layers)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(inner, seed=None), inner.disable_adapter():
+        return read_tokens(inner, batch, layers)

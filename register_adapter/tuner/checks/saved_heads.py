@@ -10,7 +10,7 @@ from ...errors import AdapterFileError
 from ...towers.tower import Tower
 from ...utils.adapter_file import TensorInfo, is_foreign
 from ..reading import SavedWeights
-from ..saved_heads import copied_modules, places
+from ..saved_keys import copied_modules, places
 
 __all__ = ["check_saved_heads"]
 

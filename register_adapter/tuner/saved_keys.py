@@ -1,4 +1,4 @@
-"""Where in a model the tensors go that a file has for modules saved as a whole, and how many classes they are for."""
+"""Where in a model the tensors of a file go, also those of modules saved as a whole, and for how many classes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..utils.adapter_file import TOKENS_KEY, is_foreign
+from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, is_foreign
 from ._peft_compat import renamed_by_transformers
 
-__all__ = ["class_rows", "copied_modules", "places", "saved_by_key"]
+__all__ = ["class_rows", "copied_modules", "keys_of_copies", "place_of_key", "places", "saved_by_key"]
 
 _PREFIX = "base_model.model."
 
@@ -98,3 +98,19 @@ def class_rows(model: nn.Module, layout: Mapping[str, Any], own: int) -> int | N
         if f"{path}.weight" in layout and isinstance(head, nn.Linear) and head.out_features == own:
             rows = int(layout[f"{path}.weight"].shape[0])
     return rows
+
+
+def keys_of_copies(layout: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+    """A layout by the keys of an adapter's copies of linear heads."""
+    ends = ((key.rpartition("."), info) for key, info in layout.items())
+    return {f"{path}.modules_to_save.{adapter_name}.{end}": info for (path, _, end), info in ends}
+
+
+def place_of_key(model: nn.Module, adapter_name: str, key: str) -> str:
+    """The key in this model of what the file calls ``key``: the tower may have another place."""
+    path = TOKENS_KEY.rpartition(".")[0]
+    for end in (TOKENS_KEY, GATE_KEY, *NEURON_KEYS):
+        if key.endswith(end):
+            name = end.removeprefix(f"{path}.")
+            return next(k for k in model.state_dict() if k.endswith(f"{path}.{adapter_name}.{name}"))
+    return key
