@@ -11,8 +11,9 @@ import transformers as tf
 from torch import nn
 
 from register_adapter import load_adapters, save_adapters
-from register_adapter.training.moving import Moving, moved_parameters, put_on
+from register_adapter.training.moving import Moving, put_on
 from register_adapter.training.objectives.tokens import read_base, read_tokens
+from register_adapter.utils.parameters import trainable_by_part
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 IMAGE = {"image_size": 32, "patch_size": 8}
@@ -79,7 +80,7 @@ def test_every_part_trains_and_comes_back(make: Any, text: str, parts: set[str],
         plain = read_tokens(build(make), pixels).patches
     model = put_on(build(make), Moving.parse(text), {"num_registers": 2})
     assert torch.equal(read_base(model, pixels).patches, plain), "the base is still there"
-    assert set(moved_parameters(model)) == parts
+    assert set(trainable_by_part(model)) == parts
     tokens = read_tokens(model, pixels)
     (tokens.patches.square().mean() + tokens.summary.square().mean()).backward()
     untouched = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging
 
-from ..tuner.peft_model import RegisterPeftModel, add_registers
 from ..utils.files import check_regular
 from ..utils.models import require_model
 from ..utils.shipped import local_folder
+from .moving import Moving, put_on
 from .objectives import Objective
 
 __all__ = ["BASES", "load_base", "wrap"]
@@ -44,20 +45,33 @@ def load_base(objective: Objective, name_or_path: str, **kwargs: Any) -> nn.Modu
     return base
 
 
-def wrap(base: nn.Module, objective: Objective, **options: Any) -> RegisterPeftModel:
-    """Give a base registers, and train with them the heads that the objective trains.
+def wrap(
+    base: nn.Module,
+    objective: Objective,
+    *,
+    train: str | Moving = "registers",
+    lora: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> PeftModel:
+    """Give a base registers, or what else is to move, and train with it the heads that the objective trains.
 
     Args:
         base: From :func:`load_base`, or any model of that kind.
         objective: What it is trained on.
-        **options: For :func:`register_adapter.add_registers`.
+        train: What moves, such as ``"registers+lora"``; see :class:`Moving`.
+        lora: Arguments of ``peft.LoraConfig``; default rank 8, alpha 16.
+        **options: Arguments of :class:`RegisterConfig`.
+
+    Returns:
+        A :class:`RegisterPeftModel` if only registers move, otherwise a :class:`ComposedPeftModel`.
 
     Raises:
-        ValueError: The base lacks something that the objective needs.
+        ValueError: The base lacks something that the objective needs, or that is to move.
     """
     objective.check_base(base)
-    modules = list(dict.fromkeys([*(options.get("modules_to_save") or []), *objective.heads]))
-    return add_registers(base, **{**options, "modules_to_save": modules or None})
+    moving = Moving.parse(train) if isinstance(train, str) else train
+    heads = list(dict.fromkeys([*(options.pop("modules_to_save", None) or []), *objective.heads]))
+    return put_on(base, moving, options, lora, heads)
 
 
 def _load_classifier(

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import RegisterAdapterError
+from ..tuner.composed import ComposedPeftModel
 from ..utils.adapter_file import read_tensors
 from ..utils.files import open_regular, read_text
 from ..utils.staging import scratch_folder
@@ -185,6 +186,9 @@ def load_adapter(model: PeftModel, checkpoint: Path) -> None:
     Raises:
         AdapterFileError: The file is damaged or does not fit the model.
     """
+    if isinstance(model, ComposedPeftModel):
+        model.load_adapter(checkpoint, str(model.active_adapter), is_trainable=True)
+        return
     name = str(model.active_adapter)
     folder = checkpoint if name == "default" else checkpoint / name
     set_peft_model_state_dict(model, read_tensors(folder / _ADAPTER), name)
@@ -201,11 +205,10 @@ def read_best(checkpoint: Path) -> dict[str, torch.Tensor] | None:
 
 
 def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter as it is now, on the CPU; every process calls it, and where it is sharded the main one has it."""
+    """What is trained as it is now, on the CPU; every process calls it, and where it is sharded the main one has it."""
     weights = adapter_weights(accelerator, model)
     if weights is None:
-        adapter = accelerator.unwrap_model(model)
-        weights = get_peft_model_state_dict(adapter, adapter_name=str(adapter.active_adapter))
+        weights = _trained(accelerator, model)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
@@ -216,9 +219,17 @@ def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, t
 
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(model, dict(weights), options=options)
-    else:
-        adapter = accelerator.unwrap_model(model)
-        set_peft_model_state_dict(adapter, dict(weights), str(adapter.active_adapter))
+        return
+    trained = _trained(accelerator, model)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
+def _trained(accelerator: Accelerator, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by their names in the model as it was before it was prepared."""
+    plain = accelerator.unwrap_model(model)
+    return {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
 
 
 def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:

@@ -10,13 +10,14 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from peft import PeftModel
 from torch import nn
 from transformers import HfArgumentParser
 
@@ -24,6 +25,8 @@ from ..data.datasets import DataArguments, PixelBatches, ProcessedDataset, load_
 from ..data.processors import load_image_processor
 from ..errors import RegisterAdapterError
 from ..neurons import fit_test_time_registers, start_from
+from ..tuner.composed import load_adapters
+from ..tuner.composed.folder import holds_several
 from ..tuner.config import RegisterConfig
 from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
@@ -35,6 +38,7 @@ from .callbacks import AnnealNeurons
 from .config_file import config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
 from .last_words import farewell, summarise
+from .moving import PARTS, Moving
 from .objectives import OBJECTIVES, ClassificationObjective, Objective
 from .objectives.flags import add_objective_flags, added_terms, early_value, make_objective, objective_of
 from .run_lock import folder_lock
@@ -63,6 +67,12 @@ class ModelArguments:
     objective: str = field(
         default="classification", metadata={"help": "What to train on.", "choices": sorted(OBJECTIVES)}
     )
+    train: str = field(
+        default="registers",
+        metadata={"help": f"What moves: any of {PARTS}, joined by +, such as registers+lora."},
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA, where it moves."})
+    lora_alpha: int = field(default=16, metadata={"help": "Its scale, times the rank."})
     num_registers: int = field(default=4, metadata={"help": "Number of registers."})
     init: Literal["normal", "zeros", "cls", "test_time"] = field(
         default="normal",
@@ -90,6 +100,7 @@ class ModelArguments:
             raise ValueError(f"--adapter-name-or-path brings initial values along; leave out --init {self.init}")
         if self.neurons != "keep" and not (self.adapter_name_or_path or self.init == "test_time"):
             raise ValueError(f"--neurons {self.neurons} needs --adapter-name-or-path or --init test_time")
+        self._check_moving()
         placed = [name for name in _PLACEMENT if getattr(self, name) not in (0, None)]
         if placed and (self.adapter_name_or_path or self.init == "test_time"):
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in placed)
@@ -98,6 +109,21 @@ class ModelArguments:
             warnings.simplefilter("ignore")
             # The neurons that test_time needs are found later.
             RegisterConfig(**{**self.registers, "init": "normal" if self.init == "test_time" else self.init})
+
+    def _check_moving(self) -> None:
+        moving, plain = Moving.parse(self.train), {item.name: item.default for item in fields(self)}
+        about = ["num_registers", "init", "init_std", "neurons", *_PLACEMENT] if not moving.registers else []
+        about += ["lora_r", "lora_alpha"] if not moving.lora else []
+        idle = [f"--{name.replace('_', '-')}" for name in about if getattr(self, name) != plain[name]]
+        if idle:
+            raise ValueError(f"--train {self.train} moves nothing that {', '.join(idle)} speaks of")
+        if min(self.lora_r, self.lora_alpha) < 1:
+            raise ValueError(f"--lora-r and --lora-alpha must be at least 1, got {self.lora_r} and {self.lora_alpha}")
+
+    @property
+    def moving(self) -> dict[str, Any]:
+        """What :func:`wrap` is told beside the registers."""
+        return {"train": self.train, "lora": {"r": self.lora_r, "lora_alpha": self.lora_alpha}}
 
     @property
     def registers(self) -> dict[str, Any]:
@@ -259,7 +285,7 @@ def _train(
         image_processor=image_processor,
         training_data=data.name,
         evaluation_data=data.validation_name,
-        details={"model": model_args.model_name_or_path, "num_registers": _registers_of(model)}
+        details={"model": model_args.model_name_or_path, "num_registers": sum(_registers_of(model).values())}
         | {"data": data.name, "skipped": data.skipped, "augmentation": str(augmentation) if augmentation else None},
         run_config=render_config({**asdict(model_args), **asdict(data_args), **asdict(args), **vars(flags)}),
         interruption=interruption,
@@ -269,10 +295,12 @@ def _train(
 
 def _wrap(
     args: ModelArguments, objective: Objective, base: nn.Module, images: ProcessedDataset, progress: bool
-) -> RegisterPeftModel:
+) -> PeftModel:
     """New registers, or those of an adapter, or fitted ones."""
     if args.adapter_name_or_path is None and args.init != "test_time":
-        return wrap(base, objective, **args.registers)
+        return wrap(base, objective, **args.moving, **args.registers)
+    if args.adapter_name_or_path is not None and holds_several(args.adapter_name_or_path):
+        return _go_on(args, objective, base)
     device = PartialState().device
     base.to(device)
     if args.adapter_name_or_path is not None:
@@ -285,11 +313,30 @@ def _wrap(
     batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
     start = start_from(source, args.neurons, batches)
     source.unload()
-    model = wrap(base, objective, **start.options)
-    layer = require_register_layer(model)
-    start.fill(layer.tokens(str(model.active_adapter)))
+    model = wrap(base, objective, **args.moving, **start.options)
+    (name,) = _registers_of(model)
+    start.fill(require_register_layer(model).tokens(name))
     return model
 
 
-def _registers_of(model: RegisterPeftModel) -> int:
-    return int(model.peft_config[str(model.active_adapter)].num_registers)
+def _go_on(args: ModelArguments, objective: Objective, base: nn.Module) -> PeftModel:
+    """The adapters of a folder of several, all of which are trained.
+
+    Raises:
+        ValueError: Flags say what moves, which the folder does, or it lacks a head that the objective trains.
+    """
+    if args.train != "registers" or args.neurons != "keep":
+        raise ValueError(f"{args.adapter_name_or_path} says itself what moves; leave out --train and --neurons")
+    objective.check_base(base)
+    model = load_adapters(base, str(args.adapter_name_or_path), is_trainable=True)
+    saved = {name for config in model.peft_config.values() for name in getattr(config, "modules_to_save", None) or []}
+    if lacking := [name for name in objective.heads if name not in saved]:
+        raise ValueError(
+            f"{args.adapter_name_or_path} was trained without {lacking}, which --objective {objective.name} trains"
+        )
+    return model
+
+
+def _registers_of(model: PeftModel) -> dict[str, int]:
+    """Number of registers by adapter name."""
+    return {name: c.num_registers for name, c in model.peft_config.items() if isinstance(c, RegisterConfig)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,11 +15,13 @@ from ..tuner.composed import compose
 from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import add_registers
 
-__all__ = ["Moving", "moved_parameters", "put_on"]
+__all__ = ["PARTS", "Moving", "put_on"]
 
 #: Names of the adapters in a model where several parts move.
 REGISTERS, LORA, COPIES = "registers", "lora", "copies"
 _SWITCHES = ("registers", "gates", "lora", "patch_embedding", "norms")
+#: What can move, for help and messages.
+PARTS = f"{', '.join(_SWITCHES)}, last_blocks=N"
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,7 @@ class Moving:
             elif name == "last_blocks" and number.isdecimal() and int(number) > 0:
                 given[name] = int(number)
             else:
-                raise ValueError(
-                    f"cannot train {word!r}; name any of {', '.join(_SWITCHES)}, last_blocks=N, joined by +, such as "
-                    "registers+lora"
-                )
+                raise ValueError(f"cannot train {word!r}; name any of {PARTS}, joined by +, such as registers+lora")
         return cls(**given)
 
     def __str__(self) -> str:
@@ -124,25 +124,10 @@ def put_on(
         configs[REGISTERS] = RegisterConfig(**options)
     if heads:
         next(reversed(configs.values())).modules_to_save = heads
-    return compose(base, configs)
-
-
-def moved_parameters(model: nn.Module) -> dict[str, int]:
-    """Number of trainable parameters by part: registers, gates, lora, and copies by what they are of."""
-    kinds = (
-        ("register_adapter_tokens", "registers"),
-        ("lora_", "lora"),
-        ("ln_tuning_layers", "copies"),
-        ("modules_to_save", "head"),
-    )
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = next((part for mark, part in kinds if mark in name), "other")
-            if part == "registers" and name.endswith(".gate"):
-                part = "gates"
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
+    with warnings.catch_warnings():
+        # PEFT's tuned layer norms copy any layer, and warn of those that are not linear.
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        return compose(base, configs)
 
 
 def _leaves(tower: Tower) -> Iterator[tuple[str, nn.Module]]:

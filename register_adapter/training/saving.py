@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from peft import PeftModel
 
 from ..tuner.card import update_model_card
-from ..tuner.peft_model import RegisterPeftModel
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, hub_errors
+from ..tuner.composed import ComposedPeftModel
+from ..tuner.composed.folder import MANIFEST
+from ..utils.environment import version
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, hub_errors
 from ..utils.staging import staged
 from . import checkpoints
 from .arguments import TrainArguments
@@ -35,7 +39,7 @@ def check_finite(tensors: dict[str, Any]) -> None:
 
 
 def save_run(
-    model: RegisterPeftModel,
+    model: PeftModel,
     weights: dict[str, Any] | None,
     folder: Path,
     results: dict[str, Any],
@@ -43,22 +47,23 @@ def save_run(
     card: dict[str, Any],
 ) -> None:
     """Write adapter, card, image processor and results, all or nothing."""
-    name = str(model.active_adapter)
     with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
         if (folder / "README.md").is_file():
             shutil.copyfile(folder / "README.md", scratch / "README.md")
         model.save_pretrained(str(scratch), state_dict=weights)
-        update_model_card(
-            scratch / "README.md",
-            model.peft_config[name],
-            type(model.get_base_model()),
-            **card,
-            adapter=folder.absolute().name,
-            subfolder=None if name == "default" else name,
-        )
+        _write_card(model, scratch, {**card, "adapter": folder.absolute().name})
         if image_processor is not None:
             image_processor.save_pretrained(scratch)
         (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+
+def _write_card(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
+    if isinstance(model, ComposedPeftModel):
+        model.create_or_update_model_card(str(folder), **facts)
+        return
+    name = str(model.active_adapter)
+    base_class, subfolder = type(model.get_base_model()), None if name == "default" else name
+    update_model_card(folder / "README.md", model.peft_config[name], base_class, **facts, subfolder=subfolder)
 
 
 def describe_run(
@@ -68,6 +73,8 @@ def describe_run(
     metrics = {key: value for key, value in results["metrics"].items() if key.startswith("eval_")}
     run = {"Training images": results["train_samples"], "Evaluation images": results["eval_samples"]}
     best = results["best"] if args.load_best_model_at_end else None
+    parts = ", ".join(f"{part} {count:,}" for part, count in results["trained"].items())
+    run |= {"Trained parameters": parts}
     run |= {"Saved step": f"{best['step']}, the best by {best['metric']}"} if best else {}
     return {
         "training_data": training_data,
@@ -78,14 +85,31 @@ def describe_run(
 
 
 def push_run(
-    model: RegisterPeftModel, args: TrainArguments, image_processor: Any, card: dict[str, Any], token: str | None
+    model: PeftModel, args: TrainArguments, image_processor: Any, card: dict[str, Any], token: str | None
 ) -> str:
     """Upload adapter, card and image processor; the address of the repository."""
     name = str(args.hub_model_id)
+    if isinstance(model, ComposedPeftModel):
+        return _push_folder(name, Path(str(args.output_dir)), [*model.peft_config], args.hub_private, token)
     commit = model.push_to_hub(name, private=args.hub_private, token=token, **card)
     if image_processor is not None:
         with hub_errors(name, token=token):
             image_processor.push_to_hub(name, token=token)
+    return str(commit.repo_url)
+
+
+def _push_folder(name: str, folder: Path, adapters: list[str], private: bool | None, token: str | None) -> str:
+    """Upload what is saved of adapters of several methods, in one commit."""
+    wanted = [MANIFEST, WEIGHTS_NAME, RESULTS_NAME, "README.md", "*processor_config.json"]
+    api = HfApi(token=checked_token(token), library_name="register-adapter", library_version=version())
+    with hub_errors(name, token=token):
+        repo = api.create_repo(name, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=[*wanted, *(f"{adapter}/*" for adapter in adapters)],
+            commit_message="Upload register adapter",
+        )
     return str(commit.repo_url)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, LoggerType
+from peft import PeftConfig, PeftModel
 
 from ..data.datasets import ProcessedDataset
 from ..data.processors import find_image_processor, source_of
@@ -17,7 +19,6 @@ from ..errors import MissingExtraError
 from ..tuner._peft_compat import PREFIX
 from ..tuner.config import RegisterConfig
 from ..tuner.layer import find_register_layer
-from ..tuner.peft_model import RegisterPeftModel
 from .arguments import TrainArguments
 
 __all__ = [
@@ -29,6 +30,10 @@ __all__ = [
     "shard_by_block",
     "use_cpu",
 ]
+
+
+#: Fields of a config that do not change what is learned.
+_OF_THE_PLACE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 
 
 def use_cpu(args: TrainArguments) -> bool:
@@ -71,7 +76,7 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
     return accelerator
 
 
-def shard_by_block(accelerator: Accelerator, model: RegisterPeftModel) -> None:
+def shard_by_block(accelerator: Accelerator, model: PeftModel) -> None:
     """Name the unit of sharding for FSDP, if its config does not.
 
     accelerate would take transformers' list of what may not be split, which for a ViT has the embeddings too; they hold
@@ -83,7 +88,7 @@ def shard_by_block(accelerator: Accelerator, model: RegisterPeftModel) -> None:
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in layer.tower.part("blocks")})
 
 
-def image_processor_for(model: RegisterPeftModel, dataset: Any) -> Any:
+def image_processor_for(model: PeftModel, dataset: Any) -> Any:
     """The image processor of the base model's folder or repository, ``None`` if the items are ready without one.
 
     Raises:
@@ -133,7 +138,7 @@ def run_settings(
     objective: Mapping[str, Any],
     trainable: dict[str, torch.nn.Parameter],
     train_data: Any,
-    config: RegisterConfig,
+    model: PeftModel,
     eval_samples: int = 0,
 ) -> dict[str, Any]:
     """What the result of a step, and the choice of the best one, depend on, ready for JSON.
@@ -143,6 +148,9 @@ def run_settings(
     names = "per_device_train_batch_size learning_rate weight_decay max_grad_norm lr_scheduler_type num_warmup_steps"
     names += " num_train_epochs max_train_steps seed"
     selecting = args.evaluates_every is not None
+    registers = [config for config in model.peft_config.values() if isinstance(config, RegisterConfig)]
+    config = registers[0] if registers else RegisterConfig()
+    others = {name: config for name, config in model.peft_config.items() if not isinstance(config, RegisterConfig)}
     augmentation = getattr(train_data, "augmentation", None)
     return {name: getattr(args, name) for name in names.split()} | {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
@@ -156,9 +164,16 @@ def run_settings(
         "insert_layer": config.insert_layer or None,
         "deep": config.deep or None,
         "key_value": config.key_value or None,
+        "other_adapters": {name: _plain(config) for name, config in others.items()} or None,
         "eval_steps": args.evaluates_every,
         "eval_samples": eval_samples if selecting else None,
         "metric_for_best_model": args.metric_for_best_model if selecting else None,
         "greater_is_better": args.greater_is_better if selecting else None,
         "load_best_model_at_end": args.load_best_model_at_end or None,
     }
+
+
+def _plain(config: PeftConfig) -> Any:
+    """A config of PEFT's as JSON has it, without what differs from machine to machine."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_PLACE}
+    return json.loads(json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))

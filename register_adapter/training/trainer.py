@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from ..tuner.card_text import OFF
 from ..tuner.layer import find_register_layer
-from ..tuner.peft_model import RegisterPeftModel
 from ..utils.environment import git_commit, hardware, versions
+from ..utils.parameters import trainable_by_part
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    model: RegisterPeftModel,
+    model: PeftModel,
     objective: Objective,
     train_dataset: Any,
     args: TrainArguments,
@@ -61,13 +62,13 @@ def train(
     interruption: Interruption | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Train what of ``model`` needs gradients: registers, and ``modules_to_save``.
+    """Train what of ``model`` needs gradients: registers, and what else was put on it to move.
 
     The model is trained in place and left in ``eval()`` mode on the training device. With ``args.output_dir`` the
     adapter, its card, the image processor and ``results.json`` are saved there.
 
     Args:
-        model: A model with registers, from ``add_registers`` or :func:`wrap`.
+        model: A model with adapters, from :func:`wrap`, ``add_registers`` or ``compose``.
         objective: What to train on.
         train_dataset: A map-style data set: items ``{"image": image, "label": int}``, or, ready for the model,
             ``{"pixel_values": (3, H, W) float, "labels": int}``; labels only if the objective needs them. Random
@@ -89,8 +90,8 @@ def train(
         What ``results.json`` holds: ``metrics`` (``train_loss``, ``eval_...``, and ``eval_registers_off_...`` of the
         same model and head with its registers switched off), ``global_step``, ``seconds``,
         ``images_per_second``, ``evaluations`` on the way, the ``best`` one, ``resumed_from_checkpoint``,
-        ``trainable_parameters``, ``objective``, ``arguments``, ``versions``, ``hardware``…; and, which the file cannot
-        say, ``pushed_to``, the address of what was uploaded.
+        ``trainable_parameters`` and, by part, ``trained``, ``objective``, ``arguments``, ``versions``, ``hardware``…;
+        and, which the file cannot say, ``pushed_to``, the address of what was uploaded.
 
     Raises:
         ValueError: Nothing can be trained, a data set is empty, or ``output_dir`` holds another run's result.
@@ -141,6 +142,7 @@ def train(
             "train_samples": len(train_data),
             "eval_samples": len(eval_data) if eval_data is not None else 0,
             "trainable_parameters": sum(parameter.numel() for parameter in trainable.values()),
+            "trained": trainable_by_part(model),
             "objective": {**objective.details(), **_details(callbacks)},
             "arguments": asdict(args),
             "versions": versions(),
@@ -159,7 +161,7 @@ def train(
     return results
 
 
-def _finish(loop: Loop, model: RegisterPeftModel) -> dict[str, float]:
+def _finish(loop: Loop, model: PeftModel) -> dict[str, float]:
     """Give the model the adapter that is to be saved, and measure it, with the registers and without; logged too.
 
     Raises:
@@ -212,7 +214,7 @@ def _save(
     return card
 
 
-def _trainable(model: RegisterPeftModel) -> dict[str, torch.nn.Parameter]:
+def _trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """What is trained, by name."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -220,9 +222,7 @@ def _trainable(model: RegisterPeftModel) -> dict[str, torch.nn.Parameter]:
     return trainable
 
 
-def _find_start(
-    args: TrainArguments, model: RegisterPeftModel, settings: dict[str, Any]
-) -> tuple[TrainState, Path | None]:
+def _find_start(args: TrainArguments, model: PeftModel, settings: dict[str, Any]) -> tuple[TrainState, Path | None]:
     """The beginning, or the place of a checkpoint, whose adapter is loaded then; and the checkpoint."""
     if args.resume_from_checkpoint:
         checkpoint = checkpoints.find(args.resume_from_checkpoint, str(args.output_dir))
@@ -238,7 +238,7 @@ def _prepare(
     accelerator: Accelerator,
     args: TrainArguments,
     objective: Objective,
-    model: RegisterPeftModel,
+    model: PeftModel,
     trainable: dict[str, torch.nn.Parameter],
     train_data: Any,
     eval_data: Any,
@@ -248,9 +248,9 @@ def _prepare(
     """Loaders, optimiser, schedule and model as the loop runs them, with what a checkpoint holds of them."""
     if eval_data is None and args.evaluates_every is not None:
         raise ValueError("eval_steps, load_best_model_at_end and early_stopping_patience need an eval_dataset")
-    config, samples = model.peft_config[str(model.active_adapter)], len(eval_data) if eval_data is not None else 0
+    samples = len(eval_data) if eval_data is not None else 0
     learned = {**objective.details(), **_details(callbacks)}
-    settings = run_settings(args, accelerator, learned, trainable, train_data, config, samples)
+    settings = run_settings(args, accelerator, learned, trainable, train_data, model, samples)
     state, checkpoint = _find_start(args, model, settings)
     selection = Selection(args, state, checkpoints.read_best(checkpoint) if checkpoint is not None else None)
     generator = torch.Generator()

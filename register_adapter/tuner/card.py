@@ -117,7 +117,9 @@ def update_model_card(
     block = f"{_BEGIN} ({_NOTE}) {line} -->\n\n{text}\n{_END}"
     start, end = generated.span() if generated else (len(card.text), len(card.text))
     if not card.text.strip():
-        block = f"\n# Register tokens for {base_name(config) or base_class.__name__}\n\n{block}\n"
+        block = (
+            f"\n# Register tokens for {base_name(config.base_model_name_or_path) or base_class.__name__}\n\n{block}\n"
+        )
     elif not generated:
         block = f"\n{block}\n" if card.text.endswith("\n") else f"\n\n{block}\n"
     if "\r\n" in card.text:

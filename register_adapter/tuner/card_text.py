@@ -17,7 +17,7 @@ from ..utils.shipped import is_shipped, shipped_name
 from .config import RegisterConfig
 from .neuron_shift import count_neurons
 
-__all__ = ["INSTALL", "OFF", "base_name", "body", "is_hub_name", "plain", "transformers_class"]
+__all__ = ["INSTALL", "OFF", "base_name", "body", "is_hub_name", "plain", "results_table", "transformers_class"]
 
 INSTALL = install_command()
 #: Prefix of what was measured again with the registers switched off, with the same head.
@@ -52,9 +52,9 @@ def transformers_class(base_class: type) -> type | None:
     return next((kind for kind in base_class.__mro__ if kind.__module__.startswith("transformers.models.")), None)
 
 
-def base_name(config: RegisterConfig) -> str | None:
+def base_name(name: str | None) -> str | None:
     """The base model's name on the Hub, or the last part of its local path."""
-    name = shipped_name(config.base_model_name_or_path)
+    name = shipped_name(name)
     return name if not name or is_hub_name(name) or is_shipped(name) else Path(name).absolute().name
 
 
@@ -71,7 +71,7 @@ def plain(text: str) -> str:
 
 def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
     """Python code that loads the adapter; it runs where the two names lead somewhere."""
-    name, kind = base_name(config), transformers_class(base_class)
+    name, kind = base_name(config.base_model_name_or_path), transformers_class(base_class)
     quoted, revision = json.dumps(name or "path/to/base"), f", revision={json.dumps(config.revision)}"
     load = f"{base_class.__name__}.from_pretrained({quoted}{revision if config.revision else ''})"
     if kind is None:
@@ -108,7 +108,7 @@ def body(
     run: dict[str, Any] | None = None,
 ) -> str:
     """The generated text, in Markdown; see :func:`update_model_card` for the arguments."""
-    base = base_name(config)
+    base = base_name(config.base_model_name_or_path)
     link = f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{base}`, a local folder"
     link = f"`{base}`, which comes with the package" if is_shipped(base) else link
     tower = config.identity
@@ -146,13 +146,13 @@ def body(
             "## Results",
             "",
             *([f"Measured on {evaluation_data}.", ""] if evaluation_data and metrics else []),
-            *(_results(metrics) if metrics else ["None recorded."]),
+            *(results_table(metrics) if metrics else ["None recorded."]),
             "",
         ]
     )
 
 
-def _results(metrics: dict[str, float]) -> list[str]:
+def results_table(metrics: dict[str, float]) -> list[str]:
     """A table of the metrics; where registers were switched off for a second evaluation, beside each other."""
     if not any(name.startswith(OFF) for name in metrics):
         return [

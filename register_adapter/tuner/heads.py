@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "check_adapter_name",
     "checked_labels",
     "fit_heads",
+    "heads_aside",
     "labels_for",
     "lacking_modules",
     "modules_called",
@@ -288,3 +291,34 @@ def _new_weights(model: nn.Module) -> list[str]:
     if model.name_or_path and hasattr(model, prefix) and saved == [type(getattr(model, prefix)).__name__]:
         return [key for key in plain if not key.startswith(f"{prefix}.")]
     return []
+
+
+#: Held while heads are switched; on a head, how many threads have set it aside.
+_SWITCHING, _COUNT = threading.RLock(), "_register_adapter_aside"
+
+
+@contextmanager
+def heads_aside(model: nn.Module) -> Iterator[None]:
+    """Within the context, modules of ``modules_to_save`` are the base's; those that are so already stay so."""
+    with _SWITCHING:
+        heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        heads = [head for head in heads if not head.disable_adapters or vars(head).get(_COUNT)]
+        for head in heads:
+            _switch(head, enabled=False)
+            head.__dict__[_COUNT] = vars(head).get(_COUNT, 0) + 1
+    try:
+        yield
+    finally:
+        with _SWITCHING:
+            for head in heads:
+                head.__dict__[_COUNT] -= 1
+                if not head.__dict__[_COUNT]:
+                    del head.__dict__[_COUNT]
+                    _switch(head, enabled=True)
+
+
+def _switch(head: AuxiliaryTrainingWrapper, enabled: bool) -> None:
+    flags = [(parameter, parameter.requires_grad) for parameter in head.parameters()]
+    head.enable_adapters(enabled)
+    for parameter, flag in flags:
+        parameter.requires_grad = flag

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from peft import PeftConfig, PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 
 from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
+from ..utils.parameters import trainable_in_words
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
+from .heads import heads_aside
 from .layer import find_register_layer, register_layers, renew_bases
 from .reading import note_checksums
 from .undo import unchanged_if_refused
@@ -101,7 +101,7 @@ class RegisterPeftModel(PeftModel):
         is in such a context.
         """
         with ExitStack() as stack:
-            stack.enter_context(_heads_aside(self))
+            stack.enter_context(heads_aside(self))
             for layer in dict.fromkeys([*register_layers(self), *self.base_model.noted]):
                 stack.enter_context(layer.without(layer.names))
             yield
@@ -111,6 +111,11 @@ class RegisterPeftModel(PeftModel):
         """As in PEFT, also when the last adapter was deleted."""
         aside = all(layer.disable_adapters for layer in register_layers(self))
         return bool(self.peft_config) and not aside and bool(super().has_active_enabled_adapter)
+
+    def print_trainable_parameters(self) -> None:
+        """As in PEFT, and a line with the size of each part."""
+        super().print_trainable_parameters()
+        print(f"trained: {trainable_in_words(self)}")  # noqa: T201 - as PEFT's own does
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; ``adapter_names`` as in PEFT; ``UnsupportedModelError`` without the tower."""
@@ -279,37 +284,6 @@ class RegisterPeftModel(PeftModel):
                     config.base_model_name_or_path,
                     name,
                 )
-
-
-#: Held while heads are switched; on a head, how many threads have set it aside.
-_SWITCHING, _COUNT = threading.RLock(), "_register_adapter_aside"
-
-
-@contextmanager
-def _heads_aside(model: nn.Module) -> Iterator[None]:
-    """Within the context, modules of ``modules_to_save`` are the base's; those that are so already stay so."""
-    with _SWITCHING:
-        heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        heads = [head for head in heads if not head.disable_adapters or vars(head).get(_COUNT)]
-        for head in heads:
-            _switch(head, enabled=False)
-            head.__dict__[_COUNT] = vars(head).get(_COUNT, 0) + 1
-    try:
-        yield
-    finally:
-        with _SWITCHING:
-            for head in heads:
-                head.__dict__[_COUNT] -= 1
-                if not head.__dict__[_COUNT]:
-                    del head.__dict__[_COUNT]
-                    _switch(head, enabled=True)
-
-
-def _switch(head: AuxiliaryTrainingWrapper, enabled: bool) -> None:
-    flags = [(parameter, parameter.requires_grad) for parameter in head.parameters()]
-    head.enable_adapters(enabled)
-    for parameter, flag in flags:
-        parameter.requires_grad = flag
 
 
 def add_registers(

@@ -26,6 +26,7 @@ from ..undo import unchanged_if_refused
 from .folder import SavedAdapter, fetch_folder, read_folder
 from .guards import check_heads, flags_kept
 from .names import check_adapters, configs_of, innermost
+from .relocate import relocated
 from .saving import SavesAll, adapter_tensors, write_adapters
 from .tuner import ComposedTuner
 
@@ -122,10 +123,11 @@ def load_adapters(
     check_adapters(base, {adapter.name: adapter.config for adapter in saved})
     # Registers first: they know their base by the names and values of its own parameters.
     saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, RegisterConfig))
-    with _all_or_nothing(model, [adapter.config for adapter in saved]):
+    changing = _all_or_nothing(model, [adapter.config for adapter in saved])
+    with changing, relocated(saved_first, base) as placed:
         composed = ComposedPeftModel(model)
         kept = composed.active_adapters
-        for adapter in saved_first:
+        for adapter in placed:
             if isinstance(adapter.config, RegisterConfig):
                 adapter.config.ignore_base_mismatch = ignore_base_mismatch
             adapter.config.inference_mode = not is_trainable
@@ -133,7 +135,8 @@ def load_adapters(
                 composed.add_adapter(adapter.name, adapter.config, options.get("low_cpu_mem_usage", False))
             _check_own(composed, adapter)
             try:
-                result = composed.load_adapter(adapter.path, adapter.name, is_trainable=is_trainable, **options)
+                folder = adapter.copied_to or adapter.path
+                result = composed.load_adapter(folder, adapter.name, is_trainable=is_trainable, **options)
             except (RuntimeError, KeyError) as error:
                 raise AdapterFileError(
                     f"the tensors in {adapter.path} do not fit {type(base).__name__}: {error}"
@@ -146,7 +149,8 @@ def load_adapters(
             strange = [*missing, *(key for key in result.unexpected_keys if not key.startswith(drawn))]
             if strange:
                 raise AdapterFileError(
-                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: missing or not expected {strange}"
+                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: missing or not expected "
+                    f"{strange[:10]}"
                 )
         active = list(dict.fromkeys([*kept, *(adapter.name for adapter in saved if adapter.active)]))
         with flags_kept(base):

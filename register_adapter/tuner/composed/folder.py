@@ -9,7 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ...utils.staging import staged
 from ..config import RegisterConfig
 from ..reading import check_imports, naming, note_checksums, read_json
 
-__all__ = ["MANIFEST", "SavedAdapter", "check_name", "fetch_folder", "read_folder", "write_folder"]
+__all__ = ["MANIFEST", "SavedAdapter", "check_name", "fetch_folder", "holds_several", "read_folder", "write_folder"]
 
 MANIFEST = "adapters.json"
 _VERSION = 1
@@ -56,6 +56,8 @@ class SavedAdapter:
         config: Its config.
         active: Whether it was active when it was saved.
         keys: Keys of its tensors.
+        tower: Where the tower lay in the model that it was saved from, ``None`` if the manifest does not say.
+        copied_to: Where its files are read from, if not from ``path``.
     """
 
     name: str
@@ -63,12 +65,15 @@ class SavedAdapter:
     config: PeftConfig
     active: bool
     keys: frozenset[str]
+    tower: str | None = None
+    copied_to: Path | None = None
 
 
 def write_folder(
     folder: str | Path,
     adapters: Mapping[str, tuple[PeftConfig, Mapping[str, torch.Tensor]]],
     active: Iterable[str],
+    tower: str | None = None,
 ) -> None:
     """Write adapters aside, and move them into the folder when all are whole, the manifest last.
 
@@ -76,6 +81,7 @@ def write_folder(
         folder: Made if it does not exist; other files in it stay.
         adapters: Config and tensors (by the key of PEFT's files) by adapter name.
         active: Names of the adapters that are active, in order.
+        tower: Where the vision tower lies in the model.
 
     Raises:
         ValueError: The folder is a file, or a name cannot be a folder's.
@@ -110,7 +116,7 @@ def write_folder(
             note_checksums(staging)
             for entry in entries:
                 entry["config_sha256"] = checksum(staging / entry["name"] / _CONFIG)
-            manifest = {"format_version": _VERSION, "adapters": entries}
+            manifest = {"format_version": _VERSION, "tower": tower, "adapters": entries}
             # Without tensors: transformers' Trainer looks for this file to tell a checkpoint of adapters.
             save_file({}, staging / WEIGHTS_NAME, metadata={"format": "pt", "adapters": MANIFEST})
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
@@ -118,6 +124,17 @@ def write_folder(
         raise OSError(
             f"the adapters could not be saved to {target} ({error}); what was there before is untouched"
         ) from error
+
+
+def holds_several(name: str | Path) -> bool:
+    """Whether a folder, or a repository on the Hub, holds adapters of several methods.
+
+    Raises:
+        HubAccessError: The repository cannot be read.
+    """
+    if Path(name).exists():
+        return Path(name, MANIFEST).is_file()
+    return fetch(str(name), MANIFEST, None, {}) is not None
 
 
 def fetch_folder(name: str | Path, hub: dict[str, Any]) -> Path:
@@ -169,7 +186,10 @@ def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> li
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise ValueError(f"no adapter {', '.join(map(repr, unknown))} in {folder}; it has {names}")
-    return [_read_adapter(path.parent, entry) for entry in entries if entry["name"] in wanted]
+    tower = read_json(path).get("tower")
+    if tower is not None and not isinstance(tower, str):
+        raise AdapterFileError(f"{path} must name the tower by a string, got {tower!r:.100}")
+    return [replace(_read_adapter(path.parent, entry), tower=tower) for entry in entries if entry["name"] in wanted]
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

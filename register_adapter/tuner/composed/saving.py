@@ -7,32 +7,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml  # type: ignore[import-untyped, unused-ignore]
-from huggingface_hub import RepoCard
 from peft import PeftModel
 from peft.functional import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...utils.hub import check_folder
-from ..card import is_hub_name
+from ...utils.parameters import trainable_by_part, trainable_in_words
 from ..layer import renew_bases
+from .card import write_card
 from .folder import MANIFEST, read_folder, write_folder
+from .relocate import relocated, tower_path
 from .tuner import ComposedTuner
 
 __all__ = ["SavesAll", "adapter_tensors", "write_adapters"]
-
-_CARD = """
-# Adapters of several PEFT methods: {names}
-
-```python
-import register_adapter
-
-model = register_adapter.load_adapters(base, "path/to/this/folder")
-```
-
-Each subfolder is an adapter of PEFT's, and can be loaded alone with `PeftModel.from_pretrained`.
-"""
 
 
 def write_adapters(
@@ -56,7 +44,8 @@ def write_adapters(
     state = composed.state_dict() if state_dict is None else state_dict
     renew_bases(composed)
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
-    write_folder(folder, adapters, [name for name in composed.active_adapters if name in names])
+    active = [name for name in composed.active_adapters if name in names]
+    write_folder(folder, adapters, active, tower_path(composed.get_base_model()))
 
 
 def adapter_tensors(composed: SavesAll, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -90,6 +79,11 @@ class SavesAll(PeftModel):
         unknown = [name for name in names if name not in self.peft_config]
         if unknown:
             raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(self.peft_config)}")
+
+    def print_trainable_parameters(self) -> None:
+        """As in PEFT, and a line with the size of each part."""
+        super().print_trainable_parameters()
+        print(f"trained: {trainable_in_words(self)}")  # noqa: T201 - as PEFT's own does
 
     def save_pretrained(
         self,
@@ -152,25 +146,25 @@ class SavesAll(PeftModel):
                 "them on a base with load_adapters(base, folder)."
             )
         result = None
-        for adapter in saved:
-            result = super().load_adapter(str(adapter.path), adapter.name, *args, **kwargs)
+        with relocated(saved, self.get_base_model()) as placed:
+            for adapter in placed:
+                result = super().load_adapter(str(adapter.copied_to or adapter.path), adapter.name, *args, **kwargs)
         return result
 
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write a README that says how to load the folder; of one that is there only the metadata are completed."""
-        path = Path(output_dir, "README.md")
-        try:
-            card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
-        except (ValueError, TypeError, yaml.YAMLError):
-            return  # somebody's own text
-        base = getattr(self.get_base_model(), "name_or_path", None)
-        existing = card.data.get("tags")
-        tags = [existing] if isinstance(existing, str) else list(existing or [])
-        methods = sorted({str(config.peft_type.value).lower() for config in self.peft_config.values()})
-        card.data["library_name"] = "peft"
-        card.data["tags"] = list(dict.fromkeys([*tags, "peft", "register-adapter", *methods]))
-        if is_hub_name(base):
-            card.data["base_model"] = card.data.get("base_model") or base
-        if not card.text.strip():
-            card.text = _CARD.format(names=", ".join(f"`{name}`" for name in self.peft_config))
-        card.save(path)
+    def create_or_update_model_card(self, output_dir: str, **facts: Any) -> None:
+        """Write a README that says how to load the folder, and what moved; text that somebody wrote stays.
+
+        Args:
+            output_dir: The folder.
+            **facts: ``adapter``, ``training_data``, ``evaluation_data``, ``metrics`` and ``run``, as for
+                :func:`register_adapter.tuner.card.update_model_card`.
+        """
+        base = self.get_base_model()
+        write_card(
+            Path(output_dir, "README.md"),
+            dict(self.peft_config),
+            type(base),
+            getattr(base, "name_or_path", None),
+            sizes=trainable_by_part(self),
+            **facts,
+        )

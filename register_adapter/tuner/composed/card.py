@@ -1,0 +1,109 @@
+"""The README of a folder with several adapters: how to load it, what moved, on which data, and what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+from huggingface_hub import RepoCard
+from peft import PeftConfig
+
+from ...utils.environment import version
+from ...utils.files import checksum
+from ...utils.hub import WEIGHTS_NAME
+from ..card_text import INSTALL, base_name, is_hub_name, plain, results_table
+
+__all__ = ["write_card"]
+
+_BEGIN, _END = "<!-- register-adapter: adapters", "<!-- register-adapter: end -->"
+_BLOCK = re.compile(rf"{_BEGIN} (?P<weights>\w+) -->.*?{_END}", re.DOTALL)
+_LOAD = """
+```bash
+{install}
+```
+
+```python
+import register_adapter
+
+model = register_adapter.load_adapters(base, {adapter})
+```
+
+Each subfolder is an adapter of PEFT's, and can be loaded alone with `PeftModel.from_pretrained`."""
+
+
+def write_card(
+    path: Path,
+    configs: dict[str, PeftConfig],
+    base_class: type,
+    base: str | None,
+    *,
+    adapter: str | None = None,
+    sizes: dict[str, int] | None = None,
+    training_data: str | None = None,
+    evaluation_data: str | None = None,
+    metrics: dict[str, float] | None = None,
+    run: dict[str, Any] | None = None,
+) -> None:
+    """Write the README, or bring the generated part of one that is there up to date; other text stays.
+
+    Args:
+        path: The README.md.
+        configs: Config by adapter name.
+        base_class: Class of the base model.
+        base: Its name.
+        adapter: Name to load the folder by; default a placeholder.
+        sizes: Number of trained parameters by part.
+        training_data: What was trained on. Without it and ``run``, a card that was written for the same weights stays.
+        evaluation_data: What ``metrics`` were measured on.
+        metrics: Measured results.
+        run: More to say of the run.
+    """
+    try:
+        card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
+    except (ValueError, TypeError, yaml.YAMLError):
+        return  # somebody's own text
+    existing = card.data.get("tags")
+    tags = [existing] if isinstance(existing, str) else list(existing or [])
+    methods = sorted({str(config.peft_type.value).lower() for config in configs.values()})
+    card.data["library_name"] = "peft"
+    card.data["tags"] = list(dict.fromkeys([*tags, "peft", "register-adapter", *methods]))
+    if is_hub_name(base):
+        card.data["base_model"] = card.data.get("base_model") or base
+    written = _BLOCK.search(card.text)
+    told = training_data is not None or run is not None
+    weights = _digest(path.parent)
+    if written is None and card.text.strip() and not told:
+        card.save(path)
+        return
+    if written is None or told or written["weights"] != weights:
+        rows = {
+            "Base model": f"`{plain(base_name(base) or 'not named')}` (`{base_class.__name__}`)",
+            **{f"Adapter `{name}`": plain(str(config.peft_type.value)) for name, config in configs.items()},
+            **{f"Trained: {plain(part)}": f"{count:,} parameters" for part, count in (sizes or {}).items()},
+            **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
+            "Written by": f"register-adapter {version()}",
+        }
+        parts = [
+            _LOAD.format(install=INSTALL, adapter=f'"{adapter or "path/to/this/folder"}"'),
+            "\n## What it is\n\n| | |\n|---|---|",
+            *(f"| {key} | {value} |" for key, value in rows.items()),
+            f"\n## Training data\n\n{plain(training_data) if training_data else 'Not stated.'}\n\n## Results\n",
+            *([f"Measured on {plain(evaluation_data)}.\n"] if evaluation_data and metrics else []),
+            *(results_table(metrics) if metrics else ["None recorded."]),
+        ]
+        block = f"{_BEGIN} {weights} -->\n" + "\n".join(parts) + f"\n{_END}"
+        start, end = written.span() if written else (len(card.text), len(card.text))
+        if not card.text.strip():
+            names = ", ".join(f"`{name}`" for name in configs)
+            block = f"\n# Adapters of several PEFT methods: {names}\n\n{block}\n"
+        card.text = card.text[:start] + block + card.text[end:]
+    card.save(path)
+
+
+def _digest(folder: Path) -> str:
+    """Of every adapter's weights in a folder."""
+    files = sorted(folder.glob(f"*/{WEIGHTS_NAME}"))
+    return hashlib.sha256("".join(f"{path.parent.name} {checksum(path)} " for path in files).encode()).hexdigest()

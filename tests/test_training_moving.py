@@ -1,0 +1,146 @@
+"""Runs in which more than registers moves: resumed bit for bit, the best kept, loaded again, and their flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run
+from safetensors.torch import load_file
+from training_cases import RUN, flags, results_of, start, stopped, write_case
+from training_helpers import TRAIN, call
+from transformers import ViTForImageClassification
+
+from register_adapter import ComposedPeftModel, load_adapters
+
+pytestmark = pytest.mark.slow
+
+LABEL_FREE = ("--objective", "distillation", "--num-views", "2")
+SHORT = ("--max-train-steps", "3", "--per-device-train-batch-size", "4", "--learning-rate", "0.02", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_case(tmp_path_factory.mktemp("case"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every adapter's tensors, by their place."""
+    files = folder.glob("*/adapter_model.safetensors")
+    return {
+        f"{path.parent.name}/{key}": value
+        for path in files
+        if not path.parent.name.startswith("checkpoint")
+        for key, value in load_file(path).items()
+    }
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("train", "objective"),
+    [
+        ("registers+gates+lora", LABEL_FREE),
+        ("lora", LABEL_FREE),
+        ("registers+norms+patch_embedding", LABEL_FREE),
+        ("registers+lora+last_blocks=1", ()),
+    ],
+)
+def test_a_run_goes_on_from_a_checkpoint_to_the_same_adapters(
+    train: str, objective: tuple[str, ...], case: Path, tmp_path: Path
+) -> None:
+    given = (*objective, *SHORT, "--train", train)
+    start(flags(case, tmp_path / "whole", *given, "--checkpointing-steps", "1"))
+    resume = ("--resume-from-checkpoint", str(tmp_path / "whole" / "checkpoint-2"))
+    start(flags(case, tmp_path / "again", *given, *resume))
+    whole, early = weights(tmp_path / "whole"), weights(tmp_path / "whole" / "checkpoint-1")
+    assert same(weights(tmp_path / "again"), whole)
+    assert not same(early, whole)
+    # Another thing that moves is another run.
+    other = (*objective, *SHORT, "--train", f"{train}+norms" if "norms" not in train else "registers")
+    assert stopped(flags(case, tmp_path / "other", *other, *resume)) == 1
+
+
+def test_the_result_is_loaded_as_one_and_trained_further(case: Path, tmp_path: Path) -> None:
+    start(flags(case, tmp_path / "out", *SHORT, "--train", "registers+lora", "--lora-r", "2"))
+    results = results_of(tmp_path / "out")
+    assert results["trained"]["registers"] == 4 * 32
+    assert results["trained"]["lora"] % 2 == 0
+    assert {"eval_accuracy", "eval_registers_off_accuracy"} <= set(results["metrics"])
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"| Trained: lora | {results['trained']['lora']:,} parameters |" in card
+    assert "load_adapters(base, " in card
+    assert "| eval_accuracy |" in card
+
+    base = ViTForImageClassification.from_pretrained(
+        case / "vit", num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}
+    )
+    model = load_adapters(base.eval(), tmp_path / "out")
+    assert isinstance(model, ComposedPeftModel)
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    logits = run(model, pixels)["logits"]
+    model.save_pretrained(tmp_path / "copy")
+    assert same(weights(tmp_path / "copy"), weights(tmp_path / "out"))
+
+    more = flags(case, tmp_path / "more", *SHORT, "--adapter-name-or-path", str(tmp_path / "out"))
+    start(more)
+    assert set(results_of(tmp_path / "more")["trained"]) == set(results["trained"])
+    assert not same(weights(tmp_path / "more"), weights(tmp_path / "out"))
+    further = load_adapters(ViTForImageClassification.from_pretrained(case / "vit").eval(), tmp_path / "more")
+    assert not torch.equal(run(further, pixels)["logits"], logits)
+
+
+def test_the_best_of_all_parts_is_kept(case: Path, tmp_path: Path) -> None:
+    selecting = ("--eval-steps", "2", "--load-best-model-at-end", "--greater-is-better", "true")
+    given = (*RUN, *selecting, "--train", "registers+lora", "--checkpointing-steps", "2")
+    start(flags(case, tmp_path / "out", *given))
+    best = results_of(tmp_path / "out")["best"]["step"]
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "out" / f"checkpoint-{best}"))
+    resume = ("--resume-from-checkpoint", str(tmp_path / "out" / "checkpoint-6"))
+    start(flags(case, tmp_path / "again", *given, *resume))
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "out"))
+
+
+def test_registers_are_fitted_before_lora_joins_them(tmp_path: Path) -> None:
+    command = [*TRAIN, "--objective", "distillation", "--num-views", "1", "--init", "test_time", "--train"]
+    command += ["registers+lora", "--num-registers", "1", "--output-dir", str(tmp_path / "out"), "--use-cpu"]
+    command += ["--per-device-train-batch-size", "8", "--max-train-steps", "1", *write_planted(tmp_path)]
+    done = call(command)
+    assert done.returncode == 0, done.stderr
+    keys = weights(tmp_path / "out")
+    assert any(key.endswith("neuron_units") or "units" in key for key in keys)
+    given = ["audit", "planted", str(tmp_path / "images"), "--adapter", str(tmp_path / "out")]
+    audited = call([*TRAIN[:2], "register_adapter", *given, "--out", str(tmp_path / "report"), "--json"])
+    assert audited.returncode == 0, audited.stderr
+
+
+def write_planted(folder: Path) -> list[str]:
+    from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
+
+    load_planted_vit().model.save_pretrained(folder / "model")
+    load_image_processor().save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    scenes = SceneDataset(96, seed=3)
+    for index in range(96):
+        scenes.scene(index).pil.save(folder / "images" / f"{index}.png")
+    return ["--model-name-or-path", str(folder / "model"), "--train-dir", str(folder / "images")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--train", "register"), "cannot train 'register'; name any of registers, gates, lora"),
+        (("--train", "lora", "--deep"), "--train lora moves nothing that --deep speaks of"),
+        (("--train", "registers", "--lora-r", "4"), "--train registers moves nothing that --lora-r speaks of"),
+        (("--train", "registers+lora", "--lora-r", "0"), "--lora-r and --lora-alpha must be at least 1"),
+        (("--train", "last_blocks=9"), "last_blocks=9 of 2 blocks"),
+    ],
+)
+def test_flags_that_contradict_what_moves_are_refused(
+    words: tuple[str, ...], message: str, case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stopped(flags(case, tmp_path / "out", *SHORT, *words)) in (1, 2)
+    assert message in capsys.readouterr().err
