@@ -91,9 +91,11 @@ def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 
 def _command(prog: str, argv: Sequence[str]) -> str:
-    start = prog if " " in prog else f"python -m {prog}"
+    script = prog.endswith(".py")  # a user's own, which has an objective of theirs
+    what = shlex.quote(prog) if script else f"-m {prog}"
+    start = prog if " " in prog and not script else f"python {what}"
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        start = f"accelerate launch [its options] -m {prog}"
+        start = f"accelerate launch [its options] {what}"
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        start = f"torchrun [its options] -m {prog}"
+        start = f"torchrun [its options] {what}"
     return f"{start} {shlex.join(argv)}"

@@ -64,9 +64,7 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "Model on the Hub, or its folder."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     image_processor_name: str | None = field(default=None, metadata={"help": "Image processor, if not the model's."})
-    objective: str = field(
-        default="classification", metadata={"help": "What to train on.", "choices": sorted(OBJECTIVES)}
-    )
+    objective: str = field(default="classification", metadata={"help": "What to train on."})
     train: str = field(
         default="registers",
         metadata={"help": f"What moves: any of {PARTS}, joined by +, such as registers+lora."},
@@ -194,6 +192,8 @@ def _make_parser(
     parser.add_argument("--config", help="YAML file with flags; those on the command line win.")
     add_objective_flags(parser, objective, added)
     for action in parser._actions:
+        if action.dest == "objective":
+            action.choices = sorted(OBJECTIVES)  # a user's own among them
         shown = [option for option in action.option_strings if "_" not in option]
         # The parser has its own table of what it accepts; these are for help and messages.
         action.option_strings = shown or action.option_strings

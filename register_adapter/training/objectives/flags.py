@@ -41,10 +41,10 @@ def added_terms(argv: Sequence[str], objective: str) -> list[str]:
     words = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in argv if word.startswith("--")}
 
     def is_added(name: str) -> bool:
-        if name in words or path is None:
-            return name in words
+        if _hyphened(name) in words or path is None:
+            return _hyphened(name) in words
         with suppress(ValueError, OSError):
-            return config_value(path, name) is not None
+            return config_value(path, name.replace("-", "_")) is not None
         return False
 
     return [name for name in _addable_terms(objective) if is_added(name)]
@@ -56,7 +56,8 @@ def add_objective_flags(parser: ArgumentParser, objective: str, added: Sequence[
         group: Any = _Once(parser, parser.add_argument_group(f"objective {name}"))
         OBJECTIVES[name].add_arguments(group)
     for name in _addable_terms(objective):
-        parser.add_argument(f"--{name}", type=_weight, metavar="WEIGHT", help=f"Add the term {name} with this weight.")
+        flags = dict.fromkeys((f"--{_hyphened(name)}", f"--{name}"))
+        parser.add_argument(*flags, type=_weight, metavar="WEIGHT", help=f"Add the term {name} with this weight.")
 
 
 def make_objective(name: str, flags: Namespace, labels: Sequence[str]) -> Objective:
@@ -66,7 +67,7 @@ def make_objective(name: str, flags: Namespace, labels: Sequence[str]) -> Object
         return objective
     terms = [(objective, 1.0)]
     for other in _addable_terms(name):
-        weight = getattr(flags, other)
+        weight = getattr(flags, other.replace("-", "_"))
         if weight is not None:
             added = OBJECTIVES[other].from_arguments(flags, labels)
             assert isinstance(added, Term)
@@ -78,6 +79,10 @@ def _addable_terms(objective: str) -> list[str]:
     """Names of the terms that can be added to an objective which is itself one."""
     terms = [name for name, kind in OBJECTIVES.items() if issubclass(kind, Term)]
     return [name for name in terms if name != objective] if objective in terms else []
+
+
+def _hyphened(name: str) -> str:
+    return name.replace("_", "-")
 
 
 class _Once:

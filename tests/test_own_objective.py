@@ -1,0 +1,75 @@
+"""An objective in a file of the user's own, which trains, is killed and resumed like the package's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import flags, results_of, write_case
+from training_helpers import ROOT, adapter_bytes, call, load_example
+
+from register_adapter.training import OBJECTIVES
+from register_adapter.training.objectives.flags import added_terms
+
+SCRIPT = ROOT / "examples" / "my_objective.py"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [(), ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")])
+def test_a_script_of_the_users_trains_and_goes_on(start: tuple[str, ...], case: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--objective", "even_norms", "--power", "1", "--preserve", "0.5", "--max-train-steps", "4"]
+    options += ["--checkpointing-steps", "2", "--target-store", str(tmp_path / "targets")]
+    done = call([sys.executable, *start, str(SCRIPT), *flags(case, out, *options)])
+    assert done.returncode == 0, done.stderr
+    results = results_of(out)
+    terms = results["objective"]["terms"]
+    assert [term["name"] for term in terms] == ["even_norms", "preserve"]
+    assert terms[0]["power"] == 1.0
+    assert {"eval_even_norms", "eval_registers_off_even_norms"} <= set(results["metrics"])
+    trained = adapter_bytes(out)
+    more = ["--resume-from-checkpoint", str(out / "checkpoint-2")]
+    done = call([sys.executable, *start, str(SCRIPT), *flags(case, tmp_path / "again", *options, *more)])
+    assert done.returncode == 0, done.stderr
+    assert adapter_bytes(tmp_path / "again") == trained
+
+
+def test_without_the_script_there_is_no_such_objective(case: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "register_adapter.train", *flags(case, tmp_path, "--objective", "even_norms")]
+    done = call(command)
+    assert done.returncode == 2
+    assert "argument --objective: invalid choice: 'even_norms' (choose from" in done.stderr
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> type:
+    monkeypatch.setattr("register_adapter.training.OBJECTIVES", OBJECTIVES)
+    monkeypatch.delitem(OBJECTIVES, "even_norms", raising=False)
+    kind: type = load_example("my_objective").EvenNorms
+    monkeypatch.setitem(OBJECTIVES, "even_norms", kind)
+    return kind
+
+
+@pytest.mark.parametrize("word", ["--even-norms=0.1", "--even_norms"])
+def test_it_is_added_to_others_by_its_name(word: str, own: type) -> None:
+    assert added_terms(["--objective", "distillation", word, "0.1"], "distillation") == ["even_norms"]
+    assert added_terms(["--objective", "distillation"], "distillation") == []
+
+
+def test_it_measures_what_it_says(own: type) -> None:
+    class Tokens:
+        before_norm = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [4.0, 0.0]]])
+
+    class Teacher:
+        tokens = Tokens
+
+    term = own(power=1.0)  # type: ignore[call-arg]
+    (value,) = term.measure(None, Tokens, term.targets(Teacher), {})
+    assert value.item() == pytest.approx(2 * torch.tensor(2.0).log().item() / 3)
