@@ -128,6 +128,10 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def name_of(self, index: int) -> str:
+        """What to call an item in a message: the path of its image, if it has one."""
+        return _item_name(self.dataset[index]["image"], index)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
         labels = {}

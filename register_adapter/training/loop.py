@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .arguments import TrainArguments
-from .callbacks import Callback
+from .callbacks import Callback, LossGuard
 from .checkpoints import TrainState
 from .interruption import Interrupted, Interruption
 from .objectives import Objective
@@ -83,6 +83,7 @@ class Loop:
         self._evaluating, self._saved = 0.0, state.global_step if checkpoint else 0
         self._sums: dict[str, Any] = defaultdict(float)
         self._count = 0
+        self._guard, self._first_batch = LossGuard(accelerator, loader.dataset), state.step
 
     @property
     def images_per_second(self) -> float:
@@ -102,7 +103,8 @@ class Loop:
             was nothing left to do.
 
         Raises:
-            FloatingPointError: The loss is not finite.
+            FloatingPointError: The loss or the gradient is not finite; nothing is learned from it, and a checkpoint of
+                the last good step is written where there can be one.
             Interrupted: A signal came; a checkpoint is written where there can be one.
         """
         metrics: dict[str, float] = {}
@@ -150,10 +152,33 @@ class Loop:
             Interrupted: Always.
         """
         assert self.interruption is not None
+        self._save_last()
+        raise self.interruption.stop(f"at step {self.state.global_step} of {self.total_steps}", self.checkpoint)
+
+    def _save_last(self) -> None:
+        """Write a checkpoint of the last step, if there can be one and is none."""
         possible = self.args.output_dir is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED
         if possible and self.state.global_step != self._saved:
             self.save_checkpoint()
-        raise self.interruption.stop(f"at step {self.state.global_step} of {self.total_steps}", self.checkpoint)
+
+    def _refuse(self, norm: Any = None) -> None:
+        """End the run before a step whose loss or gradient is not finite is taken.
+
+        Raises:
+            FloatingPointError: It is not.
+        """
+        fault = self._guard.check(norm)
+        if fault is None:
+            return
+        what, images = fault
+        self.optimizer.zero_grad()
+        self.state.step = self._first_batch  # whoever goes on from here sees these batches again
+        self._save_last()
+        kept = f"{self.checkpoint} holds what was learned before it" if self.checkpoint else "nothing is saved"
+        raise FloatingPointError(
+            f"{what} at step {self.state.global_step + 1}{f', on {images}' if images else ''}; the step was not taken, "
+            f"{kept}. Look at the images, lower the learning rate, or use bf16 in place of fp16"
+        )
 
     def _evaluate_if_due(self, bar: Any) -> None:
         """Evaluate the model of this step if its turn has come; nothing else about the run changes."""
@@ -211,10 +236,13 @@ class Loop:
             callback.on_step_begin(self.model, self.state.global_step / self.total_steps)
         with self.accelerator.accumulate(self.model):
             loss, metrics = self.objective.loss(self.model, batch)
+            self._guard.add(batch, loss)
+            steps, deepspeed = self.accelerator.sync_gradients, self._takes_steps_in_backward
+            if steps and deepspeed:
+                self._refuse()
             self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients and self.args.max_grad_norm:
-                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-                self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
+            if steps and not deepspeed:
+                self._refuse(self._clip())
             self.optimizer.step()
             if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
@@ -226,18 +254,26 @@ class Loop:
         self.state.step += 1
         if self.state.step == len(self.loader):
             self.state.epoch, self.state.step = self.state.epoch + 1, 0
-        self.state.global_step += int(self.accelerator.sync_gradients)
+        if self.accelerator.sync_gradients:
+            self.state.global_step += 1
+            self._first_batch = self.state.step
+
+    @property
+    def _takes_steps_in_backward(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    def _clip(self) -> Any:
+        """Clip the gradient; its norm before, ``None`` where a scaler of fp16 looks after it."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm or math.inf)
+        scaler = self.accelerator.scaler
+        return None if scaler is not None and scaler.is_enabled() else norm
 
     def _log(self) -> dict[str, float]:
         means = {name: value / self._count for name, value in self._sums.items()}
         reduced = {f"train_{name}": float(self.accelerator.reduce(mean, "mean")) for name, mean in means.items()}
         self._sums.clear()
         self._count = 0
-        if not math.isfinite(reduced["train_loss"]):
-            raise FloatingPointError(
-                f"the loss is {reduced['train_loss']} at step {self.state.global_step}; lower the learning rate, or "
-                "use bf16 in place of fp16"
-            )
         rate = {"learning_rate": self.scheduler.get_last_lr()[0], "images_per_second": self.images_per_second}
         self.accelerator.log({**reduced, **rate}, step=self.state.global_step)
         return reduced

@@ -20,7 +20,7 @@ class Objective(ABC):
     """A loss and its evaluation, and what it needs of an item; it knows neither devices nor processes.
 
     How the base is loaded is in ``training/bases.py``, what may move in ``training/moving.py``, and what changes during
-    a run in ``training/callbacks.py``. A new objective is a subclass and an entry in
+    a run in ``training/callbacks``. A new objective is a subclass and an entry in
     :data:`register_adapter.training.OBJECTIVES`. The model that ``loss`` and ``evaluate`` get may be wrapped for
     distributed training: call it, and reach its own methods, such as ``disable_adapter()`` for a teacher, through
     ``accelerate.utils.extract_model_from_parallel(model)``.

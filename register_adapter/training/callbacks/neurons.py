@@ -1,4 +1,4 @@
-"""What changes during a run, apart from the loss: the register neurons' shift that fades."""
+"""The register neurons' shift that fades during a run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ..neurons import set_strength
+from ...neurons import set_strength
+from .base import Callback
 
-__all__ = ["AnnealNeurons", "Callback"]
-
-
-class Callback:
-    """Called by the loop; what it does must depend on its arguments alone, so that a run can be resumed."""
-
-    def on_step_begin(self, model: nn.Module, progress: float) -> None:
-        """Called before every batch with the part of the run that is done, 0 to 1; ``model`` may be wrapped."""
-
-    def details(self) -> dict[str, Any]:
-        """What ``results.json`` says of it, ready for JSON."""
-        return {}
+__all__ = ["AnnealNeurons"]
 
 
 class AnnealNeurons(Callback):

@@ -1,0 +1,9 @@
+"""What changes during a run, apart from the loss, and what watches over it."""
+
+from __future__ import annotations
+
+from .base import Callback
+from .guard import LossGuard
+from .neurons import AnnealNeurons
+
+__all__ = ["AnnealNeurons", "Callback", "LossGuard"]
