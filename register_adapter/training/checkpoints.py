@@ -13,7 +13,7 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from ..tuner.composed import ComposedPeftModel
 from ..utils.adapter_file import read_tensors
 from ..utils.files import open_regular, read_text
 from ..utils.staging import scratch_folder
+from .callbacks import Callback
 
 __all__ = [
     "CheckpointError",
@@ -125,6 +126,7 @@ def save(
     output_dir: str | Path,
     total_limit: int | None = None,
     best: dict[str, torch.Tensor] | None = None,
+    callbacks: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write ``checkpoint-<global_step>``; every process calls it, the main one writes.
 
@@ -137,6 +139,7 @@ def save(
         output_dir: The run's folder.
         total_limit: Keep this many checkpoints, the newest; ``None`` keeps all.
         best: The best adapter so far, from :func:`copy_weights`.
+        callbacks: What each callback says of its state.
 
     Returns:
         The checkpoint's folder.
@@ -147,6 +150,7 @@ def save(
         "scheduler": scheduler.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "random": gather_object([_random_state()]),
+        "callbacks": list(callbacks),
     }
     target = Path(output_dir) / f"checkpoint-{state.global_step}"
     if accelerator.is_main_process:
@@ -260,8 +264,15 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
     return state
 
 
-def load(checkpoint: Path, accelerator: Accelerator, model: nn.Module, optimizer: Any, scheduler: Any) -> Any:
-    """Load optimiser, scheduler and gradient scaler, after all were prepared.
+def load(
+    checkpoint: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    callbacks: Sequence[Callback] = (),
+) -> Any:
+    """Load optimiser, scheduler, gradient scaler and callbacks, after all were prepared.
 
     Returns:
         This process's random state, for :func:`set_random_state` once the data are in place.
@@ -277,6 +288,8 @@ def load(checkpoint: Path, accelerator: Accelerator, model: nn.Module, optimizer
         _load_optimizer_state(accelerator, model, optimizer, tensors["optimizer"])
         if accelerator.scaler is not None and tensors["scaler"] is not None:
             accelerator.scaler.load_state_dict(tensors["scaler"])
+        for callback, own in zip(callbacks, tensors.get("callbacks", ()), strict=False):
+            callback.load_state_dict(model, own)
         return tensors["random"][accelerator.process_index]
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error

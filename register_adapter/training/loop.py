@@ -135,6 +135,7 @@ class Loop:
                         self.stop()
             if self._count:
                 metrics = self._log()
+            self._tell("on_evaluate_begin")  # what is evaluated and saved from now on
         self.seconds = time.perf_counter() - began - self._evaluating
         return metrics
 
@@ -155,8 +156,13 @@ class Loop:
         self._save_last()
         raise self.interruption.stop(f"at step {self.state.global_step} of {self.total_steps}", self.checkpoint)
 
+    def _tell(self, event: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.model)
+
     def _save_last(self) -> None:
         """Write a checkpoint of the last step, if there can be one and is none."""
+        self._tell("on_evaluate_end")
         possible = self.args.output_dir is not None and self.accelerator.distributed_type != DistributedType.DEEPSPEED
         if possible and self.state.global_step != self._saved:
             self.save_checkpoint()
@@ -185,6 +191,7 @@ class Loop:
         if self.eval_loader is None or not self.selection.is_due(self.total_steps):
             return
         began = time.perf_counter()
+        self._tell("on_evaluate_begin")
         try:
             with checkpoints.same_random_state():
                 means = self.evaluate()
@@ -194,6 +201,7 @@ class Loop:
         best = self.selection.add(means)
         if best and self.args.load_best_model_at_end:
             self.selection.weights = checkpoints.copy_weights(self.accelerator, self.model)
+        self._tell("on_evaluate_end")
         self.accelerator.log(metrics, step=self.state.global_step)
         self.model.train()
         if not bar.disable:
@@ -257,6 +265,7 @@ class Loop:
         if self.accelerator.sync_gradients:
             self.state.global_step += 1
             self._first_batch = self.state.step
+            self._tell("on_step_end")
 
     @property
     def _takes_steps_in_backward(self) -> bool:
@@ -295,6 +304,7 @@ class Loop:
             str(self.args.output_dir),
             self.args.checkpoints_total_limit,
             self.selection.weights,
+            [callback.state_dict() for callback in self.callbacks],
         )
         self._saved = self.state.global_step
 
