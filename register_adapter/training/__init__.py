@@ -2,7 +2,7 @@
 
 from .arguments import TrainArguments
 from .bases import BASES, load_base, wrap
-from .callbacks import AnnealNeurons, Callback
+from .callbacks import AnnealNeurons, AverageWeights, Callback
 from .loop import evaluate
 from .objectives import (
     OBJECTIVES,
@@ -22,6 +22,7 @@ __all__ = [
     "BASES",
     "OBJECTIVES",
     "AnnealNeurons",
+    "AverageWeights",
     "Callback",
     "ClassificationObjective",
     "DistillationObjective",

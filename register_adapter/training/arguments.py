@@ -71,6 +71,9 @@ class TrainArguments:
         None, "Folder for what the frozen base says of every training image, computed once; used again if it is there."
     )
     target_dtype: str = _knob("bfloat16", "How it is stored: bfloat16, float16, float32 or int8.")
+    ema_decay: float | None = _knob(
+        None, "Evaluate and save an exponential moving average of what is trained, such as 0.999; by default none."
+    )
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
     report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
@@ -100,6 +103,9 @@ class TrainArguments:
         for name in ("learning_rate", "weight_decay"):
             self._check(name, (int, float), 0)
         self._check("max_grad_norm", (int, float), 0, optional=True)
+        self._check("ema_decay", (int, float), 0, optional=True)
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
         if self.learning_rate == 0:
             raise ValueError("learning_rate must be above 0, got 0")
         if self.lr_scheduler_type not in SCHEDULES:

@@ -23,7 +23,7 @@ from ..utils.parameters import trainable_by_part
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
-from .callbacks import Callback
+from .callbacks import AverageWeights, Callback
 from .checkpoints import TrainState
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
 from .loop import Loop, number_of_steps
@@ -102,6 +102,7 @@ def train(
         Interrupted: A signal came, and ``interruption`` listened.
     """
     accelerator = make_accelerator(args)
+    callbacks = [*callbacks, *([AverageWeights(args.ema_decay)] if args.ema_decay is not None else [])]
     # One process of a run holds the lock, for all of them.
     holds = accelerator.is_main_process and args.output_dir is not None
     with folder_lock(str(args.output_dir)) if holds else nullcontext():
@@ -271,7 +272,7 @@ def _prepare(
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, total_steps)
     random_state = None
     if checkpoint is not None:
-        random_state = checkpoints.load(checkpoint, accelerator, prepared, optimizer, scheduler)
+        random_state = checkpoints.load(checkpoint, accelerator, prepared, optimizer, scheduler, callbacks)
     return Loop(
         accelerator,
         args,

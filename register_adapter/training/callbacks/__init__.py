@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .average import AverageWeights
 from .base import Callback
 from .guard import LossGuard
 from .neurons import AnnealNeurons
 
-__all__ = ["AnnealNeurons", "Callback", "LossGuard"]
+__all__ = ["AnnealNeurons", "AverageWeights", "Callback", "LossGuard"]

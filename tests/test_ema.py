@@ -1,0 +1,164 @@
+"""An average of what is trained: what it is, that it is evaluated and saved, and that a run goes on with it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
+from training_helpers import adapter_bytes
+
+from register_adapter import add_registers
+from register_adapter.testbed import load_vit
+from register_adapter.training import AverageWeights, Callback, ClassificationObjective, TrainArguments, train
+from register_adapter.training.interruption import Interrupted, Interruption
+
+DECAY = ("--ema-decay", "0.7")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def whole(case: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the average, and a checkpoint and an evaluation in its middle."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    start(flags(case, out, *RUN, *DECAY, "--checkpointing-steps", "3", "--eval-steps", "2"))
+    return out
+
+
+class Record(Callback):
+    """Keeps the weights after every step, and those that are evaluated."""
+
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+        self.evaluated: list[torch.Tensor] = []
+
+    def on_step_begin(self, model: Any, progress: float) -> None:
+        if not self.weights:
+            self.on_step_end(model)
+
+    def on_step_end(self, model: Any) -> None:
+        self.weights.append(trained(model))
+
+    def on_evaluate_begin(self, model: Any) -> None:
+        self.evaluated.append(trained(model))
+
+
+def seeded() -> Any:
+    torch.manual_seed(0)
+    return add_registers(load_vit(), 2)
+
+
+def trained(model: Any) -> torch.Tensor:
+    (tokens,) = (value for value in model.parameters() if value.requires_grad)
+    return tokens.detach().clone()  # type: ignore[no-any-return]
+
+
+def items() -> list[dict[str, Any]]:
+    pixels = torch.randn(8, 3, 80, 80, generator=torch.Generator().manual_seed(0))
+    return [{"pixel_values": image, "labels": index % 3, "index": index} for index, image in enumerate(pixels)]
+
+
+def test_it_is_the_average_that_is_evaluated_and_left_in_the_model() -> None:
+    model, record = seeded(), Record()
+    args = TrainArguments(max_train_steps=4, quiet=True, use_cpu=True, eval_steps=3, gradient_accumulation_steps=2)
+    average = AverageWeights(0.25)
+    train(model, ClassificationObjective(), items(), args, items()[:2], callbacks=[average, record])
+    first, *steps = record.weights
+    expected, averages = first, []
+    for number, weights in enumerate(steps, 1):
+        decay = min(0.25, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * weights
+        averages.append(expected)
+    torch.testing.assert_close(record.evaluated[0], averages[0])  # at the end of the first epoch
+    torch.testing.assert_close(trained(model), averages[-1])
+    assert not torch.equal(averages[-1], steps[-1])
+    # Training went on from the weights themselves.
+    plain, again = seeded(), Record()
+    train(plain, ClassificationObjective(), items(), args, items()[:2], callbacks=[again])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(steps, again.weights[1:], strict=True))
+
+
+def test_the_run_goes_on_bit_for_bit(case: Path, whole: Path, tmp_path: Path) -> None:
+    options = [*RUN, *DECAY, "--checkpointing-steps", "3", "--eval-steps", "2"]
+    checkpoint = ["--resume-from-checkpoint", str(whole / "checkpoint-3")]
+    start(flags(case, tmp_path / "again", *options, *checkpoint))
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(whole)
+    assert results_of(tmp_path / "again")["evaluations"] == results_of(whole)["evaluations"]
+    assert results_of(whole)["objective"]["ema_decay"] == 0.7
+    # What is saved is not what training goes on from.
+    last = load_file(whole / "checkpoint-6" / "adapter_model.safetensors")
+    state = torch.load(whole / "checkpoint-6" / "train_state.pt", weights_only=True)["callbacks"][0]
+    assert state["steps"] == 6
+    name = next(name for name in last if name.endswith("tokens.weight"))
+    own = next(value for key, value in state["average"].items() if "tokens" in key)
+    assert own.shape == last[name].shape
+    assert not torch.equal(own, last[name])
+
+
+def test_the_best_evaluation_is_of_an_average(case: Path, whole: Path, tmp_path: Path) -> None:
+    options = [*RUN, *DECAY, "--eval-steps", "2", "--load-best-model-at-end"]
+    results = start(flags(case, tmp_path, *options))
+    assert results["evaluations"] == results_of(whole)["evaluations"]
+    best = min(results["evaluations"], key=lambda evaluation: evaluation["loss"])
+    assert results["metrics"]["eval_loss"] == best["loss"]
+    if best["step"] == STEPS:
+        assert adapter_bytes(tmp_path) == adapter_bytes(whole)
+
+
+class Stopping(ClassificationObjective):
+    """Gets a signal in one of its evaluations."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.calls = at, 0
+
+    def evaluate(self, model: Any, batch: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.at:
+            signal.raise_signal(signal.SIGTERM)
+        return super().evaluate(model, batch)
+
+
+# The first call asks for the names of metrics, two are an evaluation; the sixth is of the model without registers.
+@pytest.mark.parametrize("at", [2, 4, 6])
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_is_ended_in_an_evaluation_goes_on_from_its_own_weights(at: int, best: bool, tmp_path: Path) -> None:
+    def run(objective: Any, out: str, **options: Any) -> torch.Tensor:
+        model = seeded()
+        args = TrainArguments(
+            str(tmp_path / out), quiet=True, use_cpu=True, ema_decay=0.5, max_train_steps=2, eval_steps=1, **options
+        )
+        args.per_device_eval_batch_size, args.load_best_model_at_end = 4, best
+        with Interruption() as interruption:
+            train(model, objective, items(), args, items(), interruption=interruption)
+        return trained(model)
+
+    plain = run(ClassificationObjective(), "plain")
+    with pytest.raises(Interrupted):
+        run(Stopping(at), "out")
+    assert torch.equal(run(ClassificationObjective(), "out", resume_from_checkpoint="latest"), plain)
+
+
+@pytest.mark.parametrize("value", ["1", "-0.1", "nan", "1.5"])
+def test_a_decay_that_makes_no_sense_is_refused(
+    value: str, case: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert stopped(flags(case, tmp_path / "out", f"--ema-decay={value}")) == 2
+    assert "ema_decay must be" in capfd.readouterr().err
+
+
+def test_another_decay_is_another_run(case: Path, whole: Path, tmp_path: Path, capfd: Any) -> None:
+    words = [*RUN, "--checkpointing-steps", "3", "--eval-steps", "2", "--resume-from-checkpoint"]
+    for decay in ((), ("--ema-decay", "0.8")):
+        assert stopped(flags(case, tmp_path / "out", *words, str(whole / "checkpoint-3"), *decay)) == 1
+        assert "written by a run with other settings (objective:" in capfd.readouterr().err
+    assert json.loads((whole / "results.json").read_text())["global_step"] == STEPS
