@@ -3,7 +3,7 @@
 from .augmentation import AUGMENTATIONS, Augmentation
 from .batches import ImageBatches, list_images
 from .datasets import Data, DataArguments, ProcessedDataset, load_data
-from .folders import read_flat_folder, read_image_folder
+from .folders import read_captioned_folder, read_flat_folder, read_image_folder
 from .images import ImageFileError, check_image, load_image
 from .processors import load_image_processor
 
@@ -20,6 +20,7 @@ __all__ = [
     "load_data",
     "load_image",
     "load_image_processor",
+    "read_captioned_folder",
     "read_flat_folder",
     "read_image_folder",
 ]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Image, Value, load_dataset
-from tqdm.auto import tqdm
 
 from ..utils.files import check_regular
 from .augmentation import AUGMENTATIONS, Augmentation
-from .folders import read_flat_folder, read_image_folder
-from .images import ImageFileError, check_image, image_name, load_image
+from .checking import item_name, skip_bad
+from .folders import read_captioned_folder, read_flat_folder, read_image_folder
+from .images import image_name, load_image
 from .processing import process_image
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_SHOWN = 20
 
 
 @dataclass
@@ -53,6 +50,7 @@ class DataArguments:
     )
     image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the texts, for objectives on pairs."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many evaluation images only."})
     augmentation: str = field(
@@ -101,7 +99,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Items ``{"pixel_values": (3, H, W) float32, "index": int, "labels": int}`` of a map-style data set of images.
 
     ``index`` is the item's number, which stays the same however the items are shuffled; ``labels`` is there where the
-    data set has a label.
+    data set has a label, and ``text`` where it has one; of several texts another one in each epoch.
 
     Args:
         dataset: A ``datasets.Dataset``, or anything with ``len`` and items ``{"image": image, "label": int}``; an
@@ -130,7 +128,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def name_of(self, index: int) -> str:
         """What to call an item in a message: the path of its image, if it has one."""
-        return _item_name(self.dataset[index]["image"], index)
+        return item_name(self.dataset[index]["image"], index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
@@ -140,13 +138,20 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             if label is None or label < 0:
                 raise ValueError(f"item {index} ({image_name(item['image'])}) has no label (found {label!r})")
             labels["labels"] = int(label)
-        name = _item_name(item["image"], index)
+        name = item_name(item["image"], index)
         image = load_image(item["image"], name)
         if self.augmentation is not None:
             image = self.augmentation(image, self.epoch, index)
         made = process_image(self.image_processor, image, name)
         pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
-        return {"pixel_values": pixels[0], "index": index, **labels}
+        return {"pixel_values": pixels[0], "index": index, **labels, **self._text_of(item)}
+
+    def _text_of(self, item: Any) -> dict[str, Any]:
+        if "text" not in item:
+            return {}
+        text = item["text"]
+        several = isinstance(text, list | tuple) and len(text) > 0
+        return {"text": text[self.epoch % len(text)] if several else text}
 
 
 class PixelBatches:
@@ -168,73 +173,6 @@ class PixelBatches:
             yield torch.stack([self.dataset[index]["pixel_values"] for index in items])
 
 
-def skip_bad(
-    dataset: Dataset,
-    image_column: str = "image",
-    decode: bool = True,
-    strict: bool = False,
-    num_workers: int = 4,
-    progress: bool = True,
-) -> tuple[Dataset, list[str]]:
-    """Leave out the items whose images cannot be read, and say which; classes and their numbers stay.
-
-    Every process checks its share of the items.
-
-    Args:
-        dataset: A ``datasets.Dataset`` with undecoded images.
-        image_column: Column with the images.
-        decode: Decode every image whole, or read headers only.
-        strict: Refuse instead of skipping.
-        num_workers: Number of threads per process.
-        progress: Show a bar.
-
-    Returns:
-        The data set without bad items, and a line for each of those: its name and what is wrong.
-
-    Raises:
-        ImageFileError: ``strict`` and an image is bad, or none is good.
-    """
-    state = PartialState()
-    share = range(state.process_index, len(dataset), state.num_processes)
-    images = dataset.select_columns([image_column])
-
-    def check(index: int) -> tuple[int, str] | None:
-        source = images[index][image_column]
-        fault = check_image(source, decode)
-        return (index, f"{_item_name(source, index)}: {fault}") if fault else None
-
-    with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
-        results = tqdm(
-            pool.map(check, share),
-            "checking images",
-            len(share),
-            unit="file",
-            disable=not (progress and state.is_local_main_process),
-        )
-        mine = [result for result in results if result is not None]
-    faults = dict(sorted(gather_object(mine)))
-    if not faults:
-        return dataset, []
-    lines = list(faults.values())
-    if strict:
-        raise ImageFileError(f"{len(lines)} of {len(dataset)} files are bad, and none may be (strict): {_some(lines)}")
-    if len(faults) == len(dataset):
-        raise ImageFileError(f"none of {len(dataset)} files is an image that can be read: {_some(lines)}")
-    if state.is_main_process:
-        logger.warning("%d of %d files are bad and skipped:\n  %s", len(lines), len(dataset), "\n  ".join(lines))
-    return dataset.select([index for index in range(len(dataset)) if index not in faults]), lines
-
-
-def _item_name(source: Any, index: int) -> str:
-    name = image_name(source)
-    return name if isinstance(source, dict) and source.get("path") else f"item {index} ({name})"
-
-
-def _some(lines: list[str]) -> str:
-    rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return "; ".join(lines[:_SHOWN]) + rest
-
-
 def _class_names(dataset: Dataset, column: str) -> list[str]:
     """The class names of a label column: a ``ClassLabel``'s own, or the sorted values of strings or numbers."""
     feature = dataset.features.get(column)
@@ -252,8 +190,8 @@ def _class_names(dataset: Dataset, column: str) -> list[str]:
     )
 
 
-def _from_hub(args: DataArguments, token: str | None, labelled: bool) -> tuple[Dataset, Dataset | None]:
-    """The training split, and the validation or test split if there is one: a column ``image``, and maybe ``label``."""
+def _from_hub(args: DataArguments, token: str | None, keys: Collection[str]) -> tuple[Dataset, Dataset | None]:
+    """The training split, and the validation or test split if there is one: columns ``image`` and those of ``keys``."""
     assert args.dataset_name is not None
     check_regular(args.dataset_name, deep=True)
     with PartialState().main_process_first():
@@ -261,22 +199,32 @@ def _from_hub(args: DataArguments, token: str | None, labelled: bool) -> tuple[D
     if "train" not in splits:
         raise ValueError(f"{args.dataset_name} has no split 'train'; it has {list(splits)}")
     chosen = [splits[name] for name in ("train", "validation", "test") if name in splits][:2]
-    names = {args.image_column_name: "image"} | ({args.label_column_name: "label"} if labelled else {})
+    columns = {"image": args.image_column_name, "label": args.label_column_name, "text": args.text_column_name}
+    names = {columns[key]: key for key in ("image", *keys)}
     missing = [name for name in names if name not in chosen[0].features]
     if missing:
         raise ValueError(
             f"{args.dataset_name} has no columns {missing}; it has {list(chosen[0].features)}. Name them with "
-            "--image-column-name and --label-column-name"
+            f"{' and '.join(f'--{key}-column-name' for key in names.values())}"
         )
     renamed = {old: new for old, new in names.items() if old != new}
     sets = [
         split.select_columns(list(names)).rename_columns(renamed).cast_column("image", Image(decode=False))
         for split in chosen
     ]
-    if labelled:
+    if "label" in keys:
         labels = ClassLabel(names=_class_names(chosen[0], args.label_column_name))
         sets = [split.cast_column("label", labels) for split in sets]
     return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def _from_folder(
+    folder: str, args: DataArguments, labelled: bool, texts: bool, classes: Sequence[str] | None = None
+) -> Dataset:
+    """The images of a folder, with what else is needed of them."""
+    if texts:
+        return read_captioned_folder(folder, args.text_column_name)
+    return read_image_folder(folder, classes) if labelled else read_flat_folder(folder)
 
 
 @dataclass
@@ -284,7 +232,7 @@ class Data:
     """What :func:`load_data` returns.
 
     Attributes:
-        train: The training images, columns ``image`` and ``label``.
+        train: The training images, columns ``image``, and ``label`` or ``text`` where they are needed.
         validation: The evaluation images, with the same columns.
         labels: Class names in the order of their numbers, none without labels.
         skipped: A line for each file that was left out: its name and what is wrong.
@@ -308,6 +256,7 @@ def load_data(
     *,
     progress: bool = True,
     labelled: bool = True,
+    texts: bool = False,
 ) -> Data:
     """Load, split and check the images that ``args`` describe.
 
@@ -319,6 +268,7 @@ def load_data(
         progress: Show a bar while images are checked.
         labelled: Whether labels are needed. Without, a folder is taken with all that is below it, and no label column
             is looked for.
+        texts: Whether texts are needed: a column of the data set, or of ``metadata.jsonl`` in the folder.
 
     Raises:
         ValueError: There is no such folder, column or split, or a class of the validation set is unknown.
@@ -327,14 +277,15 @@ def load_data(
     if args.train_dir is not None:
         name = Path(args.train_dir).resolve().name
         folder, validation = args.validation_dir, None
-        train = read_image_folder(args.train_dir) if labelled else read_flat_folder(args.train_dir)
+        train = _from_folder(args.train_dir, args, labelled, texts)
         if folder:
-            classes = train.features["label"].names if labelled else ()
-            validation = read_image_folder(folder, classes) if labelled else read_flat_folder(folder)
+            validation = _from_folder(
+                folder, args, labelled, texts, train.features["label"].names if labelled else None
+            )
         validation_name = Path(folder).resolve().name if folder else name
     else:
         name = str(args.dataset_name)
-        train, validation = _from_hub(args, token, labelled)
+        train, validation = _from_hub(args, token, [*(["label"] if labelled else []), *(["text"] if texts else [])])
         validation_name = name
     if len(train) < 2 and validation is None:
         raise ValueError(f"{name} has {len(train)} images; at least two are needed, one of them for the evaluation")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import Sequence as Several
 
+from ..utils.files import open_regular
 from ..utils.text import first_few, path_text, printable
 from .images import walk_files
 
-__all__ = ["read_flat_folder", "read_image_folder"]
+__all__ = ["read_captioned_folder", "read_flat_folder", "read_image_folder"]
 
 logger = logging.getLogger(__name__)
+_CAPTIONS = "metadata.jsonl"
 
 
 def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -> Dataset:
@@ -80,3 +84,58 @@ def read_flat_folder(folder: str | Path) -> Dataset:
     if not files:
         raise ValueError(f"{root} has no files")
     return Dataset.from_dict({"image": files}, features=Features({"image": Image(decode=False)}))
+
+
+def read_captioned_folder(folder: str | Path, column: str = "text") -> Dataset:
+    """List the images of a folder that its ``metadata.jsonl`` has a text for; no image is opened.
+
+    Args:
+        folder: It holds ``metadata.jsonl``, with a line such as ``{"file_name": "1.jpg", "text": "a cat"}`` for each
+            image, as ``datasets`` reads it; names are relative to the folder.
+        column: Key of the text, or of a list of texts.
+
+    Returns:
+        Columns ``image`` (undecoded ``datasets.Image``) and ``text``, in the order of the file.
+
+    Raises:
+        ValueError: There is no such folder or file, a line is none, or a text is missing.
+        OSError: It cannot be read.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder")
+    path = root / _CAPTIONS
+    if not path.is_file():
+        raise ValueError(
+            f'{root} has no {_CAPTIONS} with a line such as {{"file_name": "1.jpg", "{column}": "a cat"}} an image; '
+            "other ways to store pairs of images and texts are read with --dataset-name"
+        )
+    images, texts = list[str](), list[list[str]]()
+    with open_regular(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                name, given = _read_caption(line, column, f"{path}, line {number}")
+                images.append(path_text(root / name))
+                texts.append(given)
+    if not images:
+        raise ValueError(f"{path} is empty")
+    features = Features({"image": Image(decode=False), "text": Several(Value("string"))})
+    return Dataset.from_dict({"image": images, "text": texts}, features=features)
+
+
+def _read_caption(line: bytes, column: str, place: str) -> tuple[str, list[str]]:
+    """Name of a file and its texts."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is not JSON in UTF-8: {error}") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or column not in entry:
+        keys = sorted(entry) if isinstance(entry, dict) else entry
+        raise ValueError(
+            f"{place} must have the keys 'file_name' and {column!r}, found {keys!r:.200}; name the text's with "
+            "--text-column-name"
+        )
+    given = entry[column] if isinstance(entry[column], list) else [entry[column]]
+    if not given or not all(isinstance(text, str) and text.strip() for text in given):
+        raise ValueError(f"{place}: {column!r} must be a text or a list of texts, found {entry[column]!r:.80}")
+    return entry["file_name"], given

@@ -7,6 +7,7 @@ from .loop import evaluate
 from .objectives import (
     OBJECTIVES,
     ClassificationObjective,
+    ContrastiveObjective,
     DistillationObjective,
     NormObjective,
     Objective,
@@ -25,6 +26,7 @@ __all__ = [
     "AverageWeights",
     "Callback",
     "ClassificationObjective",
+    "ContrastiveObjective",
     "DistillationObjective",
     "NormObjective",
     "Objective",

@@ -16,6 +16,7 @@ from ..utils.models import require_model
 from ..utils.shipped import local_folder
 from .moving import Moving, put_on
 from .objectives import Objective
+from .objectives.tokens import has_both_towers
 
 __all__ = ["BASES", "load_base", "wrap"]
 
@@ -41,7 +42,7 @@ def load_base(objective: Objective, name_or_path: str, **kwargs: Any) -> nn.Modu
     require_model(name_or_path, **kwargs)
     base, info, may_be_new = BASES[objective.base](folder, **objective.base_options, **kwargs)
     objective.check_base(base)
-    _check_loaded(base, info, name_or_path, may_be_new)
+    _check_loaded(base, info, name_or_path, may_be_new, bool(objective.base_options.get("freeze_head")))
     return base
 
 
@@ -103,6 +104,24 @@ def _load_backbone(name_or_path: str, **kwargs: Any) -> Loaded:
     return model, info, ("pooler.",)
 
 
+def _load_image_text(name_or_path: str, **kwargs: Any) -> Loaded:
+    """``AutoModel`` with both towers, as CLIP and SigLIP have them.
+
+    Raises:
+        ValueError: The model has no text tower.
+    """
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    model, info = None, {}
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        model, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    if model is None or not has_both_towers(model):
+        raise ValueError(
+            f"{name_or_path} ({type(config).__name__}) does not embed images and texts side by side; texts need a "
+            "model that does, such as CLIP or SigLIP"
+        )
+    return model, info, ()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     level = logging.get_verbosity()
@@ -113,7 +132,9 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _check_loaded(model: nn.Module, info: dict[str, Any], name_or_path: str, may_be_new: tuple[str, ...]) -> None:
+def _check_loaded(
+    model: nn.Module, info: dict[str, Any], name_or_path: str, may_be_new: tuple[str, ...], frozen_head: bool
+) -> None:
     """Refuse a model some of whose weights are new ones.
 
     Raises:
@@ -124,8 +145,7 @@ def _check_loaded(model: nn.Module, info: dict[str, Any], name_or_path: str, may
     misshapen = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     lost |= {key for key in misshapen if not key.startswith(may_be_new)}
     if lost:
-        # Only a frozen head leaves nothing that may be new.
-        advice = "" if may_be_new else "A frozen head must be in the checkpoint: leave --freeze-head out, or "
+        advice = "" if not frozen_head else "A frozen head must be in the checkpoint: leave --freeze-head out, or "
         raise ValueError(
             f"{name_or_path} has no fitting weights for {sorted(lost)[:6]} of {type(model).__name__}; training "
             f"would build on random values. {advice or 'Please '}choose another checkpoint."
@@ -133,4 +153,8 @@ def _check_loaded(model: nn.Module, info: dict[str, Any], name_or_path: str, may
 
 
 #: Kind of base to its loader; an objective names one of them.
-BASES: dict[str, Callable[..., Loaded]] = {"backbone": _load_backbone, "classifier": _load_classifier}
+BASES: dict[str, Callable[..., Loaded]] = {
+    "backbone": _load_backbone,
+    "classifier": _load_classifier,
+    "image_text": _load_image_text,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Batch, Objective
 from .classification import ClassificationObjective
+from .contrastive import ContrastiveObjective
 from .distillation import DistillationObjective
 from .norm import NormObjective
 from .preserve import PreservationObjective
@@ -15,6 +16,7 @@ __all__ = [
     "OBJECTIVES",
     "Batch",
     "ClassificationObjective",
+    "ContrastiveObjective",
     "DistillationObjective",
     "NormObjective",
     "Objective",
@@ -34,6 +36,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         RefinementObjective,
         SmoothObjective,
         NormObjective,
+        ContrastiveObjective,
         PreservationObjective,
     )
 }

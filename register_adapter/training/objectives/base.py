@@ -33,7 +33,7 @@ class Objective(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    base: ClassVar[str] = "backbone"
+    base: str = "backbone"
 
     @classmethod  # noqa: B027 - most objectives need no flags
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -60,15 +60,23 @@ class Objective(ABC):
     def prepare(self, model: nn.Module, images: Any) -> None:  # noqa: B027 - most objectives need no preparation
         """Called once with the model, adapters on it, and the training images, before the first batch is made."""
 
+    def check_items(self, items: list[dict[str, Any]]) -> None:
+        """Refuse items that lack what is needed.
+
+        Raises:
+            ValueError: They do.
+        """
+        for name in ("pixel_values", *self.needs):
+            if any(name not in item for item in items):
+                raise ValueError(f"the objective {self.name!r} needs items with {name!r}, found {sorted(items[0])}")
+
     def collate(self, items: list[dict[str, Any]]) -> Batch:
         """A batch of items: every tensor or number that all of them have, ``pixel_values`` ``(B, 3, H, W)`` for one.
 
         Raises:
             ValueError: Images have different sizes, or an item lacks what the objective needs.
         """
-        for name in ("pixel_values", *self.needs):
-            if any(name not in item for item in items):
-                raise ValueError(f"the objective {self.name!r} needs items with {name!r}, found {sorted(items[0])}")
+        self.check_items(items)
         batch = {}
         for name in items[0]:
             values = [item[name] for item in items if name in item]

@@ -14,7 +14,7 @@ from .base import Objective
 from .classification import ClassificationObjective
 from .terms import Term, WeightedTerms
 
-__all__ = ["add_objective_flags", "added_terms", "early_value", "make_objective", "objective_of"]
+__all__ = ["add_objective_flags", "added_terms", "early_value", "make_objective", "needed_keys", "objective_of"]
 
 
 def early_value(argv: Sequence[str], flag: str) -> str | None:
@@ -73,6 +73,12 @@ def make_objective(name: str, flags: Namespace, labels: Sequence[str]) -> Object
             assert isinstance(added, Term)
             terms.append((added, weight))
     return WeightedTerms(terms)
+
+
+def needed_keys(name: str, flags: Namespace) -> set[str]:
+    """Keys that items must have for an objective and the terms that are added to it."""
+    added = [other for other in _addable_terms(name) if getattr(flags, other.replace("-", "_")) is not None]
+    return {key for kind in (name, *added) for key in OBJECTIVES[kind].needs}
 
 
 def _addable_terms(objective: str) -> list[str]:

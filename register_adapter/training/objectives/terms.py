@@ -71,6 +71,18 @@ class Term(Objective):
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:
         """The term for each image, ``(B,)`` float32."""
 
+    def encode(self, items: list[dict[str, Any]]) -> Batch:
+        """What it adds to a batch, beside the tensors and numbers of the items; by default nothing."""
+        return {}
+
+    def metrics(self, student: Tokens, targets: Targets, batch: Batch) -> dict[str, torch.Tensor]:
+        """More about each image ``(B,)`` for an evaluation; by default nothing."""
+        return {}
+
+    def collate(self, items: list[dict[str, Any]]) -> Batch:
+        """As for any objective, with what it adds."""
+        return WeightedTerms([(self, 1.0)]).collate(items)
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The mean over the batch."""
         return WeightedTerms([(self, 1.0)]).loss(model, batch)
@@ -96,6 +108,7 @@ class WeightedTerms(Objective):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"the weight of {term.name} must be a finite number of at least 0, got {weight}")
         self.terms = list(terms)
+        self.base = next((term.base for term, _ in terms if term.base != Term.base), Term.base)
 
     @property
     def storable(self) -> bool:
@@ -113,8 +126,18 @@ class WeightedTerms(Objective):
             term.prepare(model, images)
 
     def collate(self, items: list[dict[str, Any]]) -> Batch:
-        """As the first term."""
-        return self.terms[0][0].collate(items)
+        """What any term needs, and what all of them add."""
+        for term, _ in self.terms:
+            term.check_items(items)
+        batch = super().collate(items)
+        for term, _ in self.terms:
+            batch |= term.encode(items)
+        return batch
+
+    def check_base(self, base: nn.Module) -> None:
+        """As each of the terms."""
+        for term, _ in self.terms:
+            term.check_base(base)
 
     def targets(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Every term's targets, computed now, under their keys; what a store is filled with."""
@@ -126,9 +149,10 @@ class WeightedTerms(Objective):
                 for name, value in term.targets(teacher).items()
             }
 
-    def _measure(self, model: nn.Module, batch: Batch) -> tuple[Tokens, dict[str, torch.Tensor]]:
+    def _measure(self, model: nn.Module, batch: Batch) -> tuple[Tokens, dict[str, torch.Tensor], list[Targets]]:
         teacher = Teacher(model, batch, self.layers)
-        given, values = [], {}
+        given: list[Targets] = []
+        values: dict[str, torch.Tensor] = {}
         for term, _ in self.terms:  # the base first: its pass must not come between the student's and its backward
             start = target_key(term.name, "")
             stored = {key.removeprefix(start): value for key, value in batch.items() if key.startswith(start)}
@@ -137,21 +161,27 @@ class WeightedTerms(Objective):
         student = read_tokens(model, batch, self.layers)
         for (term, _), targets in zip(self.terms, given, strict=True):
             values[term.name] = term.measure(model, student, targets, batch)
-        return student, values
+        return student, values, given
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum of the terms' means, and those means."""
-        _, values = self._measure(model, batch)
+        _, values, _ = self._measure(model, batch)
         means = {name: value.mean() for name, value in values.items()}
         total = torch.stack([means[term.name] * weight for term, weight in self.terms]).sum()
         return total, {name: mean.detach() for name, mean in means.items()}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """``loss``, every term, and ``largest_norm`` (largest patch norm over the median) of each image, ``(B,)``."""
-        student, values = self._measure(model, batch)
+        """``loss``, every term, and ``largest_norm`` (largest patch norm over the median) of each image, ``(B,)``.
+
+        And what terms add to that.
+        """
+        student, values, given = self._measure(model, batch)
         norms = student.before_norm.float().norm(dim=-1)
         total = torch.stack([values[term.name] * weight for term, weight in self.terms]).sum(0)
-        return {"loss": total, **values, "largest_norm": norms.amax(1) / norms.median(1).values.clamp_min(1e-12)}
+        more = {"largest_norm": norms.amax(1) / norms.median(1).values.clamp_min(1e-12)}
+        for (term, _), targets in zip(self.terms, given, strict=True):
+            more |= term.metrics(student, targets, batch)
+        return {"loss": total, **values, **more}
 
     def details(self) -> dict[str, Any]:
         """Name and weight of every term, and what each says of itself."""

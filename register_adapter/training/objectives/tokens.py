@@ -17,7 +17,7 @@ from ...features.passes import keep_layer
 from ...towers.modes import evaluating
 from .base import Batch
 
-__all__ = ["Tokens", "read_base", "read_tokens"]
+__all__ = ["Tokens", "has_both_towers", "read_base", "read_tokens"]
 
 # Where models put the one vector that stands for an image, the most specific first.
 _SUMMARIES = ("image_embeds", "pooler_output")
@@ -57,13 +57,13 @@ def read_tokens(model: nn.Module, batch: Batch, layers: Collection[int] = ()) ->
 
     Args:
         model: It is called as it is given.
-        batch: ``pixel_values`` ``(B, 3, H, W)``.
+        batch: ``pixel_values`` ``(B, 3, H, W)``, and for a model with a text tower maybe ``input_ids`` ``(T, L)``.
         layers: Indices into ``hidden_states`` whose patch tokens are read too.
     """
     inner: nn.Module = extract_model_from_parallel(model)
     tower, layer = tower_of(inner)
     last = len(tower.part("blocks"))
-    inputs = {"pixel_values": batch["pixel_values"]}
+    inputs = {"pixel_values": batch["pixel_values"], **_texts(inner, batch)}
     with watch_patches(tower) as patch_grid, ExitStack() as stack:
         kept = {index: stack.enter_context(keep_layer(tower, index)) for index in {*layers, last}}
         output = model(**inputs)
@@ -94,3 +94,18 @@ def read_base(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> T
     inner: Any = extract_model_from_parallel(model)
     with evaluating(inner, seed=None), inner.disable_adapter():
         return read_tokens(inner, batch, layers)
+
+
+def has_both_towers(model: nn.Module) -> bool:
+    """Whether it embeds images and texts, with one scale between them, as CLIP and SigLIP do; adapters may be on it."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    config = getattr(base, "config", None)
+    return hasattr(base, "logit_scale") and all(hasattr(config, f"{kind}_config") for kind in ("text", "vision"))
+
+
+def _texts(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """What a text tower takes; two tokens, whose embedding nobody reads, where the batch has no texts."""
+    if not has_both_towers(model):
+        return {}
+    given: dict[str, torch.Tensor] = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    return given or {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=batch["pixel_values"].device)}
