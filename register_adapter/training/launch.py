@@ -40,7 +40,7 @@ from .interruption import Interrupted, Interruption
 from .last_words import farewell, summarise
 from .moving import PARTS, Moving
 from .objectives import OBJECTIVES, ClassificationObjective, Objective
-from .objectives.flags import add_objective_flags, added_terms, early_value, make_objective, objective_of
+from .objectives.flags import add_objective_flags, added_terms, early_value, make_objective, needed_keys, objective_of
 from .run_lock import folder_lock
 from .saving import check_output_dir
 from .setup import use_cpu
@@ -269,8 +269,9 @@ def _train(
     image_processor = load_image_processor(
         source, **({} if model_args.image_processor_name else {"revision": revision})
     )
-    workers, labelled = max(1, args.dataloader_num_workers), "labels" in OBJECTIVES[model_args.objective].needs
-    data = load_data(data_args, args.seed, workers, progress=not args.quiet, labelled=labelled)
+    workers, keys = max(1, args.dataloader_num_workers), needed_keys(model_args.objective, flags)
+    shown, labelled, texts = not args.quiet, "labels" in keys, "text" in keys
+    data = load_data(data_args, args.seed, workers, progress=shown, labelled=labelled, texts=texts)
     objective = make_objective(model_args.objective, Namespace(**vars(flags), seed=args.seed), data.labels)
     base = load_base(objective, model_args.model_name_or_path, revision=revision)
     images = ProcessedDataset(data.train, image_processor)
