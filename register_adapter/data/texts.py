@@ -125,8 +125,8 @@ def read_prompts(path: str | Path) -> list[list[str]]:
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     listed = list(classes.values()) if isinstance(classes, dict) else classes
-    prompts = [[entry] if isinstance(entry, str) else entry for entry in listed] if isinstance(listed, list) else []
-    if not all(isinstance(group, list) and group and all(_is_text(entry) for entry in group) for group in prompts):
+    prompts = [[entry] if isinstance(entry, str) else entry for entry in listed] if isinstance(listed, list) else None
+    if prompts is None or not all(_are_texts(group) for group in prompts):
         raise ValueError(
             f"{path} must be a list of prompts, or a mapping from classes to prompts, such as "
             '{"cat": ["a photo of a cat", "a cat"]}'
@@ -136,5 +136,5 @@ def read_prompts(path: str | Path) -> list[list[str]]:
     return prompts
 
 
-def _is_text(entry: Any) -> bool:
-    return isinstance(entry, str) and bool(entry.strip())
+def _are_texts(group: Any) -> bool:
+    return isinstance(group, list) and bool(group) and all(isinstance(text, str) and text.strip() for text in group)

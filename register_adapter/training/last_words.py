@@ -18,7 +18,7 @@ __all__ = ["farewell", "summarise"]
 
 _RESUME, _OVERWRITE = "--resume-from-checkpoint", "--overwrite-output-dir"
 #: Metrics that are shares.
-_SHARES = ("accuracy",)
+_SHARES = ("accuracy", "zero_shot_agreement")
 
 
 def summarise(results: dict[str, Any], output_dir: str) -> str:

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn import functional as F
 
 from ...data.texts import TextTokenizer, caption_of
 from .base import Batch
+from .similarity import base_of, text_logits, unit
 from .terms import Targets, Teacher, Term
 from .tokens import Tokens
 
-__all__ = ["ContrastiveObjective", "text_logits"]
+__all__ = ["ContrastiveObjective"]
 
 
 class ContrastiveObjective(Term):
@@ -42,7 +42,7 @@ class ContrastiveObjective(Term):
         Raises:
             ValueError: There is none.
         """
-        self.tokenizer = self.tokenizer or TextTokenizer.of(_base_of(model))
+        self.tokenizer = self.tokenizer or TextTokenizer.of(base_of(model))
 
     def encode(self, items: list[dict[str, Any]]) -> Batch:
         """The items' texts.
@@ -61,8 +61,8 @@ class ContrastiveObjective(Term):
 
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:
         """The part of each image in the loss, ``(B,)``; its mean over all processes is the loss of the whole step."""
-        base = _base_of(model)
-        images, texts = (_normed(getattr(student.output, f"{kind}_embeds")) for kind in ("image", "text"))
+        base = base_of(model)
+        images, texts = (unit(getattr(student.output, f"{kind}_embeds")) for kind in ("image", "text"))
         all_images, first = _gathered(images)
         all_texts, _ = _gathered(texts)
         own = torch.arange(first, first + len(images), device=images.device)
@@ -76,27 +76,9 @@ class ContrastiveObjective(Term):
 
     def metrics(self, student: Tokens, targets: Targets, batch: Batch) -> dict[str, torch.Tensor]:
         """``accuracy``: 1 where an image is nearest to its own text in the batch, 0 elsewhere, ``(B,)``."""
-        images, texts = _normed(student.output.image_embeds), _normed(student.output.text_embeds)
+        images, texts = unit(student.output.image_embeds), unit(student.output.text_embeds)
         nearest = (images @ texts.T).argmax(1)
         return {"accuracy": (nearest == torch.arange(len(nearest), device=nearest.device)).float()}
-
-
-def text_logits(base: nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """What the model makes of the cosines between embeddings of length 1, ``(R, E)`` and ``(C, E)``: ``(R, C)``."""
-    scale: Any = getattr(base, "logit_scale")  # noqa: B009
-    most, bias = getattr(base, "max_log_logit_scale", None), getattr(base, "logit_bias", None)
-    scale = scale if most is None else scale.clamp(0.0, most)  # AIMv2
-    logits: torch.Tensor = rows @ columns.T * scale.float().exp().to(rows.device)
-    return logits if bias is None else logits + bias.float().to(rows.device)
-
-
-def _base_of(model: nn.Module) -> Any:
-    inner: Any = extract_model_from_parallel(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-
-
-def _normed(embeds: torch.Tensor) -> torch.Tensor:
-    return F.normalize(embeds.float(), dim=-1)
 
 
 def _gathered(embeds: torch.Tensor) -> tuple[torch.Tensor, int]:

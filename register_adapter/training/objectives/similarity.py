@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["feature_loss", "neighbour_mean"]
+__all__ = ["base_of", "feature_loss", "neighbour_mean", "text_logits", "unit"]
 
 
 def feature_loss(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -46,3 +50,23 @@ def neighbour_mean(tokens: torch.Tensor, clean: torch.Tensor, grid: tuple[int, i
             break
         radius *= 2
     return mean.flatten(2).transpose(1, 2)
+
+
+def text_logits(base: nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """What the model makes of the cosines between embeddings of length 1, ``(R, E)`` and ``(C, E)``: ``(R, C)``."""
+    scale: Any = getattr(base, "logit_scale")  # noqa: B009
+    most, bias = getattr(base, "max_log_logit_scale", None), getattr(base, "logit_bias", None)
+    scale = scale if most is None else scale.clamp(0.0, most)  # AIMv2
+    logits: torch.Tensor = rows @ columns.T * scale.float().exp().to(rows.device)
+    return logits if bias is None else logits + bias.float().to(rows.device)
+
+
+def unit(embeds: torch.Tensor) -> torch.Tensor:
+    """Embeddings ``(..., E)`` as float32 of length 1."""
+    return F.normalize(embeds.float(), dim=-1)
+
+
+def base_of(model: nn.Module) -> Any:
+    """The base model below adapters and what wraps it for distributed training."""
+    inner: Any = extract_model_from_parallel(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
