@@ -1,0 +1,114 @@
+"""transformers' own Trainer: an objective without labels, as a process, resumed, with the best adapter at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModel
+from PIL import Image
+from training_helpers import ROOT, adapter_bytes, call, write_vit
+from transformers import TrainingArguments
+
+from register_adapter import add_registers
+from register_adapter.testbed import load_vit
+from register_adapter.training import (
+    ClassificationObjective,
+    DistillationObjective,
+    Objective,
+    PreservationObjective,
+    WeightedTerms,
+)
+from register_adapter.training.register_trainer import RegisterTrainer
+
+SCRIPT = ROOT / "examples" / "transformers_trainer.py"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model without dropout, and a heap of images."""
+    folder = tmp_path_factory.mktemp("case")
+    write_vit(folder / "vit", ["a", "b"], dropout=0.0)
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(0)
+    for index in range(20):
+        Image.fromarray(noise.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / "images" / f"{index}.png")
+    return folder
+
+
+def items(count: int = 10) -> list[dict[str, Any]]:
+    pixels = torch.randn(count, 3, 80, 80, generator=torch.Generator().manual_seed(0))
+    return [{"pixel_values": image, "index": index, "labels": index % 3} for index, image in enumerate(pixels)]
+
+
+def trainer(folder: Path, objective: Objective | None = None, **options: Any) -> RegisterTrainer:
+    torch.manual_seed(0)
+    terms = [(DistillationObjective(num_views=2), 1.0), (PreservationObjective(), 0.5)]
+    objective = objective or WeightedTerms(terms)
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, **options}
+    args = TrainingArguments(str(folder), max_steps=1, **options)
+    return RegisterTrainer(add_registers(load_vit(), 2), args, objective, items(), items(3))
+
+
+def test_metrics_are_means_over_the_whole_set(tmp_path: Path) -> None:
+    ours = trainer(tmp_path, None, per_device_eval_batch_size=2)
+    metrics = ours.evaluate()
+    batch = ours.objective.collate(items(3))
+    values = ours.objective.evaluate(ours.model.eval(), batch)
+    assert {f"eval_{name}" for name in values} <= set(metrics)
+    for name, value in values.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_two_batches_of_a_step_are_one(labelled: bool, tmp_path: Path) -> None:
+    """With gradient accumulation the loss is a mean, whatever the model's forward accepts."""
+
+    def gradient(size: int, accumulation: int) -> torch.Tensor:
+        options: dict[str, Any] = {
+            "learning_rate": 1.0,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+        }
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        run = trainer(tmp_path, ClassificationObjective() if labelled else None, **options)
+        (registers,) = (value for value in run.model.parameters() if value.requires_grad)
+        before = registers.detach().clone()
+        run.train()
+        return before - registers.detach()
+
+    whole, halves = gradient(8, 1), gradient(4, 2)
+    assert whole.norm() > 0
+    torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_example_trains_goes_on_and_saves_the_best(case: Path, tmp_path: Path) -> None:
+    assert len(SCRIPT.read_text().splitlines()) <= 60
+    words = [sys.executable, str(SCRIPT), str(case / "vit"), str(case / "images"), str(tmp_path / "out")]
+    words += ["--steps", "6", "--every", "2"]
+    done = call(words)
+    assert done.returncode == 0, done.stderr
+    assert "eval_distillation" in done.stdout
+    whole = adapter_bytes(tmp_path / "out")
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert adapter_bytes(best) == whole
+    model = AutoPeftModel.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state).all()
+    # Killed behind its second checkpoint, and started again.
+    again = tmp_path / "again"
+    again.mkdir()
+    for step in (2, 4):
+        shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", again / f"checkpoint-{step}")
+    done = call([*words[:4], str(again), *words[5:]])
+    assert done.returncode == 0, done.stderr
+    last = "checkpoint-6"
+    assert adapter_bytes(again / last) == adapter_bytes(tmp_path / "out" / last)
