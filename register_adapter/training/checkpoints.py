@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import random
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -31,6 +28,7 @@ from ..errors import RegisterAdapterError
 from ..tuner.composed import ComposedPeftModel
 from ..utils.adapter_file import read_tensors
 from ..utils.files import open_regular, read_text
+from ..utils.random_states import random_state, same_random_state, set_random_state
 from ..utils.staging import scratch_folder
 from .callbacks import Callback
 
@@ -47,6 +45,7 @@ __all__ = [
     "read_best",
     "remove_all",
     "same_random_state",
+    "set_random_state",
 ]
 
 logger = logging.getLogger(__name__)
@@ -149,7 +148,7 @@ def save(
         "optimizer": _optimizer_state(accelerator, model, optimizer),
         "scheduler": scheduler.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "random": gather_object([_random_state()]),
+        "random": gather_object([random_state()]),
         "callbacks": list(callbacks),
     }
     target = Path(output_dir) / f"checkpoint-{state.global_step}"
@@ -324,35 +323,3 @@ def _load_optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer:
         set_optimizer_state_dict(model, optimizer.optimizer, state, options=options)
     else:
         optimizer.load_state_dict(state)
-
-
-def _random_state() -> dict[str, Any]:
-    """Every generator's state, in types that ``torch.load(weights_only=True)`` reads."""
-    cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if cuda else None,
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Set every generator to a state from :func:`load`."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """Leave every generator as it is: whether a run is evaluated on the way must not change what it learns."""
-    state = _random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
