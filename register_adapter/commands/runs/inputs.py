@@ -8,17 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from torch import nn
 
 from ...data.batches import list_images
 from ...data.processors import load_image_processor
 from ...testbed import SceneDataset, load_planted_vit, load_shipped, load_vit
 from ...testbed import load_image_processor as load_scene_processor
-from ...tuner import load_adapters
-from ...tuner.composed.folder import MANIFEST
+from ...tuner.composed import load_onto
 from ...utils.files import check_regular
-from ...utils.hub import find_config
 from ...utils.models import require_model
 from ...utils.shipped import is_shipped
 
@@ -65,13 +62,7 @@ def load_images(name: str, limit: int | None = None) -> Any:
 
 def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
     """A copy of the base with one adapter, or with all of a folder that holds several."""
-    copied = copy.deepcopy(base)
-    if (Path(adapter) / MANIFEST).is_file():
-        composed: nn.Module = load_adapters(copied, adapter)
-        return composed
-    find_config(adapter, None, {})  # says in one line what is missing
-    wrapped: nn.Module = PeftModel.from_pretrained(copied, adapter)
-    return wrapped
+    return load_onto(copy.deepcopy(base), adapter)
 
 
 def adapter_name(adapter: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from ...features.layout import tower_of
 from ...features.passes import keep_layer
 from ...towers.modes import evaluating
 from .base import Batch
+
+__all__ = ["Tokens", "copy_of_base", "read_base", "read_tokens"]
+
 
 __all__ = ["Tokens", "has_both_towers", "read_base", "read_tokens"]
 
@@ -94,6 +98,18 @@ def read_base(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> T
     inner: Any = extract_model_from_parallel(model)
     with evaluating(inner, seed=None), inner.disable_adapter():
         return read_tokens(inner, batch, layers)
+
+
+def copy_of_base(model: nn.Module) -> nn.Module:
+    """The base without adapters, as a module of its own that shares the frozen parameters.
+
+    Args:
+        model: With adapters, not wrapped for distributed training yet.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    copied: Any = copy.deepcopy(extract_model_from_parallel(model), shared)
+    base: nn.Module = copied.unload()
+    return base
 
 
 def has_both_towers(model: nn.Module) -> bool:

@@ -13,24 +13,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.functional import cast_adapter_dtype
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import AdapterFileError
+from ...utils.hub import find_config
 from ..config import RegisterConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
-from .folder import SavedAdapter, fetch_folder, read_folder
+from .folder import SavedAdapter, fetch_folder, holds_several, read_folder
 from .guards import check_heads, flags_kept
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
 from .saving import SavesAll, adapter_tensors, write_adapters
 from .tuner import ComposedTuner
 
-__all__ = ["ComposedPeftModel", "compose", "load_adapters", "save_adapters"]
+__all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
 
 
 def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any) -> ComposedPeftModel:
@@ -158,6 +159,18 @@ def load_adapters(
         if is_trainable:
             composed.set_requires_grad([adapter.name for adapter in saved if adapter.active])
     return composed
+
+
+def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put on a base what a folder or a repository holds, one adapter of PEFT's or several of them; frozen.
+
+    Raises:
+        HubAccessError, AdapterFileError, BaseModelMismatchError, ValueError: As where each of them is loaded.
+    """
+    if holds_several(folder):
+        return load_adapters(model, folder)
+    find_config(str(folder), None, {})  # says in one line what is missing
+    return cast(nn.Module, PeftModel.from_pretrained(model, str(folder)))
 
 
 def _check_own(composed: ComposedPeftModel, adapter: SavedAdapter) -> None:
