@@ -1,0 +1,161 @@
+"""The arms of the repair benchmark: what is put on a planted model, what of it moves, and towards what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from repair_models import Case
+
+from register_adapter import add_registers, find_tower, fit_test_time_registers
+from register_adapter.neurons import start_from
+from register_adapter.testbed import LABELS
+from register_adapter.training import (
+    ClassificationObjective,
+    DistillationObjective,
+    NormObjective,
+    Objective,
+    PreservationObjective,
+    RefinementObjective,
+    SmoothObjective,
+    TrainArguments,
+    WeightedTerms,
+    train,
+    wrap,
+)
+from register_adapter.tuner.config import RegisterConfig
+from register_adapter.tuner.layer import require_register_layer
+
+__all__ = ["ARMS", "Arm"]
+
+#: Images that registers are fitted on at test time.
+FIT_IMAGES = 192
+#: Name of an objective to what makes it.
+OBJECTIVES: dict[str, Callable[[int], Objective]] = {
+    "classification": lambda seed: ClassificationObjective(LABELS, freeze_head=True),
+    "distillation": lambda seed: DistillationObjective(num_views=4, seed=seed),
+    "refine": lambda seed: RefinementObjective(),
+    "smooth": lambda seed: SmoothObjective(),
+    "norm+preserve": lambda seed: WeightedTerms([(NormObjective(), 1.0), (PreservationObjective(), 1.0)]),
+}
+#: What moves: arguments of ``wrap``, and the learning rate; chosen on seed 100 of the shipped model, whose images are
+#: in no row.
+MOVES: dict[str, tuple[dict[str, Any], float]] = {
+    "registers": ({"num_registers": 4}, 2e-2),
+    "deep registers": ({"num_registers": 4, "deep": True}, 1e-2),
+    "key/value registers": ({"num_registers": 4, "key_value": True}, 2e-2),
+    "registers + gates": ({"num_registers": 4, "train": "registers+gates"}, 2e-2),
+    "registers + LoRA": ({"num_registers": 4, "train": "registers+lora"}, 2e-3),
+    "LoRA alone": ({"train": "lora"}, 2e-3),
+    "registers + last 2 blocks": ({"num_registers": 4, "train": "registers+last_blocks=2"}, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table.
+
+    Attributes:
+        name: What it is called.
+        make: Makes the model from the case, training images ``(N, 3, H, W)``, labels ``(N,)`` and the seed.
+        trained: Whether anything is trained by gradients.
+        labels: Whether labels are used.
+    """
+
+    name: str
+    make: Callable[[Case, torch.Tensor, torch.Tensor, int], Any]
+    trained: bool = False
+    labels: bool = False
+
+
+class Items(torch.utils.data.Dataset[dict[str, Any]]):
+    """Ready pixel values with their labels."""
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixels[index], "labels": int(self.labels[index]), "index": index}
+
+
+def _fit(case: Case, pixels: torch.Tensor, **options: Any) -> Any:
+    return fit_test_time_registers(
+        case.base(), torch.split(pixels[:FIT_IMAGES], 32), num_registers=1, progress=False, **options
+    )
+
+
+def _zeroed(case: Case, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> Any:
+    """The neurons that a fit finds write nothing any more, and there is no register."""
+    fitted = _fit(case, pixels)
+    units = dict(fitted.peft_config["default"].register_neurons)
+    model = fitted.unload()
+    with torch.no_grad():
+        for block, members in units.items():
+            find_tower(model).block_part(block, "mlp_out").weight[:, members] = 0
+    return model
+
+
+def _train(model: Any, objective: Objective, rate: float, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> Any:
+    args = TrainArguments(
+        per_device_train_batch_size=16,
+        max_train_steps=len(pixels) // 16,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        num_warmup_steps=5,
+        seed=seed,
+        use_cpu=True,
+        quiet=True,
+    )
+    train(model, objective, Items(pixels, labels), args)
+    return model
+
+
+def _trained(objective: str, options: dict[str, Any], rate: float, fit: dict[str, Any] | None = None) -> Any:
+    """What makes a trained arm; with ``fit``, from registers fitted at test time."""
+
+    def make(case: Case, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> Any:
+        aim = OBJECTIVES[objective](seed)
+        if fit is None:
+            return _train(wrap(case.base(), aim, **options), aim, rate, pixels, labels, seed)
+        fitted = _fit(case, pixels, **fit)
+        start = start_from(fitted)
+        fitted.unload()
+        model = wrap(case.base(), aim, **options, **start.options)
+        (name,) = [name for name, config in model.peft_config.items() if isinstance(config, RegisterConfig)]
+        start.fill(require_register_layer(model).tokens(name))
+        return _train(model, aim, rate, pixels, labels, seed)
+
+    return make
+
+
+def _arms() -> list[Arm]:
+    arms = [
+        Arm("planted model", lambda case, *_: case.base()),
+        Arm("4 random registers", lambda case, *_: add_registers(case.base(), 4)),
+        Arm("1 zero register", lambda case, *_: add_registers(case.base(), 1, init="zeros")),
+        Arm("zeroed neurons", _zeroed),
+        Arm("test-time register", lambda case, pixels, *_: _fit(case, pixels)),
+        Arm("test-time attention bias", lambda case, pixels, *_: _fit(case, pixels, attention_bias=True)),
+    ]
+    crossed = ("registers", "deep registers", "LoRA alone", "registers + LoRA")
+    for objective in OBJECTIVES:
+        for moves, (options, rate) in MOVES.items():
+            if moves in crossed or objective == "smooth":
+                made = _trained(objective, options, rate)
+                arms.append(Arm(f"{objective}: {moves}", made, True, objective == "classification"))
+    for objective in ("classification", "smooth", "distillation"):
+        for form, fit in (("register", {}), ("attention bias", {"attention_bias": True})):
+            made = _trained(objective, {}, 5e-3, fit)
+            arms.append(Arm(f"{objective}: from the test-time {form}", made, True, objective == "classification"))
+    for form, fit in (("register", {}), ("attention bias", {"attention_bias": True})):
+        made = _trained("smooth", {"train": "registers+lora"}, 1e-3, fit)
+        arms.append(Arm(f"smooth: from the test-time {form}, + LoRA", made, True))
+    return arms
+
+
+ARMS = _arms()
