@@ -6,13 +6,12 @@ import json
 import logging
 import signal
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -24,7 +23,7 @@ from transformers import HfArgumentParser
 from ..data.datasets import DataArguments, PixelBatches, ProcessedDataset, load_data
 from ..data.processors import load_image_processor
 from ..errors import RegisterAdapterError
-from ..neurons import fit_test_time_registers, start_from
+from ..neurons import Start, fit_test_time_registers, start_from, start_from_outliers
 from ..tuner.composed import load_adapters
 from ..tuner.composed.folder import holds_several
 from ..tuner.config import RegisterConfig
@@ -35,10 +34,9 @@ from ..utils.staging import check_writable
 from .arguments import TrainArguments
 from .bases import load_base, wrap
 from .callbacks import AnnealNeurons
-from .config_file import config_words, did_you_mean, render_config
+from .flags import ModelArguments, config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
 from .last_words import farewell, summarise
-from .moving import PARTS, Moving
 from .objectives import OBJECTIVES, ClassificationObjective, Objective
 from .objectives.flags import add_objective_flags, added_terms, early_value, make_objective, needed_keys, objective_of
 from .run_lock import folder_lock
@@ -49,84 +47,8 @@ from .trainer import train
 __all__ = ["ModelArguments", "main"]
 
 logger = logging.getLogger(__name__)
-#: Where registers enter, and how.
-_PLACEMENT = ("insert_layer", "deep", "key_value", "gate")
-
-
-@dataclass
-class ModelArguments:
-    """Which model gets registers, and which.
-
-    Raises:
-        ValueError: A value is out of range, or two contradict each other.
-    """
-
-    model_name_or_path: str = field(metadata={"help": "Model on the Hub, or its folder."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    image_processor_name: str | None = field(default=None, metadata={"help": "Image processor, if not the model's."})
-    objective: str = field(default="classification", metadata={"help": "What to train on."})
-    train: str = field(
-        default="registers",
-        metadata={"help": f"What moves: any of {PARTS}, joined by +, such as registers+lora."},
-    )
-    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA, where it moves."})
-    lora_alpha: int = field(default=16, metadata={"help": "Its scale, times the rank."})
-    num_registers: int = field(default=4, metadata={"help": "Number of registers."})
-    init: Literal["normal", "zeros", "cls", "test_time"] = field(
-        default="normal",
-        metadata={"help": "Their initial values; test_time finds register neurons on the training images first."},
-    )
-    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of those."})
-    insert_layer: int = field(default=0, metadata={"help": "First block that has registers."})
-    deep: bool = field(default=False, metadata={"help": "Fresh registers at every block."})
-    key_value: bool = field(
-        default=False, metadata={"help": "Key/value pairs in every block's attention instead of tokens."}
-    )
-    gate: float | None = field(
-        default=None, metadata={"help": "Learned bias on the registers' attention logits, and its initial value."}
-    )
-    adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "Adapter to continue from, such as a fitted one: folder, or name on the Hub."}
-    )
-    neurons: Literal["keep", "drop", "anneal"] = field(
-        default="keep",
-        metadata={"help": "Register neurons of that adapter: train their strengths, drop them, or let them fade away."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.adapter_name_or_path and self.init != "normal":
-            raise ValueError(f"--adapter-name-or-path brings initial values along; leave out --init {self.init}")
-        if self.neurons != "keep" and not (self.adapter_name_or_path or self.init == "test_time"):
-            raise ValueError(f"--neurons {self.neurons} needs --adapter-name-or-path or --init test_time")
-        self._check_moving()
-        placed = [name for name in _PLACEMENT if getattr(self, name) not in (0, None)]
-        if placed and (self.adapter_name_or_path or self.init == "test_time"):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in placed)
-            raise ValueError(f"an adapter to continue from, or a fit, says where registers enter; leave out {flags}")
-        with warnings.catch_warnings():  # they come when the model gets its registers
-            warnings.simplefilter("ignore")
-            # The neurons that test_time needs are found later.
-            RegisterConfig(**{**self.registers, "init": "normal" if self.init == "test_time" else self.init})
-
-    def _check_moving(self) -> None:
-        moving, plain = Moving.parse(self.train), {item.name: item.default for item in fields(self)}
-        about = ["num_registers", "init", "init_std", "neurons", *_PLACEMENT] if not moving.registers else []
-        about += ["lora_r", "lora_alpha"] if not moving.lora else []
-        idle = [f"--{name.replace('_', '-')}" for name in about if getattr(self, name) != plain[name]]
-        if idle:
-            raise ValueError(f"--train {self.train} moves nothing that {', '.join(idle)} speaks of")
-        if min(self.lora_r, self.lora_alpha) < 1:
-            raise ValueError(f"--lora-r and --lora-alpha must be at least 1, got {self.lora_r} and {self.lora_alpha}")
-
-    @property
-    def moving(self) -> dict[str, Any]:
-        """What :func:`wrap` is told beside the registers."""
-        return {"train": self.train, "lora": {"r": self.lora_r, "lora_alpha": self.lora_alpha}}
-
-    @property
-    def registers(self) -> dict[str, Any]:
-        """The arguments of :class:`RegisterConfig`."""
-        return {name: getattr(self, name) for name in ("num_registers", "init", "init_std", *_PLACEMENT)}
+#: Images, at most, on which neurons or outliers are looked for before the training.
+_LOOKED_AT = 256
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train") -> dict[str, Any]:
@@ -275,7 +197,7 @@ def _train(
     objective = make_objective(model_args.objective, Namespace(**vars(flags), seed=args.seed), data.labels)
     base = load_base(objective, model_args.model_name_or_path, revision=revision)
     images = ProcessedDataset(data.train, image_processor)
-    model = _wrap(model_args, objective, base, images, progress=not args.quiet)
+    model = _wrap(model_args, objective, base, images, progress=not args.quiet, seed=args.seed)
     augmentation = data_args.make_augmentation(args.seed)
     return train(
         model,
@@ -295,29 +217,42 @@ def _train(
 
 
 def _wrap(
-    args: ModelArguments, objective: Objective, base: nn.Module, images: ProcessedDataset, progress: bool
+    args: ModelArguments, objective: Objective, base: nn.Module, images: ProcessedDataset, progress: bool, seed: int
 ) -> PeftModel:
-    """New registers, or those of an adapter, or fitted ones."""
-    if args.adapter_name_or_path is None and args.init != "test_time":
+    """New registers, or those of an adapter, or fitted ones, or some that start at the base's outliers."""
+    adapter = args.adapter_name_or_path
+    if adapter is None and args.init not in ("test_time", "outliers"):
         return wrap(base, objective, **args.moving, **args.registers)
-    if args.adapter_name_or_path is not None and holds_several(args.adapter_name_or_path):
+    if adapter is not None and holds_several(adapter):
         return _go_on(args, objective, base)
     device = PartialState().device
     base.to(device)
+    if args.init == "outliers":
+        few = list(PixelBatches(images, limit=_LOOKED_AT))
+        options = {name: value for name, value in args.registers.items() if name not in ("init", "key_value")}
+        start = start_from_outliers(base, [batch.to(device) for batch in few], **options, seed=seed)
+    else:
+        start = _fitted_start(args, base, images, progress)
+    model = wrap(base, objective, **args.moving, **start.options)
+    (name,) = _registers_of(model)
+    start.fill(require_register_layer(model).tokens(name))
+    return model
+
+
+def _fitted_start(args: ModelArguments, base: nn.Module, images: ProcessedDataset, progress: bool) -> Start:
+    """From an adapter, or from registers that are fitted now."""
+    device = PartialState().device
     if args.adapter_name_or_path is not None:
         source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
     else:
         source = fit_test_time_registers(
-            base, PixelBatches(images), num_registers=args.num_registers, max_images=256, progress=progress
+            base, PixelBatches(images), num_registers=args.num_registers, max_images=_LOOKED_AT, progress=progress
         )
     few, dropped = range(min(len(images), 64)), args.neurons == "drop"
     batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
     start = start_from(source, args.neurons, batches)
     source.unload()
-    model = wrap(base, objective, **args.moving, **start.options)
-    (name,) = _registers_of(model)
-    start.fill(require_register_layer(model).tokens(name))
-    return model
+    return start
 
 
 def _go_on(args: ModelArguments, objective: Objective, base: nn.Module) -> PeftModel:

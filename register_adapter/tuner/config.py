@@ -41,7 +41,8 @@ class RegisterConfig(PeftConfig):
         num_registers: Number R of registers, at least 1.
         init: ``"normal"`` (mean 0, standard deviation ``init_std``), ``"zeros"`` (warns: equal registers get equal
             gradients and stay equal for ever), ``"cls"`` (a copy of the CLS token plus that noise), or ``"test_time"``
-            (zero, filled by ``register_neurons``: what :func:`fit_test_time_registers` makes).
+            (zero, filled by ``register_neurons``: what :func:`fit_test_time_registers` makes), or ``"outliers"`` (what
+            :func:`register_adapter.neurons.start_from_outliers` makes).
         init_std: Standard deviation of the initial values, default 0.02.
         target_modules: Name of the vision tower, or the end of it; needed only where a model has several.
         modules_to_save: Modules trained and saved as a whole beside the registers, such as ``["classifier"]``.

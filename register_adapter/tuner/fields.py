@@ -14,7 +14,7 @@ __all__ = ["check_combinations", "check_types", "check_values"]
 _MOST = 2**16
 # Names of the modules that hold the registers.
 _OWN = {"registers", "register_adapter_tokens"}
-_INITS = ("normal", "zeros", "cls", "test_time")
+_INITS = ("normal", "zeros", "cls", "test_time", "outliers")
 _ATTENTIONS = ("slice", "full")
 _KINDS: dict[str, Any] = {
     "num_registers": int,
@@ -60,7 +60,7 @@ def check_types(config: Any) -> None:
 
 
 def check_values(config: Any) -> None:
-    """Each argument by itconfig."""
+    """Each argument by itself."""
     if config.num_registers < 1:
         raise ValueError(f"num_registers must be at least 1, got {config.num_registers}")
     if config.num_registers > _MOST:
@@ -90,6 +90,11 @@ def check_combinations(config: Any) -> None:
         raise ValueError("deep=True puts tokens into the sequence, key_value=True does not: choose one of them")
     if config.key_value and config.init == "cls":
         raise ValueError("init='cls' is for tokens; key/value pairs (key_value=True) start from init='normal'")
+    if config.init == "outliers" and config.test_time_fit is None:
+        raise ValueError(
+            "init='outliers' needs images, on which the base's outlier patches are looked up: call "
+            "register_adapter.neurons.start_from_outliers(model, batches), or train with --init outliers"
+        )
 
 
 def _spell(kind: Any) -> str:

@@ -120,7 +120,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
     def _initial_values(self, config: RegisterConfig, shape: tuple[int, ...], pending: bool) -> torch.Tensor:
         if pending:
             return torch.full(shape, torch.nan)
-        if config.init == "test_time":  # what the registers hold comes from the neurons
+        if config.init in ("test_time", "outliers"):  # what they hold comes from the neurons, or is filled in next
             return torch.zeros(shape)
         if config.init == "zeros":
             warnings.warn(

@@ -42,7 +42,7 @@ class DistillationObjective(Term):
         seed: Seed of the views.
         teacher: Folder, or repository, of an adapter for the base whose tokens are the targets in place of the bare
             base's: such as registers that were fitted at test time. Where the base's own tokens have artifacts, their
-            mean over views has them too.
+            mean over views has them too. Of such a teacher CLS is a target, too.
         white: ``(3,)``, what a white pixel is to the model, for the padding of views; ``None`` takes it from the image
             processor of the training images, or 1 in every channel where they come without one.
     """
@@ -94,22 +94,25 @@ class DistillationObjective(Term):
         return read_tokens(self._adapted.to(given.device), {"pixel_values": given})
 
     def targets(self, teacher: Teacher) -> dict[str, torch.Tensor]:
-        """``patches`` ``(B, P, D)``: the mean over views that show the patch."""
-        pixels = teacher.batch["pixel_values"]
+        """``patches`` ``(B, P, D)``, means over views that show the patch; of a teacher ``cls`` ``(B, C, D)`` too."""
+        pixels, given = teacher.batch["pixel_values"], self._tokens(teacher)
+        # A bare base's CLS has the artifacts' harm in it; that of a teacher with an adapter is what is wanted.
+        targets = {"cls": given.cls} if self._adapted is not None and given.cls.shape[1] else {}
         if self.num_views == 1:
-            return {"patches": self._tokens(teacher).patches}
+            return {**targets, "patches": given.patches}
         numbers = teacher.batch.get("index", torch.arange(len(pixels)))
         # Views of one image must not be those of another: large primes keep numbers and seeds apart.
         seeds = [(int(number) * 1_000_003 + self.seed * 7_919) % 2**31 for number in numbers]
-        grid, white = self._tokens(teacher).grid, torch.tensor(self.white or _NO_PROCESSOR)
+        grid, white = given.grid, torch.tensor(self.white or _NO_PROCESSOR)
         tokens = denoised_tokens(
             lambda views: self._tokens(teacher, views).patches, pixels, seeds, grid, white, self.num_views
         )
-        return {"patches": tokens}
+        return {**targets, "patches": tokens}
 
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:
-        """Mean over the patches of each image, ``(B,)``."""
-        return feature_loss(student.patches, targets["patches"].to(student.patches.device)).mean(1)
+        """Mean over the patches of each image, and that over CLS, ``(B,)``."""
+        loss = feature_loss(student.patches, targets["patches"].to(student.patches.device)).mean(1)
+        return loss + feature_loss(student.cls, targets["cls"].to(loss.device)).mean(1) if "cls" in targets else loss
 
     def details(self) -> dict[str, Any]:
         """The name, the views, and the teacher by what its weights are."""

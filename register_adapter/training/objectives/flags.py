@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..config_file import config_value
+from ..flags.config_file import config_value
 from . import OBJECTIVES
 from .base import Objective
 from .classification import ClassificationObjective

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from ..utils.files import open_regular
+from ...utils.files import open_regular
 
 __all__ = ["config_value", "config_words", "did_you_mean", "render_config"]
 
