@@ -74,6 +74,9 @@ class TrainArguments:
     ema_decay: float | None = _knob(
         None, "Evaluate and save an exponential moving average of what is trained, such as 0.999; by default none."
     )
+    cache_prefix: int | None = _knob(
+        None, "Store the sequence that comes into this block too, and begin there: give --insert-layer the same number."
+    )
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
     report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
@@ -116,6 +119,9 @@ class TrainArguments:
             raise ValueError("target_store must name a folder, got ''")
         if self.target_dtype not in DTYPES:
             raise ValueError(f"target_dtype must be one of {', '.join(DTYPES)}, got {self.target_dtype!r}")
+        self._check("cache_prefix", int, 1, optional=True)
+        if self.cache_prefix is not None and self.target_store is None:
+            raise ValueError("cache_prefix needs target_store, the folder where the sequences go, too")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the repository to upload to, such as user/name")
         for name in ("checkpointing_steps", "resume_from_checkpoint", "with_tracking", "push_to_hub"):

@@ -119,6 +119,7 @@ def train(
                 *(objective, model, train_data, accelerator, image_processor),
                 folder=args.target_store,
                 dtype=args.target_dtype,
+                prefix=args.cache_prefix,
                 progress=not args.quiet,
             )
         loop = _prepare(accelerator, args, objective, model, trainable, train_data, eval_data, interruption, callbacks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...features.layout import tower_of
+from ...features.passes import keep_layer
+from ...features.prefix import check_prefix
 from ...features.store import STORE_NAME, FeatureStore, StoreError, StoreSpec, read_spec
 from ...towers.identity import TowerIdentity
 from .base import Objective
 from .terms import Term, WeightedTerms
+from .tokens import prefix_key, read_base
 
 __all__ = ["StoredTargets", "store_targets"]
 
@@ -70,6 +74,7 @@ def store_targets(
     *,
     folder: str | Path,
     dtype: str = "bfloat16",
+    prefix: int | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> StoredTargets:
@@ -85,11 +90,13 @@ def store_targets(
         processor: The image processor, whose settings belong to what is stored.
         folder: Where the store is, or will be.
         dtype: As in :class:`StoreSpec`.
+        prefix: Index k of a block: the sequence that comes in there is stored as well, and training begins with it.
         batch_size: Images in one pass.
         progress: Show a bar.
 
     Raises:
-        ValueError: The objective has no targets, a term's change from step to step, or so do the images.
+        ValueError: The objective has no targets, a term's change from step to step, or so do the images, or what comes
+            before block ``prefix``.
         StoreError: The folder holds something else, or the disk cannot hold the targets.
     """
     if isinstance(objective, Term):
@@ -103,19 +110,23 @@ def store_targets(
         raise ValueError(
             f"targets of {', '.join(unfit)} are other ones in every step and cannot be stored; leave the store out"
         )
+    tower, layer = tower_of(accelerator.unwrap_model(model))
+    if prefix is not None:
+        check_prefix(tower, layer, prefix)
+    compute_some = partial(_compute, objective, model, dataset, device=accelerator.device, prefix=prefix)
     seconds = None
     if (Path(folder) / STORE_NAME).exists():
         shapes = dict(read_spec(folder).shapes)
     else:
         began, few = time.perf_counter(), min(len(dataset), 2)
-        first = _compute(objective, model, dataset, range(few), accelerator.device)
+        first = compute_some(range(few))
         seconds = (time.perf_counter() - began) / few * len(dataset) / accelerator.num_processes
         shapes = {name: tuple(value.shape[1:]) for name, value in first.items()}
-    tower, _ = tower_of(accelerator.unwrap_model(model))
     source = {
         "base": TowerIdentity.of(tower).to_dict(),
         "processor": processor.to_dict() if hasattr(processor, "to_dict") else str(type(processor).__name__),
         "terms": objective.details(),
+        **({"prefix": prefix} if prefix is not None else {}),
     }
     spec = StoreSpec(len(dataset), shapes, source, dtype)
     with accelerator.main_process_first():
@@ -133,7 +144,7 @@ def store_targets(
             parts = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
             done = []
             for part in parts:
-                done.append(_compute(objective, model, dataset, part, accelerator.device))
+                done.append(compute_some(part))
                 bar.update(len(part))
             return {name: torch.cat([values[name] for values in done]) for name in shapes}
 
@@ -149,11 +160,23 @@ def store_targets(
 
 
 def _compute(
-    objective: WeightedTerms, model: nn.Module, dataset: Any, numbers: Sequence[int], device: torch.device
+    objective: WeightedTerms,
+    model: nn.Module,
+    dataset: Any,
+    numbers: Sequence[int],
+    *,
+    device: torch.device,
+    prefix: int | None,
 ) -> dict[str, torch.Tensor]:
     batch = objective.collate([{"index": number, **dataset[number]} for number in numbers])
     sketches = torch.stack([_sketch_of(pixels) for pixels in batch["pixel_values"]])
-    targets = objective.targets(model, {name: value.to(device) for name, value in batch.items()})
+    on_device = {name: value.to(device) for name, value in batch.items()}
+    if prefix is None:
+        targets = objective.targets(model, on_device)
+    else:
+        with keep_layer(tower_of(model)[0], prefix) as kept:
+            read_base(model, on_device)
+        targets = {prefix_key(prefix): kept[0], **objective.targets(model, on_device)}
     return {_SKETCH: sketches, **{name: value.cpu() for name, value in targets.items()}}
 
 

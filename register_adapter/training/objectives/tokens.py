@@ -15,16 +15,23 @@ from torch import nn
 from ...features.grid import watch_patches
 from ...features.layout import tower_of
 from ...features.passes import keep_layer
+from ...features.prefix import continued_from
 from ...towers.modes import evaluating
 from .base import Batch
 
-__all__ = ["Tokens", "copy_of_base", "read_base", "read_tokens"]
+__all__ = ["Tokens", "copy_of_base", "prefix_key", "read_base", "read_tokens"]
 
 
 __all__ = ["Tokens", "has_both_towers", "read_base", "read_tokens"]
 
 # Where models put the one vector that stands for an image, the most specific first.
 _SUMMARIES = ("image_embeds", "pooler_output")
+_PREFIX = "prefix."
+
+
+def prefix_key(block: int) -> str:
+    """Key in an item, a batch or a store, of the sequence that comes into a block."""
+    return f"{_PREFIX}{block}"
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,23 @@ def read_tokens(model: nn.Module, batch: Batch, layers: Collection[int] = ()) ->
     Args:
         model: It is called as it is given.
         batch: ``pixel_values`` ``(B, 3, H, W)``, and for a model with a text tower maybe ``input_ids`` ``(T, L)``.
+            The sequence ``(B, N, D)`` that comes into block k, under ``prefix_key(k)``, has the pass begin there.
         layers: Indices into ``hidden_states`` whose patch tokens are read too.
+
+    Raises:
+        ValueError: A layer is to be read that is passed by.
     """
     inner: nn.Module = extract_model_from_parallel(model)
     tower, layer = tower_of(inner)
     last = len(tower.part("blocks"))
     inputs = {"pixel_values": batch["pixel_values"], **_texts(inner, batch)}
+    begin = next((key for key in batch if key.startswith(_PREFIX)), None)
+    block = int(begin.removeprefix(_PREFIX)) if begin is not None else 0
+    if min({*layers, last}) < block:
+        raise ValueError(f"hidden_states[{min(layers)}] is read, which a pass that begins at block {block} lacks")
     with watch_patches(tower) as patch_grid, ExitStack() as stack:
+        if begin is not None:
+            stack.enter_context(continued_from(tower, block, batch[begin]))
         kept = {index: stack.enter_context(keep_layer(tower, index)) for index in {*layers, last}}
         output = model(**inputs)
         # Registers may enter between two of the layers.
@@ -96,6 +113,7 @@ def read_base(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> T
         layers: As there.
     """
     inner: Any = extract_model_from_parallel(model)
+    batch = {key: value for key, value in batch.items() if not key.startswith(_PREFIX)}
     with evaluating(inner, seed=None), inner.disable_adapter():
         return read_tokens(inner, batch, layers)
 
