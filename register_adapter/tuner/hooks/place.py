@@ -122,6 +122,6 @@ class PlaceHooks(LayerHooks):
         """Say that the tower with the registers of adapter ``name`` was replaced."""
         raise UnsupportedModelError(
             f"the tower {type(self.tower.module).__name__} at {self.tower.path!r}, which has the registers of {name!r}"
-            f", is no longer in {type(self.labels.model).__name__}. Was it replaced after the registers were added? Put "
-            f"it back, or call delete_adapter({name!r}) and add registers to the new one."
+            f", is no longer in {type(self.labels.model).__name__}. Was it replaced after the registers were added? "
+            f"Put it back, or call delete_adapter({name!r}) and add registers to the new one."
         )
