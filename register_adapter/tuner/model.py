@@ -18,7 +18,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
-from ..utils.adapter_file import UNITS_KEY, check_tensors, is_foreign
+from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
@@ -275,9 +275,12 @@ class RegisterModel(BaseTuner):
         needed = [name for name in config.modules_to_save or [] if config.needs(name)]
         state_dict = without_left_out(model, config.left_out, config.task_heads, state_dict)
         check_tensors(state_dict, config.expected_shapes, saved, f"adapter {adapter_name!r}", needed)
+        tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
+        dtype = next(tower.module.parameters()).dtype
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            check_range(state_dict, dtype, f"adapter {adapter_name!r}")
         units = next((value for key, value in state_dict.items() if key.endswith(UNITS_KEY)), None)
         if units is not None and not units.is_meta:
-            tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
             check_units(tower, by_block(config, units.tolist()), f"adapter {adapter_name!r}")
         number = fit_heads(model, adapter_name, state_dict=state_dict)
         if number is not None:
