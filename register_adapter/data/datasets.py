@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 from tqdm.auto import tqdm
 
 from ..utils.files import check_regular
+from ..utils.text import first_few
 from .augmentation import AUGMENTATIONS, Augmentation
 from .folders import read_flat_folder, read_image_folder
 from .images import ImageFileError, check_image, image_name, load_image
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_SHOWN = 20
 
 
 @dataclass
@@ -213,22 +213,18 @@ def skip_bad(
         return dataset, []
     lines = list(faults.values())
     if strict:
-        raise ImageFileError(f"{len(lines)} of {len(dataset)} files are bad, and none may be (strict): {_some(lines)}")
+        counted = f"{len(lines)} of {len(dataset)} files are bad"
+        raise ImageFileError(f"{counted}, and none may be (strict): {first_few(lines)}")
     if len(faults) == len(dataset):
-        raise ImageFileError(f"none of {len(dataset)} files is an image that can be read: {_some(lines)}")
+        raise ImageFileError(f"none of {len(dataset)} files is an image that can be read: {first_few(lines)}")
     if state.is_main_process:
-        logger.warning("%d of %d files are bad and skipped:\n  %s", len(lines), len(dataset), "\n  ".join(lines))
+        logger.warning("%d of %d files are bad and skipped: %s", len(lines), len(dataset), first_few(lines))
     return dataset.select([index for index in range(len(dataset)) if index not in faults]), lines
 
 
 def _item_name(source: Any, index: int) -> str:
     name = image_name(source)
     return name if isinstance(source, dict) and source.get("path") else f"item {index} ({name})"
-
-
-def _some(lines: list[str]) -> str:
-    rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return "; ".join(lines[:_SHOWN]) + rest
 
 
 def _class_names(dataset: Dataset, column: str) -> list[str]:

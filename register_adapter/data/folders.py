@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image
 
 from ..utils.text import first_few, path_text, printable
-from .images import leads_up, walk_files
+from .images import leads_up, named_folder, walk_files
 
 __all__ = ["read_flat_folder", "read_image_folder"]
 
@@ -35,7 +35,7 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
         ValueError: The folder does not exist, has no sub-folders, or has classes that ``labels`` lacks.
         OSError: It cannot be listed.
     """
-    root = Path(folder)
+    root = named_folder(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
@@ -73,7 +73,7 @@ def read_flat_folder(folder: str | Path) -> Dataset:
         ValueError: The folder does not exist or has no files.
         OSError: It cannot be listed.
     """
-    root = Path(folder)
+    root = named_folder(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     files = [path_text(path) for path in walk_files(root)]

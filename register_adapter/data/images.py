@@ -26,6 +26,7 @@ __all__ = [
     "image_name",
     "leads_up",
     "load_image",
+    "named_folder",
     "to_rgb",
     "walk_files",
 ]
@@ -95,6 +96,17 @@ def image_name(source: Any) -> str:
         path = source.get("path") if isinstance(source, dict) else source
         return printable(_file_of(path)) if path else "image without a name"
     return printable(getattr(source, "filename", None) or "image without a name")
+
+
+def named_folder(folder: str | Path) -> Path:
+    """A folder by its name, which may not be empty: that would be the one where the process happens to run.
+
+    Raises:
+        ValueError: It is.
+    """
+    if not os.fspath(folder):
+        raise ValueError("the name of the folder of images is empty; give one (. is the current folder)")
+    return Path(folder)
 
 
 def walk_files(folder: str | Path) -> list[Path]:
