@@ -282,7 +282,7 @@ class ImageBatches:
             labels.append(_label_of(item))
         if not singles:
             return _Made(None, faults, failures)
-        batch = self._processing.joined(singles, lambda: [load_image(source) for source in sources])
+        batch = self._processing.joined(singles, lambda: map(load_image, sources))
         given = None if any(label is None for label in labels) else labels
         return _Made(Labelled(batch, numbers, given), faults, failures)
 

@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
 class _Parser(HfArgumentParser):  # type: ignore[misc, unused-ignore]
     def error(self, message: str) -> NoReturn:
         """What is wrong, without the usage: it has more lines than a screen."""
-        self.exit(2, f"{self.prog}: error: {printable(message)} ({self.prog} --help lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 def _make_parser(
