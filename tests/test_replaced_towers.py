@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 from families import build, make_inputs
 from helpers import assert_identical, flatten, run
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Dinov2ForImageClassification
 
-from register_adapter import RegisterConfig, UnsupportedModelError, add_registers, compose
+from register_adapter import (
+    AdapterFileError,
+    RegisterConfig,
+    UnsupportedModelError,
+    add_registers,
+    compose,
+    find_tower,
+)
 from register_adapter.tuner.layer import attached_layers
 
 GONE = r"Dinov2Model at 'dinov2'.* is no longer in Dinov2For"
@@ -148,3 +155,12 @@ def test_a_method_that_uses_the_tower_refuses_another_one(copied: bool) -> None:
     base.vision_model = tower
     assert_identical(flatten(base.get_image_features(pixels)), before)
     assert "get_image_features" not in vars(model.unload())
+
+
+def test_the_loader_of_transformers_says_where_it_looks_for_a_tower(tmp_path: Path) -> None:
+    base, dual = build("metaclip2-vision"), build("metaclip2")
+    find_tower(base).module.load_state_dict(find_tower(dual).module.state_dict())
+    add_registers(base, 2).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"that the adapter was trained on.*PeftModel\.from_pretrain"):
+        dual.load_adapter(str(tmp_path))
+    PeftModel.from_pretrained(dual, tmp_path)

@@ -45,7 +45,11 @@ _NO_VALUES = (
     "the adapter {name!r} got no (finite) register values from its file: the tensor is missing, damaged, or from a "
     "model in which the vision tower has another place."
 )
-_LOAD_WITH_PEFT = "Load a whole file with PeftModel.from_pretrained, which finds the tower in any model."
+_LOAD_WITH_PEFT = (
+    "transformers' own loaders look for the tower in its place in the model that the adapter was trained on (a "
+    "CLIPVisionModel, say, where AutoModel makes a CLIPModel of its checkpoint). Load a whole file with "
+    "PeftModel.from_pretrained(base, adapter), which finds the tower in any model."
+)
 
 
 class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks, nn.Module, BaseTunerLayer):
