@@ -95,7 +95,7 @@ def test_a_mistake_in_a_training_command_is_short(words: list[str], capsys: pyte
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert said.startswith("register-adapter train: error: ")
-    
+
     assert len(said.splitlines()) == 1
 
 
