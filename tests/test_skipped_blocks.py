@@ -98,3 +98,14 @@ def test_parts_that_are_called_in_order_take_registers_out_again(options: dict[s
         for block in base.blocks:
             hidden = block(hidden)
         torch.testing.assert_close(base.norm(hidden), expected)
+
+
+@pytest.mark.parametrize("options", [{}, *WAYS[:1]], ids=str)
+def test_parts_that_are_compiled_one_by_one_are_not_taken_for_skipped(options: dict[str, Any]) -> None:
+    model, inputs = add_registers(build("dinov2"), 3, init_std=1.0, **options).eval(), make_inputs("dinov2")
+    expected = run(model, inputs)["last_hidden_state"]
+    torch._dynamo.reset()
+    base = model.get_base_model()
+    for part in (base.embeddings, *base.encoder.layer):
+        part.compile(backend="eager")
+    torch.testing.assert_close(run(model, inputs)["last_hidden_state"], expected)

@@ -185,6 +185,7 @@ class _Parser(HfArgumentParser):  # type: ignore[misc, unused-ignore]
     def error(self, message: str) -> NoReturn:
         """What is wrong, without the usage: it has more lines than a screen."""
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+        raise AssertionError  # exit() does not return
 
 
 def _make_parser(

@@ -214,7 +214,8 @@ class LayerHooks:
         Raises:
             UnsupportedModelError: A module with a hook that puts them in or takes them out was not called.
         """
-        if counts and self.call.entered != counts[-1]:
+        # A graph need not tell others what entered in it.
+        if counts and self.call.entered not in (0, counts[-1]):
             self._refuse_skipped(counts[-1])
         if self.call.entered and not self.call.left:
             anatomy = self.tower.anatomy
@@ -231,7 +232,7 @@ class LayerHooks:
             UnsupportedModelError: There is another number of them: what would be cut out are patches.
         """
         alone = self.call.segments is None
-        if self.call.entered != count:
+        if self.call.entered != count and not torch.compiler.is_compiling():
             if alone and not self.call.entered:  # a module that somebody calls with a sequence of their own
                 return False
             self._refuse_skipped(count)
@@ -253,6 +254,9 @@ class LayerHooks:
             self._refuse_skipped(count)
 
     def _refuse_skipped(self, count: int) -> None:
+        # A graph does not tell others what entered in it.
+        if torch.compiler.is_compiling() or any(map(_is_compiled, self.tower.module.modules())):
+            return
         entered, name = self.call.entered, type(self.tower.module).__name__
         late = {segment.placement.insert_layer for segment in self.sequence}
         places = [f"block {layer}" if layer else repr(self.tower.anatomy.embeddings) for layer in sorted(late)]
@@ -317,6 +321,10 @@ def refuse_tracing(value: Any) -> None:
             "features_cls='fx'?), and what it records would leave the registers out, or in. Trace the base without "
             "registers or export_native(model), use capture(model) for features, or torch.export for a graph."
         )
+
+
+def _is_compiled(module: Any) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _count_at(sequence: list[Segment], block: int) -> int:
