@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .output import collect_skipped, make_console, print_result, print_skipped, silence_libraries
+from .output import collect_skipped, make_console, print_result, print_skipped, print_table, silence_libraries
 
 if TYPE_CHECKING:
     from ..artifacts import ArtifactReport, LayerReport
@@ -16,8 +16,8 @@ __all__ = ["audit_command", "print_reports", "register"]
 
 
 _HEADINGS = (
-    *("layer", "median norm", "largest / median", "outlier patches", "threshold"),
-    *("attention to outliers", "attention to few patches"),
+    *("layer", "median\nnorm", "largest /\nmedian", "outlier\npatches", "threshold"),
+    *("attention\nto\noutliers", "attention\nto few\npatches"),
 )
 
 
@@ -75,17 +75,11 @@ def audit_command(
 
 def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str | None = None) -> None:
     """Print a table for each report, and its verdict."""
-    from rich.table import Table
-    from rich.text import Text
-
     console = make_console()
     for report in reports:
-        table = Table(title=Text(f"{report.name}: {report.num_images} images, rule {report.rule}"))
-        for heading in _HEADINGS:
-            table.add_column(heading, justify="right", overflow="fold")
-        for layer in report.layers:
-            table.add_row(*_cells(layer), style="bold" if layer.threshold.separated and layer.layer else None)
-        console.print(table)
+        title = f"{report.name}: {report.num_images} images, rule {report.rule}"
+        bold = [layer.threshold.separated and layer.layer > 0 for layer in report.layers]
+        print_table(console, title, _HEADINGS, [_cells(layer) for layer in report.layers], bold)
         console.print(f"Verdict: {report.summary}", style="bold")
         console.print(report.reason)
         if skipped := report.environment.get("skipped"):

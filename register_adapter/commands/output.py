@@ -58,7 +58,12 @@ def make_console() -> Console:
 
 @contextmanager
 def collect_skipped() -> Iterator[list[str]]:
-    """A list with a line for each image that is left out within, each once; no warning is printed of them."""
+    """A list with a line for each image that is left out within, each once; no warning is printed of them.
+
+    If the block ends with an error, those that were read until then are named on the standard error.
+    """
+    from ..errors import NoArtifactsError
+
     lines: dict[str, None] = {}
     collected: list[str] = []
     logger = logging.getLogger(_LOGGER)
@@ -71,25 +76,33 @@ def collect_skipped() -> Iterator[list[str]]:
     logger.addFilter(keep)
     try:
         yield collected
+    except NoArtifactsError:  # a result like others
+        raise
+    except Exception:
+        print_skipped(collected, "", early=True)
+        raise
     finally:
         logger.removeFilter(keep)
 
 
-def print_skipped(lines: Sequence[str], whole_list: str | None) -> None:
+def print_skipped(lines: Sequence[str], whole_list: str | None, early: bool = False) -> None:
     """Name the images that were left out, on the standard error.
 
     Args:
         lines: One for each: its name and what is wrong.
-        whole_list: Where all of them are; ``None`` prints all.
+        whole_list: Where all of them are; ``None`` prints all, and an empty text says nowhere.
+        early: Not all images were read.
     """
     if not lines:
         return
     shown = lines if whole_list is None else lines[:_SHOWN]
-    echo("1 image is bad and skipped:" if len(lines) == 1 else f"{len(lines)} images are bad and skipped:", err=True)
+    counted = "1 image is bad and skipped" if len(lines) == 1 else f"{len(lines)} images are bad and skipped"
+    echo(f"{counted}{', of those read before it ended' if early else ''}:", err=True)
     for line in shown:
         echo(f"  {line}", err=True)
     if len(shown) < len(lines):
-        echo(f"  and {len(lines) - len(shown)} more; all are named in {whole_list}", err=True)
+        where = f"; all are named in {whole_list}" if whole_list else ""
+        echo(f"  and {len(lines) - len(shown)} more{where}", err=True)
 
 
 def print_result(result: Any, print_tables: Callable[[], None], *, as_json: bool, quiet: bool) -> None:
@@ -107,7 +120,13 @@ def print_result(result: Any, print_tables: Callable[[], None], *, as_json: bool
         print_tables()
 
 
-def print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(
+    console: Console,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    bold: Sequence[bool] | None = None,
+) -> None:
     """Print a table whole: where it is too wide, its columns become rows, a few of its rows at a time beside them.
 
     Args:
@@ -115,8 +134,9 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Seque
         title: Above it.
         header: Headings; the first is that of the rows' names.
         rows: A cell for each heading.
+        bold: Which rows stand out, where they are rows.
     """
-    table = _table(title, header, rows)
+    table = _table(title, header, rows, bold)
     if _width(console, table) <= console.width:
         console.print(table)
         return
@@ -135,15 +155,15 @@ def _turned(title: str, turned: Sequence[Sequence[str]], start: int, end: int) -
     return _table(title, head, rest)
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] | None = None) -> Any:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title) if title else None)
     for place, heading in enumerate(header):
         table.add_column(Text(heading), justify="right" if place else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for place, row in enumerate(rows):
+        table.add_row(*map(Text, row), style="bold" if bold and bold[place] else None)
     return table
 
 

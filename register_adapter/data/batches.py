@@ -17,7 +17,7 @@ from torch import nn
 
 from ..towers.calls import as_named
 from ..utils.text import first_few
-from .images import ImageFileError, image_name, load_image, walk_files
+from .images import ImageFileError, image_name, load_image, named_folder, walk_files
 from .processing import Batch, Processing
 from .processors import find_image_processor
 
@@ -75,7 +75,7 @@ def list_images(folder: str | Path) -> list[Path]:
     Raises:
         ValueError: There is no such folder, or it holds no files.
     """
-    root = Path(folder)
+    root = named_folder(folder)
     if root.is_file():
         return [root]
     if not root.is_dir():
@@ -282,7 +282,7 @@ class ImageBatches:
             labels.append(_label_of(item))
         if not singles:
             return _Made(None, faults, failures)
-        batch = self._processing.joined(singles, lambda: [load_image(source) for source in sources])
+        batch = self._processing.joined(singles, lambda: map(load_image, sources))
         given = None if any(label is None for label in labels) else labels
         return _Made(Labelled(batch, numbers, given), faults, failures)
 

@@ -11,12 +11,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..utils.text import first_few
 from .images import ImageFileError, check_image, image_name
 
 __all__ = ["item_name", "skip_bad"]
 
 logger = logging.getLogger(__name__)
-_SHOWN = 20
 
 
 def skip_bad(
@@ -68,11 +68,12 @@ def skip_bad(
         return dataset, []
     lines = list(faults.values())
     if strict:
-        raise ImageFileError(f"{len(lines)} of {len(dataset)} files are bad, and none may be (strict): {_some(lines)}")
+        counted = f"{len(lines)} of {len(dataset)} files are bad"
+        raise ImageFileError(f"{counted}, and none may be (strict): {first_few(lines)}")
     if len(faults) == len(dataset):
-        raise ImageFileError(f"none of {len(dataset)} files is an image that can be read: {_some(lines)}")
+        raise ImageFileError(f"none of {len(dataset)} files is an image that can be read: {first_few(lines)}")
     if state.is_main_process:
-        logger.warning("%d of %d files are bad and skipped:\n  %s", len(lines), len(dataset), "\n  ".join(lines))
+        logger.warning("%d of %d files are bad and skipped: %s", len(lines), len(dataset), first_few(lines))
     return dataset.select([index for index in range(len(dataset)) if index not in faults]), lines
 
 
@@ -80,8 +81,3 @@ def item_name(source: Any, index: int) -> str:
     """What to call an item in a message: the path of its image, or its number where it has none."""
     name = image_name(source)
     return name if isinstance(source, dict) and source.get("path") else f"item {index} ({name})"
-
-
-def _some(lines: list[str]) -> str:
-    rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return "; ".join(lines[:_SHOWN]) + rest

@@ -13,7 +13,7 @@ from datasets import Sequence as Several
 
 from ..utils.files import open_regular
 from ..utils.text import first_few, path_text, printable
-from .images import walk_files
+from .images import leads_up, named_folder, walk_files
 
 __all__ = ["read_captioned_folder", "read_flat_folder", "read_image_folder"]
 
@@ -39,18 +39,18 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
         ValueError: The folder does not exist, has no sub-folders, or has classes that ``labels`` lacks.
         OSError: It cannot be listed.
     """
-    root = Path(folder)
+    root = named_folder(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    classes = [path for path in visible if path.is_dir()]
+    classes = [path for path in visible if path.is_dir() and not leads_up(path)]
     names = list(labels) if labels is not None else [printable(path.name) for path in classes]
     if not classes:
         raise ValueError(f"{root} has no sub-folders; expected one for each class, such as {root}/cat/1.jpg")
     unknown = [printable(path.name) for path in classes if printable(path.name) not in names]
     if unknown:
         raise ValueError(f"{root} has the classes {unknown}, which the training set lacks; it has {names}")
-    loose = [printable(path.name) for path in visible if not path.is_dir()]
+    loose = [printable(path.name) for path in visible if path not in classes]
     if loose and PartialState().is_main_process:
         logger.warning("%s: files outside the class folders are not used: %s", root, first_few(loose))
     files = [
@@ -77,7 +77,7 @@ def read_flat_folder(folder: str | Path) -> Dataset:
         ValueError: The folder does not exist or has no files.
         OSError: It cannot be listed.
     """
-    root = Path(folder)
+    root = named_folder(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder")
     files = [path_text(path) for path in walk_files(root)]

@@ -19,7 +19,17 @@ from ..errors import RegisterAdapterError
 from ..utils.files import open_regular
 from ..utils.text import printable
 
-__all__ = ["MAX_ASPECT", "ImageFileError", "check_image", "image_name", "load_image", "to_rgb", "walk_files"]
+__all__ = [
+    "MAX_ASPECT",
+    "ImageFileError",
+    "check_image",
+    "image_name",
+    "leads_up",
+    "load_image",
+    "named_folder",
+    "to_rgb",
+    "walk_files",
+]
 
 #: Longest side over shortest: a processor that scales the short side to 224 would make 1 x 20,000 pixels 3 GB.
 MAX_ASPECT = 100
@@ -88,10 +98,22 @@ def image_name(source: Any) -> str:
     return printable(getattr(source, "filename", None) or "image without a name")
 
 
+def named_folder(folder: str | Path) -> Path:
+    """A folder by its name, which may not be empty: that would be the one where the process happens to run.
+
+    Raises:
+        ValueError: It is.
+    """
+    if not os.fspath(folder):
+        raise ValueError("the name of the folder of images is empty; give one (. is the current folder)")
+    return Path(folder)
+
+
 def walk_files(folder: str | Path) -> list[Path]:
     """All files of a folder and of those below it, sorted, but for hidden ones, whether they are images or not.
 
-    A folder that cannot be listed stands for its files, so that whoever reads them names it.
+    Links to other folders are followed, but not those to one that they are in themselves. A folder that cannot be
+    listed stands for its files, so that whoever reads them names it.
     """
     paths: list[Path] = []
     unlisted: list[OSError] = []
@@ -102,9 +124,17 @@ def walk_files(folder: str | Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not leads_up(Path(place, name))]
         paths += [Path(place, name) for name in files if not name.startswith(".")]
     return sorted([*paths, *(Path(error.filename) for error in unlisted)])
+
+
+def leads_up(path: Path) -> bool:
+    """Whether a path is a link to a folder that it is in itself."""
+    if not path.is_symlink():
+        return False
+    target, place = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    return target == place or target in place.parents
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

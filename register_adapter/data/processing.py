@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..utils.text import printable
 from .images import ImageFileError
 
-__all__ = ["Batch", "Processing", "process_image"]
+__all__ = ["LARGE", "Batch", "Processing", "process_image", "reduced"]
 
+#: Pixels of an image that is processed as it is: beyond what cameras of most phones make.
+LARGE = 2**25
+_SIDES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 #: What a tower is called with: pixel values ``(B, 3, H, W)``, or its keywords.
 Batch = torch.Tensor | dict[str, Any]
 
@@ -29,17 +33,35 @@ def process_image(processor: Any, image: Image.Image, name: str) -> Batch:
     Raises:
         ImageFileError: The processor failed, whatever it raised.
     """
+    size = f"{image.width} × {image.height} pixels"
     try:
+        image = reduced(processor, image)
         if _is_processor(processor):
             return dict(processor(images=image, return_tensors="pt"))
         pixels: torch.Tensor = processor(image)
         return pixels[None]
     except Exception as error:
         said = printable(error).partition("\\n")[0] or "no message"
-        size = f"{image.width} × {image.height} pixels"
         raise ImageFileError(
             f"{name}: {_called(processor)} fails on {size} ({type(error).__name__}: {said})"
         ) from error
+
+
+def reduced(processor: Any, image: Image.Image) -> Image.Image:
+    """An image of many pixels at a fraction of its size, where the processor resizes to far less anyway.
+
+    Processors make floating point copies of whole images: 2 GB of one with 81 million pixels. What is left has at
+    least twice the sides that are asked for. Images up to :data:`LARGE` pixels are as they were.
+    """
+    inner = getattr(processor, "image_processor", processor)
+    size = getattr(inner, "size", None)
+    # A number, a dictionary, or transformers' own object with these attributes.
+    values = [size, *(size.get(name) if isinstance(size, dict) else getattr(size, name, None) for name in _SIDES)]
+    sides = [value for value in values if isinstance(value, int) and value > 0]
+    if image.width * image.height <= LARGE or not sides or not getattr(inner, "do_resize", False):
+        return image
+    factor = min(image.size) // (2 * max(sides))
+    return image.reduce(factor) if factor > 1 else image
 
 
 class Processing:
@@ -59,12 +81,12 @@ class Processing:
         """See :func:`process_image`."""
         return process_image(self.processor, image, name)
 
-    def joined(self, singles: Sequence[Batch], read_again: Callable[[], list[Image.Image]]) -> Batch:
+    def joined(self, singles: Sequence[Batch], read_again: Callable[[], Iterable[Image.Image]]) -> Batch:
         """One batch of several images.
 
         Args:
             singles: What :meth:`single` made of each.
-            read_again: Gives the images, for a processor that pads all images of a batch to the largest.
+            read_again: Gives the images, one after the other, for a processor that pads all to the largest.
 
         Raises:
             ValueError: The images come out with different sizes.
@@ -80,7 +102,27 @@ class Processing:
         except ValueError:
             if not self.pads:
                 raise
-        return dict(self.processor(images=read_again(), return_tensors="pt"))
+        try:
+            return self._padded(read_again())
+        except (TypeError, ValueError, KeyError):  # one that does not let its steps be taken apart
+            return dict(self.processor(images=list(read_again()), return_tensors="pt"))
+
+    def _padded(self, images: Iterable[Image.Image]) -> Batch:
+        """A batch of images of different sizes: each is resized before the next is decoded, then all are padded."""
+        options = {"return_tensors": "pt", "input_data_format": "channels_first"}
+        small = [
+            np.asarray(
+                self.processor(
+                    images=reduced(self.processor, image),
+                    return_tensors="pt",
+                    do_rescale=False,
+                    do_normalize=False,
+                    do_pad=False,
+                )["pixel_values"][0]
+            )
+            for image in images
+        ]
+        return dict(self.processor(images=small, do_resize=False, **options))
 
     def _combined(self, values: list[Any]) -> Any:
         """What the processor would give for all images, from what it gave for each."""

@@ -17,7 +17,8 @@ from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.files import check_regular
 from ..utils.models import require_model
-from ..utils.shipped import local_folder
+from ..utils.shipped import full_name, local_folder
+from ..utils.staging import check_target
 from .native import export_native, save_native
 from .program import export_onnx, export_program
 from .subject import Subject, example_inputs
@@ -72,13 +73,12 @@ def export_saved(
     """
     if form not in FORMATS:
         raise ValueError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
+    check_target(out)
     config = RegisterConfig.from_pretrained(str(adapter))
-    base = base or config.base_model_name_or_path
+    base = full_name(base) if base else config.base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter {str(adapter)!r} does not name its base model: give it with --base")
     target = Path(out)
-    if target.is_file():
-        raise ValueError(f"{target} is a file; the export needs a folder")
     if target.resolve() in {Path(adapter).resolve(), Path(base.removeprefix("local-dir:")).resolve()}:
         raise ValueError(f"{target} holds the adapter or its base; give another folder with --out")
     mapping = config.auto_mapping or {}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
@@ -109,6 +110,7 @@ def fit_test_time_registers(
     _check(model, num_neurons, max_neurons, threshold, top_block)
     tower = find_tower(model, target_modules)
     _check_tower(tower, top_block, attention_bias)
+    _check_sizes(tower, image_sizes or ())
     resolved = resolve_rule(rule)
     given = {}
     if threshold is not None and top_block is not None:
@@ -164,6 +166,17 @@ def _check_tower(tower: Tower, top_block: int | None, attention_bias: bool) -> N
             "attention_bias needs a model whose attention goes through transformers' attention interface; the blocks "
             f"of {type(tower.module).__name__} do not. Use a register in the sequence (attention_bias=False)."
         )
+
+
+def _check_sizes(tower: Tower, sizes: Sequence[int]) -> None:
+    patch, limit = tower.patch_size or 1, Image.MAX_IMAGE_PIXELS
+    for size in sizes:
+        if size < patch:
+            raise ValueError(f"image_sizes has {size}, and a patch of {type(tower.module).__name__} has {patch} pixels")
+        if limit is not None and size**2 > limit:
+            raise ValueError(
+                f"image_sizes has {size}, whose {size**2} pixels are more than {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
+            )
 
 
 class FitRecord(dict[str, Any]):

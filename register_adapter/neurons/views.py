@@ -71,7 +71,16 @@ class View:
             stack.enter_context(self.statistics.attach())
             if scores is not None:
                 stack.enter_context(scores.attach())
-            self.tower.run(self.resized(batch))
+            try:
+                self.tower.run(self.resized(batch))
+            except RuntimeError as error:
+                if self.size is None:
+                    raise
+                said = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"images of side {self.size} (image_sizes) cannot be run through {type(self.tower.module).__name__}"
+                    f" in this batch size ({said})"
+                ) from error
 
     def judged(self, rule: Rule, by_hand: dict[int, Threshold]) -> View:
         """The same with the layers where outliers separate in all images so far: those that the audit names.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -30,7 +30,9 @@ from ..tuner.config import RegisterConfig
 from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
+from ..utils.shipped import full_name
 from ..utils.staging import check_writable
+from ..utils.text import printable
 from .arguments import TrainArguments
 from .bases import load_base, wrap
 from .callbacks import AnnealNeurons
@@ -99,11 +101,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
     return results
 
 
+class _Parser(HfArgumentParser):  # type: ignore[misc, unused-ignore]
+    def error(self, message: str) -> NoReturn:
+        """What is wrong, without the usage: it has more lines than a screen."""
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+        raise AssertionError  # exit() does not return
+
+
 def _make_parser(
     prog: str, objective: str = ClassificationObjective.name, added: Sequence[str] = ()
 ) -> HfArgumentParser:
     """The parser of all flags; it accepts underscores and hyphens, and shows hyphens."""
-    parser = HfArgumentParser(
+    parser = _Parser(
         (ModelArguments, DataArguments, TrainArguments),
         prog=prog,
         description="Train register tokens on a frozen vision transformer. A token for the Hub is taken from HF_TOKEN "
@@ -143,6 +152,7 @@ def _parse(
         model_args, data_args, args, flags = parsed
         if args.output_dir is None:
             raise ValueError("--output-dir is required")
+        model_args.model_name_or_path = full_name(model_args.model_name_or_path)
         read = [model_args.model_name_or_path, data_args.train_dir, data_args.validation_dir]
         if args.output_dir in read:
             raise ValueError(f"--output-dir {args.output_dir} is what the run reads; name another folder")

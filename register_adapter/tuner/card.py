@@ -17,7 +17,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers.models.auto import modeling_auto
 
 from ..utils.hub import WEIGHTS_NAME
-from .card_text import OFF, base_name, body, is_hub_name, plain, transformers_class
+from .card_text import OFF, base_name, body, is_hub_name, line, named, plain, transformers_class
 from .config import RegisterConfig
 
 __all__ = ["is_hub_name", "update_model_card"]
@@ -87,7 +87,7 @@ def update_model_card(
         return
     generated = _BLOCK.search(card.text)
     old = _read_record(generated["record"]) if generated else {}
-    training_data = plain(training_data) if training_data else None
+    training_data = named(training_data) if training_data else None
     weights = _digest(path.parent / (subfolder or "") / WEIGHTS_NAME) or old.get("weights")
     if weights == old.get("weights"):
         # Results describe weights: they stay in the card as long as these do.
@@ -97,7 +97,7 @@ def update_model_card(
     if license is not None:
         card.data["license"] = license
     adapter = adapter or path.absolute().parent.name
-    evaluation_data = plain(evaluation_data) if evaluation_data else None
+    evaluation_data = named(evaluation_data) if evaluation_data else None
     measured = (metrics, evaluation_data or training_data)
     metadata = _metadata(config, base_class, training_data, measured, license or old.get("license"), adapter, tags)
     _merge(card, metadata, old.get("metadata", {}))
@@ -112,14 +112,13 @@ def update_model_card(
         "metadata": metadata,
     }
     # An escaped ">" cannot end the comment.
-    line = json.dumps(record).replace(">", "\\u003e")
+    noted = json.dumps(record).replace(">", "\\u003e")
     text = body(config, base_class, training_data, metrics, adapter, subfolder, evaluation_data, run)
-    block = f"{_BEGIN} ({_NOTE}) {line} -->\n\n{text}\n{_END}"
+    block = f"{_BEGIN} ({_NOTE}) {noted} -->\n\n{text}\n{_END}"
     start, end = generated.span() if generated else (len(card.text), len(card.text))
     if not card.text.strip():
-        block = (
-            f"\n# Register tokens for {base_name(config.base_model_name_or_path) or base_class.__name__}\n\n{block}\n"
-        )
+        name = plain(base_name(config.base_model_name_or_path) or base_class.__name__)
+        block = f"\n# Register tokens for {name}\n\n{block}\n"
     elif not generated:
         block = f"\n{block}\n" if card.text.endswith("\n") else f"\n\n{block}\n"
     if "\r\n" in card.text:
@@ -158,7 +157,7 @@ def _metadata(
     names = ["register-tokens", "vision-transformer", "peft", "register-adapter"]
     if transformers_class(base_class):
         names.append("transformers")
-    names += [family] if family else []
+    names += [line(family)] if family else []
     names += [f"base_model:adapter:{on_hub}"] if on_hub else []
     data = ModelCardData(
         base_model=on_hub,
@@ -167,7 +166,7 @@ def _metadata(
         library_name="peft",
         license=license,
         pipeline_tag=task,
-        tags=[*names, *tags],
+        tags=[*names, *map(line, tags)],
         datasets=[training_data] if training_data and is_hub_name(training_data) else None,
     )
     values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
@@ -191,16 +190,16 @@ def _model_index(metrics: dict[str, float], measured_on: str, task: str | None, 
             dataset_name=measured_on,
             metric_type=_metric(name),
             metric_value=float(value),
-            metric_name=name,
+            metric_name=line(name),
         )
         for name, value in metrics.items()
     ]
-    index: list[dict[str, Any]] = eval_results_to_model_index(adapter.rpartition("/")[2], results)
+    index: list[dict[str, Any]] = eval_results_to_model_index(line(adapter.rpartition("/")[2]), results)
     return index
 
 
 def _metric(name: str) -> str:
-    return name.removeprefix("eval_")
+    return line(name.removeprefix("eval_"))
 
 
 def _merge(card: RepoCard, ours: dict[str, Any], before: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,22 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from ..errors import install_command
 from ..utils.environment import version
 from ..utils.shipped import is_shipped, shipped_name
+from ..utils.text import printable
 from .config import RegisterConfig
 from .neuron_shift import count_neurons
 
-__all__ = ["INSTALL", "OFF", "base_name", "body", "is_hub_name", "plain", "results_table", "transformers_class"]
+__all__ = [
+    "INSTALL",
+    "OFF",
+    "base_name",
+    "body",
+    "is_hub_name",
+    "line",
+    "named",
+    "plain",
+    "results_table",
+    "transformers_class",
+]
 
 INSTALL = install_command()
 #: Prefix of what was measured again with the registers switched off, with the same head.
@@ -58,21 +71,48 @@ def base_name(name: str | None) -> str | None:
     return name if not name or is_hub_name(name) or is_shipped(name) else Path(name).absolute().name
 
 
-def plain(text: str) -> str:
-    """Text that can stand in a line of Markdown; of a local path, the last part."""
+def line(text: str) -> str:
+    """A name or a sentence of somebody else's as one line in which every character shows."""
+    return printable(" ".join(text.split()))
+
+
+def named(text: str) -> str:
+    """:func:`line`; of a local path, the last part."""
     try:
         local = Path(text).is_absolute() or Path(text).exists()
-    except OSError:  # too long for a file's name
+    except (OSError, ValueError):  # too long for a file's name, or none for other reasons
         local = False
-    if local:
-        text = Path(text).absolute().name
-    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+    return line(Path(text).absolute().name if local else text)
+
+
+def plain(text: str) -> str:
+    """:func:`named`, as Markdown that shows it as it is."""
+    return _escaped(named(text))
+
+
+def code(text: str) -> str:
+    """:func:`line`, as a code span, or escaped where it would end one."""
+    text = line(text)
+    return _escaped(text) if not text or any(char in text for char in "`<|\\") else f"`{text}`"
+
+
+def _escaped(text: str) -> str:
+    """Markdown that shows a line as it is: no link, image, tag, emphasis, table cell or code span of its own."""
+    text = (
+        re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text).replace("&", "&amp;").replace("<", "&lt;")
+    )
+    return re.sub(r"^(\d+(?=[.)])|(?=[#>+=-]))", r"\1\\", text)  # at the start of a line: a heading, a list
+
+
+def _quoted(text: str) -> str:
+    """A string of Python's, which cannot end the comments around the generated text."""
+    return json.dumps(text).replace("<", "\\u003c")
 
 
 def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
     """Python code that loads the adapter; it runs where the two names lead somewhere."""
     name, kind = base_name(config.base_model_name_or_path), transformers_class(base_class)
-    quoted, revision = json.dumps(name or "path/to/base"), f", revision={json.dumps(config.revision)}"
+    quoted, revision = _quoted(name or "path/to/base"), f", revision={_quoted(config.revision or '')}"
     load = f"{base_class.__name__}.from_pretrained({quoted}{revision if config.revision else ''})"
     if kind is None:
         load = f"{base_class.__name__}(...)  # built as it was for the training"
@@ -86,13 +126,13 @@ def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: 
         imports = "from register_adapter.testbed import load_shipped"
     elif base_class.__module__ == "__main__":
         imports = f"# {base_class.__name__} is the class of the base model, defined in the script that trained it"
-    place = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
+    place = f", subfolder={_quoted(subfolder)}" if subfolder else ""
     return (
         "import register_adapter  # makes the method known to PEFT\n"
         "from peft import PeftModel\n"
         f"{imports}\n\n"
         f"base = {load}\n"
-        f"model = PeftModel.from_pretrained(base, {json.dumps(adapter)}{place})\n"
+        f"model = PeftModel.from_pretrained(base, {_quoted(adapter)}{place})\n"
         "model.eval()  # every output has the shape of the base model's output"
     )
 
@@ -109,18 +149,18 @@ def body(
 ) -> str:
     """The generated text, in Markdown; see :func:`update_model_card` for the arguments."""
     base = base_name(config.base_model_name_or_path)
-    link = f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"`{base}`, a local folder"
+    link = f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"{code(base or '')}, a local folder"
     link = f"`{base}`, which comes with the package" if is_shipped(base) else link
     tower = config.identity
     rows = {
         "Registers": f"{config.num_registers}" + (f" × {tower.hidden_size}" if tower else ""),
         "Base model": f"{link if base else 'not named'} (`{base_class.__name__}`)",
-        "Its vision tower": str(tower) if tower else "not recorded",
-        **(_fit_rows(config) or {"Initial values": f"`{config.init}`, standard deviation {config.init_std:g}"}),
-        "Saved as a whole beside them": ", ".join(f"`{name}`" for name in config.modules_to_save or []) or "nothing",
+        "Its vision tower": plain(str(tower)) if tower else "not recorded",
+        **(_fit_rows(config) or {"Initial values": f"{code(config.init)}, standard deviation {config.init_std:g}"}),
+        "Saved as a whole beside them": ", ".join(code(name) for name in config.modules_to_save or []) or "nothing",
         **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),
         **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
-        "Written by": f"register-adapter {version()}, PEFT {config.peft_version}",
+        "Written by": f"register-adapter {version()}, PEFT {plain(str(config.peft_version))}",
     }
     return "\n".join(
         [
@@ -141,11 +181,11 @@ def body(
             "",
             "## Training data",
             "",
-            training_data or "Not stated.",
+            plain(training_data) if training_data else "Not stated.",
             "",
             "## Results",
             "",
-            *([f"Measured on {evaluation_data}.", ""] if evaluation_data and metrics else []),
+            *([f"Measured on {plain(evaluation_data)}.", ""] if evaluation_data and metrics else []),
             *(results_table(metrics) if metrics else ["None recorded."]),
             "",
         ]
@@ -173,14 +213,14 @@ def _fit_rows(config: RegisterConfig) -> dict[str, str]:
         return {}
     counts = count_neurons(config.register_neurons)
     blocks = ", ".join(f"block {block}: {number}" for block, number in counts.items())
-    rows = {"Register neurons": f"{sum(counts.values())} hidden units of MLPs ({blocks}); remove `{config.remove}`"}
+    rows = {"Register neurons": f"{sum(counts.values())} hidden units of MLPs ({blocks}); remove {code(config.remove)}"}
     fit = config.test_time_fit or {}
     images = fit.get("num_images")
     if isinstance(images, dict) and all(isinstance(number, int) for number in images.values()):
         parts = ", ".join(f"{plain(str(name))} {number}" for name, number in images.items())
         rows["Images they were found on"] = f"{sum(images.values())} ({parts})"
     if "rule" in fit:
-        rows["Rule for outliers"] = f"`{plain(str(fit['rule']))}`"
+        rows["Rule for outliers"] = code(str(fit["rule"]))
     shares = [fit.get("share_before"), fit.get("share_after")]
     if all(isinstance(share, int | float) and math.isfinite(share) for share in shares):
         rows["Outlier patches on held-out images"] = f"{shares[0]:.3%} before, {shares[1]:.3%} after"
@@ -188,5 +228,5 @@ def _fit_rows(config: RegisterConfig) -> dict[str, str]:
 
 
 def _classes(labels: dict[int, str]) -> str:
-    names = ", ".join(f"`{plain(name)}`" for name in list(labels.values())[:_SHOWN])
+    names = ", ".join(code(name) for name in list(labels.values())[:_SHOWN])
     return f"{len(labels)}: {names}" + (" …" if len(labels) > _SHOWN else "")

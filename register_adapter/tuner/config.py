@@ -14,7 +14,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.untrusted import check_fields
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, TensorInfo, check_adapter_file
-from ..utils.files import checksum
+from ..utils.files import check_regular, checksum
 from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from ..utils.shipped import is_shipped, local_folder, shipped_name
 from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
@@ -305,6 +305,8 @@ class RegisterConfig(PeftConfig):
             values["anatomy"] = anatomy
         with naming(path):
             config: RegisterConfig = cls.from_peft_type(**values)
+            if config.base_model_name_or_path:
+                check_regular(config.base_model_name_or_path)  # other libraries would wait for a pipe's other end
         config.ignore_base_mismatch = bool(kwargs.get("ignore_base_mismatch", False))
         weights = find_weights(name, subfolder, hub)
         if weights is None and config.base_tower is not None:

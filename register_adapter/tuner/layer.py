@@ -25,21 +25,34 @@ from .hooks.choice import BASE, Choice
 from .hooks.fitting import misfit
 from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
+from .hooks.place import PlaceHooks
 from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens
 from .undo import Before
 
-__all__ = ["BASE", "RegisterLayer", "find_register_layer", "register_layers", "renew_bases", "require_register_layer"]
+__all__ = [
+    "BASE",
+    "RegisterLayer",
+    "attached_layers",
+    "find_register_layer",
+    "register_layers",
+    "renew_bases",
+    "require_register_layer",
+]
 
 
 _NO_VALUES = (
     "the adapter {name!r} got no (finite) register values from its file: the tensor is missing, damaged, or from a "
     "model in which the vision tower has another place."
 )
-_LOAD_WITH_PEFT = "Load a whole file with PeftModel.from_pretrained, which finds the tower in any model."
+_LOAD_WITH_PEFT = (
+    "transformers' own loaders look for the tower in its place in the model that the adapter was trained on (a "
+    "CLIPVisionModel, say, where AutoModel makes a CLIPModel of its checkpoint). Load a whole file with "
+    "PeftModel.from_pretrained(base, adapter), which finds the tower in any model."
+)
 
 
-class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, BaseTunerLayer):
+class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks, nn.Module, BaseTunerLayer):
     """Register tokens of one or more adapters on one vision tower.
 
     Args:
@@ -227,7 +240,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, nn.Module, 
         attending = self._in_attention or bool(self._configs)
         self._remove_hooks()
         self._handles = self._sequence_hooks()
-        self._handles += self._neuron_hooks(self._neuron_blocks)
+        self._handles += self._neuron_hooks(self._neuron_blocks) + self._place_hooks()
         self._wrap_methods()
         if attending:
             self._enter_attention()
@@ -300,11 +313,23 @@ def require_register_layer(model: nn.Module) -> RegisterLayer:
 
 
 def renew_bases(model: nn.Module) -> None:
-    """Before a save: see :meth:`RegisterLayer.renew_bases`."""
-    for layer in register_layers(model):
+    """Before a save: see :meth:`RegisterLayer.renew_bases`.
+
+    Raises:
+        UnsupportedModelError: A tower was replaced, and registers that are to be saved are not in the model any more.
+    """
+    for layer in attached_layers(model):
+        layer.check_place(model)
         layer.renew_bases()
 
 
 def register_layers(model: nn.Module) -> list[RegisterLayer]:
     """All layers with registers in a model, one per tower."""
     return [module for module in model.modules() if isinstance(module, RegisterLayer)]
+
+
+def attached_layers(model: nn.Module) -> list[RegisterLayer]:
+    """Those of :func:`register_layers`, and layers whose tower somebody has replaced: their hooks are still there."""
+    hooks = (getattr(hook, "func", hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return list(dict.fromkeys([*register_layers(model), *(own for own in owners if isinstance(own, RegisterLayer))]))

@@ -14,11 +14,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import AdapterFileError, UnsupportedModelError
-from ..towers.anatomy import Anatomy, resolve
+from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
-from ..utils.adapter_file import UNITS_KEY, check_tensors, is_foreign
+from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
@@ -33,7 +33,7 @@ from .heads import (
     warn_of_new_weights,
     without_left_out,
 )
-from .layer import BASE, RegisterLayer, register_layers, renew_bases
+from .layer import BASE, RegisterLayer, attached_layers, register_layers, renew_bases
 from .reading import naming
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
 from .undo import unchanged_if_refused
@@ -64,8 +64,6 @@ class RegisterModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = RegisterLayer
-    #: The layers of this tuner, also those whose tower is no longer in the model.
-    noted: tuple[RegisterLayer, ...] = ()
 
     def __init__(
         self,
@@ -194,28 +192,10 @@ class RegisterModel(BaseTuner):
         if self._labels:
             layer.labels[adapter_name] = self._labels
         layer.attach()
-        self.noted = tuple(dict.fromkeys([*self.noted, layer]))
-
-    def check_towers(self) -> None:
-        """The towers with this tuner's registers are in the model.
-
-        Raises:
-            UnsupportedModelError: One with an active adapter was replaced, hooks and registers with it.
-        """
-        # A replica of DataParallel's is made for one pass, from a model that is whole.
-        for layer in () if getattr(self.model, "_is_replica", False) else self.noted:
-            tower = layer.tower
-            if resolve(self.model, tower.path) is tower.module if tower.path else self.model is tower.module:
-                continue
-            names = [name for name in layer.active_names if name in self.peft_config and name in layer.names]
-            # What wraps a tower (torch.compile, FSDP) stands in its place.
-            if not names or layer.disable_adapters or any(part is tower.module for part in self.model.modules()):
-                continue
-            raise UnsupportedModelError(
-                f"the tower {type(tower.module).__name__} at {tower.path!r}, which has the registers of {names[0]!r}, "
-                f"is no longer in {type(self.model).__name__}. Was it replaced after the registers were added? Put it "
-                f"back, or call delete_adapter({names[0]!r}) and add registers to the new one."
-            )
+        for other in attached_layers(self.model):
+            # Left behind by a tower that was replaced; PEFT has deleted what it found.
+            if other is not layer and adapter_name in other.names and not other.is_in(self.model):
+                other.delete_adapter(adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -244,7 +224,7 @@ class RegisterModel(BaseTuner):
             yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = register_layers(self.model)
+        layers = attached_layers(self.model)
         if merge and layers:
             layers[0].merge()
         own = {name for layer in layers for name in layer.names}
@@ -295,9 +275,12 @@ class RegisterModel(BaseTuner):
         needed = [name for name in config.modules_to_save or [] if config.needs(name)]
         state_dict = without_left_out(model, config.left_out, config.task_heads, state_dict)
         check_tensors(state_dict, config.expected_shapes, saved, f"adapter {adapter_name!r}", needed)
+        tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
+        dtype = next(tower.module.parameters()).dtype
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            check_range(state_dict, dtype, f"adapter {adapter_name!r}")
         units = next((value for key, value in state_dict.items() if key.endswith(UNITS_KEY)), None)
         if units is not None and not units.is_meta:
-            tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
             check_units(tower, by_block(config, units.tolist()), f"adapter {adapter_name!r}")
         number = fit_heads(model, adapter_name, state_dict=state_dict)
         if number is not None:

@@ -22,7 +22,7 @@ from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
 from .heads import heads_aside
-from .layer import find_register_layer, register_layers, renew_bases
+from .layer import attached_layers, find_register_layer, register_layers, renew_bases
 from .reading import note_checksums
 from .undo import unchanged_if_refused
 
@@ -102,7 +102,7 @@ class RegisterPeftModel(PeftModel):
         """
         with ExitStack() as stack:
             stack.enter_context(heads_aside(self))
-            for layer in dict.fromkeys([*register_layers(self), *self.base_model.noted]):
+            for layer in attached_layers(self):
                 stack.enter_context(layer.without(layer.names))
             yield
 
@@ -119,7 +119,7 @@ class RegisterPeftModel(PeftModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward pass; ``adapter_names`` as in PEFT; ``UnsupportedModelError`` without the tower."""
-        self.base_model.check_towers()  # PEFT's nested contexts, which a short pass notices, where they have work
+        # PEFT's nested contexts, which a short pass notices, where they have work.
         if self.special_peft_forward_args.isdisjoint(kwargs):
             return self.base_model.model(*args, **kwargs)
         return super().forward(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ __all__ = [
     "TensorInfo",
     "check_adapter_file",
     "check_finite",
+    "check_range",
     "check_tensors",
     "is_foreign",
     "read_header",
@@ -60,6 +62,8 @@ _BY_NAME = {
 # Far beyond any adapter: bytes of a header, tensors in it, dimensions of one.
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMENSIONS = 2**24, 20_000, 8
 _METADATA = "__metadata__"
+#: The largest value whose square float32 can hold: norms, layer norms and attention multiply values of one size.
+_LARGEST = torch.finfo(torch.float32).max ** 0.5
 _SHOWN = 10
 
 
@@ -237,10 +241,33 @@ def _value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
             continue
         if key.endswith(UNITS_KEY) and not tensor.is_floating_point() and (tensor < 0).any():
             faults.append(f"{key} has negative indices")
-        # As they will be used: a double beyond float32 becomes infinite.
-        elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            faults.append(f"{key} has values that are not finite (NaN or infinity)")
+        elif tensor.is_floating_point() and tensor.numel():
+            # As they will be used: a double beyond float32 becomes infinite.
+            largest = float(tensor.float().abs().max())
+            if not math.isfinite(largest):
+                faults.append(f"{key} has values that are not finite (NaN or infinity)")
+            elif largest > _LARGEST:
+                faults.append(f"{key} has values up to {largest:.3g}, whose squares are infinite in float32")
     return faults
+
+
+def check_range(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, source: str | Path) -> None:
+    """Compare the values of an adapter with what a model of another dtype can hold.
+
+    Raises:
+        AdapterFileError: A value would become infinite in it.
+    """
+    limit = torch.finfo(dtype).max
+    values = {key: value for key, value in tensors.items() if value.is_floating_point() and value.numel()}
+    sizes = {key: float(value.abs().max()) for key, value in values.items() if not value.is_meta}
+    _refuse(
+        [
+            f"{key} has values up to {size:.3g}, and the model is in {dtype}, which ends at {limit:.3g}"
+            for key, size in sizes.items()
+            if size > limit
+        ],
+        source,
+    )
 
 
 def _names(keys: Iterable[str]) -> list[str]:

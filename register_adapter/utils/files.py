@@ -65,14 +65,24 @@ def check_regular(folder: str | Path, deep: bool = False) -> None:
         deep: Look into the folders below too.
 
     Raises:
-        OSError: A pipe, a socket or a device is in it.
+        OSError: A pipe, a socket or a device is in it, or in its place.
     """
+    mode = _mode(folder)
+    if mode is not None and not stat.S_ISDIR(mode):
+        _refuse_special(folder, mode)
     for place, below, files in os.walk(folder):
         for path in (Path(place, name) for name in sorted(files)):
             if path.exists():
                 _refuse_special(path, path.stat().st_mode)
         if not deep:
             below.clear()
+
+
+def _mode(path: str | Path) -> int | None:
+    try:
+        return Path(path).stat().st_mode
+    except (OSError, ValueError):  # not there, or not to be seen, or no path at all
+        return None
 
 
 def _refuse_special(path: str | Path, mode: int) -> None:

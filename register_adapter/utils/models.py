@@ -33,6 +33,8 @@ def require_model(name: str, **options: Any) -> None:
     Raises:
         HubAccessError: There is none, or it cannot be read; the message is one line and says what to do.
     """
+    if not name:
+        raise HubAccessError("the name of the model is empty; give a folder, or a name on the Hub")
     if is_shipped(name) or (Path(name) / _CONFIG).is_file():
         return
     if Path(name).is_dir():

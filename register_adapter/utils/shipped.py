@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from .environment import version
 from .staging import staged
 
-__all__ = ["CLEAN", "PLANTED", "is_shipped", "local_folder", "ship", "shipped_name"]
+__all__ = ["CLEAN", "PLANTED", "full_name", "is_shipped", "local_folder", "ship", "shipped_name"]
 
 _SCHEME = "register-adapter://"
 CLEAN, PLANTED = f"{_SCHEME}clean", f"{_SCHEME}planted"
@@ -24,6 +24,11 @@ _WRITERS: dict[str, Callable[[Path], None]] = {}
 def is_shipped(name: Any) -> bool:
     """Whether a name is one of those."""
     return isinstance(name, str) and name.startswith(_SCHEME)
+
+
+def full_name(word: str) -> str:
+    """The name of a shipped model for its last word, where no folder is called so; any other name as it is."""
+    return f"{_SCHEME}{word}" if f"{_SCHEME}{word}" in (CLEAN, PLANTED) and not Path(word).exists() else word
 
 
 def local_folder(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["check_writable", "scratch_folder", "staged", "write_text"]
+__all__ = ["check_target", "check_writable", "scratch_folder", "staged", "write_text"]
 
 _PREFIX, _LOCK = ".register_adapter.", ".lock"
 #: Held while files are moved; its name is none of a scratch folder's.
@@ -39,8 +40,7 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
         ValueError: The target is a file.
     """
     target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; name a folder to write into")
+    check_target(target)
     with scratch_folder(target) as scratch:
         yield scratch
         files = [path for path in scratch.rglob("*") if path.is_file() and path != scratch / _LOCK]
@@ -115,6 +115,26 @@ def write_text(path: str | Path, text: str) -> None:
     target = Path(path)
     with staged(target.parent) as scratch:
         (scratch / target.name).write_text(text, "utf-8")
+
+
+def check_target(folder: str | Path) -> None:
+    """Say what would keep a folder from being made or written into, before any work; nothing is made.
+
+    Raises:
+        OSError: It, or the folder that it would be made in, cannot be written into.
+        ValueError: The target, or something above it, is a file; or it has no name.
+    """
+    if not os.fspath(folder):
+        raise ValueError("the name of the folder to write into is empty; name one")
+    target = Path(folder)
+    for place in (target, *target.absolute().parents):
+        if not os.path.lexists(place):
+            continue
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file; name a folder to write into")
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f"nothing can be written into the folder {place}; name another one")
+        return
 
 
 def check_writable(folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from ...artifacts import ArtifactReport, audit, resolve_rule
 from ...data.images import check_image
 from ...errors import UnsupportedModelError
-from ...utils.staging import staged
+from ...utils.staging import check_target, staged
 from ...viz import Example, ImageInputError, read_examples, write_page
 from ...viz.page import Origin
 from .inputs import adapter_name, choose_device, load_base, load_images, load_processor, with_adapter
@@ -63,6 +63,7 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     Raises:
         ValueError, OSError, RegisterAdapterError: As for loading, and for :func:`register_adapter.artifacts.audit`.
     """
+    check_target(args.output_dir)
     resolve_rule(args.rule)
     images = load_images(args.images, args.max_images)
     models = _load_models(args)

@@ -28,7 +28,8 @@ from ...training.objectives import ClassificationObjective
 from ...training.run_lock import folder_lock
 from ...tuner.layer import require_register_layer
 from ...tuner.peft_model import RegisterPeftModel
-from ...utils.staging import staged, write_text
+from ...utils.shipped import full_name
+from ...utils.staging import check_target, staged, write_text
 from ...viz import Maps, plot_before_after, read_maps
 from .reload import logits_in_fresh_process
 from .spread import combine_runs
@@ -131,11 +132,11 @@ def _own(args: DemoArguments) -> _Setting:
         DataArguments(train_dir=args.images, max_eval_samples=args.num_eval_images), args.seed, progress=args.progress
     )
     return _Setting(
-        args.model,
+        full_name(args.model),
         "your model",
         None,
         ClassificationObjective(data.labels),
-        load_image_processor(args.model),
+        load_image_processor(full_name(args.model)),
         data.train,
         data.validation,
         data.name,
@@ -190,6 +191,7 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
         RuntimeError: The reloaded adapter does not give the outputs of the trained model.
         FolderInUseError: Another run writes into the folder.
     """
+    check_target(args.output_dir)
     out = Path(args.output_dir)
     with folder_lock(out):
         if args.seeds == 1:

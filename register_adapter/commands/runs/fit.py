@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...neurons import fit_test_time_registers
-from ...utils.staging import write_text
+from ...utils.staging import check_target, write_text
 from .inputs import choose_device, load_base, load_images, load_processor
 
 __all__ = ["FitArguments", "run_fit", "write_skipped"]
@@ -55,6 +55,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         NoArtifactsError: Nothing is to be done; nothing was written.
         ValueError, OSError, RegisterAdapterError: As for loading, and for the fit.
     """
+    check_target(args.output_dir)
     images = load_images(args.images, args.max_images)
     model = load_base(args.model).to(choose_device(args.device))
     fitted = fit_test_time_registers(

@@ -62,6 +62,8 @@ def load_images(name: str, limit: int | None = None) -> Any:
 
 def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
     """A copy of the base with one adapter, or with all of a folder that holds several."""
+    if not adapter:
+        raise ValueError("the name of an adapter is empty; give its folder, or its name on the Hub")
     return load_onto(copy.deepcopy(base), adapter)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +12,11 @@ from torch import nn
 
 from ...artifacts import audit, resolve_rule
 from ...data.folders import read_image_folder
+from ...data.images import named_folder
 from ...errors import UnsupportedModelError
 from ...evaluation import ProbeReport, RegisterReport, analyse_registers, probe_tokens
 from ...testbed import LABELS
-from ...utils.staging import staged
+from ...utils.staging import check_target, staged
 from .inputs import adapter_name, choose_device, load_base, load_images, load_processor, with_adapter
 
 __all__ = ["ProbeArguments", "Probed", "run_probes", "to_dict"]
@@ -107,6 +107,7 @@ def run_probes(args: ProbeArguments) -> list[Probed]:
         ValueError, OSError, RegisterAdapterError: As for loading, for :func:`register_adapter.artifacts.audit` and
             :func:`register_adapter.evaluation.probe_tokens`.
     """
+    check_target(args.output_dir)
     resolve_rule(args.rule)
     data = _draw(args)
     base, processor = load_base(args.model), load_processor(args.model)
@@ -156,7 +157,7 @@ def _probe(name: str, model: nn.Module, data: _Data, processor: Any, args: Probe
 
 def _draw(args: ProbeArguments) -> _Data:
     """The images in random order, and the names of their classes if they have any."""
-    folder = Path(args.images)
+    folder = named_folder(args.images)
     classes: Sequence[str] = ()
     if folder.is_dir() and sum(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()) > 1:
         source: Any = read_image_folder(folder)

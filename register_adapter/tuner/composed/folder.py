@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...errors import AdapterFileError, install_command
-from ...utils.adapter_file import check_finite, read_tensors
+from ...utils.adapter_file import TensorInfo, check_finite, read_header, read_tensors
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME, checked_token, fetch
 from ...utils.staging import staged
@@ -33,6 +33,8 @@ MANIFEST = "adapters.json"
 _VERSION = 1
 _CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+#: Fields of PEFT's configs that memory is taken for, and a size up to which it is little, whatever the tensors are.
+_SIZES, _USUAL = re.compile(r"(^|_)(r|rank|ranknum|dim|size|len|tokens|frequency)($|_)"), 1024
 
 
 def check_name(name: Any) -> str:
@@ -230,7 +232,6 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
             f"{place / damaged[0]} is not the file that {MANIFEST} describes: it is damaged, or of another save. "
             "Save all adapters again, or load it alone with PeftModel.from_pretrained."
         )
-    tensors = read_tensors(place / WEIGHTS_NAME)
     kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     values = read_json(place / _CONFIG)
     if method not in kinds or values.get("peft_type") != method:
@@ -242,9 +243,29 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     with naming(place / _CONFIG):
         config = kinds[method].from_pretrained(str(place))
     if not isinstance(config, RegisterConfig):
+        _check_sizes(config, read_header(place / WEIGHTS_NAME), place / WEIGHTS_NAME)
+    tensors = read_tensors(place / WEIGHTS_NAME)
+    if not isinstance(config, RegisterConfig):
         check_finite(tensors, place / WEIGHTS_NAME)
         _check_owned(config, tensors, place / WEIGHTS_NAME)
     return SavedAdapter(name, place, config, entry["active"], frozenset(tensors))
+
+
+def _check_sizes(config: PeftConfig, layout: Mapping[str, TensorInfo], path: Path) -> None:
+    """No size in a config is beyond those of the tensors beside it: PEFT makes room for it before it reads them."""
+    largest = max([_USUAL, *(size for info in layout.values() for size in info.shape)])
+    if "LORA" in config.peft_type.value:  # whose ranks are sizes of its tensors
+        ranks = [size for key, info in layout.items() if ".lora_" in f".{key}" for size in info.shape]
+        largest = max(ranks, default=largest)
+    for field, value in vars(config).items():
+        # Which numbers are sizes differs from method to method; seeds and scales are none.
+        given = value.values() if isinstance(value, dict) else [value]
+        sizes = [size for size in given if isinstance(size, int) and not isinstance(size, bool)]
+        if _SIZES.search(field) and (beyond := [size for size in sizes if size > largest]):
+            raise AdapterFileError(
+                f"{path.with_name(_CONFIG)} says {field}={beyond[0]}, and no tensor in {path.name} is larger than "
+                f"{largest}. Nothing was changed."
+            )
 
 
 def _check_owned(config: PeftConfig, keys: Iterable[str], path: Path) -> None:

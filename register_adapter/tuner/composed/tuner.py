@@ -15,7 +15,7 @@ from torch import nn
 
 from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
-from ..layer import RegisterLayer, register_layers
+from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
 from .guards import SWITCHING, check_heads, flags_kept, hooks_lifted
 
@@ -207,7 +207,7 @@ class ComposedTuner(BaseTuner):
         """
         out = frozenset(names)
         with contextlib.ExitStack() as stack:
-            for layer in register_layers(self.model):
+            for layer in attached_layers(self.model):
                 stack.enter_context(layer.without(out))
             with SWITCHING:
                 for part in self._parts:
@@ -267,13 +267,14 @@ class ComposedTuner(BaseTuner):
     def _strip(self, methods: Iterable[Any], merge: bool = False, **options: Any) -> None:
         """Put the base's own modules back in the place of the methods' layers and of heads that nobody owns."""
         kinds = tuple(PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls for method in methods)
+        for layer in attached_layers(self.model) if RegisterLayer in kinds else []:
+            layer.detach()
         with hooks_lifted(self.model):
             done: list[str] = []
             for path, module in list(self.model.named_modules()):
                 if any(path.startswith(f"{outer}.") for outer in done):
                     continue
-                if isinstance(module, RegisterLayer) and isinstance(module, kinds):
-                    module.detach()
+                if isinstance(module, RegisterLayer):
                     continue
                 head = isinstance(module, AuxiliaryTrainingWrapper) and not (
                     set(module._adapters) & set(self.peft_config)

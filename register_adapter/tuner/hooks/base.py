@@ -66,7 +66,8 @@ class CallState(threading.local):
         whole_attentions: Attention maps keep the columns of key/value pairs.
         record: Gets the keys and values of every block.
         segments: What takes part in the running pass; ``None`` outside of one.
-        entered: Registers are in the sequence of the running pass.
+        entered: Number of registers that were put into the sequence of the running pass.
+        left: They have come out again.
         method: The running method that is called past the tower's forward, if it counts registers.
         methods: Places of the running methods whose registers are cut out when they return.
         kept: ``without`` as it is after the pass of a replica, whose own was asked for by another thread.
@@ -80,7 +81,8 @@ class CallState(threading.local):
         self.whole_attentions: bool = False
         self.record: RecordPairs | None = None
         self.segments: list[Segment] | None = None
-        self.entered: bool = False
+        self.entered: int = 0
+        self.left: bool = False
         self.method: MethodCall | None = None
         self.methods: tuple[str, ...] = ()
         self.kept: frozenset[str] | None = None
@@ -199,23 +201,71 @@ class LayerHooks:
 
     def _end_pass(self) -> None:
         self.call.segments = self.call.visible = self.call.rotary = None
-        self.call.entered = False
+        self.call.entered, self.call.left = 0, False
         if self.call.kept is not None:
             self.call.without, self.call.kept = self.call.kept, None
 
-    def _check_left(self) -> None:
-        """Registers that went in have come out again.
+    def _check_left(self, counts: list[int]) -> None:
+        """Registers went in, and have come out again.
+
+        Args:
+            counts: Numbers of registers that should be in the sequence on its way.
 
         Raises:
-            UnsupportedModelError: They have not: the module with the hook that takes them out was not called.
+            UnsupportedModelError: A module with a hook that puts them in or takes them out was not called.
         """
-        if self.call.entered:
+        # A graph need not tell others what entered in it.
+        if counts and self.call.entered not in (0, counts[-1]):
+            self._refuse_skipped(counts[-1])
+        if self.call.entered and not self.call.left:
             anatomy = self.tower.anatomy
             raise UnsupportedModelError(
                 f"registers entered {type(self.tower.module).__name__} at {anatomy.embeddings!r} and did not leave it "
                 f"at {anatomy.remove!r}, which this forward pass did not call. Was that module replaced after the "
                 "registers were added, and the model compiled or called in parts since? Call the whole model once."
             )
+
+    def _leave(self, count: int) -> bool:
+        """Whether the ``count`` registers that should be in a sequence are, now that it comes to where they leave.
+
+        Raises:
+            UnsupportedModelError: There is another number of them: what would be cut out are patches.
+        """
+        alone = self.call.segments is None
+        if self.call.entered != count and not torch.compiler.is_compiling():
+            if alone and not self.call.entered:  # a module that somebody calls with a sequence of their own
+                return False
+            self._refuse_skipped(count)
+        self.call.left = True
+        if alone and not torch.compiler.is_compiling():
+            self.call.entered = 0
+        return True
+
+    def _check_entered(self, block: int) -> None:
+        """The registers that should be in the sequence before block ``block`` are, in a pass of the whole tower.
+
+        Raises:
+            UnsupportedModelError: As for :meth:`_leave`.
+        """
+        if self.call.segments is None or torch.compiler.is_compiling():
+            return
+        count = self.count_at(max(block - 1, 0))
+        if self.call.entered != count:
+            self._refuse_skipped(count)
+
+    def _refuse_skipped(self, count: int) -> None:
+        # A graph does not tell others what entered in it.
+        if torch.compiler.is_compiling() or any(map(_is_compiled, self.tower.module.modules())):
+            return
+        entered, name = self.call.entered, type(self.tower.module).__name__
+        late = {segment.placement.insert_layer for segment in self.sequence}
+        places = [f"block {layer}" if layer else repr(self.tower.anatomy.embeddings) for layer in sorted(late)]
+        self._end_pass()
+        raise UnsupportedModelError(
+            f"{count} registers should be in the sequence of {name} by now, and {entered} are: they enter at "
+            f"{' and '.join(places)}, which this forward pass did not call exactly once. Does code of yours skip or "
+            "repeat blocks? Call all of them in order, or run it without registers: with model.disable_adapter()."
+        )
 
     @property
     def sequence(self) -> list[Segment]:
@@ -271,6 +321,10 @@ def refuse_tracing(value: Any) -> None:
             "features_cls='fx'?), and what it records would leave the registers out, or in. Trace the base without "
             "registers or export_native(model), use capture(model) for features, or torch.export for a graph."
         )
+
+
+def _is_compiled(module: Any) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _count_at(sequence: list[Segment], block: int) -> int:

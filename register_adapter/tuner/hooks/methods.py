@@ -81,7 +81,9 @@ class MethodHooks(LayerHooks):
         method = own or getattr(type(owner), path.rpartition(".")[2])
         if self.call.segments is not None:  # part of a pass
             return self._run_method(path, owner, method, args, kwargs)
+        entered = self.call.entered  # by the embeddings, before a method that is given a sequence
         self._begin_pass(without)
+        self.call.entered = 0 if path in self.tower.anatomy.pass_methods else entered
         try:
             return self._run_method(path, owner, method, args, kwargs)
         finally:
@@ -93,7 +95,7 @@ class MethodHooks(LayerHooks):
         counts = self._counts
         if path in anatomy.pass_methods:
             output = method(owner, *args, **kwargs)
-            self._check_left()
+            self._check_left(counts)
             return output
         # What a user has put there may call what was there before.
         if not counts or self.call.method is not None or path in self.call.methods:
@@ -115,7 +117,9 @@ class MethodHooks(LayerHooks):
         if isinstance(result, dict):
             whole = {key: result[key] for key in _SEQUENCE_KEYS if key in result}
             return {**result, **{key: self._cut(x, x.shape[1] - counts[-1], counts) for key, x in whole.items()}}
-        # A sequence came in.
+        # A sequence came in; perhaps somebody's own, which has no registers.
+        if not self.call.entered:
+            return result
         return self._cut(result, hidden_states_of(args, kwargs).shape[1] - self.count_at(0), counts)
 
     def _counted(self, module: Any, method: Callable[[Any], Any]) -> Any:

@@ -93,8 +93,8 @@ class SequenceHooks(LayerHooks):
         if self.call.method is not None:
             self.call.method.enter(hidden_states.shape[1], self.num_active)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
+        self.call.entered = self.count_at(0)
         if tokens:
-            self.call.entered = True
             hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
         if self._loses_gradients(hidden_states):
             return hidden_states.detach().requires_grad_()
@@ -136,13 +136,14 @@ class SequenceHooks(LayerHooks):
         refuse_tracing(hidden)
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
+        self._check_entered(index)
         if index > 0:
             hidden = self.without_placeholders(hidden, index - 1)
         start = self.prefix
         for segment in segments:
             first = segment.placement.insert_layer
             if first == index and index > 0:
-                self.call.entered = True
+                self.call.entered += segment.count
                 hidden = insert_tokens(hidden, [segment.draw(hidden, index)], start)
             elif segment.placement.deep and first < index:
                 fresh = segment.draw(hidden, index)
@@ -195,20 +196,22 @@ class SequenceHooks(LayerHooks):
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
         refuse_tracing(args[0])
         counts = [] if self.call.method is not None else self._counts
-        self.call.entered = False
-        return self._cut(args, args[0].shape[1] - counts[-1], counts) if counts else None
+        if not counts or not self._leave(counts[-1]):
+            return None
+        return self._cut(args, args[0].shape[1] - counts[-1], counts)
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         counts = [] if self.call.method is not None else self._counts
-        self.call.entered = False
-        if not counts:
+        if not counts or not self._leave(counts[-1]):
             return None
         hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
         return self._cut(output, hidden.shape[1] - counts[-1], counts)
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self._check_left()
         counts = self._counts
+        # In a graph, a method that the tower's forward calls has ended the pass.
+        if not (torch.compiler.is_compiling() and self.tower.anatomy.pass_methods):
+            self._check_left(counts)
         if not counts:
             return None
         entries = [] if isinstance(output, torch.Tensor) else _entries(output)

@@ -1,0 +1,145 @@
+"""Mistakes on the command line: one short line, before any work, and nothing read or written that was not named."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from command_line import call
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+
+from register_adapter.commands.audit import _HEADINGS
+from register_adapter.commands.output import collect_skipped, make_console, print_table
+from register_adapter.data.datasets import skip_bad
+from register_adapter.training.launch import main as train_main
+from register_adapter.utils.staging import check_target
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(4):
+            PILImage.new("RGB", (16, 16), (index, 9, 9)).save(tmp_path / "images" / name / f"{index}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fit", "planted", "scenes", "--image-sizes", "7", "--out", "{out}"), "--image-sizes has 7, and a patch"),
+        (("fit", "planted", "scenes", "--image-sizes", "100000", "--out", "{out}"), "pixels are more than 89478485"),
+        (("audit", "planted", "", "--out", "{out}"), "name of the folder of images is empty"),
+        (("probe", "planted", "", "--out", "{out}"), "name of the folder of images is empty"),
+        (("fit", "planted", "", "--out", "{out}"), "name of the folder of images is empty"),
+        (("audit", "", "{images}", "--out", "{out}"), "name of the model is empty"),
+        (("audit", "planted", "{images}", "--adapter", "", "--out", "{out}"), "name of an adapter is empty"),
+        (("audit", "planted", "{images}", "--out", ""), "name of the folder to write into is empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_value_that_is_no_value_is_one_line(
+    words: tuple[str, ...], message: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images)  # where an empty name would lead
+    said = call(monkeypatch, *(word.format(out=tmp_path / "out", images=images) for word in words))
+    assert isinstance(said, str)
+    assert said.startswith("error: ")
+    assert message in said
+    assert "\n" not in said.strip()
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in images.iterdir()) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("audit", "planted", "scenes", "--out"),
+        ("probe", "planted", "scenes", "--out"),
+        ("fit", "planted", "scenes", "--out"),
+        ("export", "no/such-adapter", "--out"),
+        ("demo", "--out"),
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("below", ["", "below/it"])
+def test_a_file_in_the_place_of_the_folder_is_refused_before_any_work(
+    words: tuple[str, ...], below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the run began")
+
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in ("torch.nn.Module.__call__", "register_adapter.tuner.config.RegisterConfig.from_pretrained"):
+        monkeypatch.setattr(place, work)
+    said = call(monkeypatch, *words, str(file / below if below else file))
+    assert said == f"error: {file} is a file; name a folder to write into"
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_that_can_be_made_is_none_of_these(tmp_path: Path) -> None:
+    check_target(tmp_path)
+    check_target(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", [["--num-registers", "x"], ["--no-such-flag"], [], ["--output-dir", "o", "--train-dir", "d"]], ids=str
+)
+def test_a_mistake_in_a_training_command_is_short(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_main(words, prog="register-adapter train")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("register-adapter train: error: ")
+
+    assert len(said.splitlines()) == 1
+
+
+def test_training_takes_the_words_for_shipped_models(images: Path, tmp_path: Path) -> None:
+    words = ["--model-name-or-path", "planted", "--train-dir", str(images), "--output-dir", str(tmp_path / "out")]
+    train_main([*words, "--max-train-steps", "1", "--use-cpu", "--quiet", "--per-device-train-batch-size", "2"])
+    assert "register-adapter://planted" in (tmp_path / "out" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("width", [80, 100, 60])
+def test_the_audits_headings_are_not_broken(width: int, capsys: pytest.CaptureFixture[str]) -> None:
+    console = make_console()
+    console.width = width
+    row = ("12", "28.23", "12.34", "12.34%", "> 28.23", "98.7%", "98.7%")
+    print_table(console, "title", _HEADINGS, [row] * 3, [True, False, False])
+    shown = capsys.readouterr().out
+    for word in " ".join(_HEADINGS).split():
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_bad_files_of_a_data_set_are_listed_up_to_a_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for index in range(50):
+        (tmp_path / f"{index:02}.png").write_bytes(b"x")
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    data = Dataset.from_dict({"image": paths}).cast_column("image", Image(decode=False))
+    with caplog.at_level(logging.WARNING):
+        _, lines = skip_bad(data, progress=False)
+    (record,) = [record for record in caplog.records if "bad and skipped" in record.message]
+    assert len(lines) == 50
+    assert record.message.startswith("50 of 51 files are bad and skipped: ")
+    assert record.message.endswith("; and 30 more")
+
+
+def test_a_command_that_fails_names_the_files_that_were_read_so_far(capsys: pytest.CaptureFixture[str]) -> None:
+    @collect_skipped()
+    def run() -> None:
+        lines = [f"{index}.png: damaged" for index in range(30)]
+        logging.getLogger("register_adapter.data.batches").warning("bad", extra={"skipped": lines})
+        raise ValueError("too few")
+
+    with pytest.raises(ValueError, match="too few"):
+        run()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "30 images are bad and skipped, of those read before it ended:"
+    assert said[-1] == "  and 10 more"
