@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,13 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str:
     with pytest.raises(SystemExit) as stop:
         main()
     return stop.value.code or 0
+
+
+def run_here(*arguments: str) -> str:
+    """What a command that succeeds prints, on both streams, in this process: importing torch takes ten seconds."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setenv("COLUMNS", "120")
+        status = call(patch, *arguments)
+    assert status == 0, f"{status} {said.getvalue()[-2000:]}"
+    return said.getvalue()
