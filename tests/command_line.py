@@ -1,10 +1,9 @@
-"""The command line as a user runs it, in a process of its own, and in this one where that is enough."""
+"""The command line as a user runs it: the installed script, and its main in this process where that is enough."""
 
 from __future__ import annotations
 
 import io
 import os
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -15,13 +14,6 @@ from register_adapter.commands import main
 
 COMMAND = str(Path(sys.executable).parent / "register-adapter")
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-
-
-def run(*arguments: str, ok: bool = True) -> str:
-    """What the installed command prints, on both streams; ``ok`` says whether it is to succeed."""
-    done = subprocess.run([COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
-    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str:
