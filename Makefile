@@ -55,9 +55,10 @@ $(VENV)/.installed-docs: $(REQUIREMENTS) | $(BIN)/python
 demo: $(VENV)/.installed-demo
 	$(BIN)/register-adapter demo $(DEMO_ARGS)
 
-# One thread per process: the processes already take the cores. No test needs a network beyond loopback.
+# One thread per process: the processes already take the cores. Worksteal keeps a file's tests together, so that what
+# they share is made once. No test needs a network beyond loopback.
 test: $(VENV)/.installed-$(TEST_EXTRA)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-fast:
 	$(MAKE) test PYTEST_ARGS='--fast $(PYTEST_ARGS)'

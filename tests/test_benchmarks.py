@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,7 @@ from processes import PATIENCE
 
 pytestmark = pytest.mark.slow
 
+RunBenchmark = Callable[..., str]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--models", "tiny", "--sizes", "28", "--batches", "1", "--dtypes", "float32", "--devices", "cpu"]
 
@@ -33,6 +36,19 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import measuring
 
     return measuring
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunBenchmark:
+    """Runs the script of a benchmark in this process, and returns what it printed."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -221,29 +237,24 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_other_benchmarks_write_what_they_compared(name: str, tmp_path: Path) -> None:
+def test_the_other_benchmarks_write_what_they_compared(name: str, tmp_path: Path, run_benchmark: RunBenchmark) -> None:
     options, ratios = OTHERS[name]
     out = tmp_path / "new folder" / f"{name}.json"
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", "tiny", "--size", "112", "--repeats", "2"]
-    done = subprocess.run(
-        [*command, *options, "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stderr
+    said = run_benchmark(name, "--model", "tiny", "--size", "112", "--repeats", "2", *options, "--out", str(out))
     report = json.loads(out.read_text())
     assert {"benchmark", "config", "versions", "hardware", "commit", "results", "targets"} <= set(report)
     measured = {key: value for result in report["results"] for key, value in result["ratios"].items()}
     assert set(measured) == ratios
     assert all(0 < ratio["p10"] <= ratio["median"] <= ratio["p90"] for ratio in measured.values())
     assert len(report["targets"]) == len(ratios)
-    assert done.stdout.count("reached") + done.stdout.count("missed") == len(ratios)
+    assert said.count("reached") + said.count("missed") == len(ratios)
 
 
-def test_kernels_at_other_lengths(tmp_path: Path) -> None:
+def test_kernels_at_other_lengths(tmp_path: Path, run_benchmark: RunBenchmark) -> None:
     out = tmp_path / "lengths.json"
-    options = ["--models", "s", "--registers", "4", "--repeats", "2", "--min-time", "0", "--out", str(out)]
-    command = [sys.executable, str(BENCHMARKS / "lengths.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
+    run_benchmark(
+        "lengths", "--models", "s", "--registers", "4", "--repeats", "2", "--min-time", "0", "--out", str(out)
+    )
     results = json.loads(out.read_text())["results"]
     assert {(result["kernel"], result["dtype"]) for result in results} == {
         (kernel, dtype) for kernel in ("attention", "linear") for dtype in ("float32", "bfloat16")

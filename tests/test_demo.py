@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from command_line import call, run
+from command_line import call, run_here
 from peft import AutoPeftModel
 from PIL import Image
 from safetensors import safe_open
@@ -31,7 +31,8 @@ class Demo:
 def demo(tmp_path_factory):
     """One run on the packaged model."""
     out = tmp_path_factory.mktemp("demo")
-    said = run("demo", "--out", str(out), "--max_train_steps", "3", "--num_eval_images", "48", "--batch_size", "8")
+    given = ("--max_train_steps", "3", "--num_eval_images", "32", "--batch_size", "8")
+    said = run_here("demo", "--out", str(out), *given)
     return Demo(out, said, json.loads((out / "demo.json").read_text()))
 
 
@@ -84,22 +85,50 @@ def test_the_test_time_register_is_saved(demo):
     assert sum(map(len, fitted.base_model.model.vit.registers.tokens("default").neurons().values())) == 4
 
 
-def test_on_a_model_and_images_of_ones_own(tmp_path):
+def load_here(folder, pixel_values):
+    """In place of the process that loads an adapter again, where that is not what is tested."""
+    with torch.no_grad():
+        return AutoPeftModel.from_pretrained(folder).eval()(pixel_values=pixel_values).logits
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Two runs on a model of another family and a folder of images."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("own")
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=80, patch_size=8
     )
-    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "model")
-    load_image_processor().save_pretrained(tmp_path / "model")
-    SceneDataset(40, size=40, seed=2, split=None).write(tmp_path / "images")
-    run(
-        *("demo", "--model", str(tmp_path / "model"), "--images", str(tmp_path / "images")),
-        *("--out", str(tmp_path / "out"), "--max_train_steps", "2", "--num_registers", "2", "--batch_size", "4"),
-    )
-    report = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert report["rows"][0]["name"] == "your model"
-    assert report["rows"][2]["accuracy"] is not None
-    assert report["test_time_fit"] is None, "random weights have nothing to repair"
-    assert report["reload_identical"] is True
+    transformers.Dinov2ForImageClassification(config).save_pretrained(folder / "model")
+    load_image_processor().save_pretrained(folder / "model")
+    SceneDataset(40, size=40, seed=2, split=None).write(folder / "images")
+    given = ("--model", str(folder / "model"), "--images", str(folder / "images"), "--out", str(folder / "out"))
+    given += ("--max_train_steps", "2", "--num_registers", "2", "--batch-size", "4", "--seeds", "2", "--seed", "3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("register_adapter.commands.runs.demo.logits_in_fresh_process", load_here)
+        said = run_here("demo", *given)
+    return Demo(folder / "out", said, json.loads((folder / "out" / "demo.json").read_text()))
+
+
+def test_on_a_model_and_images_of_ones_own(own):
+    for report in own.report["runs"]:
+        assert report["rows"][0]["name"] == "your model"
+        assert report["rows"][2]["accuracy"] is not None
+        assert report["test_time_fit"] is None, "random weights have nothing to repair"
+        assert report["reload_identical"] is True
+
+
+def test_numbers_are_counted_and_every_line_has_an_accuracy(own):
+    report = own.report
+    assert report["eval_images"] == 6
+    assert "6 held-out images, seeds 3 to 4: mean (least to largest)" in " ".join(own.said.split())
+    for row in report["rows"]:
+        values = [line["accuracy"] for run in report["runs"] for line in run["rows"] if line["arm"] == row["arm"]]
+        assert row["num_seeds"] == len(values) == 2
+        assert row["ranges"]["accuracy"] == [min(values), max(values)]
+        assert row["accuracy"] == pytest.approx(sum(values) / 2)
+    assert [run["arguments"]["seed"] for run in report["runs"]] == [3, 4]
+    assert (own.folder / "seed-4" / "before_after.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -115,35 +144,6 @@ def test_wrong_arguments_end_in_one_clear_line(arguments, message, tmp_path, mon
     said = str(call(monkeypatch, *given)) + capfd.readouterr().err
     assert message in said
     assert "Traceback" not in said
-
-
-def test_numbers_are_counted_and_every_line_has_an_accuracy(tmp_path, capfd, monkeypatch):
-    config = transformers.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=80, patch_size=8
-    )
-    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "model")
-    load_image_processor().save_pretrained(tmp_path / "model")
-    SceneDataset(40, size=40, seed=2, split=None).write(tmp_path / "images")
-
-    def load_here(folder, pixel_values):
-        with torch.no_grad():
-            return AutoPeftModel.from_pretrained(folder).eval()(pixel_values=pixel_values).logits
-
-    monkeypatch.setattr("register_adapter.commands.runs.demo.logits_in_fresh_process", load_here)
-    given = ("--model", str(tmp_path / "model"), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"))
-    given += ("--max-train-steps", "2", "--num-registers", "2", "--batch-size", "4", "--seeds", "2")
-    assert call(monkeypatch, "demo", *given, "--seed", "3") == 0
-    said = capfd.readouterr().out
-    report = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert report["eval_images"] == 6
-    assert "6 held-out images, seeds 3 to 4: mean (least to largest)" in " ".join(said.split())
-    for row in report["rows"]:
-        values = [line["accuracy"] for run in report["runs"] for line in run["rows"] if line["arm"] == row["arm"]]
-        assert row["num_seeds"] == len(values) == 2
-        assert row["ranges"]["accuracy"] == [min(values), max(values)]
-        assert row["accuracy"] == pytest.approx(sum(values) / 2)
-    assert [run["arguments"]["seed"] for run in report["runs"]] == [3, 4]
-    assert (tmp_path / "out" / "seed-4" / "before_after.png").is_file()
 
 
 def report_of(**rows):

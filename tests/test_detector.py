@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import torch
 from accelerate.state import AcceleratorState
 from families import IMAGE, PATCH, build, make_inputs
 from helpers import Snapshot, hooks
-from processes import PATIENCE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -33,7 +32,7 @@ from register_adapter.artifacts.detector.config import MAX_PARAMETERS, DetectorC
 from register_adapter.artifacts.detector.features import KINDS, attention_features, reduce_map
 from register_adapter.artifacts.detector.template import fit_template
 from register_adapter.artifacts.detector.training import calibrate
-from register_adapter.testbed import SceneDataset, load_planted_vit, load_vit
+from register_adapter.testbed import SceneDataset, load_planted_vit, load_vit, plant
 from register_adapter.testbed.plant_low import plant_low_norm_artifacts
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -416,10 +415,21 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
 # Artifacts of low norm, and the benchmark
 
 
+@pytest.fixture(scope="module")
+def low_norm():
+    """A clean model, its weights before, and its copy with artifacts of half the median norm."""
+    clean = load_vit()
+    weights = {key: value.clone() for key, value in clean.state_dict().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        # The images are plain, so the neurons are not made to stand every other view of one.
+        patch.setattr(plant, "_VIEWS", plant._VIEWS[:3])
+        return clean, weights, plant_low_norm_artifacts(clean, 3, pixels(128, 7), norm=0.5, seed=11)
+
+
 @pytest.mark.slow
-def test_it_finds_low_norm_artifacts_better_than_any_norm():
+def test_it_finds_low_norm_artifacts_better_than_any_norm(low_norm):
     """Whatever the layer, with high norms or norms far from the median either way as the score."""
-    planting = plant_low_norm_artifacts(load_vit(), 3, pixels(128, 7), norm=0.5, seed=11)
+    _, _, planting = low_norm
     detector = train_detector(planting.model, pixels(160, 1), num_steps=200, progress=False)
     images = pixels(96, 30_001, "test")
     truth = planting.hits(images).flatten()
@@ -434,17 +444,15 @@ def test_it_finds_low_norm_artifacts_better_than_any_norm():
 
 
 @pytest.mark.slow
-def test_low_norm_artifacts_have_the_norm_asked_for():
-    fit, images = pixels(48, 0), pixels(32, 40_001, "test")
-    clean = load_vit()
-    weights = {key: value.clone() for key, value in clean.state_dict().items()}
-    planting = plant_low_norm_artifacts(clean, 3, fit, norm=0.4, attraction_steps=2)
+def test_low_norm_artifacts_have_the_norm_asked_for(low_norm):
+    clean, weights, planting = low_norm
+    images = pixels(32, 40_001, "test")
     hits = planting.hits(images)
     assert 0.003 < hits.float().mean() < 0.08
     with torch.no_grad():
         hidden = planting.model(pixel_values=images, output_hidden_states=True).hidden_states[4][:, 1:]
     norms = hidden.norm(dim=-1)
-    assert 0.25 < norms[hits].median() / norms.median() < 0.6
+    assert 0.35 < norms[hits].median() / norms.median() < 0.7
     assert all(torch.equal(value, weights[key]) for key, value in clean.state_dict().items())
     assert all(parameter.requires_grad for parameter in planting.model.parameters())
     with pytest.raises(ValueError, match="norm must be above 0"):
@@ -452,12 +460,12 @@ def test_low_norm_artifacts_have_the_norm_asked_for():
 
 
 @pytest.mark.slow
-def test_the_documented_benchmark_writes_a_whole_report(tmp_path):
+def test_the_documented_benchmark_writes_a_whole_report(tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "new" / "detector.json", tmp_path / "detector.png"
-    command = [sys.executable, str(BENCHMARKS / "detector.py"), "--images", "40", "--steps", "5", "--every", "40"]
-    command += ["--no-extras", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--images", "24", "--steps", "3", "--every", "40", "--no-extras", "--out", str(out)]
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["detector.py", *arguments])
+    runpy.run_path(str(BENCHMARKS / "detector.py"), run_name="__main__")
     report = json.loads(out.read_text())
     assert {"benchmark", "config", "versions", "hardware", "commit", "results", "targets"} < set(report)
     (result,) = report["results"]
@@ -465,5 +473,5 @@ def test_the_documented_benchmark_writes_a_whole_report(tmp_path):
     assert result["detector"]["parameters"] <= MAX_PARAMETERS
     assert {"norm", "fixed 3 x median", "auto", "two_sided_mad"} < set(result["norm_rules"])
     assert {target["target"] for target in report["targets"]} >= {"ap above every norm rule's"}
-    assert "| high | 2 |" in done.stdout
+    assert "| high | 2 |" in capsys.readouterr().out
     assert not picture.exists()

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from processes import run_script
+from processes import run_script, run_script_alone
 
 import register_adapter
 
@@ -66,7 +66,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    run_script("build_wheel", cwd=source)
+    run_script_alone("build_wheel", cwd=source)
     with zipfile.ZipFile(next((source / "out").glob("*.whl"))) as archive:
         yield archive
 

@@ -449,8 +449,10 @@ def test_lora_beside_registers(name: str) -> None:
         assert differs(outputs, base)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if name != "timm-wrapper"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    crossings([name for name in ONE_EACH if name != "timm-wrapper"], MODES, whole=("timm", "open_clip")),
+)
 def test_compiles_as_one_graph(name: str, mode: str) -> None:
     torch._dynamo.reset()
     model, kind = attach(name, mode), first_call(name)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE
+from command_line import call
 from torch import nn
 
 from register_adapter import FAMILIES, UnsupportedModelError, add_registers
@@ -25,20 +23,18 @@ def test_the_documents_hold_the_tables_of_the_registry(document: str) -> None:
     assert inside == TABLES[document](), "run: make families"
 
 
-@pytest.mark.slow
-def test_the_command_prints_and_writes_them(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "register_adapter", "families"]
-    done = subprocess.run([*command, "--full"], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == full_table()
+def test_the_command_prints_and_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "families", "--full") == 0
+    assert capsys.readouterr().out.strip() == full_table()
     document = tmp_path / "document.md"
     document.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    subprocess.run([*command, "--into", str(document)], check=True, timeout=PATIENCE)
+    assert call(monkeypatch, "families", "--into", str(document)) == 0
     assert document.read_text() == f"before\n{START}\n{short_table()}\n{END}\nafter\n"
     document.write_text("no place")
-    refused = subprocess.run([*command, "--into", str(document)], capture_output=True, text=True, timeout=PATIENCE)
-    assert refused.returncode != 0
-    assert "no place for the table" in refused.stderr
+    assert "no place for the table" in str(call(monkeypatch, "families", "--into", str(document)))
+    assert document.read_text() == "no place"
 
 
 def test_every_row_is_in_the_tables() -> None:

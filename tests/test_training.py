@@ -251,14 +251,15 @@ def test_killed_again_and_again_and_resumed_bit_for_bit(
     assert not list(tmp_path.glob(".register_adapter.*")), "half-written checkpoints were left behind"
 
 
-def test_killed_and_resumed_as_a_user_would(vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    command = [*TRAIN, *flags(vit, photos, tmp_path, *RUN, "--checkpointing_steps", "1")]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as run:
+def test_killed_and_resumed_as_a_user_would(
+    vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = flags(vit, photos, tmp_path, *RUN, "--checkpointing_steps", "1")
+    with subprocess.Popen([*TRAIN, *given], env=ENVIRONMENT, stderr=subprocess.DEVNULL) as run:
         kill_at(tmp_path, 7, 0.0, run.pid, lambda: run.poll() is None)
     assert run.returncode == -signal.SIGKILL
-    done = call([*command, "--resume_from_checkpoint", "latest"])
-    assert done.returncode == 0, done.stderr
-    assert "images/s" in done.stderr
+    main([*given, "--resume_from_checkpoint", "latest"])
+    assert "images/s" in capfd.readouterr().err
     assert read_results(tmp_path)["resumed_from_step"] >= 7
     assert adapter_bytes(tmp_path) == adapter_bytes(uninterrupted)
 

@@ -84,7 +84,9 @@ def main() -> None:
 
         deepspeed.init_distributed(dist_backend="gloo")
     else:
-        distributed.init_process_group("gloo")
+        # By a file, not a port that another process may have taken meanwhile.
+        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        distributed.init_process_group("gloo", init_method=f"file://{file}.store", **place)
     rank = distributed.get_rank()
     results = {"plain layer": times_of_a_plain_layer()} if "fsdp2" in kinds else {}
     for kind in kinds:

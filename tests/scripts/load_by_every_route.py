@@ -1,6 +1,6 @@
-"""Run in a process of its own: load saved adapters by every route, compare outputs bit for bit, print a report.
+"""Loads saved adapters by the routes asked for, compares outputs bit for bit, and prints a report.
 
-Usage: ``python fresh_process.py FOLDER``; every subfolder holds ``base``, ``adapter`` and ``expected.pt``.
+Usage: ``python load_by_every_route.py FOLDER``; every subfolder holds ``base``, ``adapter`` and ``expected.pt``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import transformers as tf
-from helpers import run
 from peft import AutoPeftModel, PeftModel
 
 import register_adapter  # noqa: F401 - registers the method with PEFT
+
+sys.path.append(str(Path(__file__).parents[1]))
+from helpers import run
 
 torch.set_num_threads(1)
 
@@ -44,9 +46,9 @@ def check(folder: Path) -> dict[str, str]:
     saved = torch.load(folder / "expected.pt")
     kind = getattr(tf, saved["class"])
     report = {}
-    for route, load in ROUTES.items():
+    for route in saved["routes"]:
         try:
-            outputs = run(load(kind, str(folder / "base"), str(folder / "adapter")).eval(), saved["inputs"])
+            outputs = run(ROUTES[route](kind, str(folder / "base"), str(folder / "adapter")).eval(), saved["inputs"])
             expected = saved["outputs"]
             same = list(outputs) == list(expected) and all(torch.equal(outputs[key], expected[key]) for key in expected)
             report[route] = "identical" if same else "different"
