@@ -118,9 +118,9 @@ def store_targets(
     if (Path(folder) / STORE_NAME).exists():
         shapes = dict(read_spec(folder).shapes)
     else:
-        began, few = time.perf_counter(), 1
-        first = compute_some(range(few))
-        seconds = (time.perf_counter() - began) / few * len(dataset) / accelerator.num_processes
+        began = time.perf_counter()
+        first = compute_some(range(1))
+        seconds = (time.perf_counter() - began) * len(dataset) / accelerator.num_processes
         shapes = {name: tuple(value.shape[1:]) for name, value in first.items()}
     source = {
         "base": TowerIdentity.of(tower).to_dict(),
