@@ -1,0 +1,95 @@
+"""The recipes of examples/, run as a user runs them, on small models; stopped, they go on to the same adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+from training_helpers import ENVIRONMENT, ROOT
+
+from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
+
+pytestmark = pytest.mark.slow
+
+RECIPES = sorted(path.stem for path in (ROOT / "examples" / "recipes").glob("*.sh"))
+SHORT = ["--max-train-steps", "2", "--checkpointing-steps", "1", "--per-device-train-batch-size", "8", "--use-cpu"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted model, a CLIP, and scenes in two classes of the model's."""
+    folder = tmp_path_factory.mktemp("case")
+    load_planted_vit().model.save_pretrained(folder / "planted")
+    load_image_processor().save_pretrained(folder / "planted")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 80, "patch_size": 8}
+    tf.CLIPModel(tf.CLIPConfig(vision_config=vision, text_config=sizes)).save_pretrained(folder / "clip")
+    load_image_processor().save_pretrained(folder / "clip")
+    scenes = SceneDataset(64, seed=5)
+    for index in range(64):
+        place = folder / "images" / ("red circle" if index % 2 else "blue star")
+        place.mkdir(parents=True, exist_ok=True)
+        scenes.scene(index).pil.save(place / f"{index}.png")
+    return folder
+
+
+def command(name: str, case: Path, out: Path, *more: str) -> dict[str, Any]:
+    """Arguments of a process."""
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    given = {"MODEL": str(case / ("clip" if "clip" in name else "planted")), "DATA": str(case / "images")}
+    # The flags come last, where they win.
+    words = ["bash", str(ROOT / "examples" / "recipes" / f"{name}.sh"), *SHORT, *more]
+    return {"args": words, "env": {**ENVIRONMENT, **given, "PATH": tools, "OUT": str(out), "PYTHONPATH": str(ROOT)}}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    names = [path for path in folder.glob("**/adapter_model.safetensors") if "checkpoint" not in str(path)]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in names}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_and_goes_on_from_its_checkpoint(name: str, case: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(**command(name, case, out), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = weights(out)
+    assert whole
+    for path in list(out.iterdir()):  # as a kill behind the first checkpoint leaves it
+        if path.name != "checkpoint-1":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = subprocess.run(**command(name, case, out), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-1" in done.stdout
+    assert weights(out) == whole
+
+
+def test_a_killed_recipe_goes_on(case: Path, tmp_path: Path) -> None:
+    out, more = tmp_path / "out", ("--max-train-steps", "40", "--num-views", "1")
+    begun = command("dinov2_distillation", case, out, *more)
+    process = subprocess.Popen(**begun, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (out / "checkpoint-2").is_dir() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "adapter_model.safetensors").exists()
+    again = command("dinov2_distillation", case, out, "--num-views", "1", "--max-train-steps", "40")
+    done = subprocess.run(**again, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stdout.lower() or "went on" in done.stdout.lower() or "checkpoint-" in done.stdout
+    assert weights(out)
+
+
+def test_each_says_how_it_is_run_on_one_and_on_eight() -> None:
+    for path in (ROOT / "examples" / "recipes").glob("*.sh"):
+        text = path.read_text("utf-8")
+        assert len(text.splitlines()) <= 60
+        assert f"examples/recipes/{path.name}" in text
+        assert "--num_processes 8" in text
