@@ -220,7 +220,7 @@ def spoil_config(folder: Path, **values: Any) -> None:
         ({"num_registers": "4"}, "num_registers must be int, got '4' of type str"),
         ({"num_registers": 4.0}, "got 4.0 of type float"),
         ({"num_registers": None}, "got None of type NoneType"),
-        ({"init": "random"}, "init must be one of normal, zeros, cls, test_time, got 'random'"),
+        ({"init": "random"}, "init must be one of normal, zeros, cls, test_time, outliers, got 'random'"),
         ({"init_std": "wide"}, "init_std must be int or float, got 'wide'"),
         ({"attentions": 3}, "attentions must be str, got 3"),
         ({"modules_to_save": "classifier"}, "modules_to_save must be .*, got 'classifier' of type str"),

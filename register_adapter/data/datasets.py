@@ -96,7 +96,7 @@ class DataArguments:
 
 
 class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Items ``{"pixel_values": (3, H, W) float32, "index": int, "labels": int}`` of a map-style data set of images.
+    """Items ``{"pixel_values": (3, H, W) float32, "index": int, "epoch": int, "labels": int}`` of a data set of images.
 
     ``index`` is the item's number, which stays the same however the items are shuffled; ``labels`` is there where the
     data set has a label, and ``text`` where it has one; of several texts another one in each epoch.
@@ -120,7 +120,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next items belong to; it changes nothing but the augmentation."""
+        """Say which epoch the next items belong to; augmentations and crops differ from one to the next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -144,7 +144,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             image = self.augmentation(image, self.epoch, index)
         made = process_image(self.image_processor, image, name)
         pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
-        return {"pixel_values": pixels[0], "index": index, **labels, **self._text_of(item)}
+        return {"pixel_values": pixels[0], "index": index, "epoch": self.epoch, **labels, **self._text_of(item)}
 
     def _text_of(self, item: Any) -> dict[str, Any]:
         if "text" not in item:

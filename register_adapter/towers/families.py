@@ -1,6 +1,7 @@
 """The table of families: which vision towers registers can enter, one row each, and which they cannot, with the reason.
 
-A new family is one row; nothing else in the package names a model.
+A new family is one row; nothing else in the package names a model of transformers. ``libraries.py`` has the rows of
+other libraries' towers.
 """
 
 from __future__ import annotations

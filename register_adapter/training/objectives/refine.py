@@ -47,6 +47,7 @@ class RefinementObjective(AuditedTerm):
         correlation: Weight of that term, default 0.4.
         inconsistent: Cosine between a crop's token and the whole image's at the same place, both of the base, below
             which the token does not count as clean; default 0.5.
+        seed: Seed of the crops.
     """
 
     name = "refine"
@@ -62,6 +63,7 @@ class RefinementObjective(AuditedTerm):
         absorption: float = 0.1,
         correlation: float = 0.4,
         inconsistent: float = 0.5,
+        seed: int = 0,
     ) -> None:
         super().__init__(outliers, rule)
         if absorber not in _ABSORBERS:
@@ -70,6 +72,7 @@ class RefinementObjective(AuditedTerm):
             raise ValueError(f"num_crops must be at least 1, got {num_crops}")
         self.absorber, self.num_crops, self.temperature = absorber, num_crops, temperature
         self.absorption, self.correlation, self.inconsistent = absorption, correlation, inconsistent
+        self.seed = seed
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -85,7 +88,7 @@ class RefinementObjective(AuditedTerm):
     @classmethod
     def from_arguments(cls, arguments: Namespace, labels: Sequence[str]) -> RefinementObjective:
         """The objective of the parsed flags."""
-        return cls(rule=arguments.rule, absorber=arguments.absorber, num_crops=arguments.num_crops)
+        return cls(rule=arguments.rule, absorber=arguments.absorber, num_crops=arguments.num_crops, seed=arguments.seed)
 
     def targets(self, teacher: Teacher) -> dict[str, torch.Tensor]:
         """``patches`` ``(B, P, D)`` of the base and ``spurious`` ``(B, P)``, 1 for its outliers."""
@@ -94,12 +97,11 @@ class RefinementObjective(AuditedTerm):
         return {"patches": tokens.patches, "spurious": spurious.float()}
 
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:
-        """The three terms of each image, ``(B,)``; the crops are drawn from torch's random state."""
+        """The three terms of each image, ``(B,)``; crops depend on its number and the epoch, and on the seed alone."""
         patches = targets["patches"].to(student.patches.device, torch.float32)
         spurious = targets["spurious"].to(patches.device) > 0.5
         total = self.absorption * self._absorbed(student, patches, spurious)
-        for _ in range(self.num_crops):
-            crop = _draw(len(patches), patches.device)
+        for crop in self._crops(batch, patches.device):
             pixels = _cut(batch["pixel_values"], crop, tuple(batch["pixel_values"].shape[-2:]))
             view = read_tokens(model, {**batch, "pixel_values": self._with_ring(pixels, student.grid)})
             base = Teacher(model, batch).run(pixels).patches.float()
@@ -114,6 +116,27 @@ class RefinementObjective(AuditedTerm):
                 self.num_crops
             )
         return total
+
+    def _crops(self, batch: Batch, device: torch.device) -> list[_Crop]:
+        """Square windows of 25 to 50 % of the area, drawn image by image on the CPU.
+
+        So a batch of two processes has the windows that it has in one, and on any device.
+        """
+        count = len(batch["pixel_values"])
+        numbers = batch.get("index", torch.arange(count)).tolist()
+        # An evaluation looks at the same windows every time.
+        epochs = batch.get("epoch", torch.zeros(count)).tolist() if torch.is_grad_enabled() else [0] * count
+        seeds = [
+            (int(number) * 1_000_003 + int(epoch) * 7_919 + self.seed * 104_729) % 2**31
+            for number, epoch in zip(numbers, epochs, strict=True)
+        ]
+        drawn = [torch.rand(self.num_crops, 3, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        crops = []
+        for values in torch.stack(drawn, 2):
+            side = (0.25 + 0.25 * values[0]).sqrt()
+            top, left = ((values[place] * (1 - side)).to(device) for place in (1, 2))
+            crops.append(_Crop(top, left, side.to(device)))
+        return crops
 
     def _absorbed(self, student: Tokens, patches: torch.Tensor, spurious: torch.Tensor) -> torch.Tensor:
         """``1 - cosine`` of every spurious token of the base to the register, or ring patch, that is nearest."""
@@ -134,7 +157,7 @@ class RefinementObjective(AuditedTerm):
 
     def details(self) -> dict[str, Any]:
         """All that the result depends on."""
-        names = ("absorber", "num_crops", "temperature", "absorption", "correlation", "inconsistent")
+        names = ("absorber", "num_crops", "temperature", "absorption", "correlation", "inconsistent", "seed")
         return {**super().details(), **{name: getattr(self, name) for name in names}}
 
 
@@ -145,16 +168,6 @@ def _ring(grid: tuple[int, int]) -> torch.Tensor:
     rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
     border = (rows < thick) | (rows >= height - thick) | (columns < thick) | (columns >= width - thick)
     return border.flatten().nonzero().squeeze(1)
-
-
-def _draw(count: int, device: torch.device) -> _Crop:
-    """Square windows of 25 to 50 % of the area, drawn on the CPU: a seed gives the same ones on every device."""
-    # An evaluation looks at the same windows every time.
-    generator = None if torch.is_grad_enabled() else torch.Generator().manual_seed(0)
-    values = torch.rand(3, count, generator=generator)
-    side = (0.25 + 0.25 * values[0]).sqrt()
-    top, left = ((values[number] * (1 - side)).to(device) for number in (1, 2))
-    return _Crop(top, left, side.to(device))
 
 
 def _cut(maps: torch.Tensor, crop: _Crop, size: tuple[int, ...]) -> torch.Tensor:

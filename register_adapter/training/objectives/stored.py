@@ -49,6 +49,11 @@ class StoredTargets(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, dataset: Any, store: FeatureStore) -> None:
         self.dataset, self.store = dataset, store
 
+    def set_epoch(self, epoch: int) -> None:
+        """As for the data set, if it has epochs."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -1,0 +1,41 @@
+"""Two processes with half the batch learn what one learns, whatever the objective."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from processes import run_script
+from safetensors.torch import load_file
+from training_helpers import ROOT, call
+
+SCRIPT = ROOT / "tests" / "scripts" / "train_every_objective.py"
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    """In one process, and in two."""
+    folder = tmp_path_factory.mktemp("learned")
+    run_script(SCRIPT.stem, folder / "one.safetensors")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    done = call(
+        [*launch, str(ROOT / "examples" / "configs" / "cpu.yaml"), str(SCRIPT), str(folder / "two.safetensors")]
+    )
+    assert done.returncode == 0, done.stderr
+    return [load_file(folder / f"{name}.safetensors") for name in ("one", "two")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["distillation", "refine", "smooth", "norm", "preserve"])
+def test_two_processes_learn_what_one_learns(name: str, learned: list[dict[str, torch.Tensor]]) -> None:
+    alone, shared = (values[name] for values in learned)
+    start = next(iter(learned[0].values()))
+    assert alone.shape == start.shape
+    torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_objectives_learn_different_things(learned: list[dict[str, torch.Tensor]]) -> None:
+    values = list(learned[0].values())
+    assert all(not torch.allclose(first, second) for n, first in enumerate(values) for second in values[:n])
