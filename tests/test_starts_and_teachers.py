@@ -37,8 +37,7 @@ def batches(items: list[dict[str, Any]]) -> list[torch.Tensor]:
 # Outliers
 
 
-@pytest.mark.parametrize(("block", "deep"), [(0, False), (5, False), (2, True)])
-@pytest.mark.parametrize("how", ["mean", "samples"])
+@pytest.mark.parametrize(("block", "deep", "how"), [(0, False, "samples"), (5, False, "mean"), (2, True, "samples")])
 def test_registers_start_as_what_outlier_patches_are_where_they_enter(
     how: Any, block: int, deep: bool, batches: list[torch.Tensor]
 ) -> None:
