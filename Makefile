@@ -14,7 +14,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
+# Python compiles what it imports; pip would compile everything, which takes a minute.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet --constraint $(CONSTRAINTS)
 REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 
 .PHONY: help demo test test-fast test-oldest lint types format families docs bench wheel clean

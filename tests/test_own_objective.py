@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_cases import flags, results_of, write_case
+from training_cases import flags, results_of, stopped, write_case
 from training_helpers import ROOT, adapter_bytes, call, load_example
 
 from register_adapter.training import OBJECTIVES
@@ -22,12 +22,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [(), ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")])
-def test_a_script_of_the_users_trains_and_goes_on(start: tuple[str, ...], case: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_script_of_the_users_trains_and_goes_on(case: Path, tmp_path: Path) -> None:
+    """Begun by the launcher, resumed by python itself."""
+    out, launcher = tmp_path / "out", ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
     options = ["--objective", "even_norms", "--power", "1", "--preserve", "0.5", "--max-train-steps", "4"]
     options += ["--checkpointing-steps", "2", "--target-store", str(tmp_path / "targets")]
-    done = call([sys.executable, *start, str(SCRIPT), *flags(case, out, *options)])
+    done = call([sys.executable, *launcher, str(SCRIPT), *flags(case, out, *options)])
     assert done.returncode == 0, done.stderr
     results = results_of(out)
     terms = results["objective"]["terms"]
@@ -36,16 +36,16 @@ def test_a_script_of_the_users_trains_and_goes_on(start: tuple[str, ...], case: 
     assert {"eval_even_norms", "eval_registers_off_even_norms"} <= set(results["metrics"])
     trained = adapter_bytes(out)
     more = ["--resume-from-checkpoint", str(out / "checkpoint-2")]
-    done = call([sys.executable, *start, str(SCRIPT), *flags(case, tmp_path / "again", *options, *more)])
+    done = call([sys.executable, str(SCRIPT), *flags(case, tmp_path / "again", *options, *more)])
     assert done.returncode == 0, done.stderr
     assert adapter_bytes(tmp_path / "again") == trained
 
 
-def test_without_the_script_there_is_no_such_objective(case: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "register_adapter.train", *flags(case, tmp_path, "--objective", "even_norms")]
-    done = call(command)
-    assert done.returncode == 2
-    assert "argument --objective: invalid choice: 'even_norms' (choose from" in done.stderr
+def test_without_the_script_there_is_no_such_objective(
+    case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stopped(flags(case, tmp_path, "--objective", "even_norms")) == 2
+    assert "argument --objective: invalid choice: 'even_norms' (choose from" in capsys.readouterr().err
 
 
 @pytest.fixture
