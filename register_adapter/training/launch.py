@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             # The traceback holds the loaders, whose workers would be waited for at the process's end.
             stop.with_traceback(None)
             sys.exit(stop.exit_code)
+    state.destroy_process_group()
     if state.is_main_process:
         if flags.json:
             sys.stdout.write(json.dumps(results, indent=1) + "\n")

@@ -159,7 +159,9 @@ def train(
             trained = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
             results["pushed_to"] = push_run(trained, args, image_processor, card, hub_token)
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        # Not end_training(), which ends the process group: a script's next run would find none.
+        for tracker in accelerator.trackers:
+            tracker.finish()
     return results
 
 
