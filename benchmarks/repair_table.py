@@ -30,14 +30,16 @@ def _cell(values: Iterable[float], factor: float, digits: int) -> str:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     arms = dict.fromkeys(row["arm"] for row in rows)
     lines = [
-        "| arm | " + " | ".join(heading for heading, *_ in _COLUMNS) + " | trained parameters | seconds |",
-        "| --- |" + " --- |" * (len(_COLUMNS) + 2),
+        "| arm | " + " | ".join(heading for heading, *_ in _COLUMNS) + " | trained parameters | seconds | seeds |",
+        "| --- |" + " --- |" * (len(_COLUMNS) + 3),
     ]
     for arm in arms:
         mine = [row for row in rows if row["arm"] == arm]
         cells = [_cell((row[key] for row in mine), factor, digits) for _, key, factor, digits in _COLUMNS]
         seconds = _cell((row["seconds"] for row in mine), 1, 0)
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {mine[0]['parameters'] or ''} | {seconds} |")
+        lines.append(
+            f"| {arm} | " + " | ".join(cells) + f" | {mine[0]['parameters'] or ''} | {seconds} | {len(mine)} |"
+        )
     return lines
 
 
