@@ -120,7 +120,7 @@ def write_folder(
                 entry["config_sha256"] = checksum(staging / entry["name"] / _CONFIG)
             manifest = {"format_version": _VERSION, "tower": tower, "adapters": entries}
             # Without tensors: transformers' Trainer looks for this file to tell a checkpoint of adapters.
-            save_file({}, staging / WEIGHTS_NAME, metadata={"format": "pt", "adapters": MANIFEST})
+            save_file({}, staging / WEIGHTS_NAME, metadata={"format": "pt"})  # two entries have no order
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
         raise OSError(
