@@ -59,3 +59,11 @@ def write_captions(folder: Path, count: int = 16, column: str = "text", seed: in
         lines.append(json.dumps({"file_name": f"{index}.png", column: f"a photo of {words}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def write_pairs(folder: Path, *count: int) -> Path:
+    """A model of each kind, by its name, and captioned images in ``images``."""
+    for kind in KINDS:
+        write_pair(folder / kind, kind)
+    write_captions(folder / "images", *count)
+    return folder

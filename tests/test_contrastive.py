@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from families import build, make_inputs
-from pairs import KINDS, make_tokenizer, write_captions, write_pair
+from pairs import KINDS, make_tokenizer, write_captions, write_pair, write_pairs
 from peft import AutoPeftModel
 from safetensors.torch import load_file
 from training_cases import results_of, start, stopped, write_case
@@ -41,11 +41,7 @@ def _fresh_accelerate() -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and pairs."""
-    folder = tmp_path_factory.mktemp("pairs")
-    for kind in KINDS:
-        write_pair(folder / kind, kind)
-    write_captions(folder / "images")
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def batch_of(objective: ContrastiveObjective, count: int = 4) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import call
 from torch.nn import functional as F
-from training_helpers import adapter_bytes
+from training_helpers import adapter_bytes, write_planted
 from transformers import ViTImageProcessor
 
 from register_adapter import NoArtifactsError, add_registers
@@ -235,14 +235,7 @@ def test_smoothing_brings_the_base_towards_its_clean_twin(items: list[dict[str, 
 def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The planted model, and a folder of images without classes."""
     folder = tmp_path_factory.mktemp("heap")
-    load_planted_vit().model.save_pretrained(folder / "model")
-    load_image_processor().save_pretrained(folder / "model")
-    scenes = SceneDataset(40, seed=8)
-    (folder / "images" / "deeper").mkdir(parents=True)
-    for index in range(40):
-        place = folder / "images" / ("deeper" if index % 3 == 0 else "")
-        scenes.scene(index).pil.save(place / f"{index}.png")
-    return folder
+    return write_planted(folder, 40, seed=8, places=("deeper", "", ""))
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,6 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Te
 @pytest.mark.parametrize("name", ["distillation", "refine", "smooth", "norm", "preserve"])
 def test_two_processes_learn_what_one_learns(name: str, learned: list[dict[str, torch.Tensor]]) -> None:
     alone, shared = (values[name] for values in learned)
-    start = next(iter(learned[0].values()))
-    assert alone.shape == start.shape
     torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from pairs import KINDS, make_tokenizer, write_captions, write_pair
+from pairs import KINDS, make_tokenizer, write_pairs
 from training_cases import results_of, start, stopped, write_case
 from training_helpers import adapter_bytes
 
@@ -29,10 +29,7 @@ def _fresh_accelerate() -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, images, and prompts in files."""
-    folder = tmp_path_factory.mktemp("prompts")
-    for kind in KINDS:
-        write_pair(folder / kind, kind)
-    write_captions(folder / "images", 12)
+    folder = write_pairs(tmp_path_factory.mktemp("prompts"), 12)
     (folder / "images" / "metadata.jsonl").unlink()
     (folder / "prompts.txt").write_text("\n".join(group[0] for group in PROMPTS) + "\n\n")
     (folder / "prompts.json").write_text(json.dumps({"red": ["a red circle", "red"], "blue": "blue square"}))

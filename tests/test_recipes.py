@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import transformers as tf
-from training_helpers import ENVIRONMENT, ROOT
+from training_helpers import ENVIRONMENT, ROOT, write_planted
 
-from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
+from register_adapter.testbed import load_image_processor
 
 pytestmark = pytest.mark.slow
 
@@ -27,24 +27,18 @@ SHORT = ["--max-train-steps", "2", "--checkpointing-steps", "1", "--per-device-t
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The planted model, a CLIP, and scenes in two classes of the model's."""
     folder = tmp_path_factory.mktemp("case")
-    load_planted_vit().model.save_pretrained(folder / "planted")
-    load_image_processor().save_pretrained(folder / "planted")
+    write_planted(folder, 64, seed=5, places=("blue star", "red circle"))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 80, "patch_size": 8}
     tf.CLIPModel(tf.CLIPConfig(vision_config=vision, text_config=sizes)).save_pretrained(folder / "clip")
     load_image_processor().save_pretrained(folder / "clip")
-    scenes = SceneDataset(64, seed=5)
-    for index in range(64):
-        place = folder / "images" / ("red circle" if index % 2 else "blue star")
-        place.mkdir(parents=True, exist_ok=True)
-        scenes.scene(index).pil.save(place / f"{index}.png")
     return folder
 
 
 def command(name: str, case: Path, out: Path, *more: str) -> dict[str, Any]:
     """Arguments of a process."""
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    given = {"MODEL": str(case / ("clip" if "clip" in name else "planted")), "DATA": str(case / "images")}
+    given = {"MODEL": str(case / ("clip" if "clip" in name else "model")), "DATA": str(case / "images")}
     # The flags come last, where they win.
     words = ["bash", str(ROOT / "examples" / "recipes" / f"{name}.sh"), *SHORT, *more]
     return {"args": words, "env": {**ENVIRONMENT, **given, "PATH": tools, "OUT": str(out), "PYTHONPATH": str(ROOT)}}

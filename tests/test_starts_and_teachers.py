@@ -11,7 +11,7 @@ from families import build, make_inputs
 from helpers import flatten, run
 from torch.nn import functional as F
 from training_cases import results_of, start
-from training_helpers import adapter_bytes
+from training_helpers import adapter_bytes, write_planted
 
 from register_adapter import NoArtifactsError, add_registers, capture, find_register_layer, fit_test_time_registers
 from register_adapter.data.datasets import ProcessedDataset
@@ -81,12 +81,7 @@ def test_a_start_at_outliers_says_what_it_needs(batches: list[torch.Tensor]) -> 
 
 @pytest.mark.slow
 def test_the_command_starts_at_outliers_and_repeats(tmp_path: Path) -> None:
-    load_planted_vit().model.save_pretrained(tmp_path / "model")
-    load_image_processor().save_pretrained(tmp_path / "model")
-    (tmp_path / "images").mkdir()
-    scenes = SceneDataset(64, seed=3)
-    for index in range(64):
-        scenes.scene(index).pil.save(tmp_path / "images" / f"{index}.png")
+    write_planted(tmp_path, 64)
     given = ["--objective", "smooth", "--init", "outliers", "--insert-layer", "4", "--max-train-steps", "1"]
     given += ["--model-name-or-path", str(tmp_path / "model"), "--train-dir", str(tmp_path / "images"), "--use-cpu"]
     for name in ("first", "second"):

@@ -9,7 +9,7 @@ import torch
 from helpers import run
 from safetensors.torch import load_file
 from training_cases import RUN, flags, results_of, start, stopped, write_case
-from training_helpers import TRAIN, call
+from training_helpers import TRAIN, call, write_planted
 from transformers import ViTForImageClassification
 
 from register_adapter import ComposedPeftModel, load_adapters
@@ -105,9 +105,11 @@ def test_the_best_of_all_parts_is_kept(case: Path, tmp_path: Path) -> None:
 
 
 def test_registers_are_fitted_before_lora_joins_them(tmp_path: Path) -> None:
+    write_planted(tmp_path, 96)
+    data = ("--model-name-or-path", str(tmp_path / "model"), "--train-dir", str(tmp_path / "images"))
     command = [*TRAIN, "--objective", "distillation", "--num-views", "1", "--init", "test_time", "--train"]
     command += ["registers+lora", "--num-registers", "1", "--output-dir", str(tmp_path / "out"), "--use-cpu"]
-    command += ["--per-device-train-batch-size", "8", "--max-train-steps", "1", *write_planted(tmp_path)]
+    command += ["--per-device-train-batch-size", "8", "--max-train-steps", "1", *data]
     done = call(command)
     assert done.returncode == 0, done.stderr
     keys = weights(tmp_path / "out")
@@ -115,18 +117,6 @@ def test_registers_are_fitted_before_lora_joins_them(tmp_path: Path) -> None:
     given = ["audit", "planted", str(tmp_path / "images"), "--adapter", str(tmp_path / "out")]
     audited = call([*TRAIN[:2], "register_adapter", *given, "--out", str(tmp_path / "report"), "--json"])
     assert audited.returncode == 0, audited.stderr
-
-
-def write_planted(folder: Path) -> list[str]:
-    from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
-
-    load_planted_vit().model.save_pretrained(folder / "model")
-    load_image_processor().save_pretrained(folder / "model")
-    (folder / "images").mkdir()
-    scenes = SceneDataset(96, seed=3)
-    for index in range(96):
-        scenes.scene(index).pil.save(folder / "images" / f"{index}.png")
-    return ["--model-name-or-path", str(folder / "model"), "--train-dir", str(folder / "images")]
 
 
 @pytest.mark.parametrize(

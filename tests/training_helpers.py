@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = [sys.executable, str(ROOT / "examples" / "real_photographs.py")]
@@ -48,6 +51,18 @@ def write_vit(folder: Path, labels: list[str], dropout: float = 0.1, std: float 
     )
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def write_planted(folder: Path, count: int, seed: int = 3, places: Sequence[str] = ("",)) -> Path:
+    """The planted model with its processor in ``model``, and scenes in ``images``, dealt to folders there in turn."""
+    load_planted_vit().model.save_pretrained(folder / "model")
+    load_image_processor().save_pretrained(folder / "model")
+    scenes = SceneDataset(count, seed=seed)
+    for index in range(count):
+        place = folder / "images" / places[index % len(places)]
+        place.mkdir(parents=True, exist_ok=True)
+        scenes.scene(index).pil.save(place / f"{index}.png")
     return folder
 
 

@@ -178,6 +178,14 @@ class ArtifactReport:
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def most_outlying(self) -> LayerReport | None:
+        """The layer with most outliers, from ``first_layer`` on; ``None`` where the verdict is ``"none"``."""
+        if self.verdict == "none" or self.first_layer is None:
+            return None
+        separated = [layer for layer in self.layers[self.first_layer :] if layer.threshold.separated]
+        return max(separated, key=lambda layer: layer.outlier_share)
+
+    @property
     def most_gathered(self) -> LayerReport | None:
         """The layer whose block gives most attention to few patches; ``None`` without attention statistics."""
         layers = [layer for layer in self.layers if layer.gathered is not None]

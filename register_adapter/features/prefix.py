@@ -10,7 +10,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..towers.calls import hidden_states_of, with_first
+from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 
@@ -32,14 +32,15 @@ def check_prefix(tower: Tower, layer: RegisterLayer | None, block: int) -> None:
     blocks: nn.ModuleList = tower.part("blocks")
     if not 0 < block < len(blocks):
         raise ValueError(f"the sequence can be kept before the blocks 1 to {len(blocks) - 1}, got {block}")
-    names = layer.names if layer is not None else []
-    firsts = [min([layer.placements[name].insert_layer, *layer.tokens(name).slices]) for name in names] if layer else []
-    if min(firsts, default=block) < block:
-        raise ValueError(
-            f"registers take part from block {min(firsts)} on, so that the sequence before block {block} changes with "
-            f"them; train with --insert-layer {block}, or keep no prefix"
-        )
-    late: list[nn.Module] = [*blocks[block:], *([layer.register_adapter_tokens] if layer is not None else [])]
+    late: list[nn.Module] = list(blocks[block:])
+    if layer is not None:
+        late.append(layer.register_adapter_tokens)
+        first = min(min([layer.placements[name].insert_layer, *layer.tokens(name).slices]) for name in layer.names)
+        if first < block:
+            raise ValueError(
+                f"registers take part from block {first} on, so that the sequence before block {block} changes with "
+                f"them; train with --insert-layer {block}, or keep no prefix"
+            )
     late += [part for part in tower.module.modules() if isinstance(part, AuxiliaryTrainingWrapper)]
     if tower.anatomy.final_norm is not None:
         late.append(tower.part("final_norm"))
@@ -56,7 +57,7 @@ def check_prefix(tower: Tower, layer: RegisterLayer | None, block: int) -> None:
 def continued_from(tower: Tower, block: int, sequence: torch.Tensor) -> Iterator[None]:
     """Within the context, a forward pass of the tower begins at a block, with this sequence.
 
-    The embedding layer still runs, which is a thousandth of the work; the blocks in between are passed by.
+    The embedding layer still runs; the blocks in between are passed by.
 
     Args:
         tower: The tower.
@@ -80,7 +81,7 @@ def _passed_by(block: Any, sequence: torch.Tensor | None) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden_states = hidden_states_of(args, kwargs)
         result = hidden_states if sequence is None else sequence.to(hidden_states)
-        return with_first((result,) if as_tuple else result, result)
+        return (result,) if as_tuple else result
 
     block.forward = forward
     try:

@@ -65,10 +65,9 @@ def start_from_outliers(
     if options.get("key_value"):
         raise ValueError("init='outliers' is for tokens; key/value pairs (key_value=True) start from init='normal'")
     report = audit(model, batches, rule=rule, attentions=False, progress=False)
-    if report.verdict == "none" or report.first_layer is None:
+    chosen = report.most_outlying
+    if chosen is None:
         raise NoArtifactsError(f"{report.name} has no outliers on these images ({report.reason}); use another init")
-    separated = [layer for layer in report.layers[report.first_layer :] if layer.threshold.separated]
-    chosen = max(separated, key=lambda layer: layer.outlier_share)
     blocks = len(report.layers) - 1
     if not 0 <= insert_layer < blocks:
         raise ValueError(f"insert_layer must be a block of the model, 0 to {blocks - 1}, got {insert_layer}")

@@ -28,6 +28,7 @@ from ..errors import RegisterAdapterError
 from ..tuner.composed import ComposedPeftModel
 from ..utils.adapter_file import read_tensors
 from ..utils.files import open_regular, read_text
+from ..utils.parameters import trained_parameters
 from ..utils.random_states import random_state, same_random_state, set_random_state
 from ..utils.staging import scratch_folder
 from .callbacks import Callback
@@ -211,7 +212,7 @@ def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
     """What is trained as it is now, on the CPU; every process calls it, and where it is sharded the main one has it."""
     weights = adapter_weights(accelerator, model)
     if weights is None:
-        weights = _trained(accelerator, model)
+        weights = trained_parameters(accelerator.unwrap_model(model))
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
@@ -223,16 +224,9 @@ def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, t
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(model, dict(weights), options=options)
         return
-    trained = _trained(accelerator, model)
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in trained_parameters(accelerator.unwrap_model(model)).items():
             parameter.copy_(weights[name])
-
-
-def _trained(accelerator: Accelerator, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by their names in the model as it was before it was prepared."""
-    plain = accelerator.unwrap_model(model)
-    return {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
 
 
 def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:

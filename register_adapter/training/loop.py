@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, find_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..utils.parameters import trained_parameters
 from . import checkpoints
 from .arguments import TrainArguments
 from .callbacks import Callback, LossGuard
@@ -273,8 +274,9 @@ class Loop:
 
     def _clip(self) -> Any:
         """Clip the gradient; its norm before, ``None`` where a scaler of fp16 looks after it."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(
+            [*trained_parameters(self.model).values()], self.args.max_grad_norm or math.inf
+        )
         scaler = self.accelerator.scaler
         return None if scaler is not None and scaler.is_enabled() else norm
 

@@ -74,7 +74,7 @@ def describe_run(
     run = {"Training images": results["train_samples"], "Evaluation images": results["eval_samples"]}
     best = results["best"] if args.load_best_model_at_end else None
     parts = ", ".join(f"{part} {count:,}" for part, count in results["trained"].items())
-    run |= {"Trained parameters": parts}
+    run["Trained parameters"] = parts
     run |= {"Saved step": f"{best['step']}, the best by {best['metric']}"} if best else {}
     return {
         "training_data": training_data,

@@ -19,7 +19,7 @@ from transformers import get_scheduler
 from ..tuner.card_text import OFF
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, hardware, versions
-from ..utils.parameters import trainable_by_part
+from ..utils.parameters import trainable_by_part, trained_parameters
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
@@ -220,7 +220,7 @@ def _save(
 
 def _trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """What is trained, by name."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = trained_parameters(model)
     if not trainable:
         raise ValueError("no parameter of the model needs a gradient; load the adapter with is_trainable=True")
     return trainable

@@ -24,10 +24,12 @@ __all__ = [
     "OFF",
     "base_name",
     "body",
+    "code",
     "is_hub_name",
     "line",
     "named",
     "plain",
+    "quoted",
     "results_table",
     "transformers_class",
 ]
@@ -104,7 +106,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"^(\d+(?=[.)])|(?=[#>+=-]))", r"\1\\", text)  # at the start of a line: a heading, a list
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A string of Python's, which cannot end the comments around the generated text."""
     return json.dumps(text).replace("<", "\\u003c")
 
@@ -112,12 +114,12 @@ def _quoted(text: str) -> str:
 def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
     """Python code that loads the adapter; it runs where the two names lead somewhere."""
     name, kind = base_name(config.base_model_name_or_path), transformers_class(base_class)
-    quoted, revision = _quoted(name or "path/to/base"), f", revision={_quoted(config.revision or '')}"
-    load = f"{base_class.__name__}.from_pretrained({quoted}{revision if config.revision else ''})"
+    base, revision = quoted(name or "path/to/base"), f", revision={quoted(config.revision or '')}"
+    load = f"{base_class.__name__}.from_pretrained({base}{revision if config.revision else ''})"
     if kind is None:
         load = f"{base_class.__name__}(...)  # built as it was for the training"
     elif is_shipped(name):
-        load = f"load_shipped({quoted})  # a small model that comes with the package"
+        load = f"load_shipped({base})  # a small model that comes with the package"
     elif not is_hub_name(name):
         load += "  # a local folder: put its path here"
     known = getattr(transformers, base_class.__name__, None) is base_class
@@ -126,13 +128,13 @@ def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: 
         imports = "from register_adapter.testbed import load_shipped"
     elif base_class.__module__ == "__main__":
         imports = f"# {base_class.__name__} is the class of the base model, defined in the script that trained it"
-    place = f", subfolder={_quoted(subfolder)}" if subfolder else ""
+    place = f", subfolder={quoted(subfolder)}" if subfolder else ""
     return (
         "import register_adapter  # makes the method known to PEFT\n"
         "from peft import PeftModel\n"
         f"{imports}\n\n"
         f"base = {load}\n"
-        f"model = PeftModel.from_pretrained(base, {_quoted(adapter)}{place})\n"
+        f"model = PeftModel.from_pretrained(base, {quoted(adapter)}{place})\n"
         "model.eval()  # every output has the shape of the base model's output"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["part_of", "trainable_by_part", "trainable_in_words"]
+__all__ = ["part_of", "trainable_by_part", "trainable_in_words", "trained_parameters"]
 
 # What stands in a parameter's name, and the part it belongs to; the first that fits.
 _MARKS = (
@@ -21,13 +21,17 @@ def part_of(name: str) -> str:
     return "gates" if part == "registers" and name.endswith(".gate") else part
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that get gradients, by their names."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def trainable_by_part(model: nn.Module) -> dict[str, int]:
     """Number of trainable parameters by part; parts without any are left out."""
     counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = part_of(name)
-            counts[part] = counts.get(part, 0) + parameter.numel()
+    for name, parameter in trained_parameters(model).items():
+        part = part_of(name)
+        counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import ItemsView
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from ...utils.parameters import trained_parameters
 from .base import Callback
 
 __all__ = ["AverageWeights"]
@@ -86,10 +87,8 @@ class AverageWeights(Callback):
         return {"ema_decay": self.decay}
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in extract_model_from_parallel(model).named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter
+def _trained(model: nn.Module) -> ItemsView[str, nn.Parameter]:
+    return trained_parameters(extract_model_from_parallel(model)).items()
 
 
 def _copy(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -43,13 +43,12 @@ class Outliers:
         Raises:
             NoArtifactsError: The report says that there are none.
         """
-        if report.verdict == "none" or report.first_layer is None:
+        most = report.most_outlying
+        if most is None:
             raise NoArtifactsError(
                 f"{report.name} has no artifacts on these images ({report.reason}), so that there is nothing to train "
                 "away. Leave the model as it is, or train towards other targets (--objective distillation)."
             )
-        separated = [layer for layer in report.layers[report.first_layer :] if layer.threshold.separated]
-        most = max(separated, key=lambda layer: layer.outlier_share)
         return cls(most.layer, most.threshold)
 
     def to_dict(self) -> dict[str, Any]:

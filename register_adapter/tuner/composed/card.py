@@ -14,7 +14,7 @@ from peft import PeftConfig
 from ...utils.environment import version
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
-from ..card_text import INSTALL, base_name, is_hub_name, plain, results_table
+from ..card_text import INSTALL, base_name, code, is_hub_name, plain, quoted, results_table
 
 __all__ = ["write_card"]
 
@@ -80,14 +80,14 @@ def write_card(
         return
     if written is None or told or written["weights"] != weights:
         rows = {
-            "Base model": f"`{plain(base_name(base) or 'not named')}` (`{base_class.__name__}`)",
+            "Base model": f"{code(base_name(base) or 'not named')} (`{base_class.__name__}`)",
             **{f"Adapter `{name}`": plain(str(config.peft_type.value)) for name, config in configs.items()},
             **{f"Trained: {plain(part)}": f"{count:,} parameters" for part, count in (sizes or {}).items()},
             **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
             "Written by": f"register-adapter {version()}",
         }
         parts = [
-            _LOAD.format(install=INSTALL, adapter=f'"{adapter or "path/to/this/folder"}"'),
+            _LOAD.format(install=INSTALL, adapter=quoted(adapter or "path/to/this/folder")),
             "\n## What it is\n\n| | |\n|---|---|",
             *(f"| {key} | {value} |" for key, value in rows.items()),
             f"\n## Training data\n\n{plain(training_data) if training_data else 'Not stated.'}\n\n## Results\n",
