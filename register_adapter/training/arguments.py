@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 __all__ = ["TrainArguments"]
 
 #: transformers' schedules that need nothing but the number of steps.
@@ -77,6 +79,8 @@ class TrainArguments:
     cache_prefix: int | None = _knob(
         None, "Store the sequence that comes into this block too, and begin there: give --insert-layer the same number."
     )
+    torch_compile: bool = _knob(False, "Compile the blocks of the tower, which takes a while at the start.")
+    torch_compile_backend: str | None = _knob(None, "Backend for that; default inductor. Implies --torch-compile.")
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
     report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
@@ -122,6 +126,12 @@ class TrainArguments:
         self._check("cache_prefix", int, 1, optional=True)
         if self.cache_prefix is not None and self.target_store is None:
             raise ValueError("cache_prefix needs target_store, the folder where the sequences go, too")
+        if self.torch_compile_backend is not None:
+            self.torch_compile = True
+            backends = torch.compiler.list_backends(exclude_tags=())
+            if self.torch_compile_backend not in backends:
+                known = ", ".join(backends)
+                raise ValueError(f"torch_compile_backend must be one of {known}, got {self.torch_compile_backend!r}")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id, the repository to upload to, such as user/name")
         for name in ("checkpointing_steps", "resume_from_checkpoint", "with_tracking", "push_to_hub"):

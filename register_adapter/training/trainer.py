@@ -25,6 +25,7 @@ from . import checkpoints
 from .arguments import TrainArguments
 from .callbacks import AverageWeights, Callback
 from .checkpoints import TrainState
+from .compiling import compiled_blocks
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
 from .loop import Loop, number_of_steps
 from .objectives import Objective
@@ -125,9 +126,11 @@ def train(
         loop = _prepare(accelerator, args, objective, model, trainable, train_data, eval_data, interruption, callbacks)
         resumed, first_step = loop.checkpoint, loop.state.global_step
         _open_outputs(accelerator, args, resumed is not None, run_config)
+        compiled = compiled_blocks(model, args.torch_compile_backend) if args.torch_compile else nullcontext()
         try:
-            metrics = loop.fit()
-            metrics |= _finish(loop, model)
+            with compiled:
+                metrics = loop.fit()
+                metrics |= _finish(loop, model)
         except Interrupted as stop:  # a second Ctrl-C does not wait to say it
             stop.checkpoint = stop.checkpoint or loop.checkpoint
             raise
