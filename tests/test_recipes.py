@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import transformers as tf
+from training_cases import start
 from training_helpers import ENVIRONMENT, ROOT, write_planted
 
 from register_adapter.testbed import load_image_processor
@@ -35,13 +36,21 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(name: str, case: Path, out: Path, *more: str) -> dict[str, Any]:
+def command(name: str, case: Path, out: Path, *more: str, **environment: str) -> dict[str, Any]:
     """Arguments of a process."""
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     given = {"MODEL": str(case / ("clip" if "clip" in name else "model")), "DATA": str(case / "images")}
+    places = {"PATH": tools, "OUT": str(out), "PYTHONPATH": str(ROOT)}
     # The flags come last, where they win.
     words = ["bash", str(ROOT / "examples" / "recipes" / f"{name}.sh"), *SHORT, *more]
-    return {"args": words, "env": {**ENVIRONMENT, **given, "PATH": tools, "OUT": str(out), "PYTHONPATH": str(ROOT)}}
+    return {"args": words, "env": {**ENVIRONMENT, **given, **places, **environment}}
+
+
+def run_here(name: str, case: Path, out: Path, *more: str) -> None:
+    """The recipe's command in this process, which has the libraries imported."""
+    done = subprocess.run(**command(name, case, out, *more, LAUNCH="printf %s\\0 train"), **QUIETLY)
+    assert done.returncode == 0, done.stderr
+    start(done.stdout.split("\0")[1:-1])  # before them stands what a fit has printed
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -51,25 +60,22 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs(name: str, case: Path, tmp_path: Path) -> None:
-    done = subprocess.run(**command(name, case, tmp_path / "out"), **QUIETLY)
-    assert done.returncode == 0, done.stderr
+    run_here(name, case, tmp_path / "out")
     assert weights(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["dinov2_distillation", "dinov2_refine_lora"])
-def test_a_killed_recipe_goes_on_to_the_same_adapter(name: str, case: Path, tmp_path: Path) -> None:
+def test_a_killed_recipe_goes_on_to_the_same_adapter(case: Path, tmp_path: Path) -> None:
     """Started again by the very same line; a run that was never killed ends at the same."""
-    more, out = ("--max-train-steps", "6"), tmp_path / "killed"
+    name, more, out = "dinov2_refine_lora", ("--max-train-steps", "6"), tmp_path / "killed"
     process = subprocess.Popen(**command(name, case, out, *more), stderr=subprocess.DEVNULL, start_new_session=True)
     while not (out / "checkpoint-1").is_dir() and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    left = len(list(out.glob("checkpoint-*")))
-    assert left
-    for place in (out, tmp_path / "whole"):
-        done = subprocess.run(**command(name, case, place, *more), **QUIETLY)
-        assert done.returncode == 0, done.stderr
+    assert list(out.glob("checkpoint-*"))
+    done = subprocess.run(**command(name, case, out, *more), **QUIETLY)
+    assert done.returncode == 0, done.stderr
+    run_here(name, case, tmp_path / "whole", *more)
     assert weights(out) == weights(tmp_path / "whole")
 
 
