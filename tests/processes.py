@@ -5,9 +5,12 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -44,15 +47,46 @@ def run_script(name: str, *arguments: object, cwd: Path | None = None) -> subpro
     """
     if not hasattr(os, "fork"):
         return run_script_alone(name, *arguments, cwd=cwd)
+    (done,) = _run_forks(name, arguments, cwd, [{}])
+    assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-4000:]}"
+    return done
+
+
+def run_module(name: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """``python -m name``, or a script by its path, in such a fork; its status is as it is."""
+    (done,) = _run_forks("module", (name, *arguments), None, [{}])
+    return done
+
+
+def run_two_processes(name: str | Path, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """The same in two forks that find each other as those of ``accelerate launch`` on a CPU do."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    launched = {**place, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    ranks = [{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return _run_forks("module", (name, *arguments), None, ranks)
+
+
+def _run_forks(
+    name: str, arguments: Sequence[object], cwd: Path | None, environments: Sequence[dict[str, str]]
+) -> list[subprocess.CompletedProcess[str]]:
+    """A script in as many forks of the server at once as there are environments."""
     script, given = str(SCRIPTS / f"{name}.py"), list(map(str, arguments))
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+    with ExitStack() as stack:
+        files = [[stack.enter_context(tempfile.NamedTemporaryFile("r")) for _ in range(2)] for _ in environments]
+        processes = [
+            {"streams": [stream.name for stream in streams], "environment": environment}
+            for streams, environment in zip(files, environments, strict=True)
+        ]
         job = {"script": script, "arguments": given, "folder": str(cwd or Path.cwd()), "patience": PATIENCE}
-        server.stdin.write(json.dumps({**job, "streams": [out.name, err.name]}) + "\n")
+        server.stdin.write(json.dumps({**job, "processes": processes}) + "\n")
         server.stdin.flush()
-        status = server.stdout.readline().strip()
-        done = subprocess.CompletedProcess([script, *given], int(status or -1), out.read(), err.read())
-    assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-4000:]}"
-    return done
+        statuses = json.loads(server.stdout.readline() or "[-1, -1]")
+        return [
+            subprocess.CompletedProcess([script, *given], status, *(stream.read() for stream in streams))
+            for status, streams in zip(statuses, files, strict=False)
+        ]

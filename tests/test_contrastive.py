@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from accelerate.state import AcceleratorState
 from families import build, make_inputs
 from pairs import KINDS, make_tokenizer, write_captions, write_pair, write_pairs
 from peft import AutoPeftModel
+from processes import run_two_processes
 from safetensors.torch import load_file
 from training_cases import results_of, start, stopped, write_case
-from training_helpers import ROOT, adapter_bytes, call
+from training_helpers import adapter_bytes
 
 from register_adapter import add_registers
 from register_adapter.data import ProcessedDataset
@@ -210,11 +210,9 @@ def test_two_processes_see_each_others_pairs(folder: Path, tmp_path: Path) -> No
     data = ("--train-dir", str(images), "--validation-dir", str(folder / "images"))
     common = ("--max-train-steps", "20", "--learning-rate", "0.01", "--seed", "3")
     start(flags(folder, kind, tmp_path / "alone", *common, "--per-device-train-batch-size", "8", data=data))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", str(ROOT / "examples" / "configs" / "cpu.yaml"), "-m", "register_adapter.train"]
     shared = flags(folder, kind, tmp_path / "shared", *common, "--per-device-train-batch-size", "4", data=data)
-    done = call([*launch, *shared])
-    assert done.returncode == 0, done.stderr
+    for process in run_two_processes("register_adapter.train", *shared):
+        assert process.returncode == 0, process.stderr
     assert results_of(tmp_path / "shared")["hardware"]["num_processes"] == 2
     (ours,), (theirs,) = (
         load_file(tmp_path / name / "adapter_model.safetensors").values() for name in ("alone", "shared")

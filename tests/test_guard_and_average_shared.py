@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+from processes import run_script, run_two_processes
 from safetensors.torch import load_file
 from training_cases import flags, results_of, start, write_case
-from training_helpers import ROOT, call, write_vit
+from training_helpers import ROOT, write_vit
 
 pytestmark = pytest.mark.slow
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-LAUNCH += [str(ROOT / "examples" / "configs" / "cpu.yaml")]
+SCRIPT = ROOT / "tests" / "scripts" / "train_with_a_fault.py"
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +24,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_fault_of_one_process_ends_both(case: Path, tmp_path: Path) -> None:
-    script = str(ROOT / "tests" / "scripts" / "train_with_a_fault.py")
     words = flags(case, tmp_path / "out", "--per-device-train-batch-size", "1", "--checkpointing-steps", "50")
-    done = call([*LAUNCH, script, *words])
-    assert done.returncode != 0
+    ended = run_two_processes(SCRIPT, *words)
+    assert all(process.returncode == 1 for process in ended)
     # Item 7 is the second of the dogs, whose folder comes behind six cats.
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("ERROR: the loss is nan at step"))
+    errors = [line for process in ended for line in process.stderr.splitlines()]
+    (line,) = (line for line in errors if line.startswith("ERROR: the loss is nan at step"))
     assert f"on {case / 'train' / 'dog' / '1.png'}; the step was not taken" in line
     kept = sorted((tmp_path / "out").glob("checkpoint-*"))
     assert (str(kept[-1]) if kept else "nothing is saved") in line
@@ -45,9 +43,8 @@ def test_the_average_of_two_processes_is_that_of_one(case: Path, tmp_path: Path)
     common += ["--max-train-samples", "8"]  # two whole batches
     start(flags(case, tmp_path / "alone", *common, "--per-device-train-batch-size", "4"))
     more = [*common, "--per-device-train-batch-size", "2"]
-    launch = [*LAUNCH, "-m", "register_adapter.train"]
-    done = call([*launch, *flags(case, tmp_path / "shared", *more)])
-    assert done.returncode == 0, done.stderr
+    for process in run_two_processes("register_adapter.train", *flags(case, tmp_path / "shared", *more)):
+        assert process.returncode == 0, process.stderr
     shared, alone = results_of(tmp_path / "shared"), results_of(tmp_path / "alone")
     assert shared["hardware"]["num_processes"] == 2
     for ours, theirs in zip(shared["evaluations"], alone["evaluations"], strict=True):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
-from processes import run_script
+from processes import run_script, run_two_processes
 from safetensors.torch import load_file
-from training_helpers import ROOT, call
+from training_helpers import ROOT
 
 SCRIPT = ROOT / "tests" / "scripts" / "train_every_objective.py"
 
@@ -18,11 +16,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Te
     """In one process, and in two."""
     folder = tmp_path_factory.mktemp("learned")
     run_script(SCRIPT.stem, folder / "one.safetensors")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    done = call(
-        [*launch, str(ROOT / "examples" / "configs" / "cpu.yaml"), str(SCRIPT), str(folder / "two.safetensors")]
-    )
-    assert done.returncode == 0, done.stderr
+    for process in run_two_processes(SCRIPT, folder / "two.safetensors"):
+        assert process.returncode == 0, process.stderr
     return [load_file(folder / f"{name}.safetensors") for name in ("one", "two")]
 
 

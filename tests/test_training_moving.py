@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run
+from processes import run_module
 from safetensors.torch import load_file
 from training_cases import RUN, flags, results_of, start, stopped, write_case
-from training_helpers import TRAIN, call, write_planted
+from training_helpers import write_planted
 from transformers import ViTForImageClassification
 
 from register_adapter import ComposedPeftModel, load_adapters
@@ -105,17 +106,15 @@ def test_the_best_of_all_parts_is_kept(case: Path, tmp_path: Path) -> None:
 
 
 def test_registers_are_fitted_before_lora_joins_them(tmp_path: Path) -> None:
-    write_planted(tmp_path, 96)
+    write_planted(tmp_path, 64)
     data = ("--model-name-or-path", str(tmp_path / "model"), "--train-dir", str(tmp_path / "images"))
-    command = [*TRAIN, "--objective", "distillation", "--num-views", "1", "--init", "test_time", "--train"]
-    command += ["registers+lora", "--num-registers", "1", "--output-dir", str(tmp_path / "out"), "--use-cpu"]
-    command += ["--per-device-train-batch-size", "8", "--max-train-steps", "1", *data]
-    done = call(command)
-    assert done.returncode == 0, done.stderr
+    words = ["--objective", "distillation", "--num-views", "1", "--init", "test_time", "--train"]
+    words += ["registers+lora", "--num-registers", "1", "--output-dir", str(tmp_path / "out"), "--use-cpu"]
+    start([*words, "--per-device-train-batch-size", "8", "--max-train-steps", "1", *data])
     keys = weights(tmp_path / "out")
     assert any(key.endswith("neuron_units") or "units" in key for key in keys)
     given = ["audit", "planted", str(tmp_path / "images"), "--adapter", str(tmp_path / "out")]
-    audited = call([*TRAIN[:2], "register_adapter", *given, "--out", str(tmp_path / "report"), "--json"])
+    audited = run_module("register_adapter", *given, "--out", tmp_path / "report", "--json")
     assert audited.returncode == 0, audited.stderr
 
 
