@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import PATIENCE
+from processes import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -56,10 +55,8 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any]
     """The report of the documented command, run once, and what it printed."""
     tmp_path = tmp_path_factory.mktemp("overhead")
     out = tmp_path / "new folder" / "overhead.json"
-    command = [sys.executable, str(BENCHMARKS / "overhead.py"), *TINY, "--compile", "no", "--repeats", "3"]
-    done = subprocess.run(
-        [*command, "--min-time", "0", "--out", str(out)], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE
-    )
+    options = [*TINY, "--compile", "no", "--repeats", "3", "--min-time", "0", "--out", out]
+    done = run_module(BENCHMARKS / "overhead.py", *options)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +18,7 @@ from execution_cases import SHARDED, WAYS, gradients, registered, trained_values
 from families import HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run
 from peft import PeftModel
-from processes import PATIENCE
+from processes import run_two_processes
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -213,16 +209,8 @@ def test_only_reentrant_checkpointing_makes_the_embeddings_require_a_gradient(re
 
 def _two_processes(file: Path, *kinds: str) -> dict[str, torch.Tensor]:
     script = Path(__file__).with_name("two_processes_gradients.py")
-    # By hand what torchrun does, which imports torch a third time.
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    processes = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), str(file), *kinds]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(errors)[-4000:]
+    for process in run_two_processes(script, file, *kinds):
+        assert process.returncode == 0, process.stderr[-4000:]
     return load_file(file)
 
 

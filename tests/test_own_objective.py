@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_module
 from training_cases import flags, results_of, stopped, write_case
-from training_helpers import ROOT, adapter_bytes, call, load_example
+from training_helpers import ROOT, adapter_bytes, load_example
 
 from register_adapter.training import OBJECTIVES
 from register_adapter.training.objectives.flags import added_terms
@@ -23,11 +23,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_script_of_the_users_trains_and_goes_on(case: Path, tmp_path: Path) -> None:
-    """Begun by the launcher, resumed by python itself."""
-    out, launcher = tmp_path / "out", ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+    out = tmp_path / "out"
     options = ["--objective", "even_norms", "--power", "1", "--preserve", "0.5", "--max-train-steps", "4"]
     options += ["--checkpointing-steps", "2", "--target-store", str(tmp_path / "targets")]
-    done = call([sys.executable, *launcher, str(SCRIPT), *flags(case, out, *options)])
+    done = run_module(SCRIPT, *flags(case, out, *options))
     assert done.returncode == 0, done.stderr
     results = results_of(out)
     terms = results["objective"]["terms"]
@@ -36,7 +35,7 @@ def test_a_script_of_the_users_trains_and_goes_on(case: Path, tmp_path: Path) ->
     assert {"eval_even_norms", "eval_registers_off_even_norms"} <= set(results["metrics"])
     trained = adapter_bytes(out)
     more = ["--resume-from-checkpoint", str(out / "checkpoint-2")]
-    done = call([sys.executable, str(SCRIPT), *flags(case, tmp_path / "again", *options, *more)])
+    done = run_module(SCRIPT, *flags(case, tmp_path / "again", *options, *more))
     assert done.returncode == 0, done.stderr
     assert adapter_bytes(tmp_path / "again") == trained
 

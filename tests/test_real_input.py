@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from peft import AutoPeftModel
 from PIL import Image as PILImage
-from training_helpers import TRAIN, call, load_example, write_photographs, write_vit
+from processes import run_module
+from training_helpers import load_example, write_photographs, write_vit
 
 from register_adapter.data import DataArguments, ImageFileError, check_image, load_data, load_image, read_image_folder
 from register_adapter.data.datasets import skip_bad
@@ -40,7 +41,7 @@ def arguments(vit: Path, photos: Path, out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_training_goes_on_past_bad_files_and_names_them(vit: Path, photos: Path, tmp_path: Path) -> None:
-    done = call([*TRAIN, *arguments(vit, photos, tmp_path / "out")])
+    done = run_module("register_adapter.train", *arguments(vit, photos, tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     named = {Path(line.partition(": ")[0]).name for line in results["skipped"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 import torch
 from peft import AutoPeftModel
 from PIL import Image
-from training_helpers import ROOT, adapter_bytes, call, write_vit
+from processes import run_module
+from training_helpers import ROOT, adapter_bytes, write_vit
 from transformers import TrainingArguments
 
 from register_adapter import add_registers
@@ -92,9 +92,8 @@ def test_two_batches_of_a_step_are_one(labelled: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_example_trains_goes_on_and_saves_the_best(case: Path, tmp_path: Path) -> None:
     assert len(SCRIPT.read_text().splitlines()) <= 60
-    words = [sys.executable, str(SCRIPT), str(case / "vit"), str(case / "images"), str(tmp_path / "out")]
-    words += ["--steps", "6", "--every", "2"]
-    done = call(words)
+    words = [SCRIPT, case / "vit", case / "images", tmp_path / "out", "--steps", "6", "--every", "2"]
+    done = run_module(*words)
     assert done.returncode == 0, done.stderr
     assert "eval_distillation" in done.stdout
     whole = adapter_bytes(tmp_path / "out")
@@ -108,7 +107,7 @@ def test_the_example_trains_goes_on_and_saves_the_best(case: Path, tmp_path: Pat
     again.mkdir()
     for step in (2, 4):
         shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", again / f"checkpoint-{step}")
-    done = call([*words[:4], str(again), *words[5:]])
+    done = run_module(*words[:3], again, *words[4:])
     assert done.returncode == 0, done.stderr
     last = "checkpoint-6"
     assert adapter_bytes(again / last) == adapter_bytes(tmp_path / "out" / last)

@@ -21,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hub_server import HubServer
 from peft import AutoPeftModel
+from processes import run_module
 from safetensors.torch import load_file
 from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, train_alone, write_photographs, write_vit
 from transformers import AutoImageProcessor, ViTForImageClassification
@@ -544,7 +545,7 @@ def test_the_example_runs_as_a_user_would_run_it(vit: Path, photos: Path, tmp_pa
     script = ROOT / "examples" / "train_classifier.py"
     assert len(script.read_text().splitlines()) <= 60
     out = tmp_path / "out"
-    done = call([sys.executable, str(script), str(vit), str(photos / "train"), str(out), "--steps", "2"])
+    done = run_module(script, vit, photos / "train", out, "--steps", "2")
     assert done.returncode == 0, done.stderr
     accuracy = read_results(out)["metrics"]["eval_accuracy"]
     assert f"accuracy on 5 held-out images: {accuracy:.3f}" in done.stdout
