@@ -250,8 +250,8 @@ class Figures:
 
 @pytest.fixture(
     scope="module",
-    params=[("auto", 0), ("auto", 4), ("two_sided_sigma:2", 0), ("two_sided_sigma:2", 4)],
-    ids=["auto-0", "auto-4", "two-sided-0", "two-sided-4"],
+    params=[("auto", 0), ("two_sided_sigma:2", 4)],
+    ids=["auto-0", "two-sided-4"],
 )
 def figures(request, planting, held_out):
     """Of 40 images, by a rule and with a number of registers from block 2."""

@@ -335,7 +335,7 @@ def test_a_stranger_loads_a_native_model(tmp_path):
     run_script("stranger_loads_native", cwd=tmp_path)
 
 
-PROGRAMS = ("vit-classifier", "deit", "clip", "dinov2-registers", "siglip-vision", "depth")
+PROGRAMS = ("clip", "dinov2-registers", "siglip-vision", "depth")
 
 
 def _batch(inputs, size):
@@ -360,7 +360,7 @@ def test_a_program_gives_the_same_numbers_for_any_batch(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clip", "dinov2-registers", "siglip-vision", "depth"])
+@pytest.mark.parametrize("name", ["clip", "depth"])
 def test_an_onnx_file_gives_the_same_numbers_for_any_batch(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     model, inputs = adapted(name), make_inputs(name)

@@ -242,7 +242,6 @@ def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("objective", "options"),
     [
         ("distillation", ("--num-views", "2", "--preserve", "0.5")),
-        ("refine", ("--num-crops", "1", "--preserve", "1.0")),
         ("smooth", ("--norm", "0.1")),
         ("preserve", ("--distillation", "1", "--num-views", "2", "--refine", "1", "--smooth=1")),
     ],

@@ -12,6 +12,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from crossings import crossings
 from helpers import Snapshot, hooks
 from torch import nn
 from torch.nn import functional as F
@@ -449,8 +450,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("registers", [0, 2])
-@pytest.mark.parametrize("name", [name for name in CASES if name in families.CASES])
+@pytest.mark.parametrize(("name", "registers"), crossings([name for name in CASES if name in families.CASES], (0, 2)))
 def test_every_kind_of_token_of_a_real_model_has_a_row(name: str, registers: int) -> None:
     model = families.build(name)
     if registers:

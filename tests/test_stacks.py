@@ -451,7 +451,7 @@ def test_lora_beside_registers(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    crossings([name for name in ONE_EACH if name != "timm-wrapper"], MODES, whole=("timm",)),
+    crossings([name for name in ONE_EACH if name != "timm-wrapper"], MODES),
 )
 def test_compiles_as_one_graph(name: str, mode: str) -> None:
     torch._dynamo.reset()

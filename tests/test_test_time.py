@@ -90,7 +90,6 @@ def thresholds_of(model: Any) -> dict[int, Threshold]:
 PLANTED = [
     (4, 5.0, 8, 0.04, 4),
     (1, 8.0, 2, 0.01, 11),
-    (6, 10.0, 4, 0.02, 6),
     (2, 2.0, 4, 0.02, 22),
 ]
 
