@@ -476,7 +476,7 @@ def test_a_new_input_size_and_a_new_head_of_timm() -> None:
 
 @pytest.mark.parametrize("options", [{"key_value": True}, {"gate": -1.0}], ids=["key_value", "gate"])
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_modes_that_need_transformers_attention_are_refused(name: str, options: dict[str, Any]) -> None:
+def test_model_operations_that_need_transformers_attention_are_refused(name: str, options: dict[str, Any]) -> None:
     base = build_stack(name)
     snapshot = PlainSnapshot(tower_of(name, base), {"x": images()})
     kind = type(tower_of(name, base)).__name__
