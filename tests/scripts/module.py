@@ -1,0 +1,16 @@
+"""``python -m``: the first argument is a module, or the path of a script, the others are its own."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    name = sys.argv[0]
+    if name.endswith(".py"):
+        sys.path[0] = str(Path(name).parent)
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
