@@ -136,16 +136,23 @@ def _trained(objective: str, options: dict[str, Any], rate: float, fit: dict[str
     return make
 
 
-def _taught(options: dict[str, Any], rate: float) -> Any:
-    """What makes an arm whose teacher is the base with registers that were fitted at test time."""
+def _taught(options: dict[str, Any], rate: float, make_teacher: Callable[[Case, torch.Tensor], Any]) -> Any:
+    """What makes an arm whose teacher is the base with an adapter that was fitted without training or labels."""
 
     def make(case: Case, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            _fit(case, pixels, attention_bias=True).save_pretrained(folder)
+            make_teacher(case, pixels).save_pretrained(folder)
             aim = DistillationObjective(num_views=1, teacher=folder)
             return _train(wrap(case.base(), aim, **options), aim, rate, pixels, labels, seed)
 
     return make
+
+
+#: Name of a teacher to what fits it: the base whose artifacts go to a bias in the attention, or nowhere.
+TEACHERS: dict[str, Callable[[Case, torch.Tensor], Any]] = {
+    "fitted teacher": lambda case, pixels: _fit(case, pixels, attention_bias=True),
+    "silenced teacher": lambda case, pixels: _fit(case, pixels, gate=-1e9),
+}
 
 
 def _arms() -> list[Arm]:
@@ -162,7 +169,8 @@ def _arms() -> list[Arm]:
             if moves in CROSSED or objective == "smooth":
                 made = _trained(objective, options, rate)
                 arms.append(Arm(f"{objective}: {moves}", made, True, objective == "classification"))
-    arms += [Arm(f"fitted teacher: {moves}", _taught(*MOVES[moves]), True) for moves in CROSSED]
+    for teacher, make_teacher in TEACHERS.items():
+        arms += [Arm(f"{teacher}: {moves}", _taught(*MOVES[moves], make_teacher), True) for moves in CROSSED]
     for objective, form, fit in (
         ("classification", "register", {}),
         ("classification", "attention bias", {"attention_bias": True}),

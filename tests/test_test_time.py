@@ -465,10 +465,23 @@ def test_the_attention_bias_form_is_what_the_register_would_say() -> None:
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-3)
 
 
-def test_the_attention_bias_form_needs_the_attention_interface() -> None:
+@pytest.mark.parametrize("option", [{"attention_bias": True}, {"gate": -1e9}], ids=["attention_bias", "gate"])
+def test_forms_that_need_the_attention_interface_are_refused_without_it(option: dict[str, Any]) -> None:
     model = build_stack("timm")
-    with pytest.raises(UnsupportedModelError, match="attention_bias"):
-        fit(model, images(batch=8), attention_bias=True)
+    with pytest.raises(UnsupportedModelError, match=next(iter(option))):
+        fit(model, images(batch=8), **option)
+
+
+@pytest.mark.slow
+def test_a_hidden_register_leaves_what_the_clean_twin_computes(tmp_path: Path) -> None:
+    """The planted neurons write nothing any more, and no token attends to the register that has their activations."""
+    model, pixels = fit(load_planted_vit().model, scenes(96, 5)[0], gate=-1e9), images_with_artifacts()[:8]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load_planted_vit().model, tmp_path)
+    with torch.no_grad():
+        twin, ours, again = (network(pixel_values=pixels).logits for network in (load_vit(), model, loaded))
+    torch.testing.assert_close(ours, twin, rtol=0, atol=5e-3)  # both are stored in half precision
+    torch.testing.assert_close(again, ours, rtol=0, atol=0)
 
 
 @pytest.mark.slow

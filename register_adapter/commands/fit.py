@@ -36,6 +36,9 @@ def fit_command(
     attention_bias: Annotated[
         bool, typer.Option("--attention-bias", help="Constant keys and values in place of a token.")
     ] = False,
+    gate: Annotated[
+        float | None, typer.Option(help="Bias on the registers' attention logits; -1e9 hides the registers.")
+    ] = None,
     rule: options.Rule = "auto",
     threshold: Annotated[
         float | None, typer.Option(help="Norm of an outlier behind --top-block, instead of a rule.")
@@ -69,6 +72,7 @@ def fit_command(
         num_registers=num_registers,
         remove=remove,
         attention_bias=attention_bias,
+        gate=gate,
         rule=rule,
         threshold=threshold,
         top_block=top_block,

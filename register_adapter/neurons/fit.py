@@ -49,6 +49,7 @@ def fit_test_time_registers(
     num_registers: int = 1,
     remove: str = "zero",
     attention_bias: bool = False,
+    gate: float | None = None,
     train_removal: bool = False,
     rule: str | Rule = "auto",
     threshold: float | None = None,
@@ -75,6 +76,10 @@ def fit_test_time_registers(
         remove: What the other tokens keep, see :class:`RegisterConfig`.
         attention_bias: Have no token: the register's mean key and value in every block take its place, which needs
             transformers' attention interface.
+        gate: Bias on the attention logits of the registers' keys, see :class:`RegisterConfig`; ``-1e9`` hides them, and
+            what their neurons wrote is gone. That repairs a model that never used it, and hurts one that does:
+            zero-shot accuracy of OpenCLIP fell from 70.4 to 55.6 in the paper. It needs transformers' attention
+            interface too.
         train_removal: Give each neuron a trainable strength, for training from here.
         rule: The audit's rule for outliers, by name or itself.
         threshold: L2 norm above which a patch is an outlier behind block ``top_block``, in place of the rule.
@@ -109,7 +114,8 @@ def fit_test_time_registers(
     """
     _check(model, num_neurons, max_neurons, threshold, top_block)
     tower = find_tower(model, target_modules)
-    _check_tower(tower, top_block, attention_bias)
+    forms = {"attention_bias": attention_bias, "gate": gate is not None}
+    _check_tower(tower, top_block, [name for name, wanted in forms.items() if wanted])
     _check_sizes(tower, image_sizes or ())
     resolved = resolve_rule(rule)
     given = {}
@@ -133,7 +139,7 @@ def fit_test_time_registers(
         model,
         num_registers,
         adapter_name,
-        {"init": "test_time", "remove": remove, "target_modules": target_modules},
+        {"init": "test_time", "remove": remove, "gate": gate, "target_modules": target_modules},
     )
     trial = _try(adapter, candidates, views, parts, num_neurons, attention_bias)
     record = _record(trial, views, parts, search.num_ranked, top, "fixed" if given else rule_name(rule))
@@ -157,14 +163,14 @@ def _check(
         )
 
 
-def _check_tower(tower: Tower, top_block: int | None, attention_bias: bool) -> None:
+def _check_tower(tower: Tower, top_block: int | None, forms: Sequence[str]) -> None:
     blocks = len(tower.part("blocks"))
     if top_block is not None and not 0 <= top_block < blocks:
         raise ValueError(f"top_block must be a block of the model, 0 to {blocks - 1}, got {top_block}")
-    if attention_bias and not reads_implementation(tower):
+    if forms and not reads_implementation(tower):
         raise UnsupportedModelError(
-            "attention_bias needs a model whose attention goes through transformers' attention interface; the blocks "
-            f"of {type(tower.module).__name__} do not. Use a register in the sequence (attention_bias=False)."
+            f"{forms[0]} needs a model whose attention goes through transformers' attention interface; the blocks of "
+            f"{type(tower.module).__name__} do not. Use a plain register in the sequence: leave out {forms[0]}."
         )
 
 

@@ -33,6 +33,7 @@ class FitArguments:
     num_registers: int = 1
     remove: str = "zero"
     attention_bias: bool = False
+    gate: float | None = None
     rule: str = "auto"
     threshold: float | None = None
     top_block: int | None = None
@@ -65,6 +66,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         num_registers=args.num_registers,
         remove=args.remove,
         attention_bias=args.attention_bias,
+        gate=args.gate,
         rule=args.rule,
         threshold=args.threshold,
         top_block=args.top_block,
