@@ -6,6 +6,8 @@ from .datasets import Data, DataArguments, ProcessedDataset, load_data
 from .folders import read_captioned_folder, read_flat_folder, read_image_folder
 from .images import ImageFileError, check_image, load_image
 from .processors import load_image_processor
+from .stream_loading import load_stream
+from .streaming import StreamedDataset
 
 __all__ = [
     "AUGMENTATIONS",
@@ -15,11 +17,13 @@ __all__ = [
     "ImageBatches",
     "ImageFileError",
     "ProcessedDataset",
+    "StreamedDataset",
     "check_image",
     "list_images",
     "load_data",
     "load_image",
     "load_image_processor",
+    "load_stream",
     "read_captioned_folder",
     "read_flat_folder",
     "read_image_folder",

@@ -67,6 +67,12 @@ class DataArguments:
     strict: bool = field(
         default=False, metadata={"help": "Refuse to train if any file is bad, instead of skipping it."}
     )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set's shards as they come; give --max-train-steps."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "With --streaming: draw the next image from so many; 1 keeps their order."}
+    )
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_dir is None):
@@ -78,6 +84,10 @@ class DataArguments:
             )
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"--train-val-split must lie between 0 and 1, got {self.train_val_split}")
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("--streaming reads shards: name a data set, or a folder of shards, with --dataset-name")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle-buffer must be at least 1, got {self.shuffle_buffer}")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -131,7 +141,10 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return item_name(self.dataset[index]["image"], index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dataset[index]
+        return self.processed(self.dataset[index], index)
+
+    def processed(self, item: Any, index: int) -> dict[str, Any]:
+        """An item of the data set, or of another one like it, ready for the model; ``index`` is its number."""
         labels = {}
         if "label" in item:
             label = item["label"]
@@ -232,7 +245,8 @@ class Data:
     """What :func:`load_data` returns.
 
     Attributes:
-        train: The training images, columns ``image``, and ``label`` or ``text`` where they are needed.
+        train: The training images, columns ``image``, and ``label`` or ``text`` where they are needed; streamed ones
+            as an ``IterableDataset``.
         validation: The evaluation images, with the same columns.
         labels: Class names in the order of their numbers, none without labels.
         skipped: A line for each file that was left out: its name and what is wrong.
@@ -240,7 +254,7 @@ class Data:
         validation_name: What it says about the evaluation images.
     """
 
-    train: Dataset
+    train: Any
     validation: Dataset
     labels: list[str]
     skipped: list[str]

@@ -22,6 +22,8 @@ from transformers import HfArgumentParser
 
 from ..data.datasets import DataArguments, PixelBatches, ProcessedDataset, load_data
 from ..data.processors import load_image_processor
+from ..data.stream_loading import load_stream
+from ..data.streaming import StreamedDataset
 from ..errors import RegisterAdapterError
 from ..neurons import Start, fit_test_time_registers, start_from, start_from_outliers
 from ..tuner.composed import load_adapters
@@ -43,7 +45,7 @@ from .objectives import OBJECTIVES, ClassificationObjective, Objective
 from .objectives.flags import add_objective_flags, added_terms, early_value, make_objective, needed_keys, objective_of
 from .run_lock import folder_lock
 from .saving import check_output_dir
-from .setup import use_cpu
+from .setup import check_streamed, use_cpu
 from .trainer import train
 
 __all__ = ["ModelArguments", "main"]
@@ -158,6 +160,8 @@ def _parse(
         if args.output_dir in read:
             raise ValueError(f"--output-dir {args.output_dir} is what the run reads; name another folder")
         _check_store(args.target_store, [*read, args.output_dir])
+        if data_args.streaming:
+            check_streamed(args)
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     return model_args, data_args, args, flags
@@ -204,16 +208,30 @@ def _train(
     )
     workers, keys = max(1, args.dataloader_num_workers), needed_keys(model_args.objective, flags)
     shown, labelled, texts = not args.quiet, "labels" in keys, "text" in keys
-    data = load_data(data_args, args.seed, workers, progress=shown, labelled=labelled, texts=texts)
+    if data_args.streaming:
+        data = load_stream(data_args, workers, progress=shown, labelled=labelled, texts=texts)
+    else:
+        data = load_data(data_args, args.seed, workers, progress=shown, labelled=labelled, texts=texts)
     objective = make_objective(model_args.objective, Namespace(**vars(flags), seed=args.seed), data.labels)
     base = load_base(objective, model_args.model_name_or_path, revision=revision)
-    images = ProcessedDataset(data.train, image_processor)
-    model = _wrap(model_args, objective, base, images, progress=not args.quiet, seed=args.seed)
     augmentation = data_args.make_augmentation(args.seed)
+    train_data: Any
+    if data_args.streaming:
+        train_data = StreamedDataset(
+            *(data.train, image_processor, augmentation),
+            seed=args.seed,
+            shuffle_buffer=data_args.shuffle_buffer,
+            strict=data_args.strict,
+        )
+        images = train_data.head
+    else:
+        train_data = ProcessedDataset(data.train, image_processor, augmentation)
+        images = ProcessedDataset(data.train, image_processor)
+    model = _wrap(model_args, objective, base, images, progress=not args.quiet, seed=args.seed)
     return train(
         model,
         objective,
-        ProcessedDataset(data.train, image_processor, augmentation),
+        train_data,
         args,
         ProcessedDataset(data.validation, image_processor),
         image_processor=image_processor,

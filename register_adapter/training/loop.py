@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, find_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.streaming import StreamedBatches
 from ..utils.parameters import trained_parameters
 from . import checkpoints
 from .arguments import TrainArguments
@@ -27,7 +28,7 @@ from .interruption import Interrupted, Interruption
 from .objectives import Objective
 from .selection import Selection
 
-__all__ = ["Loop", "evaluate", "number_of_steps"]
+__all__ = ["Loop", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ class Loop:
         self.eval_loader, self.checkpoint, self.interruption = eval_loader, checkpoint, interruption
         self.callbacks = callbacks
         self.selection = selection or Selection(args, state)
-        self.seconds, self.images = 0.0, 0
-        self._evaluating, self._saved = 0.0, state.global_step if checkpoint else 0
+        self.seconds, self.images, self._evaluating = 0.0, 0, 0.0
+        self._saved = state.global_step if checkpoint else 0
         self._sums: dict[str, Any] = defaultdict(float)
         self._count = 0
         self._guard, self._first_batch = LossGuard(accelerator, loader.dataset), state.step
@@ -134,11 +135,17 @@ class Loop:
                         break
                     if self._asked_to_stop():
                         self.stop()
+                else:  # of a stream the end is not known before
+                    self.state.epoch, self.state.step = self.state.epoch + (self.state.step > 0), 0
             if self._count:
                 metrics = self._log()
             self._tell("on_evaluate_begin")  # what is evaluated and saved from now on
         self.seconds = time.perf_counter() - began - self._evaluating
         return metrics
+
+    @property
+    def _is_streamed(self) -> bool:
+        return isinstance(self.loader.dataset, StreamedBatches)
 
     @property
     def _is_done(self) -> bool:
@@ -230,6 +237,9 @@ class Loop:
         self.loader.set_epoch(self.state.epoch)
         if hasattr(self.loader.dataset, "set_epoch"):  # accelerate does so with one process only
             self.loader.dataset.set_epoch(self.state.epoch)
+        if self._is_streamed:
+            self.loader.dataset.start = self.state.step
+            return self.loader
         if not self.state.step:
             return self.loader
         rest = skip_first_batches(self.loader, self.state.step)
@@ -261,7 +271,7 @@ class Loop:
         self._count += 1
         self.images += (find_batch_size(batch) or 0) * self.accelerator.num_processes
         self.state.step += 1
-        if self.state.step == len(self.loader):
+        if not self._is_streamed and self.state.step == len(self.loader):
             self.state.epoch, self.state.step = self.state.epoch + 1, 0
         if self.accelerator.sync_gradients:
             self.state.global_step += 1
@@ -297,23 +307,12 @@ class Loop:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step."""
+        kept = [callback.state_dict() for callback in self.callbacks]
         self.checkpoint = checkpoints.save(
-            self.accelerator,
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            self.state,
-            str(self.args.output_dir),
-            self.args.checkpoints_total_limit,
-            self.selection.weights,
-            [callback.state_dict() for callback in self.callbacks],
+            *(self.accelerator, self.model, self.optimizer, self.scheduler, self.state),
+            *(str(self.args.output_dir), self.args.checkpoints_total_limit, self.selection.weights, kept),
         )
         self._saved = self.state.global_step
-
-
-def number_of_steps(args: TrainArguments, batches: int, accumulation: int) -> int:
-    """Optimiser steps of a run whose epochs have ``batches`` batches per process, ``accumulation`` of them per step."""
-    return args.max_train_steps or args.num_train_epochs * math.ceil(batches / accumulation)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 
 from ..data.datasets import ProcessedDataset
 from ..data.processors import find_image_processor, source_of
+from ..data.streaming import StreamedDataset
 from ..errors import MissingExtraError
 from ..tuner._peft_compat import PREFIX
 from ..tuner.config import RegisterConfig
@@ -22,8 +23,10 @@ from ..tuner.layer import find_register_layer
 from .arguments import TrainArguments
 
 __all__ = [
+    "check_streamed",
     "image_processor_for",
     "make_accelerator",
+    "number_of",
     "parameter_groups",
     "processed",
     "run_settings",
@@ -88,12 +91,29 @@ def shard_by_block(accelerator: Accelerator, model: PeftModel) -> None:
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in layer.tower.part("blocks")})
 
 
+def check_streamed(args: TrainArguments) -> None:
+    """Refuse what needs the number of the training images, or their places, which a stream does not tell.
+
+    Raises:
+        ValueError: There is such a thing.
+    """
+    if args.max_train_steps is None:
+        raise ValueError("a streamed data set has no length: say with max_train_steps how long to train")
+    if args.target_store is not None:
+        raise ValueError("target_store keeps targets by an image's place, which a streamed data set does not have")
+    for name in ("eval_steps", "checkpointing_steps"):
+        if getattr(args, name) == "epoch" or (name == "eval_steps" and args.evaluates_every == "epoch"):
+            raise ValueError(f"{name} must be a number of steps: the end of a streamed data set is not known before")
+
+
 def image_processor_for(model: PeftModel, dataset: Any) -> Any:
     """The image processor of the base model's folder or repository, ``None`` if the items are ready without one.
 
     Raises:
         ValueError: The model does not say where it came from, or there is none.
     """
+    if isinstance(dataset, StreamedDataset):
+        return dataset.image_processor
     if len(dataset) == 0 or "pixel_values" in dataset[0]:
         return None
     return find_image_processor(source_of(model.get_base_model()))
@@ -110,6 +130,8 @@ def processed(dataset: Any, image_processor: Any, name: str) -> Any:
     Raises:
         ValueError: It is empty, or its items have neither images nor pixel values.
     """
+    if isinstance(dataset, StreamedDataset):
+        return dataset
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty")
     if isinstance(dataset, ProcessedDataset):
@@ -120,6 +142,11 @@ def processed(dataset: Any, image_processor: Any, name: str) -> Any:
     if "image" not in item:
         raise ValueError(f"items of {name} must have the key 'image' or 'pixel_values', found {sorted(item)}")
     return ProcessedDataset(dataset, image_processor)
+
+
+def number_of(dataset: Any) -> int | None:
+    """How many items there are, ``None`` if it is a stream."""
+    return None if isinstance(dataset, StreamedDataset) else len(dataset)
 
 
 def parameter_groups(trainable: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -157,10 +184,11 @@ def run_settings(
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
-        "train_samples": len(train_data),
+        "train_samples": number_of(train_data),
         "objective": dict(objective),
         "trainable": {name: list(parameter.shape) for name, parameter in trainable.items()},
         "augmentation": str(augmentation) if augmentation else None,
+        "shuffle_buffer": train_data.shuffle_buffer if isinstance(train_data, StreamedDataset) else None,
         "insert_layer": config.insert_layer or None,
         "deep": config.deep or None,
         "key_value": config.key_value or None,

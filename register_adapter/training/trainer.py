@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import send_to_device, set_seed
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
+from ..data.streaming import StreamedBatches, StreamedDataset
 from ..tuner.card_text import OFF
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, hardware, versions
@@ -27,15 +30,17 @@ from .callbacks import AverageWeights, Callback
 from .checkpoints import TrainState
 from .compiling import compiled_blocks
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
-from .loop import Loop, number_of_steps
+from .loop import Loop
 from .objectives import Objective
 from .objectives.stored import store_targets
 from .run_lock import folder_lock
 from .saving import RUN_CONFIG, check_finite, check_output_dir, describe_run, push_run, save_run
 from .selection import Selection
 from .setup import (
+    check_streamed,
     image_processor_for,
     make_accelerator,
+    number_of,
     parameter_groups,
     processed,
     run_settings,
@@ -113,7 +118,9 @@ def train(
         train_data = processed(train_dataset, image_processor, "train_dataset")
         eval_data = processed(eval_dataset, image_processor, "eval_dataset") if eval_dataset is not None else None
         trainable = _trainable(model)
-        objective.prepare(model, train_data)
+        if isinstance(train_data, StreamedDataset):
+            check_streamed(args)
+        objective.prepare(model, getattr(train_data, "head", train_data))
         if args.target_store is not None:
             model.to(accelerator.device)
             train_data = store_targets(
@@ -144,7 +151,7 @@ def train(
             "evaluations": loop.state.evaluations,
             "seconds": round(loop.seconds, 3),
             "images_per_second": round(loop.images_per_second, 2),
-            "train_samples": len(train_data),
+            "train_samples": number_of(train_data),
             "eval_samples": len(eval_data) if eval_data is not None else 0,
             "trainable_parameters": sum(parameter.numel() for parameter in trainable.values()),
             "trained": trainable_by_part(model),
@@ -264,17 +271,27 @@ def _prepare(
     options: dict[str, Any] = {"collate_fn": objective.collate, "num_workers": args.dataloader_num_workers}
     options["worker_init_fn"] = leave_signals_to_the_run if interruption else None
     size = args.per_device_train_batch_size
-    loader = DataLoader(train_data, size, shuffle=True, generator=generator, **options)
+    loader: Any
+    if isinstance(train_data, StreamedDataset):
+        place = accelerator.process_index, accelerator.num_processes
+        batches = StreamedBatches(train_data, size, *place, num_threads=args.dataloader_num_workers)
+        loader = DataLoaderShard(batches, accelerator.device, batch_size=None, collate_fn=objective.collate)
+    else:
+        loader = DataLoader(train_data, size, shuffle=True, generator=generator, **options)
     eval_loader = DataLoader(eval_data, args.per_device_eval_batch_size, **options) if eval_data is not None else None
     optimizer = torch.optim.AdamW(parameter_groups(trainable, args.weight_decay), lr=args.learning_rate)
     shard_by_block(accelerator, model)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if isinstance(train_data, StreamedDataset):  # its batches are shared out already
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+    else:
+        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if eval_loader is not None:
         eval_loader = accelerator.prepare(eval_loader)
         if args.evaluates_every is not None:
             selection.check(_metric_names(accelerator, objective, prepared, eval_data))
     # It counts optimiser steps whatever the number of processes, so it is not prepared.
-    total_steps = number_of_steps(args, len(loader), accelerator.gradient_accumulation_steps)
+    steps = 0 if args.max_train_steps else math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
+    total_steps = args.max_train_steps or args.num_train_epochs * steps
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, total_steps)
     random_state = None
     if checkpoint is not None:

@@ -1,0 +1,165 @@
+"""``--streaming``: shards that are read as they come, the same by any number of processes and after a resumption."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Pillow
+from processes import run_two_processes
+from safetensors.torch import load_file
+from training_cases import results_of, start, stopped, write_case
+from training_helpers import adapter_bytes, write_vit
+
+from register_adapter.data import StreamedDataset, load_image_processor
+from register_adapter.data.streaming import StreamedBatches
+
+CLASSES = ["a", "b"]
+SHORT = ("--max-train-steps", "5", "--per-device-train-batch-size", "4", "--learning-rate", "0.02", "--quiet")
+
+
+def png(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (34, 36, 3), np.uint8)
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards of parquet with 5 images each, and two of webdataset with 8."""
+    folder = tmp_path_factory.mktemp("case")
+    write_vit(folder / "vit", CLASSES, dropout=0.0)
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES), "text": Value("string")})
+    (folder / "parquet").mkdir()
+    for shard in range(4):
+        numbers = range(5 * shard, 5 * shard + 5)
+        images = [{"bytes": png(number), "path": f"{number}.png"} for number in numbers]
+        columns = {"image": images, "label": [n % 2 for n in numbers], "text": [str(n) for n in numbers]}
+        Dataset.from_dict(columns, features).to_parquet(folder / "parquet" / f"train-{shard}-of-4.parquet")
+    (folder / "tars").mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / "tars" / f"train-{shard}.tar", "w") as tar:
+            for number in range(8 * shard, 8 * shard + 8):
+                member = tarfile.TarInfo(f"{number:03d}.png")
+                data = png(number)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def flags(case: Path, out: Path, *more: str, shards: str = "parquet") -> list[str]:
+    words = ["--model-name-or-path", str(case / "vit"), "--dataset-name", str(case / shards), "--streaming"]
+    return [*words, "--max-eval-samples", "4", "--output-dir", str(out), "--use-cpu", *more]
+
+
+def streamed(case: Path, **options: object) -> StreamedDataset:
+    rows = [{"image": {"bytes": png(number), "path": f"{number}.png"}, "text": str(number)} for number in range(20)]
+    stream = Dataset.from_list(rows).cast_column("image", Image(decode=False)).to_iterable_dataset(num_shards=4)
+    return StreamedDataset(stream, load_image_processor(str(case / "vit")), **options)  # type: ignore[arg-type]
+
+
+def texts(batches: StreamedBatches) -> list[list[str]]:
+    return [[item["text"] for item in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("buffer", [1, 7])
+def test_processes_share_the_batches_of_one(buffer: int, case: Path) -> None:
+    data = streamed(case, shuffle_buffer=buffer, seed=3)
+    whole = texts(StreamedBatches(data, 4))
+    assert sorted(int(text) for batch in whole for text in batch) == list(range(20))
+    assert (whole[0] == ["0", "1", "2", "3"]) == (buffer == 1)
+    shares = [texts(StreamedBatches(data, 2, rank, 2)) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == whole
+    # Five images a process: the second pair of batches takes the last.
+    assert [len(texts(StreamedBatches(data, 6, rank, 2))) for rank in (0, 1)] == [1, 1]
+
+
+def test_it_goes_on_at_the_right_image_in_every_epoch(case: Path) -> None:
+    batches = StreamedBatches(streamed(case, shuffle_buffer=7), 4, num_threads=3)
+    first = texts(batches)
+    batches.start = 3
+    assert texts(batches) == first[3:]
+    assert [[item["index"] for item in batch] for batch in batches] == [list(range(n, n + 4)) for n in (12, 16)]
+    batches.set_epoch(1)
+    batches.start = 0
+    second = texts(batches)
+    assert second != first
+    assert {text for batch in second for text in batch} == {text for batch in first for text in batch}
+
+
+def test_a_bad_image_is_left_out_or_refused(case: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"image": {"bytes": png(n) if n != 2 else b"no image", "path": f"{n}.png"}} for n in range(8)]
+    stream = Dataset.from_list(rows).cast_column("image", Image(decode=False)).to_iterable_dataset()
+    processor = load_image_processor(str(case / "vit"))
+    batches = StreamedBatches(StreamedDataset(stream, processor, shuffle_buffer=1), 4)
+    assert [len(batch) for batch in batches] == [3, 4]
+    assert "2.png" in caplog.text
+    assert batches.name_of(5) == "5.png"
+    with pytest.raises(ValueError, match=r"2\.png"):
+        list(StreamedBatches(StreamedDataset(stream, processor, shuffle_buffer=1, strict=True), 4))
+    with pytest.raises(ValueError, match="fewer than 9 images"):
+        list(StreamedBatches(StreamedDataset(stream, processor), 9))
+
+
+@pytest.mark.parametrize(
+    ("shards", "more"),
+    [
+        ("parquet", ("--augmentation", "crop,flip", "--gradient-accumulation-steps", "2")),
+        ("tars", ("--objective", "distillation", "--num-views", "2", "--image-column-name", "png")),
+    ],
+)
+def test_a_run_over_several_epochs_goes_on_to_the_same_adapter(
+    shards: str, more: tuple[str, ...], case: Path, tmp_path: Path
+) -> None:
+    given = (*SHORT, *more, "--checkpointing-steps", "1", "--eval-steps", "2")
+    start(flags(case, tmp_path / "whole", *given, shards=shards))
+    results = results_of(tmp_path / "whole")
+    assert results["train_samples"] is None
+    assert results["eval_samples"] == 4
+    for step in (2, 3):  # before and behind the end of an epoch
+        resume = ("--resume-from-checkpoint", str(tmp_path / "whole" / f"checkpoint-{step}"))
+        start(flags(case, tmp_path / f"{step}", *given, *resume, shards=shards))
+        assert adapter_bytes(tmp_path / f"{step}") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(case: Path, tmp_path: Path) -> None:
+    given = (*SHORT, "--objective", "distillation", "--num-views", "1", "--image-column-name", "png")
+    start(flags(case, tmp_path / "one", *given, shards="tars"))
+    shared = flags(case, tmp_path / "two", *given, "--per-device-train-batch-size", "2", shards="tars")
+    for process in run_two_processes("register_adapter.train", *shared):
+        assert process.returncode == 0, process.stderr
+    alone = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    for name, value in load_file(tmp_path / "two" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "max_train_steps"),
+        (("--max-train-steps", "2", "--target-store", "store"), "target_store"),
+        (("--max-train-steps", "2", "--load-best-model-at-end"), "eval_steps must be a number of steps"),
+        (("--max-train-steps", "2", "--checkpointing-steps", "epoch"), "checkpointing_steps must be a number of steps"),
+        (("--max-train-steps", "2", "--shuffle-buffer", "0"), "--shuffle-buffer must be at least 1"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_first(
+    more: tuple[str, ...], message: str, case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stopped(flags(case, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_images_is_no_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_case(tmp_path)
+    words = ["--model-name-or-path", str(folder / "vit"), "--train-dir", str(folder / "train"), "--streaming"]
+    assert stopped([*words, "--max-train-steps", "1", "--output-dir", str(tmp_path / "out")]) == 2
+    assert "--streaming reads shards" in capsys.readouterr().err
