@@ -64,6 +64,12 @@ class AttentionSketch:
         """What it keeps."""
         return [self.patches, self.others, self.drawing]
 
+    def merge(self, other: AttentionSketch) -> None:
+        """Add what another one has taken in."""
+        for own, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            own += theirs.to(own)
+        self.num_images += other.num_images
+
     def add(self, attention: torch.Tensor, bins: torch.Tensor, layout: Layout, valid: torch.Tensor | None) -> None:
         """Take in one map.
 

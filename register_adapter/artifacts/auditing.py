@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
+from accelerate import PartialState
 from torch import nn
 
 from ..data.processors import source_of
@@ -21,6 +23,7 @@ from .patch_sketch import Edges
 from .report import MOST, ArtifactReport, LayerReport, Verdict
 from .rules.histogram import RELATIVE_ERROR
 from .rules.rules import Rule, resolve_rule, rule_name
+from .sharing import run_shared, share_of
 from .statistics import Statistics
 
 __all__ = ["attention_in_words", "audit", "build_report", "verdict_of"]
@@ -41,6 +44,7 @@ def audit(
     num_workers: int = 2,
     target_modules: str | None = None,
     anatomy: Anatomy | None = None,
+    shared: bool = False,
 ) -> ArtifactReport:
     """Find out whether a model has artifacts, in one pass over images.
 
@@ -66,6 +70,8 @@ def audit(
         num_workers: Threads that read images.
         target_modules: Name of the vision tower, where there are several.
         anatomy: Description of a model that the table does not have.
+        shared: Called in every process of ``accelerate launch`` with the same images: each takes a part of them, and
+            all return the report of all.
 
     Returns:
         The report.
@@ -89,10 +95,22 @@ def audit(
         strict=strict,
         progress=progress,
     )
-    opened = open_pass(model, images, options, target_modules=target_modules, anatomy=anatomy, title="audit")
     start = time.perf_counter()
+    if shared and (state := PartialState()).num_processes > 1:
+        images = share_of(images, max_images, state.process_index, state.num_processes)
+        options = replace(options, max_images=None, progress=progress and state.is_main_process)
+    # A process for which there is no image opens a pass, for what is known of the model, and makes none.
+    given = images if images is not None else torch.zeros(1, 3, 1, 1)
+    opened = open_pass(model, given, options, target_modules=target_modules, anatomy=anatomy, title="audit")
     statistics = Statistics(opened.tower, attentions)
-    opened.run(statistics)
+
+    def run() -> None:
+        if images is not None:
+            opened.run(statistics)
+
+    skipped = run_shared(statistics, run, lambda: opened.skipped, strict) if shared else None
+    if skipped is None:
+        run()
     if not statistics.num_images:
         raise ValueError("an audit needs at least one image, and none came")
     report = build_report(statistics, chosen, rule_name(rule), name or _called(model, opened.tower))
@@ -104,7 +122,7 @@ def audit(
         dtype=str(opened.dtype).removeprefix("torch."),
         batch_size=batch_size,
         attentions=attentions,
-        skipped=opened.skipped,
+        skipped=opened.skipped if skipped is None else skipped,
     )
     return report
 

@@ -124,6 +124,24 @@ class PatchSketch:
         largest = torch.maximum(flat.amax(1).amax(0), -flat.amin(1).amin(0)).float()
         self.channels = largest if self.channels is None else torch.maximum(self.channels, largest)
 
+    def merge(self, other: PatchSketch) -> None:
+        """Add what another one has taken in."""
+        self.histogram.merge(other.histogram)
+        self.num_images += other.num_images
+        self.by_edge += other.by_edge.to(self.by_edge)
+        self.both += other.both.to(self.both)
+        known = self.positions is not None and other.positions is not None
+        if known and self.positions.shape == other.positions.shape:  # type: ignore[union-attr]
+            self.positions += other.positions.to(self.positions)  # type: ignore[operator, union-attr]
+        else:
+            self.positions, self._placed = None, False
+        if self.similarity is not None and other.similarity is not None:
+            self.similarity += other.similarity.to(self.similarity)
+        else:
+            self.similarity = None
+        largest = [part.to(self.both.device) for part in (self.channels, other.channels) if part is not None]
+        self.channels = torch.stack(largest).amax(0) if largest else None
+
     def _add_places(self, bins: torch.Tensor, number: int, placed: bool) -> None:
         known = self.positions is None or self.positions.shape[1] == number
         self._placed = self._placed and placed and known

@@ -7,8 +7,10 @@ the output of block ``i``. Rules are applied afterwards, to what was summed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -91,6 +93,29 @@ class Statistics:
 
     def take(self, batch: Batch) -> None:
         """Nothing is left to do after a forward pass: all is summed during it."""
+
+    def sums(self, device: torch.device) -> Sums:
+        """All that was summed, on a device, as :meth:`add_sums` of another process takes it."""
+        moved = copy.deepcopy((self.patches, self.others, self.attentions))
+        sketches = [*moved[0].values(), *moved[2].values(), *(h for kinds in moved[1].values() for h in kinds.values())]
+        for sketch in sketches:
+            _move(sketch, device)
+        return Sums(self.num_images, *moved, self.grid, self.no_grid)
+
+    def add_sums(self, other: Sums) -> None:
+        """Add what another process has summed over other images with the same model."""
+        if not other.num_images:
+            return
+        same = not self.num_images or (self.grid == other.grid and not self.no_grid)
+        if not self.num_images:
+            self.grid, self.no_grid = other.grid, other.no_grid
+        elif not same or other.no_grid:
+            self.grid, self.no_grid = None, self.no_grid or other.no_grid or "the images have different sizes"
+        self.num_images += other.num_images
+        for own, theirs in ((self.patches, other.patches), (self.attentions, other.attentions)):
+            _merge(own, theirs)
+        for layer, kinds in other.others.items():
+            _merge(self.others.setdefault(layer, {}), kinds)
 
     @property
     def nbytes(self) -> int:
@@ -180,6 +205,36 @@ class Statistics:
         assert batch.bins is not None
         valid, _ = batch.on(attention.device)
         self.attentions[block].add(attention, batch.bins.to(attention.device), layout, valid)
+
+
+@dataclass
+class Sums:
+    """What :class:`Statistics` has summed; see there."""
+
+    num_images: int
+    patches: dict[int, PatchSketch]
+    others: dict[int, dict[str, NormHistogram]]
+    attentions: dict[int, AttentionSketch]
+    grid: tuple[int, int] | None
+    no_grid: str
+
+
+def _move(sketch: Any, device: torch.device) -> None:
+    """Put the tensors of a sketch, and of what it holds, on a device."""
+    for name, value in vars(sketch).items():
+        if isinstance(value, torch.Tensor):
+            setattr(sketch, name, value.to(device))
+        elif isinstance(value, NormHistogram):
+            _move(value, device)
+
+
+def _merge(own: dict[Any, Any], theirs: dict[Any, Any]) -> None:
+    """Add sketches to those of the same key."""
+    for key, sketch in theirs.items():
+        if key in own:
+            own[key].merge(sketch)
+        else:
+            own[key] = sketch
 
 
 class _Batch:

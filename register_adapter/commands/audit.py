@@ -48,6 +48,7 @@ def audit_command(
     """
     silence_libraries(quiet)
     from .runs.audit import AuditArguments, run_audit
+    from .runs.launched import is_main_process
 
     arguments = AuditArguments(
         model=model,
@@ -64,7 +65,10 @@ def audit_command(
     )
     with collect_skipped() as skipped:
         reports, no_images = run_audit(arguments)
-    print_skipped(skipped, f"{output_dir}/audit.json")
+    if not is_main_process():
+        return
+    # Those of all processes, where there are several.
+    print_skipped(reports[0].environment.get("skipped") or skipped, f"{output_dir}/audit.json")
     print_result(
         {"reports": [report.to_dict() for report in reports]},
         lambda: print_reports(reports, output_dir, no_images),

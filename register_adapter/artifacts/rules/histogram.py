@@ -130,6 +130,14 @@ class NormHistogram:
         """What it keeps."""
         return [self.counts, self.moments, self.extremes]
 
+    def merge(self, other: NormHistogram) -> None:
+        """Add what another one has taken in."""
+        self.counts += other.counts.to(self.counts)
+        self.moments += other.moments.to(self.moments)
+        low, high = other.extremes.to(self.extremes)
+        self.extremes[0] = torch.minimum(self.extremes[0], low)
+        self.extremes[1] = torch.maximum(self.extremes[1], high)
+
     def summary(self) -> dict[str, Any]:
         """The fields of a :class:`~register_adapter.artifacts.NormDistribution`; copies to the host."""
         counts = self.counts.cpu().numpy()

@@ -17,6 +17,7 @@ from ...utils.staging import check_target, staged
 from ...viz import Example, ImageInputError, read_examples, write_page
 from ...viz.page import Origin
 from .inputs import adapter_name, choose_device, load_base, load_images, load_processor, with_adapter
+from .launched import is_main_process, num_processes, own_device
 
 __all__ = ["AuditArguments", "run_audit"]
 
@@ -57,6 +58,8 @@ class AuditArguments:
 def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     """Audit the model and every adapter, and write ``audit.json`` and ``index.html``.
 
+    The processes of ``accelerate launch -m register_adapter audit`` share the images, and the main one writes.
+
     Returns:
         The reports, the base model's first, and why the page has no images, if it has none.
 
@@ -68,9 +71,11 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     images = load_images(args.images, args.max_images)
     models = _load_models(args)
     processor = load_processor(args.model)
+    shared = num_processes() > 1
+    device = own_device(args.device) if shared else choose_device(args.device)
     reports = [
         audit(
-            model.to(choose_device(args.device)),
+            model.to(device),
             images,
             image_processor=processor,
             rule=args.rule,
@@ -80,9 +85,12 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
             name=name,
             strict=args.strict,
             progress=args.progress,
+            shared=shared,
         )
         for name, model in models.items()
     ]
+    if not is_main_process():
+        return reports, None
     examples, why_none = _read_examples(models, images, processor)
     with staged(args.output_dir) as folder:
         written = {"reports": [report.to_dict() for report in reports]}

@@ -1,0 +1,111 @@
+"""An audit over several processes: each sums over its share of the images, and all end with the same sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..data.batches import list_images
+from ..data.images import ImageFileError
+from .statistics import Statistics
+
+__all__ = ["run_shared", "share_of"]
+
+
+class _Share(Sequence[Any]):
+    """Every so many-th item of something with a length."""
+
+    def __init__(self, items: Any, places: range) -> None:
+        self.items, self.places = items, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[self.places[index]]
+
+
+def share_of(images: Any, max_images: int | None, index: int, count: int) -> Any:
+    """The images of one of ``count`` processes, every ``count``-th; ``None`` if there are none for it.
+
+    Args:
+        images: As for :func:`audit`; of ready batches every ``count``-th batch.
+        max_images: Use at most the first so many.
+        index: The process.
+        count: How many there are.
+
+    Raises:
+        ValueError: ``max_images`` with ready batches, whose images are not counted before.
+    """
+    if isinstance(images, str | Path):
+        images = list_images(images)
+    if isinstance(images, torch.Tensor):
+        share = images[:max_images][index::count]
+        return share if len(share) else None
+    sized = hasattr(images, "__getitem__") and hasattr(images, "__len__")
+    first = (images[0] if len(images) else None) if sized else None
+    if not sized:
+        items = iter(images)
+        first = next(items, None)
+        images = chain([] if first is None else [first], items)
+    if max_images is not None and (isinstance(first, torch.Tensor | list | tuple) or _has_tensors(first)):
+        raise ValueError(
+            "several processes share ready batches one by one; leave out max_images, or give fewer batches"
+        )
+    if sized:
+        places = range(index, len(images) if max_images is None else min(len(images), max_images), count)
+        return _Share(images, places) if places else None
+    share_left = islice(images, index, max_images, count)
+    own = next(share_left, None)
+    return None if own is None else chain([own], share_left)
+
+
+def _has_tensors(item: Any) -> bool:
+    return isinstance(item, dict) and "image" not in item and any(isinstance(v, torch.Tensor) for v in item.values())
+
+
+def run_shared(
+    statistics: Statistics, run: Callable[[], None], skipped: Callable[[], list[str]], strict: bool
+) -> list[str]:
+    """Run one process's pass, then give all processes the sums of all of them.
+
+    Args:
+        statistics: What the pass adds to.
+        run: Makes the pass over this process's share.
+        skipped: Says which images were left out, a line each.
+        strict: Whether bad images end the audit.
+
+    Returns:
+        The lines of all processes.
+
+    Raises:
+        ImageFileError, RegisterAdapterError, ValueError: What a process raised, in all of them.
+    """
+    failure: Exception | None = None
+    try:
+        run()
+    except ImageFileError as error:
+        # A share without a good image is none without the others' being so.
+        failure = error if strict else None
+    except Exception as error:  # told to the others, which would wait for this process
+        failure = error
+    outcomes: list[tuple[Exception | None, Any, list[str]]] = gather_object(
+        [(failure, statistics.sums(torch.device("cpu")), skipped())]
+    )
+    for failed, _, _ in outcomes:
+        if failed is not None:
+            raise failed
+    lines = [line for _, _, own in outcomes for line in own]
+    own = PartialState().process_index
+    for place, (_, sums, _) in enumerate(outcomes):
+        if place != own:
+            statistics.add_sums(sums)
+    if not statistics.num_images and lines:
+        raise ImageFileError(f"none of {len(lines)} files is an image that can be read: {lines[0]}")
+    return lines
