@@ -91,12 +91,12 @@ def same(first: LostObject, other: LostObject) -> bool:
     return arrays and (first.seed, first.box) == (other.seed, other.box)
 
 
-def test_torch_counts_as_numpy_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_computes_what_numpy_does(monkeypatch: pytest.MonkeyPatch) -> None:
     from register_adapter.evaluation.discovery import seed_expansion
 
     batch = np.stack([scene_features(seed) for seed in range(3)])
     expected = lost_batch(batch, **GRID, bias=-0.3)
-    monkeypatch.setattr(seed_expansion, "_counters", {})
+    monkeypatch.setattr(seed_expansion, "_kernels", {})
     assert all(map(same, lost_batch(batch, **GRID, bias=-0.3), expected))
 
 

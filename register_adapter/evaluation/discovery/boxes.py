@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,8 @@ def as_batch(features: Any) -> torch.Tensor:
         raise ValueError(f"features must be (P, D), one row a patch, got the shape {tuple(tensor.shape)}")
     tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
     # A sum that is finite has no other terms, and is quicker than a look at each.
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    total = tensor.numpy().sum() if tensor.device.type == "cpu" else tensor.sum().item()
+    if not math.isfinite(total) and not torch.isfinite(tensor).all():
         raise ValueError("features hold NaN or infinity, so that patches cannot be compared; does the model overflow?")
     return tensor if tensor.ndim == 3 else tensor[None]
 
