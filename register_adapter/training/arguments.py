@@ -83,6 +83,9 @@ class TrainArguments:
     torch_compile_backend: str | None = _knob(None, "Backend for that; default inductor. Implies --torch-compile.")
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
+    audit_images: int = _knob(
+        32, "With a tracker: audit so many evaluation images at every evaluation, and draw two; 0 for none."
+    )
     report_to: str = _knob("all", "Which tracker: tensorboard, wandb, ..., or all that are installed.")
     quiet: bool = _knob(False, "Show neither progress nor messages that are not warnings.")
     use_cpu: bool = _knob(False, "Train on the CPU even where there is a GPU.")
@@ -105,7 +108,7 @@ class TrainArguments:
             self._check(name, int, 1)
         for name in ("max_train_steps", "checkpoints_total_limit", "early_stopping_patience"):
             self._check(name, int, 1, optional=True)
-        for name in ("num_warmup_steps", "seed", "dataloader_num_workers"):
+        for name in ("num_warmup_steps", "seed", "dataloader_num_workers", "audit_images"):
             self._check(name, int, 0)
         for name in ("learning_rate", "weight_decay"):
             self._check(name, (int, float), 0)

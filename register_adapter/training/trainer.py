@@ -26,7 +26,7 @@ from ..utils.parameters import trainable_by_part, trained_parameters
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
-from .callbacks import AverageWeights, Callback
+from .callbacks import AverageWeights, Callback, WatchArtifacts
 from .checkpoints import TrainState
 from .compiling import compiled_blocks
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
@@ -130,7 +130,10 @@ def train(
                 prefix=args.cache_prefix,
                 progress=not args.quiet,
             )
-        loop = _prepare(accelerator, args, objective, model, trainable, train_data, eval_data, interruption, callbacks)
+        loop = _prepare(
+            *(accelerator, args, objective, model, trainable, train_data, eval_data, interruption, callbacks),
+            image_processor,
+        )
         resumed, first_step = loop.checkpoint, loop.state.global_step
         _open_outputs(accelerator, args, resumed is not None, run_config)
         compiled = compiled_blocks(model, args.torch_compile_backend) if args.torch_compile else nullcontext()
@@ -258,6 +261,7 @@ def _prepare(
     eval_data: Any,
     interruption: Interruption | None,
     callbacks: Sequence[Callback],
+    image_processor: Any,
 ) -> Loop:
     """Loaders, optimiser, schedule and model as the loop runs them, with what a checkpoint holds of them."""
     if eval_data is None and args.evaluates_every is not None:
@@ -296,6 +300,9 @@ def _prepare(
     random_state = None
     if checkpoint is not None:
         random_state = checkpoints.load(checkpoint, accelerator, prepared, optimizer, scheduler, callbacks)
+    if args.with_tracking and args.audit_images and eval_data is not None:
+        watch = WatchArtifacts(accelerator, eval_data, lambda: state.global_step, args.audit_images, image_processor)
+        callbacks = [*callbacks, watch]
     return Loop(
         accelerator,
         args,

@@ -6,5 +6,6 @@ from .average import AverageWeights
 from .base import Callback
 from .guard import LossGuard
 from .neurons import AnnealNeurons
+from .watch import WatchArtifacts
 
-__all__ = ["AnnealNeurons", "AverageWeights", "Callback", "LossGuard"]
+__all__ = ["AnnealNeurons", "AverageWeights", "Callback", "LossGuard", "WatchArtifacts"]
