@@ -139,3 +139,23 @@ def test_what_one_thread_records_is_of_its_own_passes() -> None:
         beside()
     assert len(first[0]) == len(last[0]) == len(grid.pixels()) == 3
     assert statistics.num_images == 3
+
+
+def test_hooks_that_another_thread_puts_on_meanwhile() -> None:
+    """What a thread does between two steps of the walk over all hooks, a hook does here when it is looked at."""
+    model = add_registers(build("vit"), 2).eval()
+    tower = find_tower(model).module
+
+    class Busy:
+        def __call__(self, *_: Any) -> None:
+            return None
+
+        def __getattr__(self, name: str) -> Any:
+            tower.register_forward_pre_hook(lambda *_: None)
+            raise AttributeError(name)
+
+    tower.register_forward_pre_hook(Busy())
+    tower.register_forward_pre_hook(lambda *_: None)
+    with model.disable_adapter():
+        assert find_register_layer(model).num_active == 0
+    assert find_register_layer(model).num_active == 2

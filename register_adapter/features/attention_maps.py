@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedModelError
 from ..towers.tower import Tower
+from .eager import eager_in_this_thread
 from .threads import in_this_thread
 
 __all__ = ["record_attention_maps"]
@@ -28,8 +28,8 @@ OnMap = Callable[[int, torch.Tensor], None]
 def record_attention_maps(tower: Tower, on_map: OnMap) -> Iterator[None]:
     """Hand every attention map of this thread's forward passes to a function while the context lasts.
 
-    Fused attention returns no maps: transformers' is switched to eager inside, for every thread, that of other
-    libraries is computed a second time. What was in use is restored on the way out of the last such context.
+    Fused attention returns no maps: transformers' is eager in this thread's passes, that of other libraries is computed
+    a second time. Passes of other threads use what was in use before.
 
     Args:
         tower: The tower.
@@ -75,43 +75,11 @@ def _from_output(tower: Tower, parts: list[nn.Module], on_map: OnMap) -> Iterato
         on_map(index, maps[-1])
 
     with ExitStack() as stack:
-        stack.enter_context(_eager(tower))
+        stack.enter_context(eager_in_this_thread(tower))
         for index, part in enumerate(parts):
             stack.callback(part.register_forward_pre_hook(in_this_thread(ask), with_kwargs=True).remove)
             stack.callback(part.register_forward_hook(in_this_thread(partial(keep, index))).remove)
         yield
-
-
-#: Config's id to the implementation that was in use before, and the number of contexts that want eager attention.
-_SWITCHED: dict[int, tuple[str, int]] = {}
-_SWITCHING = threading.Lock()
-
-
-@contextmanager
-def _eager(tower: Tower) -> Iterator[None]:
-    """Eager attention inside; contexts of several threads may overlap, and the last one out restores what was."""
-    # A tower that is a plain module has no such method, but its blocks read the same config.
-    in_config = partial(setattr, tower.config, "_attn_implementation")
-    switch: Any = getattr(tower.module, "set_attn_implementation", in_config)
-    key = id(tower.config)
-    with _SWITCHING:
-        before, depth = _SWITCHED.get(key, (getattr(tower.config, "_attn_implementation", None), 0))
-        if before in (None, "eager"):
-            before = None
-        else:
-            _SWITCHED[key] = before, depth + 1
-            if not depth:
-                switch("eager")
-    try:
-        yield
-    finally:
-        if before is not None:
-            with _SWITCHING:
-                _, depth = _SWITCHED.pop(key)
-                if depth > 1:
-                    _SWITCHED[key] = before, depth - 1
-                else:
-                    switch(before)
 
 
 @contextmanager

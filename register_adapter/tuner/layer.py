@@ -330,6 +330,7 @@ def register_layers(model: nn.Module) -> list[RegisterLayer]:
 
 def attached_layers(model: nn.Module) -> list[RegisterLayer]:
     """Those of :func:`register_layers`, and layers whose tower somebody has replaced: their hooks are still there."""
-    hooks = (getattr(hook, "func", hook) for module in model.modules() for hook in module._forward_pre_hooks.values())
-    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    # In lists, because another thread may put on hooks of its own meanwhile (capture).
+    hooks = [hook for module in model.modules() for hook in list(module._forward_pre_hooks.values())]
+    owners = (getattr(getattr(hook, "func", hook), "__self__", None) for hook in hooks)
     return list(dict.fromkeys([*register_layers(model), *(own for own in owners if isinstance(own, RegisterLayer))]))

@@ -22,6 +22,7 @@ from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
 from .heads import heads_aside
+from .hooks.choice import EVERYONE
 from .layer import attached_layers, find_register_layer, register_layers, renew_bases
 from .reading import note_checksums
 from .undo import unchanged_if_refused
@@ -103,7 +104,7 @@ class RegisterPeftModel(PeftModel):
         with ExitStack() as stack:
             stack.enter_context(heads_aside(self))
             for layer in attached_layers(self):
-                stack.enter_context(layer.without(layer.names))
+                stack.enter_context(layer.without([EVERYONE]))
             yield
 
     @property
@@ -111,6 +112,11 @@ class RegisterPeftModel(PeftModel):
         """As in PEFT, also when the last adapter was deleted."""
         aside = all(layer.disable_adapters for layer in register_layers(self))
         return bool(self.peft_config) and not aside and bool(super().has_active_enabled_adapter)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, registers on it; also when the last adapter was deleted."""
+        model: nn.Module = self.base_model.model
+        return model
 
     def print_trainable_parameters(self) -> None:
         """As in PEFT, and a line with the size of each part."""
@@ -139,7 +145,7 @@ class RegisterPeftModel(PeftModel):
             **kwargs: ``selected_adapters`` and ``state_dict`` as in PEFT.
 
         Raises:
-            ValueError: ``safe_serialization=False``, or the path is a file.
+            ValueError: ``safe_serialization=False``, the path is a file, or the last adapter was deleted.
             OSError: The files could not be written; what was in the folder is as before.
         """
         if not safe_serialization:
@@ -147,6 +153,8 @@ class RegisterPeftModel(PeftModel):
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"{target} is a file; save_pretrained needs a folder")
+        if not self.peft_config:
+            raise ValueError("the model has no adapters, so there is nothing to save; add one with add_adapter")
         try:
             # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.
             with staged(target, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:

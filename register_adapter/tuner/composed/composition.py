@@ -22,6 +22,7 @@ from torch import nn
 from ...errors import AdapterFileError
 from ...utils.hub import find_config
 from ..config import RegisterConfig
+from ..hooks.choice import EVERYONE
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .folder import SavedAdapter, fetch_folder, holds_several, read_folder
@@ -285,7 +286,7 @@ class ComposedPeftModel(SavesAll):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.peft_config)
         self._known(names)
-        with self.base_model.without(names):
+        with self.base_model.without(names if adapter_names else [EVERYONE]):
             yield
 
     @contextlib.contextmanager

@@ -17,7 +17,8 @@ from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
 from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
-from .guards import SWITCHING, check_heads, flags_kept, hooks_lifted
+from .aside import Aside
+from .guards import check_heads, flags_kept, hooks_lifted
 
 __all__ = ["ComposedTuner"]
 
@@ -47,9 +48,7 @@ class ComposedTuner(BaseTuner):
             self.model.peft_config = {}
         # In a dictionary, which is not a submodule: each of them holds the model too.
         self._tuners: dict[Any, BaseTuner] = {}
-        #: What each context of :meth:`without` sets aside, and what was active in the layers that it changes.
-        self._aside: list[frozenset[str]] = []
-        self._before: dict[Any, list[str]] = {}
+        self._aside = Aside(model)
         remap_on_load(self, RegisterModel._remap_adapter_state_dict_for_load)
         for tuner in tuners:
             for member in tuner._tuners.values() if isinstance(tuner, ComposedTuner) else [tuner]:
@@ -133,6 +132,10 @@ class ComposedTuner(BaseTuner):
 
     def add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
         """Put an adapter on the model; the first of its method is active, a further one waits, frozen."""
+        with self._aside.lifted():
+            self._add(name, config, low_cpu_mem_usage)
+
+    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool) -> None:
         method = config.peft_type
         rivals, active = self._of(method), self.active_adapters
         if not rivals:
@@ -176,9 +179,10 @@ class ComposedTuner(BaseTuner):
             ValueError: Two active adapters would share a module of ``modules_to_save``.
         """
         named = {*methods, *(self.peft_config[name].peft_type for name in names)}
-        active = [name for name in self.active_adapters if self.peft_config[name].peft_type not in named] + names
-        check_heads(self.peft_config, active)
-        self._set_active(active, named, inference_mode)
+        with self._aside.lifted():
+            active = [name for name in self.active_adapters if self.peft_config[name].peft_type not in named] + names
+            check_heads(self.peft_config, active)
+            self._set_active(active, named, inference_mode)
 
     def _set_active(self, active: list[str], methods: set[Any], inference_mode: bool, keep: bool = False) -> None:
         with flags_kept(self.model) if keep else contextlib.nullcontext():
@@ -198,49 +202,9 @@ class ComposedTuner(BaseTuner):
                     if named or wanted != head.active_adapters:
                         head.set_adapter(wanted, inference_mode=inference_mode)
 
-    @contextlib.contextmanager
-    def without(self, names: Iterable[str]) -> Iterator[None]:
-        """Within the context ``names`` take no part; gradients, and everything afterwards, are as before.
-
-        Registers are set aside in this thread. PEFT's layers have one switch for all threads: they are without what any
-        thread has set aside, and as before when the last one is done.
-        """
-        out = frozenset(names)
-        with contextlib.ExitStack() as stack:
-            for layer in attached_layers(self.model):
-                stack.enter_context(layer.without(out))
-            with SWITCHING:
-                for part in self._parts:
-                    active = [] if part in self._before or part.disable_adapters else list(part.active_adapters)
-                    if out.intersection(active):
-                        self._before[part] = active
-                self._aside.append(out)
-                self._leave_out()
-            try:
-                yield
-            finally:
-                with SWITCHING:
-                    self._aside.remove(out)
-                    self._leave_out()
-
-    @property
-    def _parts(self) -> list[Any]:
-        """Layers and heads of PEFT's."""
-        parts = (part for part in self.model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper))
-        return [part for part in parts if not isinstance(part, RegisterLayer)]
-
-    def _leave_out(self) -> None:
-        """Have PEFT's layers do without what is set aside now."""
-        out = frozenset().union(*self._aside)
-        with flags_kept(self.model):
-            for part, active in self._before.items():
-                left = [name for name in active if name not in out]
-                if part.disable_adapters != (not left and bool(active)):
-                    part.enable_adapters(bool(left) or not active)
-                if left and left != list(part.active_adapters):
-                    part.set_adapter(left)
-        if not self._aside:
-            self._before.clear()
+    def without(self, names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+        """Within the context ``names`` take no part; gradients, and everything afterwards, are as before."""
+        return self._aside.without(names)
 
     def remove(self, name: str) -> None:
         """Take one adapter off; the last of its method takes the method's layers with it.
@@ -250,7 +214,8 @@ class ComposedTuner(BaseTuner):
         """
         if any(name in layer.merged_adapters for layer in self._layers(self.peft_config[name].peft_type)):
             raise ValueError(f"adapter {name!r} is merged into the base's weights; call unmerge_adapter() first")
-        self._take_off(name)
+        with self._aside.lifted():
+            self._take_off(name)
 
     def _take_off(self, name: str) -> None:
         method = self.peft_config[name].peft_type

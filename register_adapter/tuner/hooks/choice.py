@@ -14,10 +14,12 @@ from ..registers import Placement, RegisterTokens, Segment
 from .attention import AttentionHooks, reads_implementation
 from .base import ATTACHING
 
-__all__ = ["BASE", "Choice"]
+__all__ = ["BASE", "EVERYONE", "Choice"]
 
 #: Among ``adapter_names``, PEFT's name for an image without an adapter.
 BASE = "__base__"
+#: Among names that are left out, all adapters, those that come meanwhile too; no adapter can have it for a name.
+EVERYONE = ""
 
 
 class Choice(AttentionHooks):
@@ -81,7 +83,7 @@ class Choice(AttentionHooks):
         call = self.call
         if call.segments is not None and not torch.compiler.is_compiling():
             return call.segments
-        if self._disable_adapters or self._aside:
+        if self._disable_adapters or self._aside or EVERYONE in call.without:
             return []
         if call.images is not None:
             return self._segments_by_image([BASE if name in call.without else name for name in call.images])
@@ -110,7 +112,7 @@ class Choice(AttentionHooks):
     @property
     def disable_adapters(self) -> bool:
         """Whether no adapter takes part in this thread's passes."""
-        everyone = self._disable_adapters or self._aside > 0
+        everyone = self._disable_adapters or self._aside > 0 or EVERYONE in self.call.without
         return everyone or (bool(self.names) and self.call.without.issuperset(self.names))
 
     @contextmanager
@@ -118,7 +120,8 @@ class Choice(AttentionHooks):
         """Leave adapters out of the passes that this thread makes in the context; PEFT's own switch is every thread's.
 
         Args:
-            names: Names of adapters; those that the layer does not have are passed over.
+            names: Names of adapters; those that the layer does not have are passed over. With :data:`EVERYONE` among
+                them it is all of them.
         """
         before = self.call.without
         self.call.without = before.union(names)

@@ -1,0 +1,84 @@
+"""Eager attention in the passes of one thread, while others run the same model with the implementation in use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ..towers.tower import Tower
+
+__all__ = ["eager_in_this_thread"]
+
+_NAME = "_attn_implementation"
+#: Config's id to its class, what says whose passes are eager, and the number of contexts that want that.
+_SWITCHED: dict[int, tuple[Any, threading.local, int]] = {}
+_SWITCHING = threading.Lock()
+
+
+@contextmanager
+def eager_in_this_thread(tower: Tower) -> Iterator[None]:
+    """Have transformers' attention computed eagerly in this thread's passes; contexts may be nested, and overlap.
+
+    A model looks the name of the implementation up in its config several times in a pass, first to make a mask and then
+    in every block. A mask made for one implementation is wrong for another (SDPA's is boolean, and eager attention
+    would add it), so the name must not change below a pass that another thread has begun.
+
+    Args:
+        tower: The tower; one that looks no implementation up, or has a choice that is made once and for all, stays as
+            it is.
+    """
+    with ExitStack() as stack:
+        for config in _configs(tower):
+            if getattr(config, _NAME, None) not in (None, "eager"):
+                stack.enter_context(_answers_eager(config))
+        yield
+
+
+def _configs(tower: Tower) -> list[Any]:
+    """Configs whose implementation can be changed after a model was made: the tower's, and those of models in it."""
+    configs: dict[int, Any] = {id(tower.config): tower.config}
+    for module in tower.module.modules():
+        can_change = getattr(module, "_can_set_attn_implementation", None)  # a plain module reads the tower's config
+        if can_change is not None and can_change():
+            configs.setdefault(id(module.config), module.config)
+        elif can_change is not None:
+            configs.pop(id(module.config), None)
+    return list(configs.values())
+
+
+@contextmanager
+def _answers_eager(config: Any) -> Iterator[None]:
+    """Have the config name another implementation when this thread asks."""
+    with _SWITCHING:
+        first, here, depth = _SWITCHED.get(id(config), (type(config), threading.local(), 0))
+        if not depth:
+            config.__class__ = _two_answers(first, here)
+        _SWITCHED[id(config)] = first, here, depth + 1
+    here.depth = getattr(here, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        here.depth -= 1
+        with _SWITCHING:
+            depth = _SWITCHED.pop(id(config))[2] - 1
+            if depth:
+                _SWITCHED[id(config)] = first, here, depth
+            else:
+                config.__class__ = first
+
+
+def _two_answers(first: Any, here: threading.local) -> type:
+    """A config's class, but for the implementation that it names in a thread where ``here.depth`` is not zero."""
+    inherited: Any = getattr(first, _NAME)
+
+    def read(config: Any) -> Any:
+        return "eager" if getattr(here, "depth", 0) else inherited.fget(config)
+
+    def reduce(config: Any, protocol: Any) -> Any:
+        _, _, *state = first.__reduce_ex__(config, protocol)
+        return object.__new__, (first,), *state  # a copy has no part in the contexts
+
+    members = {_NAME: property(read, inherited.fset), "__reduce_ex__": reduce, "__module__": first.__module__}
+    return type(first.__name__, (first,), members)

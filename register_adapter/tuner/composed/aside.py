@@ -1,0 +1,90 @@
+"""Adapters of several methods that take no part for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..hooks.choice import EVERYONE
+from ..layer import RegisterLayer, attached_layers
+from .guards import SWITCHING, flags_kept
+
+__all__ = ["Aside"]
+
+
+class Aside:
+    """What is set aside on one model.
+
+    Registers are set aside in one thread. PEFT's layers have one switch for all threads: they are without what any
+    thread has set aside, and as before when the last one is done.
+
+    Args:
+        model: The base model, adapters on it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        #: What each context sets aside, and what was active in the layers that they change.
+        self._contexts: list[frozenset[str]] = []
+        self._before: dict[Any, list[str]] = {}
+
+    @contextlib.contextmanager
+    def without(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the context ``names`` take no part.
+
+        Args:
+            names: Names of adapters; with :data:`EVERYONE` among them all, those that come meanwhile too.
+        """
+        out = frozenset(names)
+        with contextlib.ExitStack() as stack:
+            for layer in attached_layers(self._model):
+                stack.enter_context(layer.without(out))
+            with SWITCHING:
+                self._contexts.append(out)
+                self._switch()
+            try:
+                yield
+            finally:
+                with SWITCHING:
+                    self._contexts.remove(out)
+                    self._switch()
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """What is done in the context to PEFT's layers holds when nobody sets anything aside any more."""
+        with SWITCHING:
+            contexts, self._contexts = self._contexts, []
+            self._switch()
+            try:
+                yield
+            finally:
+                self._contexts = contexts
+                self._switch()
+
+    def _switch(self) -> None:
+        """Have PEFT's layers do without what is set aside now."""
+        if not self._contexts and not self._before:
+            return
+        out: frozenset[str] = frozenset().union(*self._contexts)
+        everyone = EVERYONE in out
+        parts = (part for part in self._model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper))
+        for part in parts:
+            if isinstance(part, RegisterLayer) or part in self._before or part.disable_adapters:
+                continue
+            active = list(part.active_adapters)
+            if (everyone and active) or not out.isdisjoint(active):
+                self._before[part] = active
+        with flags_kept(self._model):
+            for part, active in self._before.items():
+                left = [] if everyone else [name for name in active if name not in out]
+                if part.disable_adapters != (not left and bool(active)):
+                    part.enable_adapters(bool(left) or not active)
+                if left and left != list(part.active_adapters):
+                    part.set_adapter(left)
+        if not self._contexts:
+            self._before.clear()

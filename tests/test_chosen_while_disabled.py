@@ -1,0 +1,89 @@
+"""Adapters added, chosen or deleted inside ``disable_adapter``: the base's outputs there, the choice afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_inputs
+from helpers import run
+from peft import LoraConfig
+
+from register_adapter import RegisterConfig, add_registers, compose
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(target_modules=["query", "q_proj"], init_lora_weights=False)
+
+
+def _registers(number: int) -> RegisterConfig:
+    return RegisterConfig(num_registers=number, init_std=1.0)
+
+
+def _output(model: Any) -> torch.Tensor:
+    output: torch.Tensor = run(model, make_inputs("vit"))["last_hidden_state"]
+    return output
+
+
+@pytest.fixture(scope="module")
+def base() -> torch.Tensor:
+    torch.manual_seed(0)
+    return _output(build("vit").eval())
+
+
+def _build() -> Any:
+    torch.manual_seed(0)
+    return build("vit")
+
+
+def test_registers(base: torch.Tensor) -> None:
+    model = add_registers(_build(), 2, init_std=1.0).eval()
+    with model.disable_adapter():
+        model.add_adapter("later", _registers(3))
+        model.set_adapter("later")
+        assert torch.equal(_output(model), base)
+        with model.disable_adapter():
+            pass
+        assert not model.has_active_enabled_adapter
+        assert torch.equal(_output(model), base)
+    assert model.active_adapters == ["later"]
+    assert not torch.allclose(_output(model), base)
+
+
+def test_several_methods(base: torch.Tensor) -> None:
+    model = compose(_build(), {"registers": _registers(2), "lora": _lora()}).eval()
+    with model.disable_adapter():
+        model.add_adapter("later", _registers(3))
+        model.add_adapter("lora2", _lora())
+        assert torch.equal(_output(model), base)
+        model.set_adapter(["later", "lora2"])
+        assert torch.equal(_output(model), base)
+    assert model.active_adapters == ["later", "lora2"]
+    chosen = _output(model)
+    model.set_adapter(["later", "lora2"])
+    assert torch.equal(_output(model), chosen)
+
+
+def test_one_of_several_methods() -> None:
+    model = compose(_build(), {"registers": _registers(2), "lora": _lora()}).eval()
+    model.add_adapter("lora2", _lora())
+    model.set_adapter("lora2")
+    expected = _output(model)
+    model.set_adapter("lora")
+    with model.disable_adapter("lora"):
+        model.set_adapter("lora2")
+        assert torch.equal(_output(model), expected)
+        model.delete_adapter("lora")
+    assert model.active_adapters == ["registers", "lora2"]
+    assert torch.equal(_output(model), expected)
+
+
+def test_the_last_adapter_was_deleted(base: torch.Tensor, tmp_path: Path) -> None:
+    model = add_registers(_build(), 2).eval()
+    model.delete_adapter("default")
+    assert torch.equal(_output(model.get_base_model()), base)
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
