@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from peft import AutoPeftModel
 from PIL import Image
-from processes import run_module
-from training_helpers import ROOT, adapter_bytes, write_vit
+from processes import run_module, run_script, run_two_processes
+from safetensors.torch import load_file
+from training_helpers import ENVIRONMENT, ROOT, adapter_bytes, write_vit
 from transformers import TrainingArguments
 
 from register_adapter import add_registers
@@ -111,3 +115,33 @@ def test_the_example_trains_goes_on_and_saves_the_best(case: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     last = "checkpoint-6"
     assert adapter_bytes(again / last) == adapter_bytes(tmp_path / "out" / last)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    script = ROOT / "tests" / "scripts" / "train_with_trainer.py"
+    run_script(script.stem, tmp_path / "one", 4)
+    for process in run_two_processes(script, tmp_path / "two", 2):
+        assert process.returncode == 0, process.stderr
+    alone, shared = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, value in shared.items():
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-5)
+    metrics = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
+    assert metrics[1]["eval_distillation"] == pytest.approx(metrics[0]["eval_distillation"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_trainer_pushes_the_adapter(tmp_path: Path) -> None:
+    token, out = "hf_TrainersTokenAsDfGh", tmp_path / "out"
+    kept = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")}
+    with HubServer({token: "author"}) as server:
+        hub = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token}
+        hub |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        script = ROOT / "tests" / "scripts" / "train_with_trainer.py"
+        command = [sys.executable, str(script), str(out), "4", "push"]
+        done = subprocess.run(command, env=kept | hub, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr
+        commit = server.repos["author/by-trainer"].at("main")
+    assert commit is not None
+    assert commit.files["adapter_model.safetensors"].data == adapter_bytes(out)
+    assert "library_name: peft" in commit.files["README.md"].data.decode()

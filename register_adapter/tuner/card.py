@@ -17,7 +17,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from transformers.models.auto import modeling_auto
 
 from ..utils.hub import WEIGHTS_NAME
-from .card_text import OFF, base_name, body, is_hub_name, line, named, plain, transformers_class
+from .card_text import OFF, base_name, body, is_hub_name, line, mend_trainers_card, named, plain, transformers_class
 from .config import RegisterConfig
 
 __all__ = ["is_hub_name", "update_model_card"]
@@ -85,6 +85,7 @@ def update_model_card(
     except (ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("%s is not a model card in UTF-8 with valid metadata and is left as it is: %s", path, error)
         return
+    mend_trainers_card(card)
     generated = _BLOCK.search(card.text)
     old = _read_record(generated["record"]) if generated else {}
     training_data = named(training_data) if training_data else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import RepoCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -27,6 +28,7 @@ __all__ = [
     "code",
     "is_hub_name",
     "line",
+    "mend_trainers_card",
     "named",
     "plain",
     "quoted",
@@ -51,10 +53,27 @@ _FITTED = (
 )
 
 
+def mend_trainers_card(card: RepoCard) -> None:
+    """Take out of a card's metadata what transformers' Trainer puts there, and what is wrong of an adapter.
+
+    That is a ``base_model`` that is a place on this machine, which the Hub refuses, and the library's name: with
+    another one than PEFT's, the Trainer does not let the model complete the card at the next push.
+    """
+    if card.data.get("library_name") == "transformers":
+        card.data.pop("library_name")
+    base = card.data.get("base_model")
+    if isinstance(base, str) and not _is_repo_id(base):
+        card.data.pop("base_model")
+
+
 def is_hub_name(name: str | None) -> bool:
     """Whether a base model's or data set's name is ``user/repo`` on the Hub, not a local folder or a description."""
     if not name or name.count("/") != 1:
         return False
+    return _is_repo_id(name)
+
+
+def _is_repo_id(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:

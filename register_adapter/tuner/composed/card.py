@@ -14,7 +14,7 @@ from peft import PeftConfig
 from ...utils.environment import version
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
-from ..card_text import INSTALL, base_name, code, is_hub_name, plain, quoted, results_table
+from ..card_text import INSTALL, base_name, code, is_hub_name, mend_trainers_card, plain, quoted, results_table
 
 __all__ = ["write_card"]
 
@@ -65,6 +65,7 @@ def write_card(
         card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
     except (ValueError, TypeError, yaml.YAMLError):
         return  # somebody's own text
+    mend_trainers_card(card)
     existing = card.data.get("tags")
     tags = [existing] if isinstance(existing, str) else list(existing or [])
     methods = sorted({str(config.peft_type.value).lower() for config in configs.values()})
