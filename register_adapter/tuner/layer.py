@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -284,15 +284,28 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         self._leave_attention()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Registers cannot be merged.
+        """Nothing: PEFT calls every method's layers when LoRA's are merged, and registers stay at work beside them.
 
         Raises:
-            NotImplementedError: Always.
+            NotImplementedError: ``adapter_names`` names registers.
         """
-        raise NotImplementedError(
-            "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
-            "take it off with unload(), or export the model with its registers with export_native()."
-        )
+        if not set(self.names).isdisjoint(adapter_names or ()):
+            refuse_merging()
+
+    def unmerge(self) -> None:
+        """Nothing, as nothing was merged."""
+
+
+def refuse_merging() -> NoReturn:
+    """Say why registers are not merged.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+        "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
+        "take it off with unload(), or export the model with its registers with export_native()."
+    )
 
 
 def find_register_layer(model: nn.Module) -> RegisterLayer | None:

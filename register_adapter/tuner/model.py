@@ -33,7 +33,7 @@ from .heads import (
     warn_of_new_weights,
     without_left_out,
 )
-from .layer import BASE, RegisterLayer, attached_layers, register_layers, renew_bases
+from .layer import BASE, RegisterLayer, attached_layers, refuse_merging, register_layers, renew_bases
 from .reading import naming
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
 from .undo import unchanged_if_refused
@@ -223,10 +223,18 @@ class RegisterModel(BaseTuner):
                 stack.enter_context(layer.images_with(own))
             yield
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Registers cannot be merged.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        refuse_merging()
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         layers = attached_layers(self.model)
         if merge and layers:
-            layers[0].merge()
+            refuse_merging()
         own = {name for layer in layers for name in layer.names}
         for name, module in list(self.model.named_modules()):
             # PEFT would leave the trained heads in the base.

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
-from ..layer import RegisterLayer, attached_layers
+from ..layer import RegisterLayer, attached_layers, refuse_merging
 from ..model import RegisterModel
 from .aside import Aside
 from .guards import check_heads, flags_kept, hooks_lifted
@@ -265,6 +265,56 @@ class ComposedTuner(BaseTuner):
         for method in methods:
             self._tuners.pop(method, None)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT, for what can be merged; registers stay. What fails half way is taken back.
+
+        Raises:
+            NotImplementedError: There is nothing but registers, or ``adapter_names`` names some.
+            ValueError: An adapter is not there, its method does not merge, or ``safe_merge`` finds a broken weight.
+        """
+        chosen: dict[Any, list[str]] = {}
+        for name in self._mergeable(adapter_names):
+            mine = chosen.setdefault(self.peft_config[name].peft_type, [])
+            if name in (adapter_names or ()):
+                mine.append(name)
+        with self._aside.lifted():
+            layers = [(layer, mine) for method, mine in chosen.items() for layer in self._layers(method)]
+            before = [list(layer.merged_adapters) for layer, _ in layers]
+            try:
+                for layer, mine in layers:
+                    if mine or adapter_names is None:
+                        with onload_layer(layer):
+                            layer.merge(safe_merge=safe_merge, adapter_names=mine or None)
+            except Exception:
+                for (layer, _), merged in zip(layers, before, strict=True):
+                    if layer.merged_adapters != merged:
+                        with onload_layer(layer):
+                            layer.unmerge()
+                            if merged:
+                                layer.merge(adapter_names=merged)
+                raise
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT; registers are never merged."""
+        for layer in (module for module in self.model.modules() if isinstance(module, BaseTunerLayer)):
+            if layer.merged:
+                with onload_layer(layer):
+                    layer.unmerge()
+
+    def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
+        """Names of all adapters that are no registers, after a check of those that are to be merged."""
+        if unknown := [name for name in adapter_names or () if name not in self.peft_config]:
+            raise ValueError(f"the model has no adapters {unknown}; it has {list(self.peft_config)}")
+        registers = [name for name, config in self.peft_config.items() if isinstance(config, RegisterConfig)]
+        others = [name for name in self.peft_config if name not in registers]
+        if not others or not set(registers).isdisjoint(adapter_names or ()):
+            refuse_merging()
+        for name in others:
+            tuner = self._tuners.get(self.peft_config[name].peft_type)
+            if tuner is not None:
+                tuner._check_merge_allowed()
+        return others
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -277,18 +327,12 @@ class ComposedTuner(BaseTuner):
         Raises:
             NotImplementedError: There is nothing but registers, or ``adapter_names`` names some.
         """
-        registers = [name for name, config in self.peft_config.items() if isinstance(config, RegisterConfig)]
-        others = [name for name in self.peft_config if name not in registers]
-        if merge and (not others or set(adapter_names or ()) & set(registers)):
-            self._layers(self.peft_config[registers[0]].peft_type)[0].merge()
         methods = {config.peft_type for config in self.peft_config.values()}
+        others = list(self.peft_config)
         if merge:
-            for name in others:
-                tuner = self._tuners.get(self.peft_config[name].peft_type)
-                if tuner is not None:
-                    tuner._check_merge_allowed()
-            methods -= {self.peft_config[name].peft_type for name in registers}
-        gone = {name: self.peft_config.pop(name) for name in (others if merge else list(self.peft_config))}
+            others = self._mergeable(adapter_names)
+            methods = {self.peft_config[name].peft_type for name in others}
+        gone = {name: self.peft_config.pop(name) for name in others}
         try:
             self._strip(methods, merge, **({"safe_merge": safe_merge, "adapter_names": adapter_names} if merge else {}))
         except Exception:
