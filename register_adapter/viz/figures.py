@@ -316,7 +316,7 @@ def plot_discovery(
         for x0, y0, x1, y1 in np.asarray(() if given is None else given, np.float64).reshape(-1, 4):
             axes[0, 0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=colour, linewidth=2)
     axes[0, 0].set_title("box" if boxes is None else "box (red), true boxes (green)", fontsize=8)
-    axes[0, 1].imshow(result.mask, extent=extent, cmap="gray", alpha=0.65, interpolation="nearest")
+    axes[0, 1].imshow(result.mask, extent=extent, cmap="gray", vmin=0, vmax=1, alpha=0.65)
     row, column = np.unravel_index(result.seed, result.mask.shape)
     place = (column + 0.5) * result.patch_size[1], (row + 0.5) * result.patch_size[0]
     axes[0, 1].plot(*place, "o", color="red", markeredgecolor="white")
@@ -324,7 +324,8 @@ def plot_discovery(
     values, title, options = _decided_by(result)
     drawn = axes[0, 2].imshow(values.reshape(rows, columns), extent=extent, interpolation="nearest", **options)
     axes[0, 2].set_title(title, fontsize=8)
-    figure.colorbar(drawn, ax=axes[0, 2], location="bottom", shrink=0.8, aspect=25).ax.tick_params(labelsize=6)
+    figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.4, anchor=(1.0, 0.5)).ax.tick_params(labelsize=7)
+    figure.set_figheight(figure.get_figheight() + 0.5)
     for axis in axes[0]:
         axis.set_xlim(0, max(width, extent[1]))
         axis.set_ylim(max(height, extent[2]), 0)
