@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import stacks_cases
 import torch
+import transformers as tf
+from discovery_cases import scene_features
 from PIL import Image
 from torch import nn
 
@@ -37,6 +39,8 @@ from register_adapter.viz import plot_discovery
 #: Families whose maps are the softmax of queries times keys: nothing is turned, normed or added in between.
 PLAIN = ("vit", "clip-vision", "dinov2", "siglip-vision", "yolos", "blip-vision", "mgp-str", "flava-vision")
 OUTPUTS = ("o_proj", "out_proj", "projection_layer", "projection", "proj")
+#: Kinds whose layer behind the sum of the values is not the attention module's own, or which share keys among heads.
+NO_LAYER = ("data2vec", "yolos", "flava-vision", "pix2struct-vision", "molmo2-vision")
 STACKS = ("timm", "timm-qk-norm", "eva", "eva02", "eva-rope-attention", "open_clip", "open_clip-custom-blocks")
 
 
@@ -85,15 +89,13 @@ def test_attention_is_made_of_the_queries_and_keys(name: str) -> None:
     torch.testing.assert_close(made, attention, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in families.KINDS if name != "molmo2-vision"])
+@pytest.mark.parametrize("name", [name for name in families.KINDS if name not in NO_LAYER])
 def test_what_leaves_the_attention_is_made_of_the_values(name: str) -> None:
     model = families.build(name)
     part = find_tower(model).block_part(0, "attention")
     seen: list[torch.Tensor] = []
-    layers = [getattr(part, output) for output in OUTPUTS if hasattr(part, output)]
-    if not layers:  # the layer behind is not the attention module's own
-        pytest.skip("the values' sum is not the input of a layer here")
-    handle = layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    layer = next(getattr(part, output) for output in OUTPUTS if hasattr(part, output))
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     kept, attention = _recorded(model, lambda: model(**families.make_inputs(name)))
     handle.remove()
     made = (attention @ _by_head(kept["values"], attention.shape[1])).transpose(1, 2).flatten(2)
@@ -142,6 +144,26 @@ def test_an_object_is_that_of_the_methods_own_function(vit: Any, method: Any, fe
         own = function(image, grid=(10, 10), patch_size=8, image_size=(77, 80))
         assert (own.seed, own.box) == (result.seed, result.box)
         np.testing.assert_array_equal(own.mask, result.mask)
+
+
+@pytest.mark.parametrize("name", [name for name in ("mae", "siglip2-vision", "radio") if name in families.CASES])
+def test_towers_that_shuffle_take_patches_or_have_no_convolution(name: str) -> None:
+    model = families.build(name)
+    results = discover(model, torch.randn(2, 3, 32, 32))
+    assert [item.mask.shape for item in results] == [(4, 4), (4, 4)]
+
+
+def test_patches_are_those_of_the_processor() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8))
+    model = families.build("siglip2-vision")
+    processor = tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=24)
+    cut = processor(images=image, return_tensors="pt")
+    seen: list[torch.Tensor] = []
+    tower = find_tower(model)
+    tower.module.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    discover(model, image, image_processor=processor)
+    torch.testing.assert_close(seen[0]["pixel_values"], cut["pixel_values"])
+    assert torch.equal(seen[0]["spatial_shapes"], cut["spatial_shapes"])
 
 
 def test_images_keep_their_order_whatever_their_sizes(vit: Any, processor: Any) -> None:
@@ -398,3 +420,25 @@ def test_boxes_are_drawn_where_they_are(vit: Any, processor: Any, scenes: Any, m
     ]
     assert drawn == [*map(tuple, item.boxes), tuple(map(float, result.box))]
     assert ("degree" in figure.axes[2].get_title()) == isinstance(result, LostObject)
+
+
+# The benchmark
+
+
+@pytest.mark.slow
+def test_the_benchmark_writes_what_it_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import evaluation
+
+    grid = (10, 10)
+    features = torch.from_numpy(scene_features(0)).float()
+    box = tuple(8 * side for side in evaluation.published_lost(features, grid))
+    assert box == lost(features, grid=grid, patch_size=8).box
+    box = tuple(8 * side for side in evaluation.published_tokencut(features, grid))
+    assert box == tokencut(features, grid=grid, patch_size=8).box
+    few = ["--model", "tiny", "--size", "112", "--repeats", "2", "--slow_repeats", "2"]
+    report = evaluation.main([*few, "--out", str(tmp_path / "evaluation.json")])
+    assert {"benchmark", "config", "versions", "hardware", "commit", "results", "targets"} <= set(report)
+    ratios = [name for result in report["results"] for name in result["ratios"]]
+    assert ratios == ["features/forward", "lost/lost, published", "tokencut/tokencut, published"]
+    assert [target["target"] for target in report["targets"]][-1] == "ms of lost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -195,12 +196,13 @@ class PatchReader:
             patches = stack.enter_context(watch_patches(self.tower))
             if self._antialias:
                 stack.enter_context(antialiased_positions(self.tower))
-            self._run(pixels)
+            inputs = _inputs(self.tower, pixels, grid)
+            self._run(pixels, inputs)
         read: dict[Wanted, torch.Tensor] = {}
         for asked, pair in self._wanted.items():
             behind = kept[pair][0][:, find_layout(self.tower, self._registers, pair.block + 1).first_patch :]
             if self.tower.part("patch_embedding") is not None or behind.shape[1] != grid[0] * grid[1]:
-                seen = patches.shape(len(pixels), behind.shape[1], pixels)
+                seen = patches.shape(len(pixels), behind.shape[1], inputs)
                 if seen != grid:
                     raise UnsupportedModelError(
                         f"{type(self.tower.module).__name__} makes {seen} patches of images of "
@@ -211,9 +213,9 @@ class PatchReader:
             read[asked] = (self.tower.normed(features) if normed else features).float()
         return read
 
-    def _run(self, pixels: torch.Tensor) -> None:
+    def _run(self, pixels: torch.Tensor, inputs: Any) -> None:
         try:
-            self.tower.run(pixels)
+            self.tower.run(inputs)
         except (RegisterAdapterError, torch.OutOfMemoryError):
             raise
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -222,6 +224,23 @@ class PatchReader:
                 "that does not interpolate its position embeddings takes images of one size only: give size=(height, "
                 "width)"
             ) from error
+
+
+def _inputs(tower: Tower, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What the tower is called with: pixel values, in order where it shuffles them, or patches where it takes those."""
+    names = inspect.signature(tower.module.forward).parameters
+    count = grid[0] * grid[1]
+    if "spatial_shapes" in names:  # SigLIP 2's kind: rows of pixels with their colours last
+        side = pixels.shape[2] // grid[0]
+        patches = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
+        return {
+            "pixel_values": patches.reshape(len(pixels), count, -1),
+            "pixel_attention_mask": torch.ones(len(pixels), count, dtype=torch.long, device=pixels.device),
+            "spatial_shapes": torch.tensor([grid] * len(pixels), device=pixels.device),
+        }
+    if "noise" in names:
+        return {"pixel_values": pixels, "noise": torch.arange(count).to(pixels).expand(len(pixels), -1)}
+    return pixels
 
 
 def each_image(images: Any) -> Iterator[Any]:

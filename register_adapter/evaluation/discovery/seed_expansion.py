@@ -16,7 +16,7 @@ from .boxes import DiscoveredObject, as_batch, box_of, check_sizes, component
 __all__ = ["LostObject", "lost", "lost_batch"]
 
 #: Patches that are compared with all others at a time: their similarities then stay in the processor's cache.
-_ROWS = 192
+_ROWS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def lost_batch(
     degrees = count(batch, -bias)
     # On the CPU and with the authors' dtype and options, so that ties come out as theirs do on any device.
     order = torch.stack([torch.argsort(-degree.float(), descending=True) for degree in degrees])[:, :k_patches]
-    lowest = torch.take_along_dim(batch, order.to(batch.device)[..., None], 1)
+    lowest = torch.stack([image[chosen] for image, chosen in zip(batch, order.to(batch.device), strict=True)])
     similar = (lowest @ lowest[:, 0, :, None])[..., 0] + bias > 0
     # Σ A[s, p] over S is F_p · Σ F_s: the whole of A is never needed.
     kept = similar.to(batch.dtype)
@@ -142,9 +142,12 @@ def _degrees(features: npt.NDArray[Any], threshold: float) -> npt.NDArray[np.int
     """Similarities are symmetric, so that each is computed once, and counted for both of its patches."""
     patches = len(features)
     degrees = np.zeros(patches, np.int64)
+    room = np.empty(_ROWS * patches, features.dtype)
     for start in range(0, patches, _ROWS):
         stop = min(start + _ROWS, patches)
-        positive = features[start:stop] @ features[start:].T > threshold
+        rows, columns = features[start:stop], features[start:]
+        similar = np.matmul(rows, columns.T, out=room[: len(rows) * len(columns)].reshape(len(rows), -1))
+        positive = similar > threshold
         degrees[start:stop] += np.count_nonzero(positive, axis=1) - positive.diagonal()
         degrees[stop:] += positive[:, stop - start :].sum(0, dtype=np.int16)
     return degrees
