@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import AutoImageProcessor
 
@@ -12,7 +13,7 @@ from ..utils.files import check_regular
 from ..utils.models import require_model
 from ..utils.shipped import local_folder
 
-__all__ = ["find_image_processor", "load_image_processor", "source_of"]
+__all__ = ["find_image_processor", "load_image_processor", "normalisation_of", "source_of"]
 
 
 def source_of(model: nn.Module, tower: Tower | None = None) -> str | None:
@@ -64,3 +65,18 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
             f"no image processor was found in {name_or_path!r}: save one of a model of the same family there, or, to "
             f"train, name that model with --image-processor-name ({type(error).__name__})"
         ) from error
+
+
+def normalisation_of(processor: Any) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation that a processor or a transform normalises with, ``None`` if it does not say."""
+    if getattr(processor, "do_normalize", False):
+        return _list(processor.image_mean), _list(processor.image_std)
+    for step in getattr(processor, "transforms", []):
+        if type(step).__name__ == "Normalize":
+            return _list(step.mean), _list(step.std)
+    mean, std = getattr(processor, "mean", None), getattr(processor, "std", None)  # torchvision's presets
+    return (_list(mean), _list(std)) if mean is not None and std is not None else None
+
+
+def _list(values: Any) -> list[float]:
+    return [float(value) for value in np.atleast_1d(values)]

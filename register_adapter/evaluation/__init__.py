@@ -1,7 +1,17 @@
 """What tokens know and what registers do, with figures and how sure they are."""
 
+from .discovery import DiscoveryReport, discover, evaluate_discovery
 from .estimate import Estimate
 from .probes import ProbeReport, probe_tokens
 from .registers import RegisterReport, analyse_registers
 
-__all__ = ["Estimate", "ProbeReport", "RegisterReport", "analyse_registers", "probe_tokens"]
+__all__ = [
+    "DiscoveryReport",
+    "Estimate",
+    "ProbeReport",
+    "RegisterReport",
+    "analyse_registers",
+    "discover",
+    "evaluate_discovery",
+    "probe_tokens",
+]

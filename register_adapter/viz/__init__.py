@@ -5,6 +5,7 @@ from .examples import Example, attention_map, read_examples
 from .figures import (
     plot_attention,
     plot_before_after,
+    plot_discovery,
     plot_norm_histograms,
     plot_norm_maps,
     plot_pca,
@@ -22,6 +23,7 @@ __all__ = [
     "attention_map",
     "plot_attention",
     "plot_before_after",
+    "plot_discovery",
     "plot_norm_histograms",
     "plot_norm_maps",
     "plot_pca",

@@ -14,10 +14,10 @@ from torch import nn
 
 from ..data.images import image_name
 from ..features.layout import tower_of
+from ..features.subjects import Subjects, looking_at, named_subjects
 from .colours import principal_colours
 from .images import ImageSource, Size, prepare_image
 from .maps import ImageMaps, read_image_maps
-from .subjects import Subjects, looking_at, named_subjects
 
 __all__ = ["Example", "attention_map", "read_examples"]
 

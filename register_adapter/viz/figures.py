@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artifacts.report import ArtifactReport
+from ..data.images import load_image
 from ..errors import MissingExtraError
+from ..evaluation.discovery import DiscoveredObject, LostObject, TokenCutObject
 from ..utils.staging import staged
 from .examples import Example
 from .maps import Maps
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "plot_attention",
     "plot_before_after",
+    "plot_discovery",
     "plot_norm_histograms",
     "plot_norm_maps",
     "plot_pca",
@@ -283,3 +286,57 @@ def plot_before_after(images: Sequence[Any], maps: Sequence[Maps], path: str | P
         bar.set_label("L2 norm of patch tokens, last block, before the final LayerNorm", fontsize=8)
         _shared_bar(figure, axes[:, 1 + len(maps) :], _ATTENTION, "inferno")
     return _saved(figure, path)
+
+
+def plot_discovery(
+    image: Any, result: DiscoveredObject, boxes: Any = None, *, path: str | Path | None = None
+) -> Figure:
+    """What LOST or TokenCut found: its box and the true ones, its patches and seed, and what it decided by.
+
+    Args:
+        image: The image that was given to :func:`~register_adapter.evaluation.discovery.discover`: a path, a PIL image
+            or an array ``(H, W, 3)`` uint8.
+        result: What was found in it.
+        boxes: True boxes ``(n, 4)``, x0 y0 x1 y1 in pixels; ``None`` shows none.
+        path: Where to save the figure; ``None`` does not save it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ImageFileError: The file is not an image.
+    """
+    shown = np.asarray(image if isinstance(image, np.ndarray) else load_image(image))
+    height, width = shown.shape[:2]
+    rows, columns = result.mask.shape
+    # Patches of padding stick out of the image.
+    extent = (0, columns * result.patch_size[1], rows * result.patch_size[0], 0)
+    figure, axes = _grid(1, 3, side=2.6)
+    for axis in axes[0, :2]:
+        axis.imshow(shown, extent=(0, width, height, 0))
+    for given, colour in ((boxes, "lime"), (result.box, "red")):
+        for x0, y0, x1, y1 in np.asarray(() if given is None else given, np.float64).reshape(-1, 4):
+            axes[0, 0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=colour, linewidth=2)
+    axes[0, 0].set_title("box" if boxes is None else "box (red), true boxes (green)", fontsize=8)
+    axes[0, 1].imshow(result.mask, extent=extent, cmap="gray", vmin=0, vmax=1, alpha=0.65)
+    row, column = np.unravel_index(result.seed, result.mask.shape)
+    place = (column + 0.5) * result.patch_size[1], (row + 0.5) * result.patch_size[0]
+    axes[0, 1].plot(*place, "o", color="red", markeredgecolor="white")
+    axes[0, 1].set_title("patches and seed", fontsize=8)
+    values, title, options = _decided_by(result)
+    drawn = axes[0, 2].imshow(values.reshape(rows, columns), extent=extent, interpolation="nearest", **options)
+    axes[0, 2].set_title(title, fontsize=8)
+    figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.4, anchor=(1.0, 0.5)).ax.tick_params(labelsize=7)
+    figure.set_figheight(figure.get_figheight() + 0.5)
+    for axis in axes[0]:
+        axis.set_xlim(0, max(width, extent[1]))
+        axis.set_ylim(max(height, extent[2]), 0)
+    return _saved(figure, path)
+
+
+def _decided_by(result: DiscoveredObject) -> tuple[Any, str, dict[str, Any]]:
+    """What a method decided by, patch by patch, what to call it, and its colours."""
+    if isinstance(result, LostObject):
+        return result.degree, "degree: patches that resemble it", {"cmap": "viridis"}
+    if isinstance(result, TokenCutObject):
+        limit = float(np.abs(result.eigenvector).max())
+        return result.eigenvector, "second eigenvector", {"cmap": "coolwarm", "vmin": -limit, "vmax": limit}
+    return result.mask, "patches", {"cmap": "gray"}

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.images import load_image
-from ..data.processors import load_image_processor, source_of
+from ..data.processors import load_image_processor, normalisation_of, source_of
 from ..errors import MissingExtraError, RegisterAdapterError
 from ..towers.tower import Tower
 
@@ -95,7 +95,7 @@ def prepare_image(
             f"{type(processor).__name__} makes pixel_values {tuple(pixels.shape)} of one image, and (1, 3, H, W) was "
             "expected; give the image as a tensor"
         )
-    return _cropped(tower, pixels, _statistics(processor))
+    return _cropped(tower, pixels, normalisation_of(processor))
 
 
 def _sides(size: Size, height: int, width: int) -> tuple[int, int]:
@@ -152,21 +152,6 @@ def _process(processor: Any, image: Image.Image, resize: bool) -> dict[str, torc
     if not isinstance(made, torch.Tensor):
         raise ImageInputError(f"image_processor must make a tensor of an image, it made a {type(made).__name__}")
     return {"pixel_values": made[None] if made.ndim == 3 else made}
-
-
-def _statistics(processor: Any) -> tuple[Any, Any] | None:
-    """Mean and standard deviation that a processor normalises with, ``None`` if it does not say."""
-    if getattr(processor, "do_normalize", False):
-        return processor.image_mean, processor.image_std
-    for step in getattr(processor, "transforms", []):
-        if type(step).__name__ == "Normalize":
-            return _list(step.mean), _list(step.std)
-    mean, std = getattr(processor, "mean", None), getattr(processor, "std", None)  # torchvision's presets
-    return (_list(mean), _list(std)) if mean is not None and std is not None else None
-
-
-def _list(values: Any) -> list[float]:
-    return [float(value) for value in np.atleast_1d(values)]
 
 
 def _own_processor(model: nn.Module, tower: Tower) -> Any:

@@ -18,10 +18,10 @@ from ..features.attention_maps import record_attention_maps
 from ..features.grid import watch_patches
 from ..features.layout import find_layout, tower_of
 from ..features.positions import antialiased_positions
+from ..features.subjects import looking_at
 from ..features.trace import capture
 from ..towers.tower import Tower
 from .images import ImageInputError, PreparedImage
-from .subjects import looking_at
 
 __all__ = ["ImageMaps", "Maps", "read_image_maps", "read_maps"]
 
