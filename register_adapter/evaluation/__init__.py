@@ -1,6 +1,7 @@
 """What tokens know and what registers do, with figures and how sure they are."""
 
 from .discovery import DiscoveryReport, discover, evaluate_discovery
+from .downstream import TaskReport, evaluate_knn, evaluate_linear
 from .estimate import Estimate
 from .probes import ProbeReport, probe_tokens
 from .registers import RegisterReport, analyse_registers
@@ -10,8 +11,11 @@ __all__ = [
     "Estimate",
     "ProbeReport",
     "RegisterReport",
+    "TaskReport",
     "analyse_registers",
     "discover",
     "evaluate_discovery",
+    "evaluate_knn",
+    "evaluate_linear",
     "probe_tokens",
 ]

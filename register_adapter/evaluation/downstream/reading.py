@@ -122,9 +122,10 @@ def read_features(
     parts: dict[str, list[torch.Tensor]] = {}
     numbers: list[int] = []
     size: tuple[int, ...] = ()
-    for some, tensors, size in iterate_features(
+    for some, tensors, seen in iterate_features(
         subject, images, blocks=blocks, patches=patches, reading=reading, title=title
     ):
+        size = seen
         numbers += some
         for name, values in tensors.items():
             parts.setdefault(name, []).append(values)

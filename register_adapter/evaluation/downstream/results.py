@@ -50,7 +50,7 @@ class Score:
     @classmethod
     def of_values(cls, values: npt.ArrayLike, seed: int = 0) -> Score:
         """The mean of one value an image."""
-        return cls(float(np.mean(values)), *bootstrap_mean(values, seed=seed))
+        return cls(float(np.asarray(values, np.float64).mean()), *bootstrap_mean(values, seed=seed))
 
     @classmethod
     def of_sums(cls, counts: npt.ArrayLike, statistic: _Statistic, seed: int = 0) -> Score:

@@ -77,7 +77,7 @@ def label_images(data: Any, classes: Sequence[str] | None = None) -> LabelledIma
     if isinstance(data, LabelledImages):
         labelled = data
     elif isinstance(data, tuple) and len(data) == 2:
-        given = data[0] if isinstance(data[0], torch.Tensor) else _Unlabelled(data[0])
+        given: Any = data[0] if isinstance(data[0], torch.Tensor) else _Unlabelled(data[0])
         labelled = LabelledImages(given, _whole(data[1]), tuple(classes or ()))
     elif isinstance(data, Dataset):
         labelled = _of_dataset(data, classes)
