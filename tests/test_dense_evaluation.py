@@ -20,6 +20,7 @@ from register_adapter.evaluation.downstream.depth import _means, root_mean_squar
 from register_adapter.evaluation.downstream.segmentation import _commonest, class_counts, mean_iou
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 QUICK: dict[str, Any] = {"inverse_penalties": (1e-2,), "max_iter": 15, "tokens_per_image": 20}
 
 

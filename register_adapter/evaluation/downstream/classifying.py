@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ...features.subjects import Subject
 from ...utils.environment import versions
@@ -15,7 +16,7 @@ from .reading import ImageFeatures, Reading, describe, read_features
 from .results import Metric
 from .samples import label_images, name_of, refuse_leaks
 
-__all__ = ["ACCURACY", "TwoSets", "common_settings", "read_sets", "reading_of", "settings_of"]
+__all__ = ["ACCURACY", "TwoSets", "common_settings", "device_of", "read_sets", "reading_of", "settings_of"]
 
 ACCURACY = Metric("top-1 accuracy", "share of the test images whose likeliest class is theirs")
 
@@ -105,6 +106,12 @@ def read_sets(subjects: Mapping[str, Subject], train: Any, test: Any, *, blocks:
         {name: describe(subject) for name, subject in subjects.items()},
         tuple(skipped),
     )
+
+
+def device_of(subject: Subject) -> torch.device:
+    """Where a model is, and what is computed of its features."""
+    model = subject[0] if isinstance(subject, tuple) else subject
+    return next(model.parameters()).device
 
 
 def common_settings(reading: Reading, sets: TwoSets, seed: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from ...features.subjects import Subjects, named_subjects
 from ..linear_models import fit_regression
-from .classifying import reading_of, settings_of
+from .classifying import device_of, reading_of, settings_of
 from .dense import DenseReader, DrawnTokens, cells_of_pixels, enlarge, two_dense_sets
 from .dense_images import distance_scenes
 from .reading import describe
@@ -94,9 +94,7 @@ def evaluate_depth(
     for name, subject in subjects.items():
         reader = DenseReader(subject, reading, size)
         tokens = reader.draw(learned, _means, tokens_per_image, seed, f"{name}: training images")
-        model = subject[0] if isinstance(subject, tuple) else subject
-        device = next(model.parameters()).device
-        fitted = _HEADS[head](tokens, bins, seed, device)
+        fitted = _HEADS[head](tokens, bins, seed, device_of(subject))
         key = name, f"{head}, last block"
         values[key], read = [], []
         for number, patches, depths in reader.maps(asked, f"{name}: test images"):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...features.subjects import Subjects, named_subjects
-from .classifying import ACCURACY, TwoSets, common_settings, read_sets, reading_of
+from .classifying import ACCURACY, TwoSets, common_settings, device_of, read_sets, reading_of
 from .reading import ImageFeatures
 from .results import TaskReport, compare_means
 
@@ -83,7 +83,8 @@ def evaluate_knn(
     if feature not in _FEATURES:
         raise ValueError(f"feature={feature!r}, expected one of auto, {', '.join(_FEATURES)}")
     reading = reading_of(image_processor, batch_size, num_workers, strict, progress, antialias, store)
-    sets = read_sets(named_subjects(models), train, test, blocks=1, reading=reading)
+    subjects = named_subjects(models)
+    sets = read_sets(subjects, train, test, blocks=1, reading=reading)
     chosen_feature = _choose_feature(feature, sets)
     numbers = sorted({number for number in k if number <= len(sets.train_labels)})
     notes = [] if len(numbers) == len(set(k)) else [f"{len(sets.train_labels)} training images: no larger k"]
@@ -94,7 +95,7 @@ def evaluate_knn(
         votes = vote(
             _vectors(learned, chosen_feature),
             sets.train_labels,
-            _vectors(asked, chosen_feature),
+            _vectors(asked, chosen_feature).to(device_of(subjects[name])),
             k=numbers,
             temperature=temperature,
             num_classes=len(sets.classes),

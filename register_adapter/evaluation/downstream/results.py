@@ -142,7 +142,7 @@ class TaskReport:
     @property
     def header(self) -> list[str]:
         """Headings of :meth:`cells`."""
-        return ["setting", "model", self.metric.heading, "difference to the base", "chosen"]
+        return ["setting", "model", self.metric.heading, "difference to the base"]
 
     def cells(self) -> list[list[str]]:
         """The rows in words."""
@@ -152,10 +152,17 @@ class TaskReport:
                 row.model,
                 row.score.words(self.metric),
                 "" if row.difference is None else row.difference.words(self.metric, signed=True),
-                ", ".join(f"{key} {_short(value)}" for key, value in row.chosen.items() if key not in _LONG),
             ]
             for row in self.rows
         ]
+
+    def choices(self) -> list[str]:
+        """What was chosen in each row, a line each, without what its setting says and without what is long."""
+        lines = []
+        for row in self.rows:
+            chosen = ", ".join(f"{key} {_short(value)}" for key, value in row.chosen.items() if key not in _LONG)
+            lines += [f"{row.setting}, {row.model}: {chosen}"] if chosen else []
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -176,14 +183,14 @@ class TaskReport:
         }
 
     def __str__(self) -> str:
-        """A table in Markdown."""
+        """A table in Markdown, and below it what was chosen."""
         lines = [f"{self.task}: {self.num_train} training images, {self.num_test} test images", ""]
         cells = [self.header, ["---"] * len(self.header), *self.cells()]
-        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)])
+        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells), "", *self.choices()])
 
 
-#: Choices that fill a table's cell: everything that was tried.
-_LONG = ("tried", "per_class")
+#: Choices that are no part of a line: long ones, and what the setting says.
+_LONG = ("tried", "per_class", "boxes", "converged", "held_out", "patches", "depths", "k", "templates")
 
 
 def _short(value: Any) -> str:

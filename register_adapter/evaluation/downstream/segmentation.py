@@ -49,7 +49,7 @@ def evaluate_segmentation(
     """Mean IoU of a multinomial logistic regression on single patch tokens, behind the final LayerNorm.
 
     Whole images are resized to one size. A patch is of the class that most of its pixels have; patches with less than
-    half of their pixels labelled are not learned from. The classifier's log-probabilities are enlarged to the mask
+    half of their pixels labelled are not learned from. The classifier's logits are enlarged to the mask
     (bilinear), and its likeliest class is compared pixel by pixel. C is chosen on held-out training images, by the
     accuracy over patches.
 
@@ -153,7 +153,9 @@ def _commonest(mask: _Array, grid: tuple[int, int]) -> tuple[_Array, _Array]:
 def _compare(fitted: Fitted, patches: torch.Tensor, mask: _Array, grid: tuple[int, int]) -> _Array:
     """``(C, 3)`` counts of pixels of one image, see :func:`class_counts`."""
     known = fitted.model.classes_
-    scores = fitted.model.predict_log_proba(patches.double().numpy())
+    scores = fitted.model.decision_function(patches.double().numpy())
+    if scores.ndim == 1:  # of two classes scikit-learn gives the difference
+        scores = np.stack([-scores, scores], 1) / 2
     maps = torch.from_numpy(scores).float().T.reshape(len(known), *grid)
     predicted = np.empty(mask.shape, np.int64)
     for rows, band in enlarge(maps, (mask.shape[0], mask.shape[1])):
