@@ -87,7 +87,7 @@ def _choice_tables(report: TaskReport) -> list[Table]:
     if tried:
         columns = list(dict.fromkeys(key for _, entry in tried for key in entry))
         rows = [[row.setting, row.model, *(_cell(entry.get(key)) for key in columns)] for row, entry in tried]
-        note = "Figures of images that are held out of the training set, or of those that are measured."
+        note = "Figures on images that are held out of the training set, or of the test set."
         tables.append(Table("Tried", ["setting", "model", *columns], rows, note=note))
     classes = list(dict.fromkeys(name for row in report.rows for name in row.chosen.get("per_class", {})))
     if classes:
@@ -122,7 +122,7 @@ def _model_table(report: TaskReport) -> Table:
         return value
 
     rows = [[name, *(words(about.get(key)) for key in names)] for name, about in report.models.items()]
-    return Table("Models", ["model", *names], rows, note="norm: whether tokens go through the final LayerNorm.")
+    return Table("Models", ["model", *(name.replace("_", " ") for name in names)], rows, note="norm: whether tokens go through the final LayerNorm.")
 
 
 def _interval_chart(report: TaskReport) -> Markup:
