@@ -31,11 +31,15 @@ class Fitted:
             linear model.
         penalty: The chosen C (classifier) or alpha (regression).
         converged: Whether the solver ended before its last iteration.
+        tried: Values of C, each with its accuracy on tokens held out of the training set; empty for a regression.
+        num_held_out: Number of those tokens.
     """
 
     model: Any
     penalty: float
     converged: bool
+    tried: tuple[tuple[float, float], ...] = ()
+    num_held_out: int = 0
 
     def predict(self, features: _Array) -> _Array:
         """``(T,)`` classes or ``(T, K)`` targets of ``(T, D)`` features."""
@@ -77,12 +81,13 @@ def fit_classifier(
     if len(np.unique(classes)) < 2:
         raise ValueError(f"a classifier needs two classes among its training tokens, found {np.unique(classes)}")
     features = np.asarray(features, dtype=np.float64)
-    hits = np.zeros(len(grid), int)
+    hits, num_held_out = np.zeros(len(grid), int), 0
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the report says it
         warnings.filterwarnings("ignore", "The number of unique classes")  # places of the grid, with few tokens
         for learned, held_out in _folds(classes, images) if len(grid) > 1 else ():
+            num_held_out += len(held_out)
             scaler = StandardScaler().fit(features[learned])
             fit, test = scaler.transform(features[learned]), scaler.transform(features[held_out])
             # From strong to weak penalties each fit starts where the one before ended, so that few iterations do.
@@ -92,7 +97,8 @@ def fit_classifier(
                 hits[number] += int((path.predict(test) == classes[held_out]).sum())
         best = grid[int(np.argmax(hits))]
         model = make_pipeline(StandardScaler(), LogisticRegression(C=best, max_iter=max_iter)).fit(features, classes)
-    return Fitted(model, best, bool((model[-1].n_iter_ < max_iter).all()))
+    tried = tuple(zip(grid, (hits / num_held_out).tolist(), strict=True)) if num_held_out else ()
+    return Fitted(model, best, bool((model[-1].n_iter_ < max_iter).all()), tried, num_held_out)
 
 
 def _folds(classes: _Array, images: _Array) -> Iterator[tuple[_Array, _Array]]:

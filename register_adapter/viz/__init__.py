@@ -13,7 +13,7 @@ from .figures import (
 )
 from .images import ImageInputError
 from .maps import ImageMaps, Maps, read_maps
-from .page import write_page
+from .page import write_page, write_task_page
 
 __all__ = [
     "Example",
@@ -32,4 +32,5 @@ __all__ = [
     "read_examples",
     "read_maps",
     "write_page",
+    "write_task_page",
 ]

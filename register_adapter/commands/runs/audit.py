@@ -16,7 +16,7 @@ from ...errors import UnsupportedModelError
 from ...utils.staging import check_target, staged
 from ...viz import Example, ImageInputError, read_examples, write_page
 from ...viz.page import Origin
-from .inputs import adapter_name, choose_device, load_base, load_images, load_processor, with_adapter
+from .inputs import choose_device, load_images, load_models, load_processor
 from .launched import is_main_process, num_processes, own_device
 
 __all__ = ["AuditArguments", "run_audit"]
@@ -69,7 +69,7 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     check_target(args.output_dir)
     resolve_rule(args.rule)
     images = load_images(args.images, args.max_images)
-    models = _load_models(args)
+    models = load_models(args.model, args.adapters)
     processor = load_processor(args.model)
     shared = num_processes() > 1
     device = own_device(args.device) if shared else choose_device(args.device)
@@ -98,16 +98,6 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
         origin = Origin(args.model, args.images, args.max_images)
         write_page(folder / "index.html", reports, examples, origin=origin)
     return reports, why_none
-
-
-def _load_models(args: AuditArguments) -> dict[str, nn.Module]:
-    """The base and a copy of it with each adapter, by the names that the report gives them."""
-    base = load_base(args.model)
-    models: dict[str, nn.Module] = {args.model: base}
-    for adapter in args.adapters:
-        name = adapter_name(adapter)
-        models[name if name not in models else adapter] = with_adapter(base, adapter)
-    return models
 
 
 def _read_examples(

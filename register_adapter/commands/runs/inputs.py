@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ...utils.files import check_regular
 from ...utils.models import require_model
 from ...utils.shipped import is_shipped
 
-__all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_processor", "with_adapter"]
+__all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_models", "load_processor", "with_adapter"]
 
 #: Words that stand for what the package ships.
 _MODELS = {"planted": lambda: load_planted_vit().model, "clean": load_vit}
@@ -65,6 +66,23 @@ def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
     if not adapter:
         raise ValueError("the name of an adapter is empty; give its folder, or its name on the Hub")
     return load_onto(copy.deepcopy(base), adapter)
+
+
+def load_models(model: str, adapters: Sequence[str]) -> dict[str, nn.Module]:
+    """The base and a copy of it with each adapter, by the names that a report gives them; the base is the first.
+
+    Raises:
+        BaseModelMismatchError: An adapter was made for another base.
+        ValueError: An adapter is named twice.
+    """
+    if len(set(adapters)) < len(adapters):
+        raise ValueError(f"an adapter is named twice: {', '.join(adapters)}")
+    base = load_base(model)
+    models: dict[str, nn.Module] = {model: base}
+    for adapter in adapters:
+        name = adapter_name(adapter)
+        models[name if name not in models else adapter] = with_adapter(base, adapter)
+    return models
 
 
 def adapter_name(adapter: str) -> str:

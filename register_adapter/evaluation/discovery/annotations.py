@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ...utils.files import open_regular
 
-__all__ = ["BoxedImage", "boxed_scenes", "read_coco", "read_voc"]
+__all__ = ["BoxedImage", "boxed_scenes", "read_coco", "read_lines", "read_voc"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def read_voc(
         ValueError: The layout is another one, or an annotation cannot be read.
     """
     root = _year(Path(folder))
-    names = _lines(root / "ImageSets" / "Main" / f"{split}.txt")
+    names = read_lines(root / "ImageSets" / "Main" / f"{split}.txt")
     return [
         BoxedImage(
             root / "JPEGImages" / f"{name}.jpg",
@@ -94,7 +94,12 @@ def _year(folder: Path) -> Path:
     return years[0]
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The first word of each line of a list of images, plain names.
+
+    Raises:
+        ValueError: There is no such file, or it names none, or something that is not a plain name.
+    """
     if not path.is_file():
         near = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem))
         raise ValueError(f"there is no list of images {path}; there are {near or 'none'}")

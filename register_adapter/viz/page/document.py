@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ...artifacts.report import ArtifactReport
 from ...utils.staging import write_text
 from ..examples import Example
 from .advice import Origin, next_step
 from .charts import attention_profile, histogram, norm_profile, norm_range
-from .gallery import highest_norms, image_article, images_note, place_maps, ramps
-from .markup import Markup, element, join
+from .frame import environment_block, page_text, section
+from .gallery import highest_norms, image_article, images_note, place_maps
+from .markup import Markup, element
 from .tables import (
     Table,
     channel_table,
@@ -79,58 +76,26 @@ def write_page(
     if examples:
         sections.append(_images(examples))
     if tables:
-        sections.append(_section("tables", "Further tables", [show_table(table) for table in tables]))
+        sections.append(section("tables", "Further tables", [show_table(table) for table in tables]))
     sections.append(_definitions(several))
     links = [("verdict", "Verdict"), *((f"model-{n}", report.name) for n, report in enumerate(several, 1))]
     links += [("images", "Images")] if examples else []
     links += [("tables", "Tables")] if tables else []
     links += [("definitions", "Definitions")]
-    write_text(path, _document(title, several, links, sections))
+    lead = [_count(len(several), "model"), _count(several[0].num_images, "image"), f"rule: {several[0].rule}"]
+    environments = [environment_block(f"Environment: {r.name}", r.environment) for r in several if r.environment]
+    write_text(path, page_text(title, lead, links, sections, environments))
     return Path(path)
-
-
-def _document(
-    title: str, reports: Sequence[ArtifactReport], links: Sequence[tuple[str, str]], sections: Sequence[Markup]
-) -> str:
-    style, script = (files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="generator", content="register-adapter"),
-        element("link", rel="icon", href="data:,"),
-        element("title", title),
-        element("style", Markup(style + ramps())),
-    )
-    first = reports[0]
-    told = [
-        _count(len(reports), "model"),
-        f"{_count(first.num_images, 'image')}",
-        f"rule: {first.rule}",
-    ]
-    navigation = element("nav", [element("a", words, href=f"#{name}") for name, words in links], aria_label="Sections")
-    header = element("header", element("h1", title), element("p", " · ".join(told), class_="lead"), navigation)
-    footer = element("footer", _environment(reports))
-    body = element("body", header, element("main", sections), footer, element("script", Markup(script)))
-    return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _section(name: str, heading: str, *children: Any) -> Markup:
-    return element("section", element("h2", heading), *children, id=name)
-
-
 def _verdicts(reports: Sequence[ArtifactReport], origin: Origin) -> Markup:
     cards = element("div", [_card(report, origin) for report in reports], class_="cards")
     side_by_side = show_table(model_table(reports)) if len(reports) > 1 else None
-    return _section("verdict", "Verdict", cards, side_by_side)
+    return section("verdict", "Verdict", cards, side_by_side)
 
 
 def _card(report: ArtifactReport, origin: Origin) -> Markup:
@@ -187,7 +152,7 @@ def _model(number: int, report: ArtifactReport) -> Markup:
         element("summary", "What the rule says, places, attention, quantiles, massive channels, heads"),
         map(show_table, tables),
     )
-    return _section(
+    return section(
         f"model-{number}",
         report.name,
         element("div", _profiles(report), class_="profiles"),
@@ -234,7 +199,7 @@ def _key(entries: Sequence[tuple[str, str]]) -> Markup:
 def _images(examples: Sequence[Example]) -> Markup:
     highest = highest_norms(examples)
     articles = [image_article(example, highest) for example in examples]
-    return _section("images", "Images", images_note(examples), articles)
+    return section("images", "Images", images_note(examples), articles)
 
 
 def _definitions(reports: Sequence[ArtifactReport]) -> Markup:
@@ -244,36 +209,9 @@ def _definitions(reports: Sequence[ArtifactReport]) -> Markup:
     listed = [
         element("div", element("dt", name.replace("_", " ")), element("dd", text)) for name, text in words.items()
     ]
-    return _section(
+    return section(
         "definitions",
         "Definitions",
         element("p", sketch) if sketch else None,
         element("dl", listed, class_="definitions"),
     )
-
-
-def _environment(reports: Sequence[ArtifactReport]) -> Markup:
-    def flat(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-        if isinstance(values, dict):
-            for key, value in values.items():
-                yield from flat(value, f"{name} {key}".strip())
-        elif isinstance(values, list | tuple):
-            yield name, f"{len(values)}: {', '.join(map(str, values[:20]))}{' …' if len(values) > 20 else ''}"
-        elif values is not None:
-            yield name, f"{values:.4g}" if isinstance(values, float) else str(values)
-
-    blocks = [
-        element(
-            "details",
-            element("summary", f"Environment: {report.name}"),
-            element("p", join(_pairs(flat(report.environment)))),
-        )
-        for report in reports
-        if report.environment
-    ]
-    return join([element("p", "Made by register-adapter."), blocks])
-
-
-def _pairs(pairs: Iterator[tuple[str, str]]) -> Iterator[Markup]:
-    for name, value in pairs:
-        yield element("span", element("b", name), " ", value, class_="pair")

@@ -1,0 +1,226 @@
+"""Patch tokens against targets of their pixels: images of one size, drawn tokens to learn from, maps to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from ...data.processors import find_image_processor, source_of
+from ...features.layout import tower_of
+from ...features.subjects import Subject
+from ...towers.tower import Tower
+from ..discovery.patches import Preparation
+from .dense_images import DenseImage
+from .reading import Reading, iterate_features
+from .samples import refuse_leaks
+
+__all__ = ["DenseReader", "DrawnTokens", "cells_of_pixels", "enlarge", "two_dense_sets"]
+
+_Array = npt.NDArray[Any]
+#: Tokens that are learned from, at most, over all training images.
+MOST_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class DrawnTokens:
+    """Tokens to learn from.
+
+    Attributes:
+        features: ``(T, D)`` float32.
+        targets: ``(T,)``.
+        images: ``(T,)`` which image each is from.
+    """
+
+    features: _Array
+    targets: _Array
+    images: _Array
+
+
+def two_dense_sets(
+    train: Any, test: Any, from_scenes: Callable[[Any], list[DenseImage]], progress: bool
+) -> tuple[Sequence[DenseImage], Sequence[DenseImage]]:
+    """Both sets in one form.
+
+    Raises:
+        ValueError: A set is empty or something else, or an image is in both.
+    """
+    sets = []
+    for name, data in (("train", train), ("test", test)):
+        items = from_scenes(data) if hasattr(data, "scene") else list(data)
+        items = [
+            item if isinstance(item, DenseImage) else DenseImage(item[0], item[1], f"{name} {number}")
+            for number, item in enumerate(items)
+        ]
+        if not items:
+            raise ValueError(f"{name} has no images")
+        sets.append(items)
+    refuse_leaks([item.image for item in sets[0]], [item.image for item in sets[1]], progress)
+    return sets[0], sets[1]
+
+
+class DenseReader:
+    """Reads patch tokens of images that are resized to one size as a whole, so that targets lie where they do.
+
+    Args:
+        subject: A model, or one adapter of a PEFT model.
+        reading: How images are read; of an image processor only its size and how it normalises is used.
+        size: ``(height, width)`` or a side in pixels, made a multiple of the patch size; ``None`` takes the processor's
+            or the model's.
+
+    Attributes:
+        size: ``(height, width)`` in pixels.
+        grid: ``(h, w)`` patches.
+
+    Raises:
+        UnsupportedModelError: The model has no vision tower, or its patch size is not known.
+        ValueError: No size is known.
+    """
+
+    def __init__(self, subject: Subject, reading: Reading, size: int | tuple[int, int] | None) -> None:
+        model = subject[0] if isinstance(subject, tuple) else subject
+        tower = tower_of(model)[0]
+        processor = reading.image_processor
+        if processor is None:
+            processor = find_image_processor(source_of(model, tower))
+        patch = Preparation(model, tower, processor).patch_size
+        wanted = (size, size) if isinstance(size, int) else size or _native_size(processor, tower)
+        if min(wanted) < patch:
+            raise ValueError(f"size={wanted} is smaller than a patch of {patch} px")
+        self.size = (-(-wanted[0] // patch) * patch, -(-wanted[1] // patch) * patch)
+        self.grid = self.size[0] // patch, self.size[1] // patch
+        prepare = Preparation(model, tower, processor, self.size)
+        self._subject = subject
+        self._reading = replace(reading, image_processor=_Whole(prepare, processor, self.size))
+
+    def maps(self, items: Sequence[DenseImage], title: str) -> Iterator[tuple[int, torch.Tensor, _Array]]:
+        """Of each good image its number, its patch tokens ``(P, D)`` and its target ``(H, W)``."""
+        images = [item.image for item in items]
+        for numbers, tensors, _ in iterate_features(
+            self._subject, images, patches=True, reading=self._reading, title=title
+        ):
+            for number, tokens in zip(numbers, tensors["patches"], strict=True):
+                if len(tokens) != self.grid[0] * self.grid[1]:
+                    raise ValueError(f"images of {self.size} px have {len(tokens)} patches, and {self.grid} was meant")
+                yield number, tokens, items[number].read()
+
+    def draw(
+        self,
+        items: Sequence[DenseImage],
+        target_of_cells: Callable[[_Array, tuple[int, int]], tuple[_Array, _Array]],
+        per_image: int,
+        seed: int,
+        title: str,
+    ) -> DrawnTokens:
+        """Tokens of training images, at random among those with a target.
+
+        Args:
+            items: The images.
+            target_of_cells: From a target ``(H, W)`` and the grid to the patches' targets ``(P,)`` and which are valid.
+            per_image: Tokens of an image at most; fewer where all images together would have more than
+                :data:`MOST_TOKENS`.
+            seed: Seed of the draw.
+            title: What the progress bar is called.
+
+        Raises:
+            ValueError: No patch has a target.
+        """
+        count = max(1, min(per_image, MOST_TOKENS // len(items)))
+        features, targets, images = [], [], []
+        for number, tokens, target in self.maps(items, title):
+            values, valid = target_of_cells(target, self.grid)
+            places = np.flatnonzero(valid)
+            if len(places) > count:
+                places = np.sort(np.random.default_rng((seed, number)).permutation(places)[:count])
+            features.append(tokens.numpy()[places])
+            targets.append(values[places])
+            images.append(np.full(len(places), number))
+        if not sum(map(len, targets)):
+            raise ValueError("no patch of the training images has a target")
+        return DrawnTokens(np.concatenate(features), np.concatenate(targets), np.concatenate(images))
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """An image processor that resizes the whole image to one size."""
+
+    prepare: Preparation
+    processor: Any
+    size: tuple[int, int]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.prepare(image).pixels
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a store's features depend on."""
+        own = self.processor.to_dict() if hasattr(self.processor, "to_dict") else type(self.processor).__name__
+        return {"size": list(self.size), "normalised as": own}
+
+
+def _native_size(processor: Any, tower: Tower) -> tuple[int, int]:
+    """What a processor makes, or what the model was trained on.
+
+    Raises:
+        ValueError: Neither says.
+    """
+    config = tower.config
+    for values in (
+        getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", True) else None,
+        getattr(processor, "size", None),
+        config.get("image_size") if isinstance(config, Mapping) else getattr(config, "image_size", None),
+    ):
+        if isinstance(values, int):
+            return values, values
+        if isinstance(values, list | tuple) and len(values) == 2:
+            return int(values[0]), int(values[1])
+        sides = [_side(values, name) for name in ("height", "width", "shortest_edge")]
+        if sides[0] and sides[1]:
+            return sides[0], sides[1]
+        if sides[2]:
+            return sides[2], sides[2]
+    raise ValueError("neither the image processor nor the model says its image size; give size=, such as 518")
+
+
+def _side(values: Any, name: str) -> int:
+    """A side from a dictionary, or transformers' own object; 0 where it is not there."""
+    side = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+    return side if isinstance(side, int) else 0
+
+
+def cells_of_pixels(target: _Array, grid: tuple[int, int]) -> _Array:
+    """``(H * W,)`` int64: the patch that each pixel lies in, by its centre, as the image is resized to the grid."""
+    rows, columns = (
+        ((np.arange(count) + 0.5) * cells / count).astype(np.int64)
+        for count, cells in zip(target.shape, grid, strict=True)
+    )
+    cells: _Array = (rows[:, None] * grid[1] + columns[None]).reshape(-1)
+    return cells
+
+
+def enlarge(values: torch.Tensor, size: tuple[int, int], most: int = 2**24) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Bilinear interpolation of ``(C, h, w)`` to ``size``, in bands of rows, so that memory stays bounded.
+
+    Args:
+        values: Float maps.
+        size: ``(H, W)``.
+        most: Values of a band, at most (one row in any case).
+
+    Yields:
+        Rows, and the maps ``(C, rows, W)`` there.
+    """
+    down, across = (
+        F.interpolate(torch.eye(cells, dtype=values.dtype)[None], size=count, mode="linear")[0].T
+        for cells, count in zip(values.shape[1:], size, strict=True)
+    )
+    wide = values @ across.T
+    rows = max(1, most // (values.shape[0] * size[1]))
+    for start in range(0, size[0], rows):
+        part = slice(start, min(start + rows, size[0]))
+        yield part, torch.einsum("hr,crw->chw", down[part], wide)

@@ -1,0 +1,344 @@
+"""Features of images from one pass of a model: CLS, the mean of the patches, the patches; in memory or in a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...features.grid import PatchGrid, watch_patches
+from ...features.layout import find_layout, tower_of
+from ...features.passes import Batch, PassOptions, keep_layer, open_pass
+from ...features.positions import antialiased_positions
+from ...features.store import FeatureStore, StoreSpec
+from ...features.subjects import Subject, looking_at
+from ...towers.identity import TowerIdentity
+from ...towers.tower import Tower
+from .samples import digest_of
+
+__all__ = ["ImageFeatures", "Reading", "describe", "iterate_features", "read_features"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read, whatever is done with their features.
+
+    Attributes:
+        image_processor: Of transformers, or a function from a PIL image to ``(3, H, W)``; ``None`` looks up the model's
+            own.
+        batch_size: Images in one pass.
+        num_workers: Threads that read images.
+        strict: Refuse bad images instead of skipping them with a warning. With a store they always are.
+        progress: Show a progress bar.
+        antialias: Interpolate position embeddings with antialiasing.
+        store: Folder for the features, which are read from it if they are there; ``None`` computes them.
+    """
+
+    image_processor: Any = None
+    batch_size: int = 32
+    num_workers: int = 2
+    strict: bool = False
+    progress: bool = False
+    antialias: bool = False
+    store: str | Path | None = None
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of images, float32 on the CPU, behind the final LayerNorm.
+
+    Attributes:
+        mean: ``(n, blocks, D)``, the mean of the patch tokens after each of the last blocks, the last block last.
+        cls: ``(n, blocks, D)`` the CLS token there, ``None`` for a model without one.
+        patches: ``(n, P, D)`` after the last block, where they were asked for.
+        numbers: ``(n,)`` which of the given images they are of: bad ones are left out.
+        size: ``(channels, H, W)`` of the pixel values that the model was given.
+    """
+
+    mean: torch.Tensor
+    cls: torch.Tensor | None
+    patches: torch.Tensor | None
+    numbers: npt.NDArray[np.int64]
+    size: tuple[int, ...]
+
+
+def describe(subject: Subject) -> dict[str, Any]:
+    """What a result says of a model: its family, width, blocks, registers and whether tokens go through a norm."""
+    with looking_at(subject) as model:
+        tower, registers = tower_of(model)
+        blocks = len(tower.part("blocks"))
+        return {
+            "family": tower.anatomy.family,
+            "hidden_size": tower.hidden_size,
+            "blocks": blocks,
+            "registers": registers.count_at(blocks - 1) if registers is not None else 0,
+            "norm": {
+                "cls": tower.part("final_norm") is not None,
+                "patches": bool(tower.anatomy.norm_patches and tower.part("final_norm") is not None),
+            },
+        }
+
+
+def read_features(
+    subject: Subject,
+    images: Any,
+    *,
+    blocks: int = 1,
+    patches: bool = False,
+    reading: Reading | None = None,
+    title: str = "features",
+) -> ImageFeatures:
+    """Read CLS and the mean of the patches of images in one pass; the model is left as it was.
+
+    Each token goes through the final LayerNorm as where the model returns it: CLIP's patches do not.
+
+    Args:
+        subject: A model, or one adapter of a PEFT model: ``(model, "name")``, ``(model, None)`` for its base.
+        images: A sequence of image files, images, or pixel values; or a tensor ``(n, 3, H, W)``.
+        blocks: Number of blocks, the last ones.
+        patches: Read all patch tokens of the last block too, which takes P times the memory.
+        reading: How images are read.
+        title: What the progress bar is called.
+
+    Raises:
+        ValueError: There are no images, ``blocks`` is out of range, or images come out at several resolutions.
+        ImageFileError: No image is good, or one is bad and may not be.
+        UnsupportedModelError: The model has no vision tower, or places of its patches are not known.
+        StoreError: The store is damaged, or the disk is too small.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    numbers: list[int] = []
+    size: tuple[int, ...] = ()
+    for some, tensors, seen in iterate_features(
+        subject, images, blocks=blocks, patches=patches, reading=reading, title=title
+    ):
+        size = seen
+        numbers += some
+        for name, values in tensors.items():
+            parts.setdefault(name, []).append(values)
+    read = {name: torch.cat(values) for name, values in parts.items()}
+    return ImageFeatures(read["mean"], read.get("cls"), read.get("patches"), np.array(numbers, np.int64), size)
+
+
+def iterate_features(
+    subject: Subject,
+    images: Any,
+    *,
+    blocks: int = 1,
+    patches: bool = False,
+    reading: Reading | None = None,
+    title: str = "features",
+) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+    """The same batch by batch, so that nothing is kept: the images' numbers, their tensors, the size of their pixels.
+
+    Args:
+        subject: See :func:`read_features`, as for the others.
+        images: Images.
+        blocks: Number of blocks.
+        patches: Read all patch tokens too.
+        reading: How images are read.
+        title: What the progress bar is called.
+    """
+    options = reading or Reading()
+    if not len(images):
+        raise ValueError("there are no images")
+    with looking_at(subject) as model:
+        tower = tower_of(model)[0]
+        total = len(tower.part("blocks"))
+        if not 1 <= blocks <= total:
+            raise ValueError(f"blocks={blocks}, and {type(tower.module).__name__} has {total} blocks")
+
+        def read(some: Any, numbers: Sequence[int], **changes: Any) -> Iterator[Any]:
+            consumer = _Reader(tower, tower_of(model)[1], blocks, patches)
+            yield from _passed(model, some, numbers, consumer, options, title, **changes)
+
+        if options.store is None:
+            yield from read(images, range(len(images)))
+        else:
+            yield from _stored(subject, images, read, options, {"blocks": blocks, "patches": patches}, title)
+
+
+def _passed(
+    model: nn.Module,
+    images: Any,
+    numbers: Sequence[int],
+    consumer: _Reader,
+    options: Reading,
+    title: str,
+    strict: bool = False,
+    progress: bool = True,
+) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+    """One pass over images, whose labels are their numbers: so it is known which of them are bad."""
+    if not isinstance(images, torch.Tensor) and isinstance(images[0], torch.Tensor):
+        images = torch.stack(list(images))  # a list of tensors would be taken for batches
+    opened = open_pass(
+        model,
+        images,
+        PassOptions(
+            options.image_processor,
+            options.batch_size,
+            num_workers=options.num_workers,
+            strict=options.strict or strict,
+            progress=options.progress and progress,
+        ),
+        labels=list(numbers),
+        with_labels=True,
+        title=title,
+    )
+    size: tuple[int, ...] | None = None
+    with ExitStack() as stack:
+        stack.enter_context(closing(opened))
+        if options.antialias:
+            stack.enter_context(antialiased_positions(consumer.tower))
+        stack.enter_context(opened.attached(consumer))
+        for batch in opened:
+            size = _same_size(batch.inputs, size)
+            opened.feed(batch, consumer)
+            assert batch.labels is not None
+            yield batch.labels.tolist(), consumer.tensors, size
+
+
+def _same_size(inputs: Any, before: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of an image's pixel values.
+
+    Raises:
+        ValueError: It is another one than before, or images of several sizes are padded to one.
+    """
+    pixels = inputs if isinstance(inputs, torch.Tensor) else inputs.get("pixel_values")
+    masks = [] if isinstance(inputs, torch.Tensor) else [v for k, v in inputs.items() if k.endswith("_mask")]
+    size = tuple(pixels.shape[1:]) if isinstance(pixels, torch.Tensor) else ()
+    if (before is not None and size != before) or any(not bool(mask.bool().all()) for mask in masks):
+        seen = f"{before} and {size}" if before not in (None, size) else "padded to one size"
+        raise ValueError(
+            f"images come out of the image processor at several resolutions ({seen}), and features of several are not "
+            "comparable; give an image processor that makes one size"
+        )
+    return size
+
+
+class _Reader:
+    """Reads the features of a batch; see :class:`~register_adapter.features.passes.Consumer`."""
+
+    def __init__(self, tower: Tower, registers: Any, blocks: int, patches: bool) -> None:
+        self.tower, self._registers, self._patches = tower, registers, patches
+        last = len(tower.part("blocks"))
+        self._layers = range(last - blocks + 1, last + 1)
+        self._kept: dict[int, list[torch.Tensor]] = {}
+        self._grid: PatchGrid | None = None
+        self.tensors: Tensors = {}
+
+    @contextmanager
+    def attach(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            self._kept = {layer: stack.enter_context(keep_layer(self.tower, layer)) for layer in self._layers}
+            self._grid = stack.enter_context(watch_patches(self.tower))
+            yield
+
+    def take(self, batch: Batch) -> None:
+        cls, mean = [], []
+        norm = self.tower.part("final_norm")
+        for layer in self._layers:
+            hidden = self._kept[layer][0]
+            layout = find_layout(self.tower, self._registers, layer)
+            patches = hidden[:, layout.first_patch :]
+            if self.tower.part("patch_embedding") is not None:  # tokens may stand behind the patches (YOLOS)
+                assert self._grid is not None
+                rows, columns = self._grid.shape(batch.size, patches.shape[1], batch.inputs)
+                patches = patches[:, : rows * columns]
+            patches = self.tower.normed(patches).float()
+            mean.append(patches.mean(1))
+            if layout.num_cls:
+                token = hidden[:, :1]
+                cls.append((token if norm is None else norm.forward(token))[:, 0].float())
+        self.tensors = {"mean": torch.stack(mean, 1).cpu()}
+        if cls:
+            self.tensors["cls"] = torch.stack(cls, 1).cpu()
+        if self._patches:
+            self.tensors["patches"] = patches.cpu()
+
+
+def _stored(
+    subject: Subject,
+    images: Sequence[Any],
+    read: Callable[..., Iterator[Any]],
+    options: Reading,
+    recipe: Mapping[str, Any],
+    title: str,
+) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+    """Features from a store, which is filled first with what it lacks."""
+    assert options.store is not None
+    _, example, size = next(read([images[0]], [0], strict=True, progress=False))
+    shapes = {name: tuple(values.shape[1:]) for name, values in example.items()}
+    source = {**_source(subject, options), **recipe, "size": list(size), "images": _digest(map(digest_of, images))}
+    # One folder each, so that models, splits and settings stand beside one another.
+    folder = Path(options.store) / _digest([json.dumps(source, sort_keys=True, default=str)])[:16]
+    store = FeatureStore(folder, StoreSpec(len(images), shapes, source, "float32"))
+    total = sum(len(store.images_of(shard)) for shard in store.missing)
+    with tqdm(total=total, desc=title, unit="image", disable=not options.progress or not total) as bar:
+
+        def compute(numbers: Sequence[int]) -> Tensors:
+            some = [images[number] for number in numbers]
+            batches = []
+            for places, tensors, seen in read(some, range(len(some)), strict=True, progress=False):
+                if seen != size:
+                    _same_size(torch.empty(1, *seen), size)
+                batches.append(tensors)
+                bar.update(len(places))
+            return {name: torch.cat([tensors[name] for tensors in batches]) for name in shapes}
+
+        store.fill(compute)
+    for start in range(0, len(images), options.batch_size):
+        numbers = list(range(start, min(start + options.batch_size, len(images))))
+        rows = [store[number] for number in numbers]
+        yield numbers, {name: torch.stack([row[name] for row in rows]) for name in shapes}, size
+
+
+def _source(subject: Subject, options: Reading) -> dict[str, Any]:
+    """What features depend on: every weight of the tower, adapters included, and how images are processed."""
+    with looking_at(subject) as model:
+        tower = tower_of(model)[0]
+        adapters: dict[str, str] = {}
+        if isinstance(model, PeftModel):
+            active = [] if isinstance(subject, tuple) and subject[1] is None else model.active_adapters
+            adapters = {name: _settings(model.peft_config[name].to_dict()) for name in active}
+        processor = options.image_processor
+        settings = processor.to_dict() if hasattr(processor, "to_dict") else getattr(processor, "settings", None)
+        return {
+            "base": TowerIdentity.of(tower).to_dict(),
+            "weights": _digest(_bytes(tower.module)),
+            "adapters": _digest(sorted(map(str, adapters.items()))),
+            "processor": settings or type(processor).__name__,
+            "antialias": options.antialias,
+        }
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
+
+
+def _bytes(module: nn.Module) -> Iterator[bytes]:
+    for name, value in sorted(module.state_dict().items()):
+        yield name.encode()
+        if isinstance(value, torch.Tensor):
+            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _digest(parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""Segmentation and depth on patch tokens: figures as scikit-learn has them, layouts, scenes, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import jaccard_score, mean_squared_error
+from torch.nn import functional as F
+
+from register_adapter.evaluation import evaluate_depth, evaluate_segmentation
+from register_adapter.evaluation.downstream import distance_scenes, mask_scenes, read_depths, read_masks
+from register_adapter.evaluation.downstream.dense import cells_of_pixels, enlarge
+from register_adapter.evaluation.downstream.depth import _means, root_mean_squared_error
+from register_adapter.evaluation.downstream.segmentation import _commonest, class_counts, mean_iou
+from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+QUICK: dict[str, Any] = {"inverse_penalties": (1e-2,), "max_iter": 15, "tokens_per_image": 20}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_planted_vit().model
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return load_image_processor()
+
+
+@pytest.fixture(scope="module")
+def sets() -> tuple[list[Any], list[Any]]:
+    """Shapes of any kind as one class."""
+    both = []
+    for count, seed in ((16, 1), (6, 2)):
+        items = mask_scenes(SceneDataset(count, seed=seed, split=None))
+        both.append([(item.image, (item.read() > 0).astype(np.int64)) for item in items])
+    return both[0], both[1]
+
+
+# Figures
+
+
+def test_mean_iou_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    masks, guesses = rng.integers(-1, 5, (2, 4, 20, 30))
+    guesses = guesses.clip(0)
+    masks[masks == 3] = 0  # a class that is only predicted counts, with 0
+    counts = [class_counts(guess, mask) for guess, mask in zip(guesses, masks, strict=True)]
+    valid = masks >= 0
+    reference = jaccard_score(masks[valid], guesses[valid], average="macro", zero_division=0)
+    assert mean_iou(np.sum(counts, 0)[None])[0] == pytest.approx(reference, abs=1e-12)
+    assert mean_iou(np.zeros((2, 5, 3))).tolist() == [0, 0]
+
+
+def test_rmse_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    guess, depths = rng.uniform(0, 9, (2, 20, 30)).astype(np.float32)
+    depths[:5] = np.nan
+    assert root_mean_squared_error(guess, depths) == pytest.approx(
+        mean_squared_error(depths[5:].astype(float), guess[5:].astype(float)) ** 0.5, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("size", [(33, 47), (5, 4), (4, 90)])
+def test_maps_are_enlarged_as_torch_does_in_bands(size: tuple[int, int]) -> None:
+    maps = torch.randn(3, 5, 4)
+    bands = list(enlarge(maps, size, most=3 * size[1] * 2))
+    assert len(bands) == -(-size[0] // 2)
+    reference = F.interpolate(maps[None], size, mode="bilinear")[0]
+    torch.testing.assert_close(torch.cat([band for _, band in bands], 1), reference, atol=1e-5, rtol=1e-5)
+
+
+def test_targets_of_patches() -> None:
+    mask = np.zeros((4, 6), np.int64)
+    mask[:2, 2:4] = [[2, 2], [2, 0]]
+    mask[2:, :3] = -1
+    classes, valid = _commonest(mask, (2, 3))
+    assert classes[valid].tolist() == [0, 2, 0, 0, 0]
+    assert valid.tolist() == [True, True, True, False, True, True]
+    depths, known = _means(np.where(mask < 0, np.nan, mask), (2, 3))
+    assert depths[known].tolist() == [0, 1.5, 0, 0, 0]
+    assert known.tolist() == valid.tolist()
+    assert np.bincount(cells_of_pixels(np.zeros((480, 640)), (14, 14)), minlength=196).min() > 0
+
+
+# Models
+
+
+def test_segmentation_of_scenes_side_by_side(model: Any, processor: Any, sets: Any) -> None:
+    report = evaluate_segmentation(
+        {"planted": model, "clean": load_vit()}, *sets, classes=("none", "shape"), image_processor=processor, **QUICK
+    )
+    planted, clean = report.rows
+    assert clean.score.value > planted.score.value > 0.5
+    assert clean.difference is not None
+    assert clean.difference.value == pytest.approx(clean.score.value - planted.score.value)
+    assert clean.difference.low <= clean.difference.value <= clean.difference.high
+    assert set(clean.chosen["per_class"]) == {"none", "shape"}
+    assert np.mean(list(clean.chosen["per_class"].values())) == pytest.approx(clean.score.value)
+    assert clean.chosen["patches"] == 16 * 20
+    assert len(clean.values) == 6
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_masks_at_another_size_and_patch_multiples(model: Any, processor: Any, sets: Any) -> None:
+    larger = [
+        (image.resize((100, 90)), np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((100, 90), 0), np.int64))
+        for image, mask in sets[1]
+    ]
+    report = evaluate_segmentation(model, sets[0], larger, size=90, image_processor=processor, **QUICK)
+    assert report.rows[0].chosen["size"] == [96, 96]
+    assert report.rows[0].score.value > 0.4
+
+
+@pytest.mark.parametrize("head", ["bins", "ridge"])
+def test_depth_of_scenes(model: Any, processor: Any, head: Any) -> None:
+    train, test = SceneDataset(12, seed=1, split=None), SceneDataset(5, seed=2, split=None)
+    report = evaluate_depth(model, train, test, head=head, bins=16, image_processor=processor, tokens_per_image=40)
+    truths = [item.read() for item in distance_scenes(test)]
+    mean = np.mean([item.read().mean() for item in distance_scenes(train)])
+    constant = np.mean([root_mean_squared_error(np.full_like(depths, mean), depths) for depths in truths])
+    assert report.rows[0].score.value < 0.9 * constant
+    assert report.rows[0].setting == f"{head}, last block"
+    assert "↓" in report.metric.heading
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_patch_tokens_of_a_store_are_those_of_the_model(model: Any, processor: Any, sets: Any, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"image_processor": processor, **QUICK}
+    plain = evaluate_segmentation(model, sets[0][:6], sets[1][:2], **arguments)
+    for _ in range(2):
+        stored = evaluate_segmentation(model, sets[0][:6], sets[1][:2], store=tmp_path, **arguments)
+        assert stored.rows[0].values == plain.rows[0].values
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+def test_a_test_image_that_is_a_training_image_is_refused(model: Any, processor: Any, sets: Any) -> None:
+    with pytest.raises(ValueError, match="1 of 1 test images are training images too"):
+        evaluate_segmentation(model, sets[0], sets[0][3:4], image_processor=processor)
+    scenes = SceneDataset(2, seed=1, split=None)
+    with pytest.raises(ValueError, match="2 of 2 test images are training images too"):
+        evaluate_depth(model, scenes, scenes, image_processor=processor)
+    with pytest.raises(ValueError, match="head='tree'"):
+        evaluate_depth(model, scenes, scenes, head="tree")  # type: ignore[arg-type]
+
+
+# Layouts
+
+
+def _save(path: Path, array: Any = None, size: tuple[int, int] = (8, 6)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size) if array is None else Image.fromarray(np.asarray(array))
+    image.save(path)
+
+
+def test_voc(tmp_path: Path) -> None:
+    mask = np.array([[0, 20], [255, 3]], np.uint8)
+    for name in ("a", "b", "c"):
+        _save(tmp_path / "JPEGImages" / f"{name}.jpg")
+        indexed = Image.new("P", (2, 2))
+        indexed.putdata(mask.reshape(-1).tolist())
+        indexed.putpalette([value for number in range(256) for value in (number, 0, 255 - number)])
+        (tmp_path / "SegmentationClass").mkdir(exist_ok=True)
+        indexed.save(tmp_path / "SegmentationClass" / f"{name}.png")
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\nc\n")
+    (lists / "val.txt").write_text("b\n")
+    sets = read_masks(tmp_path)
+    assert (sets.layout, len(sets.classes)) == ("VOC", 21)
+    assert [[item.name for item in part] for part in sets[:2]] == [["a", "c"], ["b"]]
+    assert sets.test[0].read().tolist() == [[0, 20], [-1, 3]]
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    for part, name in (("training", "1"), ("validation", "2")):
+        _save(tmp_path / "images" / part / f"{name}.jpg")
+        _save(tmp_path / "annotations" / part / f"{name}.png", np.array([[0, 1], [150, 2]], np.uint8))
+    sets = read_masks(tmp_path)
+    assert (sets.layout, len(sets.train), len(sets.test)) == ("ADE20k", 1, 1)
+    assert sets.train[0].read().tolist() == [[-1, 0], [149, 1]]
+
+
+def test_pairs_of_one_folder_and_of_two(tmp_path: Path) -> None:
+    for number in range(10):
+        _save(tmp_path / "one" / "images" / "x" / f"{number}.jpg")
+        _save(tmp_path / "one" / "masks" / "x" / f"{number}.png", np.full((2, 2), number, np.uint8))
+        part = tmp_path / "two" / ("train" if number else "val")
+        _save(part / "images" / f"{number}.jpg")
+        _save(part / "labels" / f"{number}.png", np.full((2, 2), number, np.uint8))
+    (tmp_path / "one" / "classes.txt").write_text("sky\nsea\n")
+    sets = read_masks(tmp_path / "one")
+    assert (len(sets.train), len(sets.test), sets.classes) == (8, 2, ("sky", "sea"))
+    assert {item.read()[0, 0] for item in (*sets.train, *sets.test)} == set(range(10))
+    again = read_masks(tmp_path / "one", seed=1)
+    assert [item.name for item in again.test] != [item.name for item in sets.test]
+    sets = read_masks(tmp_path / "two")
+    assert (len(sets.train), [item.name for item in sets.test]) == (9, ["0"])
+    (tmp_path / "one" / "masks" / "x" / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"same names; alone: .*3\.jpg"):
+        read_masks(tmp_path / "one")
+    with pytest.raises(ValueError, match="must hold images/ and masks/"):
+        read_masks(tmp_path / "one" / "images")
+
+
+def test_nyu(tmp_path: Path) -> None:
+    depths = np.full((480, 640), 2500, np.uint16)
+    depths[100, 100] = 0
+    for part in ("train", "test"):
+        _save(tmp_path / part / "kitchen" / "rgb_00045.jpg")
+        _save(tmp_path / part / "kitchen" / "sync_depth_00045.png", depths)
+    sets = read_depths(tmp_path)
+    read = sets.test[0].read()
+    assert (sets.layout, sets.test[0].name) == ("NYU", "kitchen/rgb_00045.jpg")
+    assert np.isfinite(read).sum() == (471 - 45) * (601 - 41) - 1
+    assert np.nanmax(read) == pytest.approx(2.5)
+    (tmp_path / "test" / "kitchen" / "sync_depth_00045.png").unlink()
+    with pytest.raises(ValueError, match=r"no sync_depth_00045\.png"):
+        read_depths(tmp_path)
+
+
+def test_depths_in_metres(tmp_path: Path) -> None:
+    for number in range(2):
+        _save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "depth").mkdir(exist_ok=True)
+        np.save(tmp_path / "depth" / f"{number}.npy", np.array([[1.5, np.inf]]))
+    sets = read_depths(tmp_path, test_share=0.5)
+    np.testing.assert_array_equal(sets.train[0].read(), np.array([[1.5, np.nan]], np.float32))
+    np.save(tmp_path / "depth" / "0.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="no target that can be read"):
+        [item.read() for part in read_depths(tmp_path, test_share=0.5)[:2] for item in part]
+
+
+def test_a_mask_of_colours_is_refused(tmp_path: Path) -> None:
+    for number in range(2):
+        _save(tmp_path / "images" / f"{number}.png")
+        _save(tmp_path / "masks" / f"{number}.png")
+    with pytest.raises(ValueError, match="one number a pixel"):
+        read_masks(tmp_path, test_share=0.5).train[0].read()
