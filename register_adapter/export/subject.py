@@ -15,6 +15,7 @@ from ..errors import AdapterFileError
 from ..towers.anatomy import resolve
 from ..tuner.layer import RegisterLayer
 from ..tuner.registers import Segment
+from ..utils.parameters import check_module
 
 __all__ = ["Subject", "call", "example_inputs", "plain_state"]
 
@@ -41,6 +42,7 @@ class Subject:
             ValueError: No registers, registers on several towers, none of them active, or weights on the meta device.
             AdapterFileError: An active adapter still waits for its values.
         """
+        check_module(model)
         base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
         layers = [(path, module) for path, module in base.named_modules() if isinstance(module, RegisterLayer)]
         if len(layers) != 1:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..utils.parameters import check_module
+
 __all__ = ["evaluating"]
 
 
@@ -20,6 +22,8 @@ def evaluating(*modules: nn.Module, seed: int | None = 0) -> Iterator[None]:
         seed: Seed of torch's random state inside, which is as before afterwards: a model that hides patches at random
             hides the same ones every time. ``None`` leaves the random state alone.
     """
+    for module in modules:
+        check_module(module)
     parts = [part for module in modules for part in module.modules()]
     modes = [(part, part.training) for part in parts]
     devices = {p.device.index or 0 for module in modules for p in module.parameters() if p.device.type == "cuda"}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..utils.parameters import check_module
 from .anatomy import Anatomy, resolve
 from .calls import as_named
 from .families import FAMILIES, REFUSED
@@ -126,6 +127,7 @@ class Tower:
 
 def find_towers(model: nn.Module) -> Iterator[Tower]:
     """Every vision tower of the table in ``model``, outermost first; subclasses of a listed class count."""
+    check_module(model)
     for path, module in model.named_modules():
         anatomy = _row(type(module))
         if anatomy is not None and not (tower := Tower(path, module, _fitted(anatomy, module))).missing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import AdapterFileError
 from ..towers.identity import TowerIdentity, identity_now
 from ..towers.tower import Tower
+from ..utils.parameters import check_module
 from .config import RegisterConfig
 from .heads import HeadLabels
 from .hooks.base import CallState
@@ -27,7 +28,7 @@ from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.place import PlaceHooks
 from .hooks.sequence import SequenceHooks
-from .registers import Placement, RegisterTokens
+from .registers import Placement, RegisterTokens, refuse_merging
 from .undo import Before
 
 __all__ = [
@@ -296,18 +297,6 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         """Nothing, as nothing was merged."""
 
 
-def refuse_merging() -> NoReturn:
-    """Say why registers are not merged.
-
-    Raises:
-        NotImplementedError: Always.
-    """
-    raise NotImplementedError(
-        "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
-        "take it off with unload(), or export the model with its registers with export_native()."
-    )
-
-
 def find_register_layer(model: nn.Module) -> RegisterLayer | None:
     """The layer that holds a model's registers, the first of them if several towers have some, ``None`` if none has."""
     return next(iter(register_layers(model)), None)
@@ -338,6 +327,7 @@ def renew_bases(model: nn.Module) -> None:
 
 def register_layers(model: nn.Module) -> list[RegisterLayer]:
     """All layers with registers in a model, one per tower."""
+    check_module(model)
     return [module for module in model.modules() if isinstance(module, RegisterLayer)]
 
 

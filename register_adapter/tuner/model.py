@@ -33,8 +33,9 @@ from .heads import (
     warn_of_new_weights,
     without_left_out,
 )
-from .layer import BASE, RegisterLayer, attached_layers, refuse_merging, register_layers, renew_bases
+from .layer import BASE, RegisterLayer, attached_layers, register_layers, renew_bases
 from .reading import naming
+from .registers import refuse_merging
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
 from .undo import unchanged_if_refused
 

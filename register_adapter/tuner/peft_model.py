@@ -17,7 +17,7 @@ from torch import nn
 
 from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
-from ..utils.parameters import trainable_in_words
+from ..utils.parameters import check_module, trainable_in_words
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
@@ -316,6 +316,7 @@ def add_registers(
         >>> model = add_registers(AutoModel.from_pretrained("facebook/dinov2-base"), num_registers=4)
         >>> model.print_trainable_parameters()
     """
+    check_module(model)
     config = RegisterConfig(num_registers=num_registers, **kwargs)
     if isinstance(model, PeftModel):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .neuron_shift import NeuronShift
 
-__all__ = ["Placement", "RegisterTokens", "Segment"]
+__all__ = ["Placement", "RegisterTokens", "Segment", "refuse_merging"]
 
 
 class Placement(NamedTuple):
@@ -167,3 +167,15 @@ class Segment:
         gates = [tokens(like, index, part="gate").unsqueeze(-1) for tokens in self.tokens]
         batch = 1 if self.images is None else like.shape[0]
         return self._by_image(gates, batch, fill=-torch.inf).squeeze(-1)
+
+
+def refuse_merging() -> NoReturn:
+    """Say why registers are not merged.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+        "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
+        "take it off with unload(), or export the model with its registers with export_native()."
+    )

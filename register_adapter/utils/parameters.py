@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-__all__ = ["part_of", "trainable_by_part", "trainable_in_words", "trained_parameters"]
+__all__ = ["check_module", "part_of", "trainable_by_part", "trainable_in_words", "trained_parameters"]
 
 # What stands in a parameter's name, and the part it belongs to; the first that fits.
 _MARKS = (
@@ -38,3 +40,15 @@ def trainable_by_part(model: nn.Module) -> dict[str, int]:
 def trainable_in_words(model: nn.Module) -> str:
     """Parts and their sizes in a line, such as ``registers 1,536, lora 73,728``; ``nothing`` if all is frozen."""
     return ", ".join(f"{part} {count:,}" for part, count in trainable_by_part(model).items()) or "nothing"
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no model, such as the name of one.
+
+    Raises:
+        TypeError: ``model`` is no :class:`torch.nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {model!r:.60}; load it first: AutoModel.from_pretrained(...)"
+        )

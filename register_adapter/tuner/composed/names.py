@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...utils.parameters import check_module
 from .folder import check_name
 
 __all__ = ["check_adapters", "configs_of", "innermost", "rename_adapter"]
@@ -90,6 +91,7 @@ def check_adapters(base: nn.Module, new: Mapping[str, PeftConfig]) -> None:
             model.
         TypeError: What is to come is not a config.
     """
+    check_module(base)
     known = configs_of(base)
     for layer in base.modules():
         if isinstance(layer, BaseTunerLayer):

@@ -15,8 +15,9 @@ from torch import nn
 
 from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
-from ..layer import RegisterLayer, attached_layers, refuse_merging
+from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
+from ..registers import refuse_merging
 from .aside import Aside
 from .guards import check_heads, flags_kept, hooks_lifted
 
