@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from .samples import digest_of
 __all__ = ["ImageFeatures", "Reading", "describe", "iterate_features", "read_features"]
 
 Tensors = dict[str, torch.Tensor]
+#: Numbers of images, their tensors by name, and the size of their pixel values.
+_Read = tuple[list[int], Tensors, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,13 @@ def read_features(
     parts: dict[str, list[torch.Tensor]] = {}
     numbers: list[int] = []
     size: tuple[int, ...] = ()
-    for some, tensors, seen in iterate_features(
-        subject, images, blocks=blocks, patches=patches, reading=reading, title=title
-    ):
-        size = seen
-        numbers += some
-        for name, values in tensors.items():
-            parts.setdefault(name, []).append(values)
+    read_in = iterate_features(subject, images, blocks=blocks, patches=patches, reading=reading, title=title)
+    with closing(read_in):
+        for some, tensors, seen in read_in:
+            size = seen
+            numbers += some
+            for name, values in tensors.items():
+                parts.setdefault(name, []).append(values)
     read = {name: torch.cat(values) for name, values in parts.items()}
     return ImageFeatures(read["mean"], read.get("cls"), read.get("patches"), np.array(numbers, np.int64), size)
 
@@ -141,8 +143,10 @@ def iterate_features(
     patches: bool = False,
     reading: Reading | None = None,
     title: str = "features",
-) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+) -> Generator[_Read, None, None]:
     """The same batch by batch, so that nothing is kept: the images' numbers, their tensors, the size of their pixels.
+
+    To be closed by whoever leaves it early: until then the model has hooks, and the subject's adapter is active.
 
     Args:
         subject: See :func:`read_features`, as for the others.
@@ -161,7 +165,7 @@ def iterate_features(
         if not 1 <= blocks <= total:
             raise ValueError(f"blocks={blocks}, and {type(tower.module).__name__} has {total} blocks")
 
-        def read(some: Any, numbers: Sequence[int], **changes: Any) -> Iterator[Any]:
+        def read(some: Any, numbers: Sequence[int], **changes: Any) -> Generator[_Read, None, None]:
             consumer = _Reader(tower, tower_of(model)[1], blocks, patches)
             yield from _passed(model, some, numbers, consumer, options, title, **changes)
 
@@ -180,7 +184,7 @@ def _passed(
     title: str,
     strict: bool = False,
     progress: bool = True,
-) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+) -> Generator[_Read, None, None]:
     """One pass over images, whose labels are their numbers: so it is known which of them are bad."""
     if not isinstance(images, torch.Tensor) and isinstance(images[0], torch.Tensor):
         images = torch.stack(list(images))  # a list of tensors would be taken for batches
@@ -273,14 +277,15 @@ class _Reader:
 def _stored(
     subject: Subject,
     images: Sequence[Any],
-    read: Callable[..., Iterator[Any]],
+    read: Callable[..., Generator[_Read, None, None]],
     options: Reading,
     recipe: Mapping[str, Any],
     title: str,
-) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+) -> Iterator[_Read]:
     """Features from a store, which is filled first with what it lacks."""
     assert options.store is not None
-    _, example, size = next(read([images[0]], [0], strict=True, progress=False))
+    with closing(read([images[0]], [0], strict=True, progress=False)) as first:
+        _, example, size = next(first)
     shapes = {name: tuple(values.shape[1:]) for name, values in example.items()}
     source = {**_source(subject, options), **recipe, "size": list(size), "images": _digest(map(digest_of, images))}
     # One folder each, so that models, splits and settings stand beside one another.
@@ -292,11 +297,12 @@ def _stored(
         def compute(numbers: Sequence[int]) -> Tensors:
             some = [images[number] for number in numbers]
             batches = []
-            for places, tensors, seen in read(some, range(len(some)), strict=True, progress=False):
-                if seen != size:
-                    _same_size(torch.empty(1, *seen), size)
-                batches.append(tensors)
-                bar.update(len(places))
+            with closing(read(some, range(len(some)), strict=True, progress=False)) as passed:
+                for places, tensors, seen in passed:
+                    if seen != size:
+                        _same_size(torch.empty(1, *seen), size)
+                    batches.append(tensors)
+                    bar.update(len(places))
             return {name: torch.cat([tensors[name] for tensors in batches]) for name in shapes}
 
         store.fill(compute)
