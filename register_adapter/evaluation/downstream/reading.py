@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,8 +21,8 @@ from ...features.passes import Batch, PassOptions, keep_layer, open_pass
 from ...features.positions import antialiased_positions
 from ...features.store import FeatureStore, StoreSpec
 from ...features.subjects import Subject, looking_at
-from ...towers.identity import TowerIdentity
 from ...towers.tower import Tower
+from .provenance import combined_digest, source_of_features
 from .samples import digest_of
 
 __all__ = ["ImageFeatures", "Reading", "describe", "iterate_features", "read_features"]
@@ -287,9 +285,14 @@ def _stored(
     with closing(read([images[0]], [0], strict=True, progress=False)) as first:
         _, example, size = next(first)
     shapes = {name: tuple(values.shape[1:]) for name, values in example.items()}
-    source = {**_source(subject, options), **recipe, "size": list(size), "images": _digest(map(digest_of, images))}
+    source = {
+        **source_of_features(subject, options.image_processor, options.antialias),
+        **recipe,
+        "size": list(size),
+        "images": combined_digest(map(digest_of, images)),
+    }
     # One folder each, so that models, splits and settings stand beside one another.
-    folder = Path(options.store) / _digest([json.dumps(source, sort_keys=True, default=str)])[:16]
+    folder = Path(options.store) / combined_digest([json.dumps(source, sort_keys=True, default=str)])[:16]
     store = FeatureStore(folder, StoreSpec(len(images), shapes, source, "float32"))
     total = sum(len(store.images_of(shard)) for shard in store.missing)
     with tqdm(total=total, desc=title, unit="image", disable=not options.progress or not total) as bar:
@@ -310,41 +313,3 @@ def _stored(
         numbers = list(range(start, min(start + options.batch_size, len(images))))
         rows = [store[number] for number in numbers]
         yield numbers, {name: torch.stack([row[name] for row in rows]) for name in shapes}, size
-
-
-def _source(subject: Subject, options: Reading) -> dict[str, Any]:
-    """What features depend on: every weight of the tower, adapters included, and how images are processed."""
-    with looking_at(subject) as model:
-        tower = tower_of(model)[0]
-        adapters: dict[str, str] = {}
-        if isinstance(model, PeftModel):
-            active = [] if isinstance(subject, tuple) and subject[1] is None else model.active_adapters
-            adapters = {name: _settings(model.peft_config[name].to_dict()) for name in active}
-        processor = options.image_processor
-        settings = processor.to_dict() if hasattr(processor, "to_dict") else getattr(processor, "settings", None)
-        return {
-            "base": TowerIdentity.of(tower).to_dict(),
-            "weights": _digest(_bytes(tower.module)),
-            "adapters": _digest(sorted(map(str, adapters.items()))),
-            "processor": settings or type(processor).__name__,
-            "antialias": options.antialias,
-        }
-
-
-def _settings(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
-
-
-def _bytes(module: nn.Module) -> Iterator[bytes]:
-    for name, value in sorted(module.state_dict().items()):
-        yield name.encode()
-        if isinstance(value, torch.Tensor):
-            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _digest(parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else str(part).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
