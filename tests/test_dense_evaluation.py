@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.metrics import jaccard_score, mean_squared_error
 from torch.nn import functional as F
 
+from register_adapter import add_registers, capture
 from register_adapter.evaluation import evaluate_depth, evaluate_segmentation
 from register_adapter.evaluation.downstream import distance_scenes, mask_scenes, read_depths, read_masks
 from register_adapter.evaluation.downstream.dense import cells_of_pixels, enlarge
@@ -149,6 +150,21 @@ def test_a_test_image_that_is_a_training_image_is_refused(model: Any, processor:
         evaluate_depth(model, scenes, scenes, image_processor=processor)
     with pytest.raises(ValueError, match="head='tree'"):
         evaluate_depth(model, scenes, scenes, head="tree")  # type: ignore[arg-type]
+
+
+def test_a_model_is_as_before_after_a_target_that_cannot_be_read(processor: Any, sets: Any) -> None:
+    model = add_registers(load_vit(), num_registers=2)
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    broken = [*sets[1][:2], (sets[1][2][0], np.zeros((8, 8, 3), np.int64))]
+    with pytest.raises(ValueError, match="one number a pixel") as caught:
+        evaluate_segmentation({"base": (model, None)}, sets[0][:4], broken, image_processor=processor, **QUICK)
+    # The error is still held, as in a notebook.
+    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert model.training
+    assert model.active_adapters == ["default"]
+    with capture(model, attentions=False) as trace:
+        model(pixel_values=torch.zeros(1, 3, 80, 80))
+    assert trace.num_registers == 2, caught
 
 
 # Layouts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,16 +100,16 @@ class DenseReader:
         self._subject = subject
         self._reading = replace(reading, image_processor=_Whole(prepare, processor, self.size))
 
-    def maps(self, items: Sequence[DenseImage], title: str) -> Iterator[tuple[int, torch.Tensor, _Array]]:
-        """Of each good image its number, its patch tokens ``(P, D)`` and its target ``(H, W)``."""
+    def maps(self, items: Sequence[DenseImage], title: str) -> Generator[tuple[int, torch.Tensor, _Array], None, None]:
+        """Of each good image its number, its patch tokens ``(P, D)`` and its target ``(H, W)``; to be closed."""
         images = [item.image for item in items]
-        for numbers, tensors, _ in iterate_features(
-            self._subject, images, patches=True, reading=self._reading, title=title
-        ):
-            for number, tokens in zip(numbers, tensors["patches"], strict=True):
-                if len(tokens) != self.grid[0] * self.grid[1]:
-                    raise ValueError(f"images of {self.size} px have {len(tokens)} patches, and {self.grid} was meant")
-                yield number, tokens, items[number].read()
+        batches = iterate_features(self._subject, images, patches=True, reading=self._reading, title=title)
+        with closing(batches):
+            for numbers, tensors, _ in batches:
+                if (count := tensors["patches"].shape[1]) != self.grid[0] * self.grid[1]:
+                    raise ValueError(f"images of {self.size} px have {count} patches, and {self.grid} was meant")
+                for number, tokens in zip(numbers, tensors["patches"], strict=True):
+                    yield number, tokens, items[number].read()
 
     def draw(
         self,
@@ -133,14 +134,15 @@ class DenseReader:
         """
         count = max(1, min(per_image, MOST_TOKENS // len(items)))
         features, targets, images = [], [], []
-        for number, tokens, target in self.maps(items, title):
-            values, valid = target_of_cells(target, self.grid)
-            places = np.flatnonzero(valid)
-            if len(places) > count:
-                places = np.sort(np.random.default_rng((seed, number)).permutation(places)[:count])
-            features.append(tokens.numpy()[places])
-            targets.append(values[places])
-            images.append(np.full(len(places), number))
+        with closing(self.maps(items, title)) as maps:
+            for number, tokens, target in maps:
+                values, valid = target_of_cells(target, self.grid)
+                places = np.flatnonzero(valid)
+                if len(places) > count:
+                    places = np.sort(np.random.default_rng((seed, number)).permutation(places)[:count])
+                features.append(tokens.numpy()[places])
+                targets.append(values[places])
+                images.append(np.full(len(places), number))
         if not sum(map(len, targets)):
             raise ValueError("no patch of the training images has a target")
         return DrawnTokens(np.concatenate(features), np.concatenate(targets), np.concatenate(images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -97,12 +98,13 @@ def evaluate_depth(
         fitted = _HEADS[head](tokens, bins, seed, device_of(subject))
         key = name, f"{head}, last block"
         values[key], read = [], []
-        for number, patches, depths in reader.maps(asked, f"{name}: test images"):
-            maps = fitted.predict(patches).reshape(1, *reader.grid)
-            predicted = np.concatenate([band[0].numpy() for _, band in enlarge(maps, depths.shape)])
-            if np.isfinite(depths).any():
-                values[key].append(root_mean_squared_error(predicted, depths))
-                read.append(number)
+        with closing(reader.maps(asked, f"{name}: test images")) as maps:
+            for number, patches, depths in maps:
+                small = fitted.predict(patches).reshape(1, *reader.grid)
+                predicted = np.concatenate([band[0].numpy() for _, band in enlarge(small, depths.shape)])
+                if np.isfinite(depths).any():
+                    values[key].append(root_mean_squared_error(predicted, depths))
+                    read.append(number)
         numbers.append(read)
         chosen[key] = {**fitted.chosen, "size": list(reader.size), "patches": len(tokens.targets)}
     if any(read != numbers[0] for read in numbers) or not numbers[0]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,13 +21,15 @@ from ...features.passes import Batch, PassOptions, keep_layer, open_pass
 from ...features.positions import antialiased_positions
 from ...features.store import FeatureStore, StoreSpec
 from ...features.subjects import Subject, looking_at
-from ...towers.identity import TowerIdentity
 from ...towers.tower import Tower
+from .provenance import combined_digest, source_of_features
 from .samples import digest_of
 
 __all__ = ["ImageFeatures", "Reading", "describe", "iterate_features", "read_features"]
 
 Tensors = dict[str, torch.Tensor]
+#: Numbers of images, their tensors by name, and the size of their pixel values.
+_Read = tuple[list[int], Tensors, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def read_features(
     parts: dict[str, list[torch.Tensor]] = {}
     numbers: list[int] = []
     size: tuple[int, ...] = ()
-    for some, tensors, seen in iterate_features(
-        subject, images, blocks=blocks, patches=patches, reading=reading, title=title
-    ):
-        size = seen
-        numbers += some
-        for name, values in tensors.items():
-            parts.setdefault(name, []).append(values)
+    read_in = iterate_features(subject, images, blocks=blocks, patches=patches, reading=reading, title=title)
+    with closing(read_in):
+        for some, tensors, seen in read_in:
+            size = seen
+            numbers += some
+            for name, values in tensors.items():
+                parts.setdefault(name, []).append(values)
     read = {name: torch.cat(values) for name, values in parts.items()}
     return ImageFeatures(read["mean"], read.get("cls"), read.get("patches"), np.array(numbers, np.int64), size)
 
@@ -141,8 +141,10 @@ def iterate_features(
     patches: bool = False,
     reading: Reading | None = None,
     title: str = "features",
-) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+) -> Generator[_Read, None, None]:
     """The same batch by batch, so that nothing is kept: the images' numbers, their tensors, the size of their pixels.
+
+    To be closed by whoever leaves it early: until then the model has hooks, and the subject's adapter is active.
 
     Args:
         subject: See :func:`read_features`, as for the others.
@@ -161,7 +163,7 @@ def iterate_features(
         if not 1 <= blocks <= total:
             raise ValueError(f"blocks={blocks}, and {type(tower.module).__name__} has {total} blocks")
 
-        def read(some: Any, numbers: Sequence[int], **changes: Any) -> Iterator[Any]:
+        def read(some: Any, numbers: Sequence[int], **changes: Any) -> Generator[_Read, None, None]:
             consumer = _Reader(tower, tower_of(model)[1], blocks, patches)
             yield from _passed(model, some, numbers, consumer, options, title, **changes)
 
@@ -180,7 +182,7 @@ def _passed(
     title: str,
     strict: bool = False,
     progress: bool = True,
-) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+) -> Generator[_Read, None, None]:
     """One pass over images, whose labels are their numbers: so it is known which of them are bad."""
     if not isinstance(images, torch.Tensor) and isinstance(images[0], torch.Tensor):
         images = torch.stack(list(images))  # a list of tensors would be taken for batches
@@ -273,18 +275,24 @@ class _Reader:
 def _stored(
     subject: Subject,
     images: Sequence[Any],
-    read: Callable[..., Iterator[Any]],
+    read: Callable[..., Generator[_Read, None, None]],
     options: Reading,
     recipe: Mapping[str, Any],
     title: str,
-) -> Iterator[tuple[list[int], Tensors, tuple[int, ...]]]:
+) -> Iterator[_Read]:
     """Features from a store, which is filled first with what it lacks."""
     assert options.store is not None
-    _, example, size = next(read([images[0]], [0], strict=True, progress=False))
+    with closing(read([images[0]], [0], strict=True, progress=False)) as first:
+        _, example, size = next(first)
     shapes = {name: tuple(values.shape[1:]) for name, values in example.items()}
-    source = {**_source(subject, options), **recipe, "size": list(size), "images": _digest(map(digest_of, images))}
+    source = {
+        **source_of_features(subject, options.image_processor, options.antialias),
+        **recipe,
+        "size": list(size),
+        "images": combined_digest(map(digest_of, images)),
+    }
     # One folder each, so that models, splits and settings stand beside one another.
-    folder = Path(options.store) / _digest([json.dumps(source, sort_keys=True, default=str)])[:16]
+    folder = Path(options.store) / combined_digest([json.dumps(source, sort_keys=True, default=str)])[:16]
     store = FeatureStore(folder, StoreSpec(len(images), shapes, source, "float32"))
     total = sum(len(store.images_of(shard)) for shard in store.missing)
     with tqdm(total=total, desc=title, unit="image", disable=not options.progress or not total) as bar:
@@ -292,11 +300,12 @@ def _stored(
         def compute(numbers: Sequence[int]) -> Tensors:
             some = [images[number] for number in numbers]
             batches = []
-            for places, tensors, seen in read(some, range(len(some)), strict=True, progress=False):
-                if seen != size:
-                    _same_size(torch.empty(1, *seen), size)
-                batches.append(tensors)
-                bar.update(len(places))
+            with closing(read(some, range(len(some)), strict=True, progress=False)) as passed:
+                for places, tensors, seen in passed:
+                    if seen != size:
+                        _same_size(torch.empty(1, *seen), size)
+                    batches.append(tensors)
+                    bar.update(len(places))
             return {name: torch.cat([tensors[name] for tensors in batches]) for name in shapes}
 
         store.fill(compute)
@@ -304,41 +313,3 @@ def _stored(
         numbers = list(range(start, min(start + options.batch_size, len(images))))
         rows = [store[number] for number in numbers]
         yield numbers, {name: torch.stack([row[name] for row in rows]) for name in shapes}, size
-
-
-def _source(subject: Subject, options: Reading) -> dict[str, Any]:
-    """What features depend on: every weight of the tower, adapters included, and how images are processed."""
-    with looking_at(subject) as model:
-        tower = tower_of(model)[0]
-        adapters: dict[str, str] = {}
-        if isinstance(model, PeftModel):
-            active = [] if isinstance(subject, tuple) and subject[1] is None else model.active_adapters
-            adapters = {name: _settings(model.peft_config[name].to_dict()) for name in active}
-        processor = options.image_processor
-        settings = processor.to_dict() if hasattr(processor, "to_dict") else getattr(processor, "settings", None)
-        return {
-            "base": TowerIdentity.of(tower).to_dict(),
-            "weights": _digest(_bytes(tower.module)),
-            "adapters": _digest(sorted(map(str, adapters.items()))),
-            "processor": settings or type(processor).__name__,
-            "antialias": options.antialias,
-        }
-
-
-def _settings(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
-
-
-def _bytes(module: nn.Module) -> Iterator[bytes]:
-    for name, value in sorted(module.state_dict().items()):
-        yield name.encode()
-        if isinstance(value, torch.Tensor):
-            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _digest(parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else str(part).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()

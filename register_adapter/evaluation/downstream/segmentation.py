@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,10 @@ def evaluate_segmentation(
         fitted = fit_classifier(tokens.features, tokens.targets, tokens.images, max_iter, tuple(inverse_penalties))
         key = name, "linear, last block"
         counts[key], read = [], []
-        for number, patches, mask in reader.maps(asked, f"{name}: test images"):
-            counts[key].append(_compare(fitted, patches, mask, reader.grid))
-            read.append(number)
+        with closing(reader.maps(asked, f"{name}: test images")) as maps:
+            for number, patches, mask in maps:
+                counts[key].append(_compare(fitted, patches, mask, reader.grid))
+                read.append(number)
         numbers.append(read)
         chosen[key] = {
             "C": fitted.penalty,
