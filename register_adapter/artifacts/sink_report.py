@@ -12,6 +12,7 @@ __all__ = [
     "LOW_RANK",
     "NO_OP",
     "SINK_DEFINITION",
+    "TOKEN_NAMES",
     "HeadSinks",
     "SinkKind",
     "SinkReport",
@@ -34,6 +35,8 @@ _FEW = 0.01
 SinkKind = Literal["no-op", "broadcast", "unclear"]
 #: Kinds of tokens that can be sinks; outliers by the norm and line where the block reads them.
 SinkToken = Literal["cls", "register", "outlier", "other"]
+#: What to call them.
+TOKEN_NAMES = {"cls": "CLS", "register": "registers", "outlier": "outlier patches", "other": "other patches"}
 
 #: What the figures of a :class:`SinkReport` are.
 SINK_DEFINITION = (
@@ -55,7 +58,7 @@ class Sinks:
 
     Attributes:
         number: How many, over all images.
-        per_image: The same over the number of images; hardly ever more than one in an image.
+        per_image: The same over the number of images: an image has one or none, but for an exact tie of two.
         attention: Share of the head's attention that such a sink receives, mean over queries and sinks.
         value_ratio: Norm of what the head writes of a sink over the median of that of other tokens; geometric mean.
         stable_rank: Of the head's update in the images of these sinks, mean over the sinks.
@@ -75,6 +78,28 @@ class Sinks:
     def kind(self) -> SinkKind:
         """What more than half of them are."""
         return kind_of(self.no_op, self.broadcast)
+
+
+@dataclass(frozen=True)
+class SinkRow:
+    """The sinks of one block that are tokens of one kind.
+
+    Attributes:
+        block: Index of the block.
+        token: Kind of token.
+        heads: Number of heads that have such sinks, by the kind of these.
+        sinks: All of them; ``per_image`` is the sum over the heads.
+    """
+
+    block: int
+    token: str
+    heads: dict[str, int]
+    sinks: Sinks
+
+    @property
+    def words(self) -> str:
+        """The heads, such as ``"3 no-op, 1 broadcast"``."""
+        return ", ".join(f"{number} {kind}" for kind, number in self.heads.items())
 
 
 @dataclass(frozen=True)
@@ -123,8 +148,8 @@ class SinkReport:
         counts = [f"{kinds.count(kind)} {kind}" for kind in get_args(SinkKind) if kind in kinds]
         return f"{len(kinds)} of {len(self.heads)} heads have sinks: {', '.join(counts)}."
 
-    def by_block(self) -> list[tuple[int, str, dict[str, int], Sinks]]:
-        """``(block, kind of token, heads by kind of sink, all their sinks)`` for all blocks and tokens with sinks."""
+    def by_block(self) -> list[SinkRow]:
+        """The heads of a block together: a row for each block and kind of token that has sinks."""
         rows = []
         for block in sorted({head.block for head in self.heads}):
             for token in get_args(SinkToken):
@@ -132,7 +157,7 @@ class SinkReport:
                 kinds = [part.kind for part in parts]
                 counts = {kind: kinds.count(kind) for kind in get_args(SinkKind) if kind in kinds}
                 if parts:
-                    rows.append((block, token, counts, merge_sinks(parts)))
+                    rows.append(SinkRow(block, token, counts, merge_sinks(parts)))
         return rows
 
     @classmethod
@@ -185,14 +210,13 @@ def head_kind(tokens: dict[str, Sinks]) -> SinkKind | None:
 
 _PLACES = {"cls": "CLS", "register": "registers", "outlier": "patches", "other": "patches"}
 _HELP = {
-    ("no-op", "patches"): "these heads park attention where nothing is read, and the patch pays for it. Gates help this "
-    "kind: a gate on a head's output lets it do nothing without a sink, but has to be learned by the model. On a "
+    ("no-op", "patches"): "these heads park attention where nothing is read, and the patch pays for it. Gates help "
+    "this kind: a gate on a head's output lets it do nothing without a sink, but has to be learned by the model. On a "
     "frozen model a spare token is another place to park: fit a register, and compare with an untrained one.",
-    ("broadcast", "patches"): "all tokens read what these patches hold, and nearly the same of it. Registers help this "
-    "kind: they give it a place of its own; train them rather than only fit them. Gates do not, and can make more of "
-    "it.",
-    ("unclear", "patches"): "neither parked attention nor one vector for all. Try registers, and measure the task before "
-    "and after.",
+    ("broadcast", "patches"): "all tokens read what these patches hold, and nearly the same of it. Registers help "
+    "this kind: they give it a place of its own. Gates do not, and can make more of it.",
+    ("unclear", "patches"): "neither parked attention nor one vector for all. Try registers, and measure the task "
+    "before and after.",
     ("no-op", "CLS"): "attention is parked there, which costs no patch: nothing to repair.",
     ("broadcast", "CLS"): "it tells all tokens the same, which costs no patch: nothing to repair.",
     ("unclear", "CLS"): "no patch is lost: nothing to repair.",

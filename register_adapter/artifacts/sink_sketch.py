@@ -95,8 +95,9 @@ class SinkSketch:
         received = torch.where(asked, attention, 0).sum(2) / real.sum(1)[:, None, None]
         ranks = rank[..., None].expand_as(ratio)
         broadcast = (ratio >= BROADCAST) & (ranks <= LOW_RANK)
-        figures = torch.stack([sinks.float(), received, ratio.log2(), ranks, (ratio <= NO_OP).float(), broadcast.float()])
-        figures = torch.where(sinks, figures, 0).to(self.patches.dtype)
+        no_op = (ratio <= NO_OP).float()
+        each = torch.stack([torch.ones_like(ratio), received, ratio.log2(), ranks, no_op, broadcast.float()])
+        figures = torch.where(sinks, each, 0).to(self.patches.dtype)
         index = bins.flatten().expand(_FIGURES, heads, -1)
         self.patches.scatter_add_(2, index, figures[..., layout.start : layout.end].transpose(1, 2).flatten(2))
         parts = (figures[..., : layout.cls], figures[..., layout.cls : layout.start])
@@ -132,13 +133,14 @@ def _sinks(sums: np.ndarray[tuple[int, ...], np.dtype[np.float64]], images: int)
 def _written(values: torch.Tensor, heads: int, output: torch.Tensor | None) -> torch.Tensor:
     """``(B, H, N, d)`` with the norms and products of what each head writes of each token, ``(B, H, N, D)``."""
     width = values.shape[-1] // heads if output is None else output.shape[0] // heads
-    own = values.float().unflatten(-1, (-1, width)).transpose(1, 2)
+    own = values.float().reshape(*values.shape[:2], -1, width).transpose(1, 2)
     own = own.repeat_interleave(heads // own.shape[1], dim=1)
     if output is None:
         return own
     # v W = v Rᵀ Qᵀ for Wᵀ = Q R, and Q keeps all norms and singular values.
-    triangular = torch.linalg.qr(output.float().unflatten(0, (heads, width)).mT, mode="r").R
-    return own @ triangular.mT
+    triangular = torch.linalg.qr(output.float().reshape(heads, width, -1).mT, mode="r").R
+    written: torch.Tensor = own @ triangular.mT
+    return written
 
 
 def _ratio(norms: torch.Tensor, sinks: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

@@ -125,12 +125,9 @@ class Statistics:
         elif not same or other.no_grid:
             self.grid, self.no_grid = None, self.no_grid or other.no_grid or "the images have different sizes"
         self.num_images += other.num_images
-        for own, theirs in (
-            (self.patches, other.patches),
-            (self.attentions, other.attentions),
-            (self._sink_sketches, other.sinks),
-        ):
-            _merge(own, theirs)
+        _merge(self.patches, other.patches)
+        _merge(self.attentions, other.attentions)
+        _merge(self._sink_sketches, other.sinks)
         if self.sinks is not None:
             self.sinks.missing = self.sinks.missing or other.no_sinks
         for layer, kinds in other.others.items():
@@ -139,13 +136,9 @@ class Statistics:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        tensors = [tensor for sketch in self.patches.values() for tensor in sketch.tensors()]
-        tensors += [tensor for sketch in self.attentions.values() for tensor in sketch.tensors()]
-        tensors += [tensor for sketch in self._sink_sketches.values() for tensor in sketch.tensors()]
-        tensors += [
-            tensor for kinds in self.others.values() for histogram in kinds.values() for tensor in histogram.tensors()
-        ]
-        return sum(tensor.nbytes for tensor in tensors)
+        sketches: list[Any] = [h for kinds in self.others.values() for h in kinds.values()]
+        sketches += [*self.patches.values(), *self.attentions.values(), *self._sink_sketches.values()]
+        return sum(tensor.nbytes for sketch in sketches for tensor in sketch.tensors())
 
     @property
     def num_registers(self) -> int:

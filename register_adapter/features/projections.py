@@ -30,7 +30,7 @@ _SEPARATE: dict[Projection, Paths] = {
 }
 _FUSED: Paths = ("qkv",)
 # The layer behind the heads, below a block's attention, or below the block where the attention module has none.
-_OUTPUT: Paths = ("o_proj", "out_proj", "projection_layer", "projection", "proj")
+_OUTPUT: Paths = ("o_proj", "out_proj", "projection_layer", "projection", "proj", "output")
 _OUTPUT_OF_BLOCK: Paths = ("attention.output.dense",)
 # Inputs of this size keep a bias from being rounded together with the weights in half precision.
 _SCALE = 256.0
@@ -146,12 +146,12 @@ def output_map(tower: Tower, block: int, like: torch.Tensor) -> torch.Tensor | N
         The map, ``None`` where the layer has none of the known names.
     """
     part = tower.block_part(block, "attention")
-    layer = resolve(getattr(part, "base_layer", part), _OUTPUT)
+    roots = ((getattr(part, "base_layer", part), _OUTPUT), (tower.part("blocks")[block], _OUTPUT_OF_BLOCK))
+    layers: list[Any] = [resolve(root, paths) for root, paths in roots]
+    layer = next((layer for layer in layers if isinstance(getattr(layer, "in_features", None), int)), None)
     if layer is None:
-        layer = resolve(tower.part("blocks")[block], _OUTPUT_OF_BLOCK)
-    width = getattr(layer, "in_features", None)
-    if not isinstance(layer, nn.Module) or not isinstance(width, int):
         return None
+    width = layer.in_features
     inputs = torch.eye(width + 1, width, dtype=like.dtype, device=like.device) * _SCALE
     # Past the hooks on the layer, which belong to the model's own passes.
     outputs: torch.Tensor = layer.forward(inputs).float()
