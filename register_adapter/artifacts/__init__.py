@@ -5,14 +5,19 @@ from .detector import AttentionDetector, train_detector
 from .norms import NormSummary, neighbour_similarity, patch_norms, summarise_norms
 from .report import ArtifactReport, LayerReport
 from .rules import RULES, Threshold, apply_rule, resolve_rule
+from .sink_report import HeadSinks, SinkReport, SinkRow, Sinks
 from .statistics import Statistics, collect_statistics
 
 __all__ = [
     "RULES",
     "ArtifactReport",
     "AttentionDetector",
+    "HeadSinks",
     "LayerReport",
     "NormSummary",
+    "SinkReport",
+    "SinkRow",
+    "Sinks",
     "Statistics",
     "Threshold",
     "apply_rule",

@@ -24,6 +24,7 @@ from .report import MOST, ArtifactReport, LayerReport, Verdict
 from .rules.histogram import RELATIVE_ERROR
 from .rules.rules import Rule, resolve_rule, rule_name
 from .sharing import run_shared, share_of
+from .sink_report import SINK_DEFINITION, SinkReport, advise
 from .statistics import Statistics
 
 __all__ = ["attention_in_words", "audit", "build_report", "verdict_of"]
@@ -45,6 +46,7 @@ def audit(
     target_modules: str | None = None,
     anatomy: Anatomy | None = None,
     shared: bool = False,
+    sinks: bool = False,
 ) -> ArtifactReport:
     """Find out whether a model has artifacts, in one pass over images.
 
@@ -72,6 +74,8 @@ def audit(
         anatomy: Description of a model that the table does not have.
         shared: Called in every process of ``accelerate launch`` with the same images: each takes a part of them, and
             all return the report of all.
+        sinks: Look for attention sinks in every head, and tell those that park attention from those that all tokens
+            read (:class:`~register_adapter.artifacts.sink_report.SinkReport`); needs ``attentions``, and takes longer.
 
     Returns:
         The report.
@@ -80,7 +84,7 @@ def audit(
         UnsupportedModelError: No single vision tower, or an attention that returns no maps.
         ImageFileError: ``strict`` and an image is bad, or none is good.
         RegisterAdapterError: Hidden states that are not finite.
-        ValueError: No images, an unknown rule, or no image processor.
+        ValueError: No images, an unknown rule, no image processor, or ``sinks`` without ``attentions``.
 
     Example:
         >>> report = audit(AutoModel.from_pretrained("facebook/dinov2-base"), "photos/")
@@ -102,7 +106,7 @@ def audit(
     # A process for which there is no image opens a pass, for what is known of the model, and makes none.
     given = images if images is not None else torch.zeros(1, 3, 1, 1)
     opened = open_pass(model, given, options, target_modules=target_modules, anatomy=anatomy, title="audit")
-    statistics = Statistics(opened.tower, attentions)
+    statistics = Statistics(opened.tower, attentions, sinks)
 
     def run() -> None:
         if images is not None:
@@ -143,6 +147,10 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
         missing = f" Not known here: {statistics.no_grid}."
         for key in ("similarity", "border_distance", "position_map", "recurrence"):
             definitions[key] += missing
+    if sinks := _sinks(statistics, layers):
+        definitions["sinks"] = SINK_DEFINITION
+        if sinks.missing or not sinks.projected:
+            definitions["sinks"] += f" Here: {sinks.missing or 'values before an output projection of unknown name'}."
     tower = statistics.tower
     report = ArtifactReport(
         name=name,
@@ -159,8 +167,22 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
         relative_error=RELATIVE_ERROR,
         definitions=definitions,
         environment={"statistics_bytes": statistics.nbytes},
+        sinks=sinks,
     )
     return replace(report, reason=f"{norms} {attention_in_words(report)}")
+
+
+def _sinks(statistics: Statistics, layers: list[LayerReport]) -> SinkReport | None:
+    """Every head's sinks; patches are outliers by the line of the layer that a block reads."""
+    recorder = statistics.sinks
+    if recorder is None:
+        return None
+    if recorder.missing:
+        return SinkReport([], [], recorder.missing)
+    thresholds = {layer.layer: layer.threshold for layer in layers}
+    sketches = sorted(recorder.sketches.items())
+    heads = [head for block, sketch in sketches for head in sketch.heads(block, Edges(thresholds[block]))]
+    return SinkReport(heads, advise(heads), projected=all(sketch.projected for _, sketch in sketches))
 
 
 def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdict, int | None, str]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..utils.files import read_text
 from ..utils.staging import write_text
 from .rules.threshold import Threshold
+from .sink_report import SinkReport
 
 __all__ = [
     "MOST",
@@ -160,6 +161,7 @@ class ArtifactReport:
         relative_error: Of the norm sketch: half the width of a bin.
         definitions: How every figure is defined: which norm, which layer, which rule.
         environment: Versions, hardware, commit, seconds.
+        sinks: Attention sinks head by head; ``None`` if they were not asked for.
     """
 
     name: str
@@ -176,6 +178,7 @@ class ArtifactReport:
     relative_error: float
     definitions: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    sinks: SinkReport | None = None
 
     @property
     def most_outlying(self) -> LayerReport | None:
@@ -229,9 +232,14 @@ class ArtifactReport:
         Raises:
             TypeError: A field is missing, or there is one that a report does not have.
         """
-        grid = values.get("grid")
+        grid, sinks = values.get("grid"), values.get("sinks")
         layers = [_layer(layer) for layer in values.get("layers", [])]
-        return cls(**{**values, "grid": None if grid is None else tuple(grid), "layers": layers})
+        read = {
+            "grid": None if grid is None else tuple(grid),
+            "layers": layers,
+            "sinks": None if sinks is None else SinkReport.from_dict(sinks),
+        }
+        return cls(**{**values, **read})
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path; folders are made.

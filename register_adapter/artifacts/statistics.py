@@ -29,6 +29,7 @@ from .attention_sketch import AttentionSketch, Layout
 from .norms import similarity_of
 from .patch_sketch import Array, PatchSketch
 from .rules.histogram import NormHistogram, bin_centres, bins_of
+from .sink_sketch import SinkRecorder, SinkSketch
 
 __all__ = ["Statistics", "collect_statistics"]
 
@@ -47,6 +48,10 @@ class Statistics:
     Args:
         tower: A vision tower, with or without registers.
         attentions: Sum attention maps too.
+        sinks: Sum attention sinks too, for which attention maps are needed.
+
+    Raises:
+        ValueError: Sinks without attention maps.
 
     Attributes:
         tower: The vision tower.
@@ -54,16 +59,20 @@ class Statistics:
         patches: By layer, what is kept of the patches.
         others: By layer and kind (``"cls"``, ``"register"``), norms of these tokens.
         attentions: By block; empty without attention statistics.
+        sinks: What is kept of sinks, ``None`` if they were not asked for.
         grid: ``(h, w)`` patches, ``None`` where places are not known.
         no_grid: Why not, ``""`` where they are.
     """
 
-    def __init__(self, tower: Tower, attentions: bool = True) -> None:
+    def __init__(self, tower: Tower, attentions: bool = True, sinks: bool = False) -> None:
+        if sinks and not attentions:
+            raise ValueError("sinks are told by attention maps: leave out attentions=False, or sinks=True")
         self.tower = tower
         self.num_images = 0
         self.patches: dict[int, PatchSketch] = {}
         self.others: dict[int, dict[str, NormHistogram]] = {}
         self.attentions: dict[int, AttentionSketch] = {}
+        self.sinks = SinkRecorder(tower) if sinks else None
         self.grid: tuple[int, int] | None = None
         self.no_grid = ""
         registers = getattr(tower.module, "registers", None)
@@ -87,6 +96,8 @@ class Statistics:
             for index, block in enumerate(blocks):
                 hook = partial(self._after, index)
                 stack.callback(block.register_forward_hook(in_this_thread(hook), prepend=True).remove)
+            if self.sinks is not None:
+                stack.enter_context(self.sinks.attach())
             if self._attentions:
                 stack.enter_context(record_attention_maps(self.tower, self._attend))
             yield
@@ -96,11 +107,13 @@ class Statistics:
 
     def sums(self, device: torch.device) -> Sums:
         """All that was summed, on a device, as :meth:`add_sums` of another process takes it."""
-        moved = copy.deepcopy((self.patches, self.others, self.attentions))
-        sketches = [*moved[0].values(), *moved[2].values(), *(h for kinds in moved[1].values() for h in kinds.values())]
+        moved = copy.deepcopy((self.patches, self.others, self.attentions, self._sink_sketches))
+        norms = [histogram for kinds in moved[1].values() for histogram in kinds.values()]
+        sketches = [*moved[0].values(), *norms, *moved[2].values(), *moved[3].values()]
         for sketch in sketches:
             _move(sketch, device)
-        return Sums(self.num_images, *moved, self.grid, self.no_grid)
+        missing = "" if self.sinks is None else self.sinks.missing
+        return Sums(self.num_images, *moved, self.grid, self.no_grid, missing)
 
     def add_sums(self, other: Sums) -> None:
         """Add what another process has summed over other images with the same model."""
@@ -112,20 +125,20 @@ class Statistics:
         elif not same or other.no_grid:
             self.grid, self.no_grid = None, self.no_grid or other.no_grid or "the images have different sizes"
         self.num_images += other.num_images
-        for own, theirs in ((self.patches, other.patches), (self.attentions, other.attentions)):
-            _merge(own, theirs)
+        _merge(self.patches, other.patches)
+        _merge(self.attentions, other.attentions)
+        _merge(self._sink_sketches, other.sinks)
+        if self.sinks is not None:
+            self.sinks.missing = self.sinks.missing or other.no_sinks
         for layer, kinds in other.others.items():
             _merge(self.others.setdefault(layer, {}), kinds)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        tensors = [tensor for sketch in self.patches.values() for tensor in sketch.tensors()]
-        tensors += [tensor for sketch in self.attentions.values() for tensor in sketch.tensors()]
-        tensors += [
-            tensor for kinds in self.others.values() for histogram in kinds.values() for tensor in histogram.tensors()
-        ]
-        return sum(tensor.nbytes for tensor in tensors)
+        sketches: list[Any] = [h for kinds in self.others.values() for h in kinds.values()]
+        sketches += [*self.patches.values(), *self.attentions.values(), *self._sink_sketches.values()]
+        return sum(tensor.nbytes for sketch in sketches for tensor in sketch.tensors())
 
     @property
     def num_registers(self) -> int:
@@ -135,6 +148,10 @@ class Statistics:
     def norms(self, layer: int) -> tuple[Array, Array]:
         """Norms of the patches at one layer as a rule takes them: ``(BINS,)`` values and how often each is there."""
         return bin_centres(), self.patches[layer].counts()
+
+    @property
+    def _sink_sketches(self) -> dict[int, SinkSketch]:
+        return {} if self.sinks is None else self.sinks.sketches
 
     def _count_at(self, layer: int) -> int:
         return 0 if self._layer is None else self._layer.count_at(max(layer - 1, 0))
@@ -204,7 +221,10 @@ class Statistics:
             self.attentions[block] = AttentionSketch(attention.device, attention.shape[1], self._cls > 0)
         assert batch.bins is not None
         valid, _ = batch.on(attention.device)
-        self.attentions[block].add(attention, batch.bins.to(attention.device), layout, valid)
+        bins = batch.bins.to(attention.device)
+        self.attentions[block].add(attention, bins, layout, valid)
+        if self.sinks is not None:
+            self.sinks.see(block, attention, bins, layout, valid)
 
 
 @dataclass
@@ -215,8 +235,10 @@ class Sums:
     patches: dict[int, PatchSketch]
     others: dict[int, dict[str, NormHistogram]]
     attentions: dict[int, AttentionSketch]
+    sinks: dict[int, SinkSketch]
     grid: tuple[int, int] | None
     no_grid: str
+    no_sinks: str
 
 
 def _move(sketch: Any, device: torch.device) -> None:
@@ -294,7 +316,7 @@ class _Batch:
 
 
 @contextmanager
-def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statistics]:
+def collect_statistics(tower: Tower, attentions: bool = True, sinks: bool = False) -> Iterator[Statistics]:
     """Sum what an audit needs over every forward pass of a tower that is made inside the context.
 
     Every pass adds. Hooks, and the attention implementation, are as before on the way out, also after an exception.
@@ -302,12 +324,14 @@ def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statis
     Args:
         tower: A vision tower, with or without registers.
         attentions: Sum attention maps too; without them fused attention stays in use.
+        sinks: Sum attention sinks too, for which attention maps are needed.
 
     Yields:
         The :class:`Statistics`.
 
     Raises:
         UnsupportedModelError: As for :func:`~register_adapter.features.record_attention_maps`.
+        ValueError: Sinks without attention maps.
 
     Example:
         >>> with collect_statistics(find_tower(model), attentions=False) as statistics:
@@ -315,6 +339,6 @@ def collect_statistics(tower: Tower, attentions: bool = True) -> Iterator[Statis
         ...         model(pixel_values=pixel_values)
         >>> threshold = RULES["auto"](*statistics.norms(8))
     """
-    statistics = Statistics(tower, attentions)
+    statistics = Statistics(tower, attentions, sinks)
     with statistics.attach():
         yield statistics

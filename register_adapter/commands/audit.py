@@ -10,7 +10,9 @@ from . import options
 from .output import collect_skipped, make_console, print_result, print_skipped, print_table, silence_libraries
 
 if TYPE_CHECKING:
-    from ..artifacts import ArtifactReport, LayerReport
+    from rich.console import Console
+
+    from ..artifacts import ArtifactReport, LayerReport, SinkReport
 
 __all__ = ["audit_command", "print_reports", "register"]
 
@@ -19,6 +21,7 @@ _HEADINGS = (
     *("layer", "median\nnorm", "largest /\nmedian", "outlier\npatches", "threshold"),
     *("attention\nto\noutliers", "attention\nto few\npatches"),
 )
+_SINKS = ("block", "tokens", "heads", "sinks\nper image", "attention", "value\nratio", "stable\nrank")
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +38,9 @@ def audit_command(
     ] = None,
     rule: options.Rule = "auto",
     attentions: Annotated[bool, typer.Option(help="Sum attention maps; without them it is faster.")] = True,
+    sinks: Annotated[
+        bool, typer.Option("--sinks", help="Tell attention sinks by their kind, head by head; slower.")
+    ] = False,
     batch_size: options.BatchSize = 32,
     max_images: options.MaxImages = None,
     device: options.Device = None,
@@ -57,6 +63,7 @@ def audit_command(
         adapters=adapter or (),
         rule=rule,
         attentions=attentions,
+        sinks=sinks,
         batch_size=batch_size,
         max_images=max_images,
         device=device,
@@ -88,6 +95,8 @@ def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str
         console.print(report.reason)
         if skipped := report.environment.get("skipped"):
             console.print(f"{len(skipped)} bad images were skipped; audit.json names them.")
+        if report.sinks is not None:
+            _print_sinks(console, report.name, report.sinks)
     console.print(
         "L2 norms of patch tokens, before the final LayerNorm; layer 0 is the input of the first block and decides "
         "nothing. Attention: mean over heads and queries, in the block that reads the layer; to few patches: to those "
@@ -97,6 +106,23 @@ def print_reports(reports: list[ArtifactReport], output_dir: str, no_images: str
     if no_images:
         console.print(f"The page has no images: {no_images}")
     console.print(f"Written to {output_dir}: audit.json, index.html")
+
+
+def _print_sinks(console: Console, name: str, sinks: SinkReport) -> None:
+    from ..artifacts.sink_report import TOKEN_NAMES
+
+    if rows := sinks.by_block():
+        cells = [
+            (
+                *(str(row.block), TOKEN_NAMES[row.token], row.words, f"{row.sinks.per_image:.2f}"),
+                *(f"{row.sinks.attention:.1%}", f"{row.sinks.value_ratio:.2g}", f"{row.sinks.stable_rank:.2f}"),
+            )
+            for row in rows
+        ]
+        print_table(console, f"{name}: attention sinks", _SINKS, cells)
+    console.print(sinks.summary, style="bold")
+    for advice in sinks.advice:
+        console.print(advice)
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ..towers.calls import hidden_states_of
 from ..towers.tower import Tower
 from .threads import in_this_thread
 
-__all__ = ["PROJECTIONS", "Projection", "keep_projection"]
+__all__ = ["PROJECTIONS", "Projection", "keep_projection", "output_map"]
 
 Projection = Literal["queries", "keys", "values"]
 #: What can be recorded, in the order in which a fused layer has them.
@@ -29,6 +29,11 @@ _SEPARATE: dict[Projection, Paths] = {
     "values": ("v_proj", "value", "attention.value"),
 }
 _FUSED: Paths = ("qkv",)
+# The layer behind the heads, below a block's attention, or below the block where the attention module has none.
+_OUTPUT: Paths = ("o_proj", "out_proj", "projection_layer", "projection", "proj", "output")
+_OUTPUT_OF_BLOCK: Paths = ("attention.output.dense",)
+# Inputs of this size keep a bias from being rounded together with the weights in half precision.
+_SCALE = 256.0
 
 
 @contextmanager
@@ -123,3 +128,31 @@ def _packed(attention: nn.Module, what: Projection, kept: list[torch.Tensor]) ->
         yield
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def output_map(tower: Tower, block: int, like: torch.Tensor) -> torch.Tensor | None:
+    """What the layer behind a block's heads makes of them: a linear map ``(H * d, D)``, float32, without its bias.
+
+    It is asked, not read off a weight, so an adapter on the layer and quantised weights count. A norm between the heads
+    and the layer, and a LayerScale behind it, do not.
+
+    Args:
+        tower: The tower.
+        block: Index of the block.
+        like: Of the dtype and on the device of the layer's inputs.
+
+    Returns:
+        The map, ``None`` where the layer has none of the known names.
+    """
+    part = tower.block_part(block, "attention")
+    roots = ((getattr(part, "base_layer", part), _OUTPUT), (tower.part("blocks")[block], _OUTPUT_OF_BLOCK))
+    layers: list[Any] = [resolve(root, paths) for root, paths in roots]
+    layer = next((layer for layer in layers if isinstance(getattr(layer, "in_features", None), int)), None)
+    if layer is None:
+        return None
+    width = layer.in_features
+    inputs = torch.eye(width + 1, width, dtype=like.dtype, device=like.device) * _SCALE
+    # Past the hooks on the layer, which belong to the model's own passes.
+    outputs: torch.Tensor = layer.forward(inputs).float()
+    return (outputs[:-1] - outputs[-1:]) / _SCALE

@@ -35,6 +35,7 @@ class AuditArguments:
         adapters: Folders or names of adapters; each is audited on its own.
         rule: See :func:`register_adapter.artifacts.audit`, as are all below.
         attentions: Attention statistics.
+        sinks: Attention sinks, which need attention statistics.
         batch_size: Images per batch.
         max_images: Use the first so many; 256 of the drawn scenes by default.
         device: Where to run; default: a GPU if there is one.
@@ -48,6 +49,7 @@ class AuditArguments:
     adapters: Sequence[str] = field(default_factory=tuple)
     rule: str = "auto"
     attentions: bool = True
+    sinks: bool = False
     batch_size: int = 32
     max_images: int | None = None
     device: str | None = None
@@ -68,6 +70,8 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     """
     check_target(args.output_dir)
     resolve_rule(args.rule)
+    if args.sinks and not args.attentions:
+        raise ValueError("sinks are told by attention maps: give --sinks or --no-attentions, not both")
     images = load_images(args.images, args.max_images)
     models = load_models(args.model, args.adapters)
     processor = load_processor(args.model)
@@ -80,6 +84,7 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
             image_processor=processor,
             rule=args.rule,
             attentions=args.attentions,
+            sinks=args.sinks,
             batch_size=args.batch_size,
             max_images=args.max_images,
             name=name,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...artifacts.report import ArtifactReport
+from ...artifacts.sink_report import SinkReport
 from ...utils.staging import write_text
 from ..examples import Example
 from .advice import Origin, next_step
@@ -25,6 +26,7 @@ from .tables import (
     place_table,
     rule_table,
     show_table,
+    sink_table,
 )
 
 __all__ = ["write_page"]
@@ -162,8 +164,18 @@ def _model(number: int, report: ArtifactReport) -> Markup:
         element("div", charts, class_="histograms"),
         element("p", _AXES, class_="note"),
         place_maps(report),
+        _sinks(report.sinks) if report.sinks is not None else None,
         more,
     )
+
+
+def _sinks(sinks: SinkReport) -> Iterator[Markup]:
+    """What is known of attention sinks, and what follows."""
+    yield element("h3", "Attention sinks")
+    yield element("p", sinks.summary)
+    yield from (element("p", advice) for advice in sinks.advice)
+    if (table := sink_table(sinks)) is not None:
+        yield show_table(table)
 
 
 _PROFILE = (("median", "median"), ("band", "1st to 99th percentile"), ("dot", "largest"), ("threshold", "threshold"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...artifacts.report import ArtifactReport, LayerReport
+from ...artifacts.sink_report import TOKEN_NAMES, SinkReport
 from .markup import Markup, element
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "place_table",
     "rule_table",
     "show_table",
+    "sink_table",
 ]
 
 _MISSING = "–"
@@ -204,6 +206,26 @@ def _mean_shares(layer: LayerReport, of_cls: bool = False) -> dict[str, float]:
         return {}
     shares = layer.attention.from_cls if of_cls else layer.attention.from_all
     return {name: sum(heads) / len(heads) for name, heads in (shares or {}).items() if heads}
+
+
+def sink_table(sinks: SinkReport) -> Table | None:
+    """The sinks of every head that has some, one row a head and kind of token; ``None`` without any."""
+    rows = [
+        [
+            *(head.block, head.head, TOKEN_NAMES[token], part.kind, part.per_image, percent(part.attention)),
+            *(part.value_ratio, part.stable_rank, head.stable_rank),
+            *(percent(part.no_op), percent(part.broadcast)),
+        ]
+        for head in sinks.heads
+        for token, part in head.tokens.items()
+    ]
+    columns = (
+        *("block", "head", "tokens", "kind", "sinks per image", "attention", "value ratio", "stable rank"),
+        *("stable rank, all images", "no-op", "broadcast"),
+    )
+    bars = frozenset({"attention", "no-op", "broadcast"})
+    note = "Block i reads layer i. What a sink, its ratio and the stable rank are is under Definitions."
+    return Table("Attention sinks, head by head", columns, rows, note, bars) if rows else None
 
 
 _KINDS = {"patch": "patches", "cls": "CLS", "register": "registers"}
