@@ -108,9 +108,10 @@ class NeuronShift(nn.Module):
             known += new
         start = len(known)
         self.register_buffer("units", torch.tensor(known))
-        self.register_buffer("usual", torch.zeros(start))
-        self.register_buffer("limits", torch.zeros(start))
-        strength = torch.full((start,), torch.nan if pending else 1.0)
+        waiting = torch.full((start,), torch.nan)
+        self.register_buffer("usual", waiting.clone() if pending else torch.zeros(start))
+        self.register_buffer("limits", waiting.clone() if pending else torch.zeros(start))
+        strength = waiting if pending else torch.ones(start)
         if trainable:
             self.strength = nn.Parameter(strength)
         else:

@@ -68,7 +68,7 @@ class RegisterTokens(NeuronShift):
 
     def _settle(self) -> None:
         parts = [*self.parameters(), *self.buffers()]
-        self._pending = not all(not part.is_meta and bool(torch.isfinite(part).all()) for part in parts)
+        self._pending = not all(_has_values(part) for part in parts)
 
     # Loaders put values in by load_state_dict or by assignment, and that is where they are looked at: a graph compiler
     # could not follow it in the first forward pass.
@@ -94,6 +94,11 @@ class RegisterTokens(NeuronShift):
             return like.new_zeros(self.count)
         # A copy: ZeRO-3 takes a parameter's values away behind this module's forward, and FSDP allows no views of them.
         return (values if block is None else values[block]).to(like, copy=True)
+
+
+def _has_values(part: torch.Tensor) -> bool:
+    """Whether what waits for a file's values, NaN or an index of -1, has got them."""
+    return not part.is_meta and bool((torch.isfinite(part) if part.is_floating_point() else part >= 0).all())
 
 
 class Segment:
