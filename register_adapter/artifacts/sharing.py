@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.utils.data import Subset
 
-from ..data.batches import list_images
+from ..data.batches import is_batch, list_images
 from ..data.images import ImageFileError
 from .statistics import Statistics
 
 __all__ = ["run_shared", "share_of"]
-
-
-class _Share(Sequence[Any]):
-    """Every so many-th item of something with a length."""
-
-    def __init__(self, items: Any, places: range) -> None:
-        self.items, self.places = items, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[self.places[index]]
 
 
 def share_of(images: Any, max_images: int | None, index: int, count: int) -> Any:
@@ -54,20 +42,16 @@ def share_of(images: Any, max_images: int | None, index: int, count: int) -> Any
         items = iter(images)
         first = next(items, None)
         images = chain([] if first is None else [first], items)
-    if max_images is not None and (isinstance(first, torch.Tensor | list | tuple) or _has_tensors(first)):
+    if max_images is not None and first is not None and is_batch(first):
         raise ValueError(
             "several processes share ready batches one by one; leave out max_images, or give fewer batches"
         )
     if sized:
         places = range(index, len(images) if max_images is None else min(len(images), max_images), count)
-        return _Share(images, places) if places else None
+        return Subset(images, places) if places else None
     share_left = islice(images, index, max_images, count)
     own = next(share_left, None)
     return None if own is None else chain([own], share_left)
-
-
-def _has_tensors(item: Any) -> bool:
-    return isinstance(item, dict) and "image" not in item and any(isinstance(v, torch.Tensor) for v in item.values())
 
 
 def run_shared(

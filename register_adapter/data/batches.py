@@ -21,7 +21,7 @@ from .images import ImageFileError, image_name, load_image, named_folder, walk_f
 from .processing import Batch, Processing
 from .processors import find_image_processor
 
-__all__ = ["Batch", "ImageBatches", "Labelled", "batch_length", "list_images", "slice_batch"]
+__all__ = ["Batch", "ImageBatches", "Labelled", "batch_length", "is_batch", "list_images", "slice_batch"]
 
 logger = logging.getLogger(__name__)
 _LABELS = ("labels", "label")
@@ -134,7 +134,7 @@ class ImageBatches:
         if first is None:
             raise ValueError("there are no images")
         self.batch_size, self.max_images, self.strict, self.num_workers = batch_size, max_images, strict, num_workers
-        self.ready = _is_batch(first)
+        self.ready = is_batch(first)
         self.total = self._count(images)
         self.skipped: list[str] = []
         self._named = 0  # of the skipped ones, how many the user has been told of
@@ -304,7 +304,8 @@ def _iterate(images: Any) -> Iterator[Any]:
     return iter(images)
 
 
-def _is_batch(item: Any) -> bool:
+def is_batch(item: Any) -> bool:
+    """Whether an item is a ready batch: a tensor, tensors by name, or such a one with its labels."""
     first = item[0] if isinstance(item, list | tuple) and item else item
     return isinstance(first, torch.Tensor) or (isinstance(first, Mapping) and "image" not in first and _tensors(first))
 
