@@ -20,6 +20,7 @@ from ..errors import MissingExtraError
 from ..tuner._peft_compat import PREFIX
 from ..tuner.config import RegisterConfig
 from ..tuner.layer import find_register_layer
+from ..utils.environment import has_accelerator
 from .arguments import TrainArguments
 
 __all__ = [
@@ -42,8 +43,7 @@ _OF_THE_PLACE = ("base_model_name_or_path", "revision", "inference_mode", "peft_
 def use_cpu(args: TrainArguments) -> bool:
     """Whether a run is on the CPU: accelerate must be told so, or processes without a GPU do not find each other."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    device = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
-    return args.use_cpu or (several and not device)
+    return args.use_cpu or (several and not has_accelerator())
 
 
 def make_accelerator(args: TrainArguments) -> Accelerator:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-__all__ = ["git_commit", "hardware", "machine", "version", "versions"]
+__all__ = ["git_commit", "hardware", "has_accelerator", "machine", "version", "versions"]
 
 _PACKAGE = "register-adapter"
 _PACKAGES = (_PACKAGE, "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pillow")
@@ -38,6 +38,12 @@ def _installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees a GPU or the like; older releases of it know CUDA alone."""
+    known = hasattr(torch, "accelerator")
+    return torch.accelerator.is_available() if known else torch.cuda.is_available()
 
 
 def hardware(accelerator: Accelerator) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-import torch
 from accelerate import PartialState
+
+from ...utils.environment import has_accelerator
 
 __all__ = ["is_main_process", "num_processes", "own_device"]
 
@@ -26,5 +27,4 @@ def own_device(device: str | None) -> str:
     Args:
         device: ``"cpu"``, or a kind of GPU; ``None`` takes GPUs if there are any.
     """
-    found = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
-    return str(PartialState(cpu=device == "cpu" or not found).device)
+    return str(PartialState(cpu=device == "cpu" or not has_accelerator()).device)
