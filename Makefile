@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet --constraint $(CONSTRAINTS)
 REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 
-# Nobody else does it: with this set, every process would compile all libraries anew, which takes 25 seconds.
+# So what a first process compiles must stay: with this set, every process would compile for 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-fast test-oldest lint types format families docs bench wheel clean
