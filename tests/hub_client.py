@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -192,20 +193,20 @@ def stranger(out: Path) -> None:
     attempt("push: token of two lines", lambda: model.push_to_hub("author/regs", token=f"{wrong}\n{wrong}"))
 
     logging.getLogger().setLevel(logging.WARNING)  # what a server says is the HTTP library's to log
-    wait("echo")
+    wait(out, "echo")
     load("echo: load", "author/secret", token=wrong)
     attempt("echo: push", lambda: model.push_to_hub("author/regs", token=wrong))
-    wait("down")
+    wait(out, "down")
     load("down: load", "author/regs")
     attempt("down: push", lambda: model.push_to_hub("author/regs", token=other))
     (out / "facts.json").write_text(json.dumps(results))
 
 
-def wait(what: str) -> None:
-    """Tell the test that the server may change now."""
-    sys.stdout.write(f"ready for: {what}\n")
-    sys.stdout.flush()
-    sys.stdin.readline()
+def wait(out: Path, what: str) -> None:
+    """Tell the test that the server may change now, and wait until it has."""
+    (out / f"ready-{what}").touch()
+    while not (out / f"done-{what}").exists():
+        time.sleep(0.02)
 
 
 def lora_folder(folder: Path) -> None:

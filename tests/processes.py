@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -52,24 +53,54 @@ def run_script(name: str, *arguments: object, cwd: Path | None = None) -> subpro
     return done
 
 
-def run_module(name: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """``python -m name``, or a script by its path, in such a fork; its status is as it is."""
-    (done,) = _run_forks("module", (name, *arguments), None, [{}])
+def run_module(
+    name: str | Path, *arguments: object, cwd: Path | None = None, hub: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python -m name``, or a script by its path, in such a fork; its status is as it is.
+
+    ``hub`` is what the environment has in place of this one's settings of the Hub: the fork has no client imported yet.
+    """
+    environment: dict[str, str | None] = {}
+    if hub is not None:
+        environment = {**{key: None for key in ENVIRONMENT if key.startswith(("HF_", "HUGGING"))}, **hub}
+    (done,) = _run_forks("module", (name, *arguments), cwd, [environment], before_the_hub=hub is not None)
     return done
 
 
+def run_signalled(
+    number: int, checkpoint: Path, name: str | Path, *arguments: object, delay: float = 0.0
+) -> subprocess.CompletedProcess[str]:
+    """The same in a process group that gets a signal some seconds after this checkpoint, or a later one, is there."""
+    (done,) = _run_forks("signalled", (int(number), checkpoint, delay, name, *arguments), None, [{}])
+    return done
+
+
+def run_killed(checkpoint: Path, name: str | Path, *arguments: object, delay: float = 0.0) -> None:
+    done = run_signalled(signal.SIGKILL, checkpoint, name, *arguments, delay=delay)
+    assert done.returncode == -signal.SIGKILL, f"status {done.returncode}: {done.stderr[-4000:]}"
+
+
+def launched_as(port: int) -> list[dict[str, str]]:
+    """What ``accelerate launch`` with ``examples/configs/cpu.yaml`` puts into the environments of its two processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    launched = {**place, "ACCELERATE_MIXED_PRECISION": "no"}
+    return [{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
 def run_two_processes(name: str | Path, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
-    """The same in two forks that find each other as those of ``accelerate launch`` on a CPU do."""
+    """The same in two forks that find each other as those of ``accelerate launch`` do, on a CPU."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    launched = {**place, "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
-    ranks = [{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        port = free.getsockname()[1]
+    ranks = [{**rank, "ACCELERATE_USE_CPU": "true"} for rank in launched_as(port)]
     return _run_forks("module", (name, *arguments), None, ranks)
 
 
 def _run_forks(
-    name: str, arguments: Sequence[object], cwd: Path | None, environments: Sequence[dict[str, str]]
+    name: str,
+    arguments: Sequence[object],
+    cwd: Path | None,
+    environments: Sequence[Mapping[str, str | None]],
+    before_the_hub: bool = False,
 ) -> list[subprocess.CompletedProcess[str]]:
     """A script in as many forks of the server at once as there are environments."""
     script, given = str(SCRIPTS / f"{name}.py"), list(map(str, arguments))
@@ -83,7 +114,8 @@ def _run_forks(
             for streams, environment in zip(files, environments, strict=True)
         ]
         job = {"script": script, "arguments": given, "folder": str(cwd or Path.cwd()), "patience": PATIENCE}
-        server.stdin.write(json.dumps({**job, "processes": processes}) + "\n")
+        job |= {"processes": processes, "before_the_hub": before_the_hub}
+        server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         statuses = json.loads(server.stdout.readline() or "[-1, -1]")
         return [

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from command_line import COMMAND, ENVIRONMENT, call
+from families import build
+from processes import run_module
+from transformers import Dinov2Model
 
 from register_adapter import add_registers
 from register_adapter.commands.cli import COMMANDS
@@ -22,12 +25,11 @@ HEAVY = {"torch", "peft", "transformers", "accelerate", "datasets", "numpy"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted ViT on disk, an adapter for it, and images of every class."""
+    """The planted ViT on disk, and images of every class."""
     folder = tmp_path_factory.mktemp("command_line")
     model = load_planted_vit().model
     model.save_pretrained(folder / "model")
     load_image_processor().save_pretrained(folder / "model")
-    add_registers(model, 2).save_pretrained(folder / "adapter")
     SceneDataset(40, seed=4, split=None).write(folder / "images")
     return folder
 
@@ -65,17 +67,14 @@ def test_completion_imports_no_model_library() -> None:
     assert not set(re.findall(r"(?m)^import time:.*\| +(\w+)$", done.stderr)) & HEAVY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["register-adapter", "register-adapter.py"])
 def test_public_names_come_on_first_access_in_the_command_and_at_once_elsewhere(name: str, tmp_path: Path) -> None:
-    script = shutil.copy(Path(__file__).with_name("public_names.py"), tmp_path / name)
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=300
-    )
+    done = run_module(shutil.copy(Path(__file__).with_name("public_names.py"), tmp_path / name), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lazy = name == "register-adapter"
     assert json.loads(done.stdout) == {
         "at once": not lazy,
-        "torch at once": not lazy,
         "unknown name": False,
         "before names": not lazy,
         "missing": [],
@@ -120,6 +119,7 @@ def test_audit(
     assert printed["reports"][0]["verdict"] == "present"
 
 
+@pytest.mark.slow
 def test_fit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "fitted"
     assert call(monkeypatch, "fit", "planted", str(folder / "images"), "--out", str(out), "--json", "--quiet") == 0
@@ -135,14 +135,14 @@ def test_fit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert not nothing.exists()
 
 
-def test_export(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    given = ("export", str(folder / "adapter"), "--base", str(folder / "model"), "--out", str(tmp_path / "graph"))
-    given += ("--format", "program", "--image_size", "80")
+def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    build("dinov2").save_pretrained(tmp_path / "base")
+    base = Dinov2Model.from_pretrained(tmp_path / "base")
+    add_registers(base, 2).save_pretrained(tmp_path / "adapter")
+    given = ("export", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "plain"))
     assert call(monkeypatch, *given, "--json") == 0
     printed = json.loads(capfd.readouterr().out)
-    assert (printed["format"], printed["output_dir"]) == ("program", str(tmp_path / "graph"))
+    assert (printed["format"], printed["output_dir"]) == ("native", str(tmp_path / "plain"))
     assert call(monkeypatch, *given, "--quiet") == 0
     assert capfd.readouterr().out == ""
 

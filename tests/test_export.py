@@ -11,7 +11,7 @@ from crossings import crossings
 from families import CASES, IMAGE, LABELS, PATCHES, build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, differs, hooks, run
 from peft import LoraConfig, get_peft_model
-from processes import run_script, run_script_alone
+from processes import SCRIPTS, run_module, run_script
 
 from register_adapter import (
     HubAccessError,
@@ -335,7 +335,7 @@ def test_a_stranger_loads_a_native_model(tmp_path):
     run_script("stranger_loads_native", cwd=tmp_path)
 
 
-PROGRAMS = ("clip", "dinov2-registers", "siglip-vision", "depth")
+PROGRAMS = ("clip", "dinov2-registers", "depth")
 
 
 def _batch(inputs, size):
@@ -360,10 +360,9 @@ def test_a_program_gives_the_same_numbers_for_any_batch(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clip", "depth"])
-def test_an_onnx_file_gives_the_same_numbers_for_any_batch(name, tmp_path):
+def test_an_onnx_file_gives_the_same_numbers_for_any_batch(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    model, inputs = adapted(name), make_inputs(name)
+    model, inputs = adapted("clip"), make_inputs("clip")
     names = export_onnx(model, tmp_path / "model.onnx", inputs)
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert [node.name for node in session.get_inputs()] == list(inputs)
@@ -392,7 +391,8 @@ def test_a_stranger_runs_a_program_without_transformers(tmp_path):
     model, inputs = adapted("vit-classifier"), make_inputs("vit-classifier")
     export_program(model, tmp_path / "model.pt2")
     torch.save({"x": inputs["pixel_values"], "logits": run(model, inputs)["logits"]}, tmp_path / "expected.pt")
-    run_script_alone("stranger_runs_program", cwd=tmp_path)
+    done = run_module(SCRIPTS / "stranger_runs_program.py", cwd=tmp_path, hub={})
+    assert done.returncode == 0, done.stderr
 
 
 def test_onnx_without_its_packages_names_the_extra(monkeypatch, tmp_path):

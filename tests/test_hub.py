@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hub_client import OWN_TEXT, lora_folder
 from hub_server import HubServer
+from processes import run_module
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -43,11 +43,9 @@ LOADED_AS = {
 }
 
 
-def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
-    """What a client's process sees: this server, a cache of its own, no login, every log."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+def settings(endpoint: str, home: Path, **more: str) -> dict[str, str]:
+    """What a client's process sees of the Hub: this server, a cache of its own, no login, every log."""
     return {
-        **kept,
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
@@ -61,17 +59,11 @@ def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     }
 
 
-def start(command: list[str], env: dict[str, str], log: Path, cwd: Path | None = None) -> subprocess.Popen[str]:
-    with log.open("w") as file:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": file, "text": True}
-        return subprocess.Popen([sys.executable, *command], env=env, cwd=cwd, **pipes)
-
-
-def finish(process: subprocess.Popen[str], log: Path) -> str:
-    """Everything the process has written."""
-    out, _ = process.communicate(timeout=900)
-    text = out + log.read_text()
-    assert process.returncode == 0, text[-4000:]
+def said(script: Path, *arguments: object, **options: Any) -> str:
+    """Everything that a process has written."""
+    done = run_module(script, *arguments, **options)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-4000:]
     return text
 
 
@@ -96,8 +88,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     with HubServer({AUTHOR: "author", OTHER: "other"}) as server:
         output = ""
         for role in ("author", "reader"):
-            env, log = environment(server.endpoint, folder / f"home-{role}"), folder / f"{role}.log"
-            output += finish(start([str(CLIENT), role, str(folder / role)], env, log), log)
+            output += said(CLIENT, role, folder / role, hub=settings(server.endpoint, folder / f"home-{role}"))
         facts = json.loads((folder / "author" / "facts.json").read_text())
         yield Session(server, folder, facts, output)
 
@@ -179,9 +170,8 @@ def test_the_snippet_of_a_pushed_card_runs_offline_from_the_cache(session: Sessi
     script = tmp_path / "snippet.py"
     check = "\nprint(type(base).__name__, sum(p.numel() for n, p in model.named_parameters() if 'register' in n))\n"
     script.write_text(snippet[1] + check)
-    env = environment("http://127.0.0.1:1", session.folder / "home-reader", HF_HUB_OFFLINE="1", HF_DEBUG="0")
-    log = tmp_path / "log"
-    assert "ViTForImageClassification 128\n" in finish(start([str(script)], env, log, tmp_path), log)
+    hub = settings("http://127.0.0.1:1", session.folder / "home-reader", HF_HUB_OFFLINE="1", HF_DEBUG="0")
+    assert "ViTForImageClassification 128\n" in said(script, cwd=tmp_path, hub=hub)
 
 
 def test_no_token_leaves_the_authorization_header(session: Session) -> None:
@@ -216,26 +206,21 @@ def failures(session: Session, tmp_path_factory: pytest.TempPathFactory) -> tupl
     server.seed("author/nested", {f"old/{name}": data for name, data in pickled.items()})
     server.seed("author/damaged", {"adapter_config.json": config, "adapter_model.safetensors": weights[:-7]})
     server.seed("author/lora", {p.name: p.read_bytes() for p in (folder / "lora").glob("adapter_*")})
-    log = folder / "stranger.log"
-    with server:
-        env = environment(server.endpoint, folder / "home")
-        process = start([str(CLIENT), "stranger", str(folder / "out")], env, log)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        seen = ""
-        for line in process.stdout:
-            seen += line
-            if line == "ready for: echo\n":
+    out = folder / "out"
+    with server, ThreadPoolExecutor(1) as pool:
+        client = pool.submit(said, CLIENT, "stranger", out, hub=settings(server.endpoint, folder / "home"))
+        for what in ("echo", "down"):
+            while not (out / f"ready-{what}").exists():
+                assert not client.done(), client.result()
+                time.sleep(0.02)
+            if what == "echo":
                 server.echo_token = True
-            elif line == "ready for: down\n":
-                server.stop()
             else:
-                continue
-            process.stdin.write("\n")
-            process.stdin.flush()
-        output = seen + finish(process, log)
+                server.stop()
+            (out / f"done-{what}").touch()
+        output = client.result()
     assert not [r for r in server.requests if r.method == "GET" and r.url.endswith("adapter_model.bin")]
-    return json.loads((folder / "out" / "facts.json").read_text()), output
+    return json.loads((out / "facts.json").read_text()), output
 
 
 @pytest.mark.parametrize(

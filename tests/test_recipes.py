@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers as tf
+from command_line import COMMAND, run_here
+from processes import run_killed
 from training_cases import start
-from training_helpers import ENVIRONMENT, ROOT, write_planted
+from training_helpers import ROOT, write_planted
 
 from register_adapter.testbed import load_image_processor
 
 pytestmark = pytest.mark.slow
 
 RECIPES = sorted(path.stem for path in (ROOT / "examples" / "recipes").glob("*.sh"))
-QUIETLY: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 900, "check": False}
 SHORT = ["--max-train-steps", "2", "--checkpointing-steps", "1", "--per-device-train-batch-size", "8", "--use-cpu"]
 
 
@@ -28,7 +25,7 @@ SHORT = ["--max-train-steps", "2", "--checkpointing-steps", "1", "--per-device-t
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The planted model, a CLIP, and scenes in two classes of the model's."""
     folder = tmp_path_factory.mktemp("case")
-    write_planted(folder, 64, seed=5, places=("blue star", "red circle"))
+    write_planted(folder, 32, seed=5, places=("blue star", "red circle"))
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {**sizes, "image_size": 80, "patch_size": 8}
     tf.CLIPModel(tf.CLIPConfig(vision_config=vision, text_config=sizes)).save_pretrained(folder / "clip")
@@ -36,21 +33,31 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(name: str, case: Path, out: Path, *more: str, **environment: str) -> dict[str, Any]:
-    """Arguments of a process."""
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a ``register-adapter`` that says what it is called with: words, each ended by 0, as is the call."""
+    tool = tmp_path_factory.mktemp("tools") / "register-adapter"
+    tool.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" ''\n")
+    tool.chmod(0o755)
+    return tool.parent
+
+
+def calls(name: str, case: Path, tools: Path, out: Path, *more: str) -> list[list[str]]:
+    """What the recipe calls ``register-adapter`` with."""
     given = {"MODEL": str(case / ("clip" if "clip" in name else "model")), "DATA": str(case / "images")}
-    places = {"PATH": tools, "OUT": str(out), "PYTHONPATH": str(ROOT)}
+    places = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OUT": str(out)}
     # The flags come last, where they win.
     words = ["bash", str(ROOT / "examples" / "recipes" / f"{name}.sh"), *SHORT, *more]
-    return {"args": words, "env": {**ENVIRONMENT, **given, **places, **environment}}
+    done = subprocess.run(words, env=os.environ | given | places, stdout=subprocess.PIPE, text=True, check=True)
+    return [call.split("\0") for call in done.stdout.removesuffix("\0\0").split("\0\0")]
 
 
-def run_here(name: str, case: Path, out: Path, *more: str) -> None:
-    """The recipe's command in this process, which has the libraries imported."""
-    done = subprocess.run(**command(name, case, out, *more, LAUNCH="printf %s\\0 train"), **QUIETLY)
-    assert done.returncode == 0, done.stderr
-    start(done.stdout.split("\0")[1:-1])  # before them stands what a fit has printed
+def run(call: list[str]) -> None:
+    """The command in this process, which has the libraries imported."""
+    if call[0] == "train":
+        start(call[1:])
+    else:
+        run_here(*call)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -59,23 +66,21 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs(name: str, case: Path, tmp_path: Path) -> None:
-    run_here(name, case, tmp_path / "out")
+def test_a_recipe_runs(name: str, case: Path, tools: Path, tmp_path: Path) -> None:
+    for call in calls(name, case, tools, tmp_path / "out"):
+        run(call)
     assert weights(tmp_path / "out")
 
 
-def test_a_killed_recipe_goes_on_to_the_same_adapter(case: Path, tmp_path: Path) -> None:
+def test_a_killed_recipe_goes_on_to_the_same_adapter(case: Path, tools: Path, tmp_path: Path) -> None:
     """Started again by the very same line; a run that was never killed ends at the same."""
-    name, more, out = "dinov2_refine_lora", ("--max-train-steps", "6"), tmp_path / "killed"
-    process = subprocess.Popen(**command(name, case, out, *more), stderr=subprocess.DEVNULL, start_new_session=True)
-    while not (out / "checkpoint-1").is_dir() and process.poll() is None:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    name, more, out = "dinov2_refine_lora", ("--max-train-steps", "5"), tmp_path / "killed"
+    (call,) = calls(name, case, tools, out, *more)
+    run_killed(out / "checkpoint-1", COMMAND, *call)
     assert list(out.glob("checkpoint-*"))
-    done = subprocess.run(**command(name, case, out, *more), **QUIETLY)
-    assert done.returncode == 0, done.stderr
-    run_here(name, case, tmp_path / "whole", *more)
+    assert not weights(out)
+    run(call)
+    run(*calls(name, case, tools, tmp_path / "whole", *more))
     assert weights(out) == weights(tmp_path / "whole")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from peft import AutoPeftModel
 from PIL import Image
 from processes import run_module, run_script, run_two_processes
 from safetensors.torch import load_file
-from training_helpers import ENVIRONMENT, ROOT, adapter_bytes, write_vit
+from training_helpers import ROOT, adapter_bytes, write_vit
 from transformers import TrainingArguments
 
 from register_adapter import add_registers
@@ -70,6 +68,7 @@ def test_metrics_are_means_over_the_whole_set(tmp_path: Path) -> None:
         assert metrics[f"eval_{name}"] == pytest.approx(value.mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [False, True])
 def test_two_batches_of_a_step_are_one(labelled: bool, tmp_path: Path) -> None:
     """With gradient accumulation the loss is a mean, whatever the model's forward accepts."""
@@ -133,13 +132,11 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_trainer_pushes_the_adapter(tmp_path: Path) -> None:
     token, out = "hf_TrainersTokenAsDfGh", tmp_path / "out"
-    kept = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")}
     with HubServer({token: "author"}) as server:
         hub = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token}
         hub |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
         script = ROOT / "tests" / "scripts" / "train_with_trainer.py"
-        command = [sys.executable, str(script), str(out), "4", "push"]
-        done = subprocess.run(command, env=kept | hub, capture_output=True, text=True, timeout=900, check=False)
+        done = run_module(script, out, 4, "push", hub=hub)
         assert done.returncode == 0, done.stderr
         commit = server.repos["author/by-trainer"].at("main")
     assert commit is not None

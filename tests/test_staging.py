@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -50,16 +50,23 @@ def test_a_file_is_not_a_folder_to_write_into(tmp_path: Path) -> None:
         check_writable(tmp_path / "file")
 
 
-@pytest.mark.slow
+def write_half(folder: Path, half: Any) -> None:
+    with staged(folder) as scratch:
+        (scratch / "half").write_text("half")
+        half.set()
+        time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("killed_while_staging.py")
-    killed = subprocess.Popen([sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE)
-    assert killed.stdout is not None
-    killed.stdout.readline()
+    half = multiprocessing.Event()
+    killed = multiprocessing.get_context("fork").Process(target=write_half, args=(tmp_path, half))
+    killed.start()
+    assert half.wait(600)
     with staged(tmp_path):
         assert len(list(tmp_path.glob(".register_adapter.*"))) == 2, "a living process lost its folder"
     killed.kill()
-    killed.wait()
+    killed.join()
     assert len(list(tmp_path.glob(".register_adapter.*"))) == 1
     check_writable(tmp_path)
     assert not list(tmp_path.glob(".register_adapter.*"))

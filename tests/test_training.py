@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +16,9 @@ import torch
 from accelerate.state import AcceleratorState
 from hub_server import HubServer
 from peft import AutoPeftModel
-from processes import run_module
+from processes import launched_as, run_killed, run_module, run_two_processes
 from safetensors.torch import load_file
-from training_helpers import ENVIRONMENT, ROOT, TRAIN, adapter_bytes, call, train_alone, write_photographs, write_vit
+from training_helpers import ROOT, adapter_bytes, write_photographs, write_vit
 from transformers import AutoImageProcessor, ViTForImageClassification
 
 from register_adapter import add_registers
@@ -198,37 +193,16 @@ def newest(out: Path) -> int:
     return int(saved[-1].name.rpartition("-")[2]) if saved else 0
 
 
-def kill_at(out: Path, step: int, delay: float, pid: int, running: Any) -> None:
-    """SIGKILL, ``delay`` seconds after the checkpoint of ``step`` is there."""
-    limit = time.monotonic() + 900
-    while newest(out) < step:
-        assert running(), f"the run ended before step {step}"
-        assert time.monotonic() < limit, f"step {step} was not reached"
-        time.sleep(0.002)
-    time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
-
-
 def kill_three_times(command: list[str], out: Path) -> int:
     """Trains until SIGKILL at a step and a moment drawn at random, three times; returns the last step killed at."""
     seed = random.SystemRandom().randrange(10**6)
     logging.getLogger(__name__).warning("seed of the kills: %d", seed)  # shown by pytest if the test fails
     rng = random.Random(seed)
-    # From a process that has imported the package and nothing else: a fork of this one, with threads of other tests in
-    # it, can hang.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["register_adapter.train"])
     step = 0
     for _ in range(3):
         step = rng.randint(max(step, newest(out)) + 1, max(step, newest(out)) + 5)
-        run = server.Process(target=train_alone, args=(command,))
-        run.start()
-        assert run.pid is not None
-        kill_at(out, step, rng.uniform(0, 0.05), run.pid, run.is_alive)
-        run.join()
-        assert run.exitcode == -signal.SIGKILL
-        with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)  # a worker that started just then does not notice
+        given = (out / f"checkpoint-{step}", "register_adapter.train", *command)
+        run_killed(*given, delay=rng.uniform(0, 0.05))
         assert newest(out) >= step
     return step
 
@@ -256,9 +230,7 @@ def test_killed_and_resumed_as_a_user_would(
     vit: Path, photos: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = flags(vit, photos, tmp_path, *RUN, "--checkpointing_steps", "1")
-    with subprocess.Popen([*TRAIN, *given], env=ENVIRONMENT, stderr=subprocess.DEVNULL) as run:
-        kill_at(tmp_path, 7, 0.0, run.pid, lambda: run.poll() is None)
-    assert run.returncode == -signal.SIGKILL
+    run_killed(tmp_path / "checkpoint-7", "register_adapter.train", *given)
     main([*given, "--resume_from_checkpoint", "latest"])
     assert "images/s" in capfd.readouterr().err
     assert read_results(tmp_path)["resumed_from_step"] >= 7
@@ -385,16 +357,28 @@ def test_checkpoints_of_an_earlier_run_are_never_mixed_with_new_ones(
 # Two processes
 
 
+def test_accelerate_launches_what_the_tests_run_two_processes_with(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, pathlib\n"
+        "pathlib.Path(__file__).with_name(os.environ['RANK']).write_text(json.dumps(dict(os.environ)))\n"
+    )
+    launch = ["--main_process_port", "0", "--config_file", ROOT / "examples" / "configs" / "cpu.yaml"]
+    done = run_module("accelerate.commands.launch", *launch, script)
+    assert done.returncode == 0, done.stderr
+    for rank, ours in enumerate(launched_as(29500)):
+        theirs = json.loads((tmp_path / str(rank)).read_text())
+        del ours["MASTER_PORT"]  # is drawn
+        assert ours.items() <= theirs.items()
+
+
 def test_two_processes_train_and_save_what_one_does(photos: Path, tmp_path: Path) -> None:
     vit = write_vit(tmp_path / "vit", ["a", "b"], dropout=0.0)
     common = ["--num_train_epochs", "2", "--seed", "5", "--learning_rate", "0.01"]
     main(flags(vit, photos, tmp_path / "one", *common, "--per_device_train_batch_size", "10"))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launch += ["--config_file", str(ROOT / "examples" / "configs" / "cpu.yaml")]
-    script = str(ROOT / "tests" / "two_processes.py")
     more = [*common, "--per_device_train_batch_size", "5", "--checkpointing_steps", "2"]
-    done = call([*launch, script, *flags(vit, photos, tmp_path / "two", *more)])
-    assert done.returncode == 0, done.stderr
+    for process in run_two_processes(ROOT / "tests" / "two_processes.py", *flags(vit, photos, tmp_path / "two", *more)):
+        assert process.returncode == 0, process.stderr
     alone, shared = read_results(tmp_path / "one"), read_results(tmp_path / "two")
     assert shared["hardware"]["num_processes"] == 2
     assert shared["global_step"] == alone["global_step"] == 6
@@ -525,12 +509,10 @@ def test_tensorboard_gets_the_losses(vit: Path, photos: Path, tmp_path: Path) ->
 def test_push_to_hub_uploads_all_and_shows_no_token(vit: Path, photos: Path, tmp_path: Path) -> None:
     token = "hf_TrainersTokenQwErTy"
     more = ["--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "author/regs"]
-    kept = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HF_")}
     with HubServer({token: "author"}) as server:
         hub = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token, "HF_DEBUG": "1"}
         hub |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
-        command = [*TRAIN, *flags(vit, photos, tmp_path / "out", *more)]
-        done = subprocess.run(command, env=kept | hub, capture_output=True, text=True, timeout=900, check=False)
+        done = run_module("register_adapter.train", *flags(vit, photos, tmp_path / "out", *more), hub=hub)
         assert done.returncode == 0, done.stderr
         commit = server.repos["author/regs"].at("main")
     assert commit is not None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_signalled
 from safetensors.torch import load_file
 from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
-from training_helpers import ENVIRONMENT, TRAIN, adapter_bytes
+from training_helpers import adapter_bytes
 
 from register_adapter.training import ClassificationObjective, TrainArguments, checkpoints
 from register_adapter.training.checkpoints import TrainState
@@ -311,17 +309,9 @@ def test_an_ignored_signal_stays_ignored() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs process groups")
 def test_a_terminal_interrupts_the_loaders_workers_too(case: Path, tmp_path: Path) -> None:
     more = ["--max-train-steps", "100000", "--dataloader-num-workers", "1", "--checkpointing-steps", "2"]
-    command = [*TRAIN, *flags(case, tmp_path, *more, "--checkpoints-total-limit", "1")]
-    with subprocess.Popen(
-        command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as run:
-        limit = time.monotonic() + 600
-        while not checkpoints.find_all(tmp_path):
-            assert run.poll() is None, run.communicate()
-            assert time.monotonic() < limit
-            time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGINT)
-        _, said = run.communicate(timeout=600)
+    given = flags(case, tmp_path, *more, "--checkpoints-total-limit", "1")
+    run = run_signalled(signal.SIGINT, tmp_path / "checkpoint-2", "register_adapter.train", *given)
+    said = run.stderr
     assert run.returncode == 130, said
     assert "Traceback" not in said
     last = said.strip().splitlines()[-1]

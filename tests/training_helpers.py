@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-import os
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 
 ROOT = Path(__file__).parent.parent
-PHOTOS = [sys.executable, str(ROOT / "examples" / "real_photographs.py")]
-TRAIN = [sys.executable, "-m", "register_adapter.train"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def load_example(name: str) -> Any:
@@ -67,25 +60,10 @@ def write_planted(folder: Path, count: int, seed: int = 3, places: Sequence[str]
 
 
 def write_photographs(folder: Path, *options: str) -> Path:
-    subprocess.run([*PHOTOS, str(folder), *options], check=True, env=ENVIRONMENT, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["real_photographs.py", str(folder), *options])
+        load_example("real_photographs").main()
     return folder
-
-
-def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False, **options)
-
-
-def train_alone(argv: list[str]) -> None:
-    """The command line's main, as the target of a process of its own."""
-    from register_adapter.training.launch import main
-
-    torch.set_num_threads(1)
-    # tqdm shares one lock over forks, and a killed process keeps it.
-    tqdm.set_lock(threading.RLock())
-    # The loader's workers are children of this process, as in a run of its own, and in its group.
-    multiprocessing.set_start_method("fork", force=True)
-    os.setsid()
-    main(argv)
 
 
 def adapter_bytes(folder: Path) -> bytes:

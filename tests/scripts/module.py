@@ -9,7 +9,7 @@ from pathlib import Path
 if __name__ == "__main__":
     del sys.argv[0]
     name = sys.argv[0]
-    if name.endswith(".py"):
+    if Path(name).is_file():
         sys.path[0] = str(Path(name).parent)
         runpy.run_path(name, run_name="__main__")
     else:
