@@ -32,8 +32,8 @@ every_name = pytest.mark.parametrize("name", NAMES)
 every_way = pytest.mark.parametrize("way", WAYS)
 #: Where the way and the model do not meet in the code under test: every way on a ViT, three on every other model.
 ways_in_turn = pytest.mark.parametrize(("name", "way"), crossings(NAMES, WAYS, whole=("vit",), each=3))
-#: The same where a case takes seconds: one on every other model.
-ways_in_few = pytest.mark.parametrize(("name", "way"), crossings(NAMES, WAYS, whole=("vit",)))
+#: The same where a case takes seconds: every way on one model, and every model with one way.
+each_way_once = pytest.mark.parametrize(("name", "way"), crossings(NAMES, WAYS))
 
 
 def ways_in_turn_by(option: str, values: Iterable[Any], names: list[str] = NAMES) -> pytest.MarkDecorator:
@@ -81,7 +81,8 @@ def compiled(model: torch.nn.Module, backend: str = "eager") -> Any:
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
-@ways_in_few
+@pytest.mark.slow
+@each_way_once
 @pytest.mark.usefixtures("_no_graphs")
 def test_the_whole_model_is_one_graph(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
@@ -101,11 +102,10 @@ def test_a_graph_can_return_hidden_states_after_an_eager_pass() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["deep", "gate"])
 @pytest.mark.usefixtures("_no_graphs")
-def test_a_compiled_model_follows_the_active_adapter(way: str) -> None:
+def test_a_compiled_model_follows_the_active_adapter() -> None:
     model, inputs = registered("vit", "default"), make_inputs("vit")
-    model.add_adapter("other", RegisterConfig(num_registers=5, init_std=1.0, **WAYS[way]))
+    model.add_adapter("other", RegisterConfig(num_registers=5, init_std=1.0, **WAYS["deep"], **WAYS["gate"]))
     graph = compiled(model.eval())
     for adapter in ("default", "other", "default"):
         model.set_adapter(adapter)
@@ -115,7 +115,7 @@ def test_a_compiled_model_follows_the_active_adapter(way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["deep", "gate", "neurons"])
+@pytest.mark.parametrize("way", ["deep", "gate", "key_value", "neurons"])
 @pytest.mark.usefixtures("_no_graphs")
 def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
     model, inputs = registered("vit", way).train(), make_inputs("vit")
@@ -127,10 +127,10 @@ def test_a_compiled_training_step_has_the_eager_gradients(way: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "way"), [("dinov2", "default"), ("siglip2-vision", "key_value")])
 @pytest.mark.usefixtures("_no_graphs")
-def test_inductor_trains(name: str, way: str) -> None:
-    model, inputs = registered(name, way).train(), make_inputs(name)
+def test_inductor_trains() -> None:
+    name = "dinov2"
+    model, inputs = registered(name, "default").train(), make_inputs(name)
     expected = gradients(model, inputs)
     graph = compiled(model, "inductor")
     with as_far_as_the_base(lambda: run(compiled(build(name)), inputs)):
@@ -146,7 +146,8 @@ def batch_of(inputs: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tens
     return {key: torch.cat([value] * size)[:size] for key, value in inputs.items()}
 
 
-@ways_in_few
+@pytest.mark.slow
+@each_way_once
 def test_an_exported_program_takes_any_batch(name: str, way: str) -> None:
     model, inputs = registered(name, way), make_inputs(name)
     free = name != "siglip2-vision"  # its position embeddings are resized image by image, with or without registers
