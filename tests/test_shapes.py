@@ -41,7 +41,7 @@ ATTENTIONS, COUNTS, PRECISIONS, FORMS = ("eager", "sdpa"), (1, 4, 16), ("float32
     ("name", "attention", "num_registers", "precision", "form"),
     sorted(
         {
-            *crossings(crossings(CASES, ATTENTIONS, whole=CASES), COUNTS, PRECISIONS, FORMS),
+            *crossings(CASES, ATTENTIONS, COUNTS, PRECISIONS, FORMS),
             *crossings(KINDS, ATTENTIONS, COUNTS, PRECISIONS, FORMS, each=4),
         }
     ),
