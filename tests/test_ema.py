@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import IMAGE, build
 from safetensors.torch import load_file
 from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
 from training_helpers import adapter_bytes
 
 from register_adapter import add_registers
-from register_adapter.testbed import load_vit
 from register_adapter.training import AverageWeights, Callback, ClassificationObjective, TrainArguments, train
 from register_adapter.training.interruption import Interrupted, Interruption
 
@@ -54,7 +54,7 @@ class Record(Callback):
 
 def seeded() -> Any:
     torch.manual_seed(0)
-    return add_registers(load_vit(), 2)
+    return add_registers(build("vit-classifier"), 2)
 
 
 def trained(model: Any) -> torch.Tensor:
@@ -63,7 +63,7 @@ def trained(model: Any) -> torch.Tensor:
 
 
 def items() -> list[dict[str, Any]]:
-    pixels = torch.randn(8, 3, 80, 80, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(8, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
     return [{"pixel_values": image, "labels": index % 3, "index": index} for index, image in enumerate(pixels)]
 
 

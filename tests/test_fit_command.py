@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fit")
     load_planted_vit().model.save_pretrained(folder / "model")
     load_image_processor().save_pretrained(folder / "model")
-    SceneDataset(64, seed=4, split=None).write(folder / "images")
+    SceneDataset(40, seed=4, split=None).write(folder / "images")
     (folder / "images" / "notes.txt").write_text("not an image")
     return folder
 
@@ -47,8 +47,8 @@ def test_on_a_model_and_images_of_ones_own(
         assert len(neurons[planting.block]) == 2
         return
     assert sorted(neurons[planting.block]) == list(planting.neurons)
-    scenes = SceneDataset(32, seed=77, split="test")
-    pixels = load_image_processor()(images=[scenes.scene(index).pil for index in range(32)], return_tensors="pt")
+    scenes = SceneDataset(16, seed=77, split="test")
+    pixels = load_image_processor()(images=[scenes.scene(index).pil for index in range(16)], return_tensors="pt")
     before, after = (patch_norms(looked_at, [pixels["pixel_values"]]) for looked_at in (planting.model, model))
     assert (before > 3 * before.median()).any()
     assert not (after > 3 * after.median()).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,6 +217,7 @@ def test_items_without_what_is_needed_are_refused(items: list[dict[str, Any]]) -
 # Runs
 
 
+@pytest.mark.slow
 def test_smoothing_brings_the_base_towards_its_clean_twin(items: list[dict[str, Any]], tmp_path: Path) -> None:
     """Deep registers, a few steps: less loss, and nothing of the base moves."""
     model = add_registers(load_planted_vit().model, 4, deep=True)
@@ -235,9 +237,10 @@ def test_smoothing_brings_the_base_towards_its_clean_twin(items: list[dict[str, 
 def heap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The planted model, and a folder of images without classes."""
     folder = tmp_path_factory.mktemp("heap")
-    return write_planted(folder, 40, seed=8, places=("deeper", "", ""))
+    return write_planted(folder, 24, seed=8, places=("deeper", "", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "options"),
     [
@@ -255,7 +258,7 @@ def test_the_command_trains_on_a_heap_of_images(
     assert call(monkeypatch, *given, "--output-dir", str(tmp_path / "out")) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["objective"]["name"].startswith(objective + "+")
-    assert results["train_samples"] + results["eval_samples"] == 40
+    assert results["train_samples"] + results["eval_samples"] == 24
     assert {"eval_loss", f"eval_{objective}", "eval_largest_norm"} <= set(results["metrics"])
     # Resumed from its first step, in another folder, it comes to the same adapter.
     resume = ["--resume-from-checkpoint", str(tmp_path / "out" / "checkpoint-1")]
@@ -323,6 +326,7 @@ def test_the_backbone_of_a_classifier_or_a_pair_of_towers_is_loaded(tmp_path: Pa
 # Stored targets
 
 
+@pytest.mark.slow
 def test_a_run_from_stored_targets_is_the_run_without(
     items: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +336,7 @@ def test_a_run_from_stored_targets_is_the_run_without(
         torch.manual_seed(0)
         model = add_registers(load_planted_vit().model, 2)
         args = TrainArguments(max_train_steps=3, quiet=True, **options)
-        train(model, DistillationObjective(num_views=2), items[:20], args, image_processor=load_image_processor())
+        train(model, DistillationObjective(num_views=2), items[:12], args, image_processor=load_image_processor())
         return next(value for value in model.parameters() if value.requires_grad).detach()
 
     store = {"target_store": str(tmp_path / "targets"), "target_dtype": "float32"}
@@ -344,6 +348,29 @@ def test_a_run_from_stored_targets_is_the_run_without(
         run()
 
 
+def run_from_store(
+    store: Path,
+    items: list[dict[str, Any]],
+    objective: Any = None,
+    base: Any = None,
+    images: slice = slice(12),
+    dtype: str = "bfloat16",
+    turned: bool = False,
+) -> None:
+    chosen = [{**item, "pixel_values": item["pixel_values"].flip(1, 2)} if turned else item for item in items[images]]
+    model = add_registers(base() if base else load_planted_vit().model, 2)
+    args = TrainArguments(max_train_steps=1, quiet=True, target_store=str(store), target_dtype=dtype)
+    train(model, objective or DistillationObjective(num_views=2), chosen, args, image_processor=str)
+
+
+@pytest.fixture(scope="module")
+def stored_targets(items: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run has stored, of which others can use nothing."""
+    store = tmp_path_factory.mktemp("stored") / "targets"
+    run_from_store(store, items)
+    return store
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -351,30 +378,16 @@ def test_a_run_from_stored_targets_is_the_run_without(
         ({"objective": RefinementObjective(LINE)}, "targets of refine are other ones in every step"),
         ({"objective": OBJECTIVES["classification"]()}, "asks the frozen base for nothing"),
         ({"base": load_vit}, r"differing: base\)"),
-        ({"images": slice(1, 21)}, r"image \d+ is not the one that its targets"),
+        ({"images": slice(1, 13)}, r"image \d+ is not the one that its targets"),
         ({"turned": True}, r"image 0 is not the one that its targets"),
-        ({"images": slice(0, 19)}, r"differing: count\)"),
+        ({"images": slice(0, 11)}, r"differing: count\)"),
         ({"dtype": "int8"}, r"differing: dtype\)"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_targets_of_something_else_are_refused(
-    change: dict[str, Any], message: str, items: list[dict[str, Any]], tmp_path: Path
+    change: dict[str, Any], message: str, items: list[dict[str, Any]], stored_targets: Path, tmp_path: Path
 ) -> None:
-    def run(
-        objective: Any = None,
-        base: Any = None,
-        images: slice = slice(20),
-        dtype: str = "bfloat16",
-        turned: bool = False,
-    ) -> None:
-        chosen = [
-            {**item, "pixel_values": item["pixel_values"].flip(1, 2)} if turned else item for item in items[images]
-        ]
-        model = add_registers(base() if base else load_planted_vit().model, 2)
-        args = TrainArguments(max_train_steps=3, quiet=True, target_store=str(tmp_path), target_dtype=dtype)
-        train(model, objective or DistillationObjective(num_views=2), chosen, args, image_processor=str)
-
-    run()
+    shutil.copytree(stored_targets, tmp_path / "targets")
     with pytest.raises(ValueError, match=message):
-        run(**change)
+        run_from_store(tmp_path / "targets", items, **change)

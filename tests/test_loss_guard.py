@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import IMAGE, build
 from peft import AutoPeftModel
 from safetensors.torch import load_file
 from training_cases import flags, start, stopped, write_case
 from training_helpers import adapter_bytes
 
 from register_adapter import add_registers
-from register_adapter.testbed import load_vit
 from register_adapter.training import ClassificationObjective, TrainArguments, train
 
 
@@ -50,12 +50,12 @@ FAULTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 
 def items(count: int = 16) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(count, 3, 80, 80, generator=generator)
+    pixels = torch.randn(count, 3, IMAGE, IMAGE, generator=generator)
     return [{"pixel_values": image, "labels": 0, "index": index} for index, image in enumerate(pixels)]
 
 
 def run(data: Any, objective: Any, out: Path | None = None, **options: Any) -> Any:
-    model = add_registers(load_vit(), 2)
+    model = add_registers(build("vit-classifier"), 2)
     options = {"max_train_steps": 8, "per_device_train_batch_size": 2, "quiet": True, "use_cpu": True, **options}
     train(model, objective, data, TrainArguments(None if out is None else str(out), **options))
     return model

@@ -390,7 +390,7 @@ def test_it_fits_every_width(page: Path, opened: _Open, width: int) -> None:
 @pytest.mark.slow
 def test_the_page_of_a_real_audit(opened: _Open, tmp_path: Path) -> None:
     """The shipped model with planted artifacts, and the same with registers that nobody trained."""
-    scenes, processor = SceneDataset(48, seed=10_001, split=None), load_image_processor()
+    scenes, processor = SceneDataset(32, seed=10_001, split=None), load_image_processor()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = add_registers(load_planted_vit().model, 2)

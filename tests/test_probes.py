@@ -459,7 +459,7 @@ def test_every_kind_of_token_of_a_real_model_has_a_row(name: str, registers: int
     before = hooks(model)
     threshold = Threshold("fixed", high=float(_norms(model, pixels).median()))
     batches = [{"pixel_values": part, "labels": torch.arange(12) % 2} for part in pixels.split(12)]
-    report = probe_tokens(model, batches, threshold=threshold, min_images=10)
+    report = probe_tokens(model, batches, threshold=threshold, min_images=10, max_iter=30)
     native = families.CASES[name].family in ("dinov2_with_registers", "dinov3_vit")
     expected = CASES[name] if native or "native" not in str(CASES[name]) else CASES[name][:1]
     names = ["normal", "outlier", *expected, *(f"register {number}" for number in range(registers))]
@@ -492,7 +492,7 @@ def test_models_of_other_libraries_too(name: str) -> None:
     stacks = pytest.importorskip("stacks_cases")
     model = add_registers(stacks.build_stack(name), 2).eval()
     pixels = stacks.images(batch=24)
-    report = probe_tokens(model, [(pixels[:12], [0, 1] * 6), (pixels[12:], [1, 0] * 6)], min_images=10)
+    report = probe_tokens(model, [(pixels[:12], [0, 1] * 6), (pixels[12:], [1, 0] * 6)], min_images=10, max_iter=30)
     names = ["normal", "outlier", *STACKS[name], "register 0", "register 1"]
     assert [row.tokens for row in report.rows] == names
     assert report.grid == (4, 4)
@@ -502,14 +502,14 @@ def test_models_of_other_libraries_too(name: str) -> None:
 def test_the_planted_vit() -> None:
     """Figures of the shipped model are in docs/probes.md; here, that they are figures."""
     model, processor = load_planted_vit().model, load_image_processor()
-    scenes = list(SceneDataset(260, seed=21, split=None))
-    parts = [scenes[:60], scenes[60:160], scenes[160:]]
+    scenes = list(SceneDataset(180, seed=21, split=None))
+    parts = [scenes[:40], scenes[40:110], scenes[110:]]
     pixels = [processor([item["image"] for item in part], return_tensors="pt")["pixel_values"] for part in parts]
     labels = [torch.tensor([item["label"] for item in part]) for part in parts]
     threshold = Threshold("fixed", high=3 * float(_norms(model, pixels[0]).median()))  # on images that are not probed
     snapshot = Snapshot(model, {"pixel_values": pixels[0][:2]})
     report = probe_tokens(
-        model.train(), list(zip(pixels[1:], labels[1:], strict=True)), threshold=threshold, min_images=50
+        model.train(), list(zip(pixels[1:], labels[1:], strict=True)), threshold=threshold, min_images=35
     )
     assert model.training
     model.eval()

@@ -24,14 +24,14 @@ from register_adapter.training.objectives.tokens import read_tokens
 
 @pytest.fixture(scope="module")
 def items() -> list[dict[str, Any]]:
-    scenes = ProcessedDataset(SceneDataset(48, seed=11), load_image_processor())
+    scenes = ProcessedDataset(SceneDataset(32, seed=11), load_image_processor())
     return [{"pixel_values": scenes[index]["pixel_values"], "index": index} for index in range(len(scenes))]
 
 
 @pytest.fixture(scope="module")
 def batches(items: list[dict[str, Any]]) -> list[torch.Tensor]:
     pixels = torch.stack([item["pixel_values"] for item in items])
-    return list(torch.split(pixels, 24))
+    return list(torch.split(pixels, 16))
 
 
 # Outliers
@@ -120,6 +120,7 @@ def teacher(batches: list[torch.Tensor], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("moves", ["registers", "lora"])
 def test_its_tokens_are_the_targets(
@@ -156,6 +157,7 @@ def test_what_the_teacher_is_belongs_to_the_recipe(teacher: Path, items: list[di
     assert details(teacher) != details(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_training_towards_a_teacher_repairs(teacher: Path, items: list[dict[str, Any]], tmp_path: Path) -> None:
     objective = DistillationObjective(1, teacher=str(teacher))
     model = wrap(load_planted_vit().model, objective, train="lora")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     load_planted_vit().model.save_pretrained(folder / "model")
     load_image_processor().save_pretrained(folder / "model")
-    SceneDataset(120, seed=3, split=None).write(folder / "images")
+    SceneDataset(64, seed=3, split=None).write(folder / "images")
     return folder
 
 
@@ -147,9 +148,7 @@ def test_an_annealed_run_can_be_resumed(planted: Path, tmp_path: Path) -> None:
     options = ("--init", "test_time", "--neurons", "anneal", "--checkpointing_steps", "3")
     main(flags(planted, tmp_path / "whole", *options))
     assert not trained(tmp_path / "whole")["strength"].any()
-    main(flags(planted, tmp_path / "parts", *options))
-    for left in sorted((tmp_path / "parts").glob("checkpoint*"))[1:]:
-        left.rename(tmp_path / left.name)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "parts" / "checkpoint-3")
     main(flags(planted, tmp_path / "parts", *options, "--resume_from_checkpoint", "latest"))
     assert adapter_bytes(tmp_path / "parts") == adapter_bytes(tmp_path / "whole")
 
