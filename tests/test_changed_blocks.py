@@ -159,6 +159,7 @@ def test_a_replaced_tower_is_refused_by_name() -> None:
     assert_identical(run(model, inputs), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap", [partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compile", "parallel"]
 )

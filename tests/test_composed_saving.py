@@ -58,6 +58,7 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
+@pytest.mark.slow
 def test_the_trainer_saves_and_resumes_all_adapters(tmp_path: Path) -> None:
     whole = composed()
     trainer(whole, tmp_path).train()

@@ -59,6 +59,7 @@ def measured(folder: Path) -> tuple[dict[str, Any], str, str]:
     return written, said, (folder / "out" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_adapters_stand_beside_the_model(folder: Path, measured: Any) -> None:
     written, said, _ = measured
     names = [str(folder / "model"), "adapter", str(folder / "second" / "adapter")]

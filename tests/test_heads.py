@@ -150,6 +150,7 @@ def test_registers_of_a_head_model_load_onto_the_backbone(route: str, trained: P
         assert torch.equal(again(PIXELS).last_hidden_state, expected)
 
 
+@pytest.mark.slow
 def test_the_commands_take_an_adapter_with_a_head(trained: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     for name in ("a", "b"):

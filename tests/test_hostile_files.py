@@ -165,6 +165,7 @@ def places(values: dict[str, Any]) -> list[tuple[str, ...]]:
     return [*((name,) for name in fields), *inner, *anatomy]
 
 
+@pytest.mark.slow
 def test_a_config_with_any_value_anywhere_is_refused_or_fits(subject: tuple[Snapshot, Path], tmp_path: Path) -> None:
     snapshot, good = subject
     config = json.loads((good / "adapter_config.json").read_text())

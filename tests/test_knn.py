@@ -172,6 +172,7 @@ def test_several_resolutions_are_refused(model: Any) -> None:
 # The evaluation
 
 
+@pytest.mark.slow
 def test_models_side_by_side(model: Any, train: Drawn, test: Drawn, processor: Any) -> None:
     report = evaluate_knn(
         {"planted": model, "clean": load_vit()}, train, test, k=(1, 5, 100), image_processor=processor
@@ -219,6 +220,7 @@ def test_a_pair_and_a_folder_say_the_same(
     assert by_folder.settings["classes"] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_store_is_filled_once_and_read_afterwards(
     model: Any, train: Drawn, test: Drawn, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

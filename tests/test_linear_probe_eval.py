@@ -43,6 +43,7 @@ def report(model: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_row_is_scikit_learns_classifier_with_the_chosen_penalty(report: Any, model: Any) -> None:
     (train, labels), (test, truth) = _pixels(24, 1), _pixels(12, 2)
     read = [read_features(model, pixels, blocks=4, reading=Reading()) for pixels in (train, test)]

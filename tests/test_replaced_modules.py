@@ -76,6 +76,7 @@ def test_registers_enter_as_a_copy_of_their_parameter(options: dict[str, Any]) -
     assert counter.get_total_flops() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"key_value": True}, {"gate": -1.0}], ids=str)
 def test_a_pickled_model_runs_in_another_process(options: dict[str, Any], tmp_path: Path) -> None:
     model = add_registers(build("vit", "sdpa"), 3, init_std=1.0, **options).eval()
@@ -85,6 +86,7 @@ def test_a_pickled_model_runs_in_another_process(options: dict[str, Any], tmp_pa
     torch.testing.assert_close(torch.load(tmp_path / "hidden.pt"), run(model, inputs)["last_hidden_state"])
 
 
+@pytest.mark.slow
 def test_the_first_pass_of_a_loaded_trainable_adapter_is_one_graph(tmp_path: Path) -> None:
     add_registers(build("vit"), 3, init_std=1.0).save_pretrained(tmp_path)
     inputs = make_inputs("vit")

@@ -40,6 +40,7 @@ def test_an_unknown_name_says_which_there_are(tmp_path: Path) -> None:
         RegisterConfig(base_model_name_or_path="register-adapter://other")
 
 
+@pytest.mark.slow
 def test_what_fit_writes_loads_without_a_base_at_hand(tmp_path: Path) -> None:
     out = tmp_path / "fitted"
     run_fit(FitArguments("planted", "scenes", str(out), max_images=24))

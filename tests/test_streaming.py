@@ -107,6 +107,7 @@ def test_a_bad_image_is_left_out_or_refused(case: Path, caplog: pytest.LogCaptur
         list(StreamedBatches(StreamedDataset(stream, processor), 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shards", "more"),
     [

@@ -67,6 +67,7 @@ def test_the_clean_twin_has_no_outliers(held_out):
         assert summarise_norms(trace.patches(layer).norm(dim=-1)).share == 0
 
 
+@pytest.mark.slow
 def test_planted_artifacts_have_the_published_signature(planting, held_out):
     pixel_values, _ = held_out
     tower = find_tower(planting.model)

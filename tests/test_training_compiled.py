@@ -24,6 +24,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_case(tmp_path_factory.mktemp("case"))
 
 
+@pytest.mark.slow
 def test_a_compiled_run_learns_the_same(case: Path, tmp_path: Path) -> None:
     given = (*SHORT, "--train", "registers+gates+lora", "--objective", "distillation", "--num-views", "2")
     start(flags(case, tmp_path / "eager", *given))
@@ -37,6 +38,7 @@ def test_a_compiled_run_learns_the_same(case: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4, msg=f"{file} {name}")
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_while_it_lasts_and_plain_afterwards() -> None:
     model = put_on(load_planted_vit().model, Moving(registers=True, lora=True))
     blocks = find_tower(model).part("blocks")

@@ -31,6 +31,7 @@ def events(out: Path) -> Any:
 TRACKED = ("--with-tracking", "--report-to", "tensorboard", "--ema-decay", "0.5")
 
 
+@pytest.mark.slow
 def test_every_evaluation_is_logged_with_an_audit_and_two_images(case: Path, tmp_path: Path) -> None:
     start(flags(case, tmp_path / "watched", *TRACKED))
     logged = events(tmp_path / "watched")
