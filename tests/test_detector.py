@@ -423,15 +423,15 @@ def low_norm():
     with pytest.MonkeyPatch.context() as patch:
         # The images are plain, so the neurons are not made to stand every other view of one.
         patch.setattr(plant, "_VIEWS", plant._VIEWS[:3])
-        return clean, weights, plant_low_norm_artifacts(clean, 3, pixels(32, 7), norm=0.5, seed=11, attraction_steps=12)
+        return clean, weights, plant_low_norm_artifacts(clean, 3, pixels(48, 7), norm=0.5, seed=11)
 
 
 @pytest.mark.slow
 def test_it_finds_low_norm_artifacts_better_than_any_norm(low_norm):
     """Whatever the layer, with high norms or norms far from the median either way as the score."""
     _, _, planting = low_norm
-    detector = train_detector(planting.model, pixels(112, 1), num_steps=160, progress=False)
-    images = pixels(64, 30_001, "test")
+    detector = train_detector(planting.model, pixels(128, 1), num_steps=200, progress=False)
+    images = pixels(96, 30_001, "test")
     truth = planting.hits(images).flatten()
     with torch.no_grad(), capture(planting.model, attentions=False) as trace:
         planting.model(pixel_values=images)
