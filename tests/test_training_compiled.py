@@ -1,17 +1,20 @@
-"""``--torch-compile``: the same adapter as without it, and no trace of it on the model afterwards."""
+"""Blocks that are compiled or checkpointed: the same adapter as without, and no trace of it on the model afterwards."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from training_cases import flags, start, stopped, write_case
 
 from register_adapter import find_tower
 from register_adapter.testbed import load_planted_vit
-from register_adapter.training.compiling import compiled_blocks
+from register_adapter.training import TrainArguments
+from register_adapter.training.block_modes import check_modes, compiled_blocks
 from register_adapter.training.moving import Moving, put_on
 
 #: Traces what inductor would compile, and computes it as the eager model does.
@@ -62,3 +65,34 @@ def test_blocks_are_compiled_while_it_lasts_and_plain_afterwards() -> None:
 def test_an_unknown_backend_is_refused(case: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert stopped(flags(case, tmp_path / "out", "--torch-compile-backend", "none")) == 2
     assert "torch_compile_backend must be one of" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("train", ["registers", "registers+gates+lora"])
+def test_a_checkpointed_run_learns_the_same_and_computes_blocks_again(
+    case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str
+) -> None:
+    again = []
+    original = transformers.modeling_utils.checkpoint
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        again.append(kwargs.get("use_reentrant"))
+        return original(*args, **kwargs)
+
+    given = (*SHORT, "--train", train, "--objective", "distillation", "--num-views", "2")
+    start(flags(case, tmp_path / "plain", *given))
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    start(flags(case, tmp_path / "checkpointed", *given, "--gradient-checkpointing"))
+    assert again
+    assert set(again) == {False}
+    for path in (tmp_path / "plain").rglob("adapter_model.safetensors"):
+        plain, other = load_file(path), load_file(tmp_path / "checkpointed" / path.relative_to(tmp_path / "plain"))
+        for name, value in plain.items():
+            torch.testing.assert_close(other[name], value, atol=1e-5, rtol=1e-4, msg=f"{path} {name}")
+
+
+def test_a_model_without_checkpointing_is_refused() -> None:
+    model = put_on(load_planted_vit().model, Moving(registers=True))
+    for module in model.modules():
+        module.supports_gradient_checkpointing = False
+    with pytest.raises(ValueError, match="has no gradient checkpointing"):
+        check_modes(model, TrainArguments(gradient_checkpointing=True))

@@ -81,6 +81,7 @@ class TrainArguments:
     )
     torch_compile: bool = _knob(False, "Compile the blocks of the tower, which takes a while at the start.")
     torch_compile_backend: str | None = _knob(None, "Backend for that; default inductor. Implies --torch-compile.")
+    gradient_checkpointing: bool = _knob(False, "Compute blocks again in the backward pass: less memory, more time.")
     logging_steps: int = _knob(10, "Optimiser steps between two values of the loss.")
     with_tracking: bool = _knob(False, "Log to an experiment tracker.")
     audit_images: int = _knob(

@@ -26,9 +26,9 @@ from ..utils.parameters import trainable_by_part, trained_parameters
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
+from .block_modes import block_modes, check_modes
 from .callbacks import AverageWeights, Callback, WatchArtifacts
 from .checkpoints import TrainState
-from .compiling import compiled_blocks
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
 from .loop import Loop
 from .objectives import Objective
@@ -120,6 +120,7 @@ def train(
         trainable = _trainable(model)
         if isinstance(train_data, StreamedDataset):
             check_streamed(args)
+        check_modes(model, args)
         objective.prepare(model, getattr(train_data, "head", train_data))
         if args.target_store is not None:
             model.to(accelerator.device)
@@ -136,9 +137,8 @@ def train(
         )
         resumed, first_step = loop.checkpoint, loop.state.global_step
         _open_outputs(accelerator, args, resumed is not None, run_config)
-        compiled = compiled_blocks(model, args.torch_compile_backend) if args.torch_compile else nullcontext()
         try:
-            with compiled:
+            with block_modes(model, args):
                 metrics = loop.fit()
                 metrics |= _finish(loop, model)
         except Interrupted as stop:  # a second Ctrl-C does not wait to say it

@@ -1,0 +1,118 @@
+"""How the blocks compute during a run: compiled, checkpointed; nothing of it is left on the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+
+from ..features.layout import tower_of
+from .arguments import TrainArguments
+
+__all__ = ["block_modes", "check_modes", "checkpointed_blocks", "compiled_blocks"]
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def block_modes(model: nn.Module, args: TrainArguments) -> Iterator[None]:
+    """What the knobs ask for, while the context lasts."""
+    with ExitStack() as stack:
+        if args.gradient_checkpointing:
+            stack.enter_context(checkpointed_blocks(model))
+        if args.torch_compile:
+            stack.enter_context(compiled_blocks(model, args.torch_compile_backend))
+        yield
+
+
+def check_modes(model: nn.Module, args: TrainArguments) -> None:
+    """Refuse what the model cannot do, before anything is written.
+
+    Raises:
+        ValueError: Its blocks cannot be checkpointed.
+    """
+    if args.gradient_checkpointing and not _checkpointing_parts(model):
+        raise ValueError(
+            f"{type(model).__name__} has no gradient checkpointing (neither gradient_checkpointing_enable of "
+            "transformers nor set_grad_checkpointing of timm); leave --gradient-checkpointing out"
+        )
+
+
+def _checkpointing_parts(model: nn.Module) -> list[Any]:
+    """The outermost parts with checkpointing of their own."""
+    chosen: dict[str, Any] = {}
+    for name, module in extract_model_from_parallel(model).named_modules():
+        able = getattr(module, "supports_gradient_checkpointing", False) is True
+        inside = any(name.startswith(f"{outer}." if outer else "") for outer in chosen)
+        if not inside and (able or hasattr(module, "set_grad_checkpointing")):
+            chosen[name] = module
+    return list(chosen.values())
+
+
+@contextmanager
+def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
+    """Compute the blocks again in the backward pass instead of keeping what they computed.
+
+    Args:
+        model: With adapters, and maybe wrapped for distributed training.
+    """
+    parts = _checkpointing_parts(model)
+    for part in parts:
+        if timm := getattr(part, "set_grad_checkpointing", None):
+            timm(True)
+        else:
+            # The other kind of checkpointing gives a frozen block's input no gradient.
+            _method(part, "enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        for part in parts:
+            if timm := getattr(part, "set_grad_checkpointing", None):
+                timm(False)
+            else:
+                _method(part, "disable")()
+
+
+def _method(part: Any, ending: str) -> Any:
+    """A method of transformers by its name since 5.20, or by the one before."""
+    return getattr(part, f"activation_checkpointing_{ending}", None) or getattr(
+        part, f"gradient_checkpointing_{ending}"
+    )
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, backend: str | None = None) -> Iterator[None]:
+    """Compile the ``forward`` of every block of a model's tower while the context lasts.
+
+    Blocks are where the time goes, they are alike, so that one graph serves them all, and what reads tokens between
+    them stays outside of it. That is what accelerate calls regional compilation.
+
+    Args:
+        model: With adapters, and maybe wrapped for distributed training.
+        backend: A backend of ``torch.compile``; default inductor.
+
+    Raises:
+        UnsupportedModelError: The model has no single vision tower.
+    """
+    chosen = backend or "inductor"
+    tower, _ = tower_of(extract_model_from_parallel(model))
+    blocks: nn.ModuleList = tower.part("blocks")
+    logger.info("compiling %d blocks with %s; the first steps take longer", len(blocks), chosen)
+    own = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=chosen)
+    # Pairs and gates differ from block to block, in training and in evaluation mode: a graph each.
+    with torch._dynamo.config.patch(cache_size_limit=max(torch._dynamo.config.cache_size_limit, 4 * len(blocks) + 8)):
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
