@@ -18,6 +18,7 @@ import json
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Ruler:
 
     def __init__(self, case: Case, count: int) -> None:
         pixels, self.labels = pixels_of(count, TEST_SEED, "test")
-        self.batches = torch.split(pixels, 32)
+        self.device, self.batches = case.device, torch.split(pixels, 32)
         self.hits = torch.cat([case.planting.hits(batch) for batch in self.batches])
         self.twin = self._read(case.twin)
         self.before = self._share(self._read(case.base())[0])
@@ -55,12 +56,12 @@ class Ruler:
     def _read(self, model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Patch tokens ``(N, P, D)`` before the final LayerNorm, what stands for an image ``(N, D)``, and classes."""
         patches, summary, classes = [], [], []
-        model.eval()
+        model.eval().to(self.device)
         for batch in self.batches:
             with capture(model, attentions=False) as trace:
-                classes.append(model(pixel_values=batch).logits.argmax(-1))
-            patches.append(trace.patches().float())
-            summary.append(trace.hidden_states[-1][:, 0].float() if trace.prefix else patches[-1].mean(1))
+                classes.append(model(pixel_values=batch.to(self.device)).logits.argmax(-1).cpu())
+            patches.append(trace.patches().float().cpu())
+            summary.append(trace.hidden_states[-1][:, 0].float().cpu() if trace.prefix else patches[-1].mean(1))
         return torch.cat(patches), torch.cat(summary), torch.cat(classes)
 
     @staticmethod
@@ -111,7 +112,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--arms", nargs="+", help="names, default all; see repair_arms.py")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="cpu", help="where arms are made; the models are planted on the CPU")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of 16 images")
     parser.add_argument("--images", type=int, default=256, help="held-out images that are measured")
     parser.add_argument("--out", type=Path, default=Path("repair.json"))
@@ -125,11 +127,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report = {"benchmark": "repair", "config": config, **describe_machine(), "rows": _rows(args.out, config)}
     wanted = [arm for arm in ARMS if not args.arms or arm.name in args.arms]
     done = {(row["arm"], row["model"], row["seed"]) for row in report["rows"]}
-    with tqdm(total=len(args.models) * len(wanted) * args.seeds, unit="arm") as bar:
-        for seed in range(args.seeds):
+    with tqdm(total=len(args.models) * len(wanted) * len(args.seeds), unit="arm") as bar:
+        for seed in args.seeds:
             pixels, labels = pixels_of(args.steps * 16, TRAIN_SEED + seed)
             for name in args.models:
-                case = CASES[name]()
+                case = replace(CASES[name](), device=args.device)
                 ruler = Ruler(case, args.images)
                 for arm in wanted:
                     bar.set_postfix_str(f"{case.name}, {arm.name}, seed {seed}")

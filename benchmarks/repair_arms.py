@@ -111,7 +111,7 @@ def _train(model: Any, objective: Objective, rate: float, pixels: torch.Tensor, 
         lr_scheduler_type="cosine",
         num_warmup_steps=5,
         seed=seed,
-        use_cpu=True,
+        use_cpu=next(model.parameters()).device.type == "cpu",
         quiet=True,
     )
     train(model, objective, Items(pixels, labels), args)

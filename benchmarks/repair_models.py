@@ -51,15 +51,17 @@ class Case:
         name: In the table.
         twin: The model before planting, in evaluation mode.
         planting: The planted copy, and which patches are hit.
+        device: Where arms are made and measured.
     """
 
     name: str
     twin: Any
     planting: Planting
+    device: str = "cpu"
 
     def base(self) -> Any:
-        """A fresh copy of the planted model."""
-        return copy.deepcopy(self.planting.model)
+        """A fresh copy of the planted model, on the device."""
+        return copy.deepcopy(self.planting.model).to(self.device)
 
 
 def pixels_of(count: int, seed: int, split: Literal["train", "test"] = "train") -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,13 +131,19 @@ def epoch(step: Callable[[Any], torch.Tensor], trained: list[torch.Tensor], batc
         optimizer.zero_grad()
 
 
-def make_calls(case: Case, scratch: Path) -> dict[str, Callable[[], None]]:
+def make_calls(case: Case, scratch: Path, workers: int = 0) -> dict[str, Callable[[], None]]:
     """An epoch of each variant, by its name."""
     images, accelerator = Images(case.images, case.size), Accelerator(cpu=case.device == "cpu")
     half = SHAPES[case.model][1] // 2
-    published = Published(case)
-    pixels = torch.split(images.pixels.to(case.device, getattr(torch, case.dtype)), case.batch)
+    published, dtype = Published(case), getattr(torch, case.dtype)
     number = iter(range(10**6))
+
+    def batches(data: Any, collate: Any = None) -> Any:
+        loader = torch.utils.data.DataLoader(
+            data, case.batch, collate_fn=collate, num_workers=workers, pin_memory=case.device != "cpu"
+        )
+        for batch in loader:
+            yield {name: value.to(case.device, non_blocking=True) for name, value in batch.items()}
 
     def ours(store: Path | None, block: int) -> Callable[[], None]:
         objective = DistillationObjective(VIEWS)
@@ -155,14 +161,14 @@ def make_calls(case: Case, scratch: Path) -> dict[str, Callable[[], None]]:
                     batch_size=case.batch,
                     progress=False,
                 )
-            loader = torch.utils.data.DataLoader(data, case.batch, collate_fn=objective.collate)
-            on_device = ({name: value.to(case.device) for name, value in batch.items()} for batch in loader)
-            epoch(lambda batch: objective.loss(model, batch)[0], trained, on_device)
+            epoch(lambda batch: objective.loss(model, batch)[0], trained, batches(data, objective.collate))
 
         return call
 
     return {
-        "published": lambda: epoch(published.loss, published.trained, pixels),
+        "published": lambda: epoch(
+            lambda batch: published.loss(batch["pixel_values"].to(dtype)), published.trained, batches(images)
+        ),
         "plain": ours(None, 0),
         "first": ours(scratch / "new", 0),
         "store": ours(scratch / "store", 0),
@@ -173,10 +179,11 @@ def make_calls(case: Case, scratch: Path) -> dict[str, Callable[[], None]]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, write the report, and return it."""
     parser = options(__doc__, "training", images=32, repeats=3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images and targets")
     args = parse(parser, argv)
     started, case = time.time(), Case.of(args)
     with tempfile.TemporaryDirectory() as name:
-        calls = make_calls(case, Path(name))
+        calls = make_calls(case, Path(name), args.workers)
         pairs = [*LIMITS, ("plain", "published")]
         turns = take_turns(calls, pairs, torch.device(case.device).type, args.repeats, 0.0, args.budget)
         peaks = {
