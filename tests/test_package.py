@@ -77,7 +77,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     sources = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     assert sources <= names
     assert "register_adapter/py.typed" in names
-    weights = {path.relative_to(ROOT).as_posix() for path in (PACKAGE / "testbed" / "weights").glob("*")}
+    weights = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("testbed/weights", "testbed/grown/weights")
+        for path in (PACKAGE / folder).rglob("*")
+        if path.is_file()
+    }
     assert weights <= names
     rest = {name for name in names - sources - weights if ".dist-info/" not in name}
     assert rest == {f"register_adapter/{name}" for name in ("py.typed", "viz/page/page.css", "viz/page/page.js")}

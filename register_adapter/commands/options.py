@@ -23,10 +23,13 @@ __all__ = [
 ]
 
 Model = Annotated[
-    str, typer.Argument(help="Model: a folder or a name on the Hub; planted or clean for the packaged ViT.")
+    str,
+    typer.Argument(
+        help="Model: a folder or a name on the Hub; grown, grown-tiles, planted or clean for what is packaged."
+    ),
 ]
 Images = Annotated[
-    str, typer.Argument(help="Folder of images, with its sub-folders; scenes for images that the package draws.")
+    str, typer.Argument(help="Folder of images, with its sub-folders; scenes, mosaics or tiles for drawn ones.")
 ]
 LabelledImages = Annotated[
     str,

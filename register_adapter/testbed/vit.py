@@ -7,7 +7,6 @@ differs in four hidden units of one block, which ``scripts/plant_testbed.py`` fi
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..towers.tower import find_tower
-from ..utils.shipped import CLEAN, PLANTED, ship
+from ..utils.shipped import CLEAN, PLANTED, ship, shipped_model
 from .plant import Planting
 
 __all__ = ["load_image_processor", "load_planted_vit", "load_shipped", "load_vit", "save_planting"]
@@ -33,18 +32,14 @@ def load_vit(folder: str | Path = WEIGHTS) -> Any:
 
 
 def load_shipped(name: str) -> Any:
-    """A shipped model by its name, ``"register-adapter://clean"`` or ``"register-adapter://planted"``.
+    """A shipped model by its name: ``"register-adapter://clean"``, ``planted``, ``grown`` or ``grown-tiles``.
 
     Adapters of these models carry such a name in their configs, and load anywhere.
 
     Raises:
         ValueError: The package ships no model of that name.
     """
-    if name == CLEAN:
-        return load_vit()
-    if name == PLANTED:
-        return load_planted_vit().model
-    raise ValueError(f"{name!r} is not shipped with register-adapter; it has {CLEAN!r} and {PLANTED!r}")
+    return shipped_model(name)
 
 
 def _named(model: Any, name: str) -> Any:
@@ -86,10 +81,5 @@ def save_planting(planting: Planting, folder: str | Path = WEIGHTS) -> None:
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, Path(folder) / _PLANTED, metadata)
 
 
-def _write(name: str, folder: Path) -> None:
-    load_shipped(name).save_pretrained(folder)
-    load_image_processor().save_pretrained(folder)
-
-
-for _name in (CLEAN, PLANTED):
-    ship(_name, partial(_write, _name))
+ship(CLEAN, load_vit, load_image_processor)
+ship(PLANTED, lambda: load_planted_vit().model, load_image_processor)

@@ -14,13 +14,13 @@ from torch import nn
 from ..features.layout import tower_of
 from .arguments import TrainArguments
 
-__all__ = ["block_modes", "check_modes", "checkpointed_blocks", "compiled_blocks"]
+__all__ = ["check_modes", "checkpointed_blocks", "compiled_blocks", "modes_of_blocks"]
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def block_modes(model: nn.Module, args: TrainArguments) -> Iterator[None]:
+def modes_of_blocks(model: nn.Module, args: TrainArguments) -> Iterator[None]:
     """What the knobs ask for, while the context lasts."""
     with ExitStack() as stack:
         if args.gradient_checkpointing:

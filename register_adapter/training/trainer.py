@@ -26,7 +26,7 @@ from ..utils.parameters import trainable_by_part, trained_parameters
 from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
-from .block_modes import block_modes, check_modes
+from .block_modes import check_modes, modes_of_blocks
 from .callbacks import AverageWeights, Callback, WatchArtifacts
 from .checkpoints import TrainState
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
@@ -138,7 +138,7 @@ def train(
         resumed, first_step = loop.checkpoint, loop.state.global_step
         _open_outputs(accelerator, args, resumed is not None, run_config)
         try:
-            with block_modes(model, args):
+            with modes_of_blocks(model, args):
                 metrics = loop.fit()
                 metrics |= _finish(loop, model)
         except Interrupted as stop:  # a second Ctrl-C does not wait to say it

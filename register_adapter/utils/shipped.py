@@ -13,12 +13,29 @@ from huggingface_hub import constants
 from .environment import version
 from .staging import staged
 
-__all__ = ["CLEAN", "PLANTED", "full_name", "is_shipped", "local_folder", "ship", "shipped_name"]
+__all__ = [
+    "CLEAN",
+    "GROWN",
+    "GROWN_TILES",
+    "PLANTED",
+    "SHIPPED",
+    "full_name",
+    "is_shipped",
+    "local_folder",
+    "ship",
+    "shipped_model",
+    "shipped_name",
+    "shipped_processor",
+]
 
 _SCHEME = "register-adapter://"
 CLEAN, PLANTED = f"{_SCHEME}clean", f"{_SCHEME}planted"
+GROWN, GROWN_TILES = f"{_SCHEME}grown", f"{_SCHEME}grown-tiles"
+#: All of them.
+SHIPPED = (CLEAN, PLANTED, GROWN, GROWN_TILES)
 _FOLDER = "register_adapter"
-_WRITERS: dict[str, Callable[[Path], None]] = {}
+#: Name to what makes the model, and its image processor.
+_SHIPPED: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
 
 
 def is_shipped(name: Any) -> bool:
@@ -28,7 +45,7 @@ def is_shipped(name: Any) -> bool:
 
 def full_name(word: str) -> str:
     """The name of a shipped model for its last word, where no folder is called so; any other name as it is."""
-    return f"{_SCHEME}{word}" if f"{_SCHEME}{word}" in (CLEAN, PLANTED) and not Path(word).exists() else word
+    return f"{_SCHEME}{word}" if f"{_SCHEME}{word}" in SHIPPED and not Path(word).exists() else word
 
 
 def local_folder(name: str) -> str:
@@ -39,16 +56,41 @@ def local_folder(name: str) -> str:
     """
     if not is_shipped(name):
         return name
-    if name not in (CLEAN, PLANTED):
-        raise ValueError(f"{name!r} is not shipped with register-adapter; it has {CLEAN!r} and {PLANTED!r}")
+    _known(name)
     return str(_written(name))
+
+
+def shipped_model(name: str) -> Any:
+    """A shipped model, in float32 and ``eval()`` mode, under a name that leads to it on any machine.
+
+    Raises:
+        ValueError: The package ships no model of that name.
+    """
+    model = _known(name)[0]()
+    model.name_or_path = model.config._name_or_path = name
+    return model
+
+
+def shipped_processor(name: str) -> Any:
+    """Its image processor.
+
+    Raises:
+        ValueError: The package ships no model of that name.
+    """
+    return _known(name)[1]()
+
+
+def _known(name: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    if name not in _SHIPPED:
+        raise ValueError(f"{name!r} is not shipped with register-adapter; it has {', '.join(SHIPPED)}")
+    return _SHIPPED[name]
 
 
 def shipped_name(folder: str | None) -> str | None:
     """The inverse of :func:`local_folder`."""
     path = Path(folder) if folder and not is_shipped(folder) else None
     if path is not None and path.parent.name == version() and path.parent.parent.name == _FOLDER:
-        return f"{_SCHEME}{path.name}" if f"{_SCHEME}{path.name}" in (CLEAN, PLANTED) else folder
+        return f"{_SCHEME}{path.name}" if f"{_SCHEME}{path.name}" in SHIPPED else folder
     return folder
 
 
@@ -66,15 +108,17 @@ def _write(name: str, folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     with staged(folder, last=("config.json",)) as scratch:
-        _WRITERS[name](scratch)
+        shipped_model(name).save_pretrained(scratch)
+        shipped_processor(name).save_pretrained(scratch)
     return folder
 
 
-def ship(name: str, write: Callable[[Path], None]) -> None:
-    """Say how a shipped model is written; the test bed does, which knows what it holds.
+def ship(name: str, model: Callable[[], Any], processor: Callable[[], Any]) -> None:
+    """Say how a shipped model is made; the test bed does, which knows what it holds.
 
     Args:
-        name: One of :data:`CLEAN` and :data:`PLANTED`.
-        write: Writes model and image processor into a folder.
+        name: One of :data:`SHIPPED`.
+        model: Makes the model.
+        processor: Makes its image processor.
     """
-    _WRITERS[name] = write
+    _SHIPPED[name] = (model, processor)

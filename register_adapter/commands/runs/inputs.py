@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ from torch import nn
 
 from ...data.batches import list_images
 from ...data.processors import load_image_processor
-from ...testbed import SceneDataset, load_planted_vit, load_shipped, load_vit
-from ...testbed import load_image_processor as load_scene_processor
+from ...testbed import MosaicDataset, SceneDataset, load_shipped
+from ...testbed.grown import RECIPES
 from ...tuner.composed import load_onto
 from ...utils.files import check_regular
 from ...utils.models import require_model
-from ...utils.shipped import is_shipped
+from ...utils.shipped import full_name, is_shipped, shipped_processor
 
 __all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_models", "load_processor", "with_adapter"]
 
-#: Words that stand for what the package ships.
-_MODELS = {"planted": lambda: load_planted_vit().model, "clean": load_vit}
-_SCENES, _SCENE_SEED, _NUM_SCENES = "scenes", 30_001, 256
+_SEED, _NUM_DRAWN = 30_001, 256
+#: Words that stand for images that the package draws, to what draws so many of them.
+_DRAWN: dict[str, Callable[[int], Any]] = {
+    "scenes": lambda count: SceneDataset(count, seed=_SEED, split="test"),
+    "mosaics": lambda count: MosaicDataset(count, RECIPES["mosaics"].task, seed=_SEED),
+    "tiles": lambda count: MosaicDataset(count, RECIPES["tiles"].task, seed=_SEED),
+}
 
 
 def load_base(name: str) -> nn.Module:
@@ -33,9 +37,7 @@ def load_base(name: str) -> nn.Module:
     Raises:
         OSError: There is no such model, or its folder holds something that is not a regular file.
     """
-    if _is_packaged(name):
-        packaged: nn.Module = _MODELS[name]()
-        return packaged
+    name = full_name(name)
     if is_shipped(name):
         named: nn.Module = load_shipped(name)
         return named
@@ -51,13 +53,14 @@ def load_base(name: str) -> nn.Module:
 
 def load_processor(name: str) -> Any:
     """The image processor that goes with :func:`load_base`."""
-    return load_scene_processor() if _is_packaged(name) else load_image_processor(name)
+    name = full_name(name)
+    return shipped_processor(name) if is_shipped(name) else load_image_processor(name)
 
 
 def load_images(name: str, limit: int | None = None) -> Any:
-    """The files of a folder, or drawn scenes (256 of them by default) for the word ``"scenes"``."""
-    if name == _SCENES and not Path(name).exists():
-        return SceneDataset(limit or _NUM_SCENES, seed=_SCENE_SEED, split="test")
+    """The files of a folder, or drawn images (256 by default) for a word: scenes, mosaics or tiles."""
+    if name in _DRAWN and not Path(name).exists():
+        return _DRAWN[name](limit or _NUM_DRAWN)
     return list_images(name)
 
 
@@ -106,7 +109,3 @@ def choose_device(device: str | None) -> str:
             f"device {device!r} is not there ({said}); leave it out, or name cpu, cuda or cuda:0"
         ) from error
     return device
-
-
-def _is_packaged(name: str) -> bool:
-    return name in _MODELS and not Path(name).exists()

@@ -1,0 +1,25 @@
+"""Small models whose artifacts grew by themselves, and the pictures that they grew on."""
+
+from .growth import Drawn, Ensemble, losses, measure
+from .mosaics import TILE_KINDS, MosaicDataset, Mosaics, MosaicTask
+from .packaged import load_grown, read_grown, save_grown
+from .recipes import RECIPES, TWINS, GrownModel, Recipe, build
+
+__all__ = [
+    "RECIPES",
+    "TILE_KINDS",
+    "TWINS",
+    "Drawn",
+    "Ensemble",
+    "GrownModel",
+    "MosaicDataset",
+    "MosaicTask",
+    "Mosaics",
+    "Recipe",
+    "build",
+    "load_grown",
+    "losses",
+    "measure",
+    "read_grown",
+    "save_grown",
+]

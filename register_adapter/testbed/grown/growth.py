@@ -1,0 +1,159 @@
+"""Seeds that grow side by side, and what is measured of them on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state
+
+from ...features.trace import capture
+from .mosaics import MosaicTask
+from .recipes import GrownModel, Recipe, build
+
+__all__ = ["Drawn", "Ensemble", "losses", "measure"]
+
+#: Patch tokens of more than this many median norms are outliers.
+_FACTOR = 3.0
+_TEST_SEED = 999_999_937
+
+
+class Ensemble(nn.Module):
+    """Models of one recipe with other seeds, computed side by side; none knows of the others.
+
+    Their parameters are stacked, so that the sum of their losses gives each the gradient that it has alone.
+
+    Args:
+        recipe: What they are.
+        seeds: One for each.
+    """
+
+    def __init__(self, recipe: Recipe, seeds: Sequence[int]) -> None:
+        super().__init__()
+        models = [build(recipe, seed) for seed in seeds]
+        for model in models:
+            backbone: Any = model.backbone
+            backbone.set_attn_implementation("eager")  # the others have no rule for vmap
+        stacked, _ = stack_module_state(models)
+        self.names = list(stacked)
+        self.stacked = nn.ParameterList(nn.Parameter(values.detach()) for values in stacked.values())
+        self._one = [models[0]]  # in a list, so that its parameters are not the ensemble's
+        self.decays = models[0].decayed()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Predictions ``(E, B, prefix + P, num_targets)`` for pixels ``(E, B, 3, H, W)``."""
+
+        def call(values: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
+            predictions: torch.Tensor = functional_call(self._one[0], values, (pixels,))
+            return predictions
+
+        predictions: torch.Tensor = torch.vmap(call)(dict(zip(self.names, self.stacked, strict=True)), pixel_values)
+        return predictions
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameters for an optimiser: those that decay, and the rest."""
+        decayed = [name in self.decays for name in self.names]
+        chosen = {
+            decay: [value for value, kept in zip(self.stacked, decayed, strict=True) if kept == decay]
+            for decay in (True, False)
+        }
+        return [
+            {"params": chosen[True], "weight_decay": weight_decay},
+            {"params": chosen[False], "weight_decay": 0.0},
+        ]
+
+    @torch.no_grad()
+    def models(self, recipe: Recipe, seeds: Sequence[int]) -> list[GrownModel]:
+        """Each model by itself, in ``eval()`` mode, on the ensemble's device."""
+        apart = []
+        for index, seed in enumerate(seeds):
+            model = build(recipe, seed).to(self.stacked[0].device)
+            model.load_state_dict({n: v[index] for n, v in zip(self.names, self.stacked, strict=True)}, strict=False)
+            apart.append(model.eval())
+        return apart
+
+
+class Drawn(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The batches of a run, one for each step: ``E`` models see ``E`` different ones.
+
+    Args:
+        recipe: What is drawn, and how many steps there are.
+        seeds: The models' seeds.
+    """
+
+    def __init__(self, recipe: Recipe, seeds: Sequence[int]) -> None:
+        self.recipe, self.seeds = recipe, seeds
+
+    def __len__(self) -> int:
+        return self.recipe.steps
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        """``images`` ``(E, B, 3, H, W)`` uint8, ``targets`` ``(E, B, P, T)``, ``weights`` ``(E, B, P)`` of a step."""
+        task, count = self.recipe.task, self.recipe.batch_size
+        drawn = [task.draw(count, (1 + seed) * 10_000_019 + step) for seed in self.seeds]
+        return {
+            name: torch.stack([getattr(batch, name) for batch in drawn]) for name in ("images", "targets", "weights")
+        }
+
+
+def losses(predictions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Loss of each model ``(E,)``, from predictions ``(E, B, prefix + P, T)``: the weighted mean of squared errors.
+
+    CLS has a loss of its own where the recipe says so: it predicts the picture's mean target.
+    """
+    patches = predictions[..., int(recipe.cls) :, :]
+    squared = (patches - targets).square().mean(-1)
+    loss = (squared * weights).sum((-1, -2)) / weights.sum((-1, -2))
+    if recipe.cls and recipe.cls_loss:
+        wanted = targets.mean(-2) * 4
+        loss = loss + recipe.cls_loss * (predictions[..., 0, :] - wanted).square().mean((-1, -2))
+    return loss
+
+
+@torch.no_grad()
+def measure(model: GrownModel, task: MosaicTask, count: int = 128, batch_size: int = 64) -> dict[str, Any]:
+    """What a model does on held-out pictures.
+
+    Args:
+        model: The model, in ``eval()`` mode.
+        task: What it learns.
+        count: Pictures.
+        batch_size: How many at a time.
+
+    Returns:
+        ``loss``, and for the patch tokens behind every block (entry 0: that enter the first), before the final
+        LayerNorm: ``ratio`` (largest L2 norm over the median), ``outliers`` (share over 3 times the median),
+        ``on_background`` (share of those that lie on background tiles, ``None`` without any); and for every block
+        ``attention``: the share that all other tokens give to outliers of its input, the mean of heads.
+    """
+    drawn = [task.draw(batch_size, _TEST_SEED + start) for start in range(0, count, batch_size)]
+    device = next(model.parameters()).device
+    norms: list[list[torch.Tensor]] = []
+    attentions: list[list[torch.Tensor]] = []
+    lost = []
+    for batch in drawn:
+        with capture(model.backbone) as trace:
+            predictions = model(batch.pixel_values.to(device))[:, model.num_prefix :]
+        squared = (predictions - batch.targets.to(device)).square().mean(-1)
+        weights = batch.weights.to(device)
+        lost.append(float((squared * weights).sum() / weights.sum()))
+        tiles = batch.kinds.shape[1]
+        norms.append([hidden[:, -tiles:].norm(dim=-1).cpu() for hidden in trace.hidden_states])
+        attentions.append([maps.mean(1)[:, :, -tiles:].cpu() for maps in trace.attentions])
+    background = torch.cat([batch.is_background for batch in drawn])
+    rows: dict[str, list[Any]] = {"ratio": [], "outliers": [], "on_background": [], "attention": []}
+    for index, parts in enumerate(zip(*norms, strict=True)):
+        norm = torch.cat(parts)
+        outliers = norm > _FACTOR * norm.median()
+        rows["ratio"].append(round(float(norm.max() / norm.median()), 3))
+        rows["outliers"].append(float(outliers.float().mean()))
+        rows["on_background"].append(float(background[outliers].float().mean()) if outliers.any() else None)
+        if index < len(attentions[0]):
+            maps = torch.cat([batch[index] for batch in attentions])
+            given = (maps * outliers[:, None]).sum(-1)  # by every query, those before the patches included
+            others = torch.ones_like(given, dtype=torch.bool)
+            others[:, -outliers.shape[1] :] = ~outliers
+            rows["attention"].append(round(float(given[others].mean()), 4))
+    return {"loss": sum(lost) / len(lost), **rows}
