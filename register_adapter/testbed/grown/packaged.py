@@ -70,7 +70,7 @@ def save_grown(model: GrownModel, task: MosaicTask, folder: str | Path, dtype: t
     """Write backbone, image processor, head, and the registers that it had from the start.
 
     Args:
-        model: The model; its backbone is in the given precision afterwards.
+        model: The model; its backbone has the given precision and no registers afterwards.
         task: What it learned, for the size of the images.
         folder: Where to.
         dtype: Precision of the weights.
@@ -79,7 +79,7 @@ def save_grown(model: GrownModel, task: MosaicTask, folder: str | Path, dtype: t
     backbone: Any = model.backbone
     if hasattr(backbone, "peft_config"):
         backbone.save_pretrained(folder / _REGISTERS)
-        backbone = backbone.get_base_model()
+        backbone = backbone.unload()
     backbone.to(dtype).save_pretrained(folder)
     _processor(task.image_size).save_pretrained(folder)
     save_file({name: value.to(dtype).contiguous() for name, value in model.head.state_dict().items()}, folder / _HEAD)
