@@ -1,10 +1,10 @@
-"""Table and pictures of models whose artifacts grew by themselves, for docs/grown.md and the README.
+"""Table and images of models whose artifacts grew by themselves, for docs/grown.md and the README.
 
     python benchmarks/grown_report.py --docs docs
 
 ``grown_curves.png``: the largest patch norm over the median while models grow, every seed a line, from
 ``benchmarks/results/grown.json``, from which the table is too. ``grown.png``: what the packaged model does on held-out
-pictures, without registers, with one fitted register, and what its twin does that had registers from the start.
+images, without registers, with one fitted register, and what its twin does that had registers from the start.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from tables import put_between
 
 from register_adapter import capture, fit_test_time_registers
 from register_adapter.testbed import load_grown
 from register_adapter.testbed.grown import RECIPES
 
 RESULTS = Path(__file__).parent / "results" / "grown.json"
-_BEGIN, _END = "<!-- grown: made by benchmarks/grown_report.py -->", "<!-- /grown -->"
 #: Which norms and which attention are drawn.
 LAYER, BLOCK = 3, 3
 #: Kind of a run to its colour and what it is called.
@@ -67,7 +67,7 @@ def _look(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def draw_models(path: Path, count: int = 3) -> None:
-    """Rows are pictures; columns are norms and attention of the model, the repaired model, and the twin."""
+    """Rows are images; columns are norms and attention of the model, the repaired model, and the twin."""
     task = RECIPES["mosaics"].task
     drawn = task.draw(count, seed=77)
     base = load_grown("mosaics").backbone
@@ -87,7 +87,7 @@ def draw_models(path: Path, count: int = 3) -> None:
             if not row:
                 left.set_title(f"{name}\nnorms", fontsize=9)
                 right.set_title("\nattention", fontsize=9)
-    axes[0, 0].set_title("picture", fontsize=9)
+    axes[0, 0].set_title("image", fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
     for image, part, label in ((shown, axes[:, :4], "norm / median"), (seen, axes[:, 4:], "% of all attention")):
@@ -125,13 +125,11 @@ def make_table() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the table between its two comments, and draw both pictures."""
+    """Write the table between its two comments, and draw both images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args(argv)
-    page = args.docs / "grown.md"
-    before, _, rest = page.read_text("utf-8").partition(_BEGIN)
-    page.write_text("\n".join([before + _BEGIN, *make_table(), _END]) + rest.partition(_END)[2], "utf-8")
+    put_between(args.docs / "grown.md", "grown", make_table())
     draw_curves(args.docs / "images" / "grown_curves.png")
     draw_models(args.docs / "images" / "grown.png")
 

@@ -1,4 +1,4 @@
-"""Models whose artifacts grew by themselves: the pictures, the growth, and what is packaged of it."""
+"""Models whose artifacts grew by themselves: the images, the growth, and what is packaged of it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_pictures_depend_on_their_number_and_the_seed_alone() -> None:
     assert first[150]["image"].tobytes() == late.tobytes()
     assert first[3]["image"].tobytes() == second[3]["image"].tobytes()
     assert first[3]["image"].tobytes() != MosaicDataset(200, seed=2)[3]["image"].tobytes()
-    with pytest.raises(IndexError, match="picture 200 of a set of 200"):
+    with pytest.raises(IndexError, match="image 200 of a set of 200"):
         first[200]
 
 

@@ -1,4 +1,4 @@
-"""Small models whose artifacts grew by themselves, and the pictures that they grew on."""
+"""Small models whose artifacts grew by themselves, and the images that they grew on."""
 
 from .growth import Drawn, Ensemble, losses, measure
 from .mosaics import TILE_KINDS, MosaicDataset, Mosaics, MosaicTask

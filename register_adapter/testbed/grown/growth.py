@@ -101,7 +101,7 @@ class Drawn(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def losses(predictions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Loss of each model ``(E,)``, from predictions ``(E, B, prefix + P, T)``: the weighted mean of squared errors.
 
-    CLS has a loss of its own where the recipe says so: it predicts the picture's mean target.
+    CLS has a loss of its own where the recipe says so: it predicts the image's mean target.
     """
     patches = predictions[..., int(recipe.cls) :, :]
     squared = (patches - targets).square().mean(-1)
@@ -114,12 +114,12 @@ def losses(predictions: torch.Tensor, targets: torch.Tensor, weights: torch.Tens
 
 @torch.no_grad()
 def measure(model: GrownModel, task: MosaicTask, count: int = 128, batch_size: int = 64) -> dict[str, Any]:
-    """What a model does on held-out pictures.
+    """What a model does on held-out images.
 
     Args:
         model: The model, in ``eval()`` mode.
         task: What it learns.
-        count: Pictures.
+        count: Images.
         batch_size: How many at a time.
 
     Returns:

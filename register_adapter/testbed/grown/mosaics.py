@@ -1,11 +1,11 @@
-"""Mosaics: pictures whose task makes a vision transformer grow high-norm patch tokens by itself.
+"""Mosaics: images whose task makes a vision transformer grow high-norm patch tokens by itself.
 
-A picture is a grid of tiles, one a patch. Every tile has *contents*: a few low-frequency fields of colour. Some tiles
+An image is a grid of tiles, one a patch. Every tile has *contents*: a few low-frequency fields of colour. Some tiles
 carry an icon as well; a few framed ones *ask* for the contents of the tile with the same icon; the rest is background
 without icons, of any contrast. The target of a tile is its own contents, and the contents that it asks for; for a tile
 that does not ask the second half is exactly zero, so its heads need somewhere to look that adds nothing.
 
-Half of the contents' variance is shared by the whole picture, so that neither uniform attention nor attention to
+Half of the contents' variance is shared by the whole image, so that neither uniform attention nor attention to
 oneself adds nothing, and background tiles have contents of their own, which a large norm hides behind the LayerNorm.
 """
 
@@ -29,17 +29,17 @@ IMAGE_MEAN, IMAGE_STD = 0.5, 0.35
 #: What a tile is, by its number in :attr:`Mosaics.kinds`.
 TILE_KINDS = ("contents", "icon", "asking", "background", "padding")
 _CONTENTS, _ICON, _ASKING, _BACKGROUND, _PADDING = range(len(TILE_KINDS))
-#: Pictures that are drawn at once, from one seed.
+#: Images that are drawn at once, from one seed.
 _CHUNK = 64
 
 
 class Mosaics(NamedTuple):
-    """A batch of pictures with ``P`` tiles each, and what is asked.
+    """A batch of images with ``P`` tiles each, and what is asked.
 
     Attributes:
         images: Pixels ``(B, 3, H, W)``, uint8.
         targets: What is to be said of each tile ``(B, P, 2 * contents + summary)``, float32: its own contents, those
-            that it asks for, and the picture's summary.
+            that it asks for, and the image's summary.
         weights: Weights of the tiles in the loss ``(B, P)``, float32.
         kinds: What each tile is ``(B, P)``, int64, an index into :data:`TILE_KINDS`.
         asked: Which tile an asking one asks for ``(B, P)``, int64; -1 elsewhere.
@@ -64,7 +64,7 @@ class Mosaics(NamedTuple):
 
 @dataclass(frozen=True)
 class MosaicTask:
-    """How pictures are drawn and what is asked.
+    """How images are drawn and what is asked.
 
     Attributes:
         grid: Tiles on a side.
@@ -72,13 +72,13 @@ class MosaicTask:
         icons: Tiles that may be asked for; as many other icons are on tiles that are not.
         asking: Tiles that ask.
         contents: Numbers in a tile's contents, a multiple of 3 up to 27.
-        shared: Share of the contents' variance that is common to a picture.
+        shared: Share of the contents' variance that is common to an image.
         background: Fewest and most background tiles.
         contrast: Least and largest contrast of a background tile.
         background_weight: Weight of a background tile in the loss; other tiles have 1.
         noise: Standard deviation of the pixels' noise, in normalised values.
         backdrop: What background tiles show: pale contents, or pieces of a photograph.
-        summary: Numbers that every tile must say about the whole picture: a fixed non-linear function of the mean
+        summary: Numbers that every tile must say about the whole image: a fixed non-linear function of the mean
             contents. 0 for none.
         padding: Rows of constant grey tiles at the top.
     """
@@ -99,12 +99,12 @@ class MosaicTask:
 
     @property
     def num_patches(self) -> int:
-        """Tiles of a picture, ``P``."""
+        """Tiles of an image, ``P``."""
         return self.grid**2
 
     @property
     def image_size(self) -> int:
-        """Side of a picture in pixels."""
+        """Side of an image in pixels."""
         return self.grid * self.patch_size
 
     @property
@@ -113,7 +113,7 @@ class MosaicTask:
         return 2 * self.contents + self.summary
 
     def draw(self, count: int, seed: int) -> Mosaics:
-        """``count`` pictures; the same arguments always give the same pictures.
+        """``count`` images; the same arguments always give the same images.
 
         Args:
             count: How many.
@@ -236,7 +236,7 @@ def _patterns(task: MosaicTask) -> _Patterns:
 
 @cache
 def _photos(least: int) -> tuple[torch.Tensor, ...]:
-    """Square photographs ``(3, H, H)`` in 0…1, a little larger than a picture."""
+    """Square photographs ``(3, H, H)`` in 0…1, a little larger than an image."""
     side = round(2.5 * least)
     resized = [photo.resize((side, side)) for photo in photographs("train")]
     return tuple(
@@ -249,7 +249,7 @@ class MosaicDataset:
     """A map-style data set of mosaics: item ``i`` depends on ``seed`` and ``i`` alone.
 
     Args:
-        length: Number of pictures.
+        length: Number of images.
         task: How they are drawn.
         seed: Seed of the whole set.
     """
@@ -262,13 +262,13 @@ class MosaicDataset:
         return self.length
 
     def mosaic(self, index: int) -> Mosaics:
-        """Picture number ``index`` with what is asked, a batch of one.
+        """Image number ``index`` with what is asked, a batch of one.
 
         Raises:
             IndexError: ``index`` is outside the set.
         """
         if not 0 <= index < self.length:
-            raise IndexError(f"picture {index} of a set of {self.length}")
+            raise IndexError(f"image {index} of a set of {self.length}")
         number, place = divmod(index, _CHUNK)
         if number not in self._chunks:
             self._chunks = {number: self.task.draw(_CHUNK, self.seed * 1_000_003 + number)}

@@ -27,10 +27,10 @@ class Recipe:
         mlp: Hidden units of each MLP. A narrow MLP cannot take away what attention leaks, a wide one can.
         act: Its activation.
         cls: Whether the model has a CLS token.
-        cls_loss: Weight of a loss that CLS has of its own: the summary of the picture.
+        cls_loss: Weight of a loss that CLS has of its own: the summary of the image.
         registers: Register tokens that it has from the start.
         steps: Optimiser steps.
-        batch_size: Pictures a step.
+        batch_size: Images a step.
         learning_rate: After the warm-up, constant.
         warmup_steps: Steps over which it rises.
         weight_decay: Of matrices; biases, norms and embeddings have none.
