@@ -6,6 +6,7 @@ import operator
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,86 +15,16 @@ from torch import nn
 from ...errors import UnsupportedModelError
 from ..registers import RegisterTokens, Segment
 from ..tokens import cut_tokens
+from .call_state import CallState
+from .recomputation import Inputs, carry
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower
 
-__all__ = ["ATTACHING", "CallState", "LayerHooks", "MethodCall", "refuse_tracing"]
-
-#: Called with a block's index, keys and values ``(B, H, N, d)``.
-RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
+__all__ = ["ATTACHING", "LayerHooks", "refuse_tracing"]
 
 #: Held by a thread that puts hooks and stand-ins in place.
 ATTACHING = threading.RLock()
-
-
-class MethodCall:
-    """One call of a method that counts registers among the tower's prefix tokens.
-
-    It runs on a stand-in for the tower: an object of the tower's class with the very same modules and parameters, but
-    a count of its own. On the tower itself other threads would read it.
-
-    Args:
-        module: The tower.
-        counter: Attribute with the number of its prefix tokens.
-    """
-
-    def __init__(self, module: nn.Module, counter: str) -> None:
-        self.counter = counter
-        self.stand_in: Any = object.__new__(type(module))
-        self.stand_in.__dict__.update(module.__dict__)
-        self.length = 0
-
-    def enter(self, length: int, count: int) -> None:
-        """``count`` registers enter a sequence of ``length`` tokens: from here on they count as prefix tokens.
-
-        Not before: timm resamples its position embeddings by the same count.
-        """
-        self.length = length
-        self.stand_in.__dict__[self.counter] += count
-
-
-class CallState(threading.local):
-    """What one thread has asked of a layer, and what its running forward pass needs to remember.
-
-    Every thread has values of its own, so that passes in several threads do not see each other's. Plain attributes
-    that are set in ``__init__``: the graph compiler guards those, as it would not guard a context variable in every
-    supported torch.
-
-    Attributes:
-        images: Adapter of each image of the batches, ``"__base__"`` for none; ``None`` for the active adapters.
-        without: Names of adapters that take no part.
-        whole_attentions: Attention maps keep the columns of key/value pairs.
-        record: Gets the keys and values of every block.
-        segments: What takes part in the running pass; ``None`` outside of one.
-        entered: Number of registers that were put into the sequence of the running pass.
-        left: They have come out again.
-        method: The running method that is called past the tower's forward, if it counts registers.
-        methods: Places of the running methods whose registers are cut out when they return.
-        kept: ``without`` as it is after the pass of a replica, whose own was asked for by another thread.
-        visible: ``(B, N)`` bool, what a register sees in the running block; ``None`` without a mask.
-        rotary: Rotary tables as the blocks were given them, a number of registers, and the tables with rows for these.
-    """
-
-    def __init__(self) -> None:
-        self.images: list[str] | None = None
-        self.without: frozenset[str] = frozenset()
-        self.whole_attentions: bool = False
-        self.record: RecordPairs | None = None
-        self.segments: list[Segment] | None = None
-        self.entered: int = 0
-        self.left: bool = False
-        self.method: MethodCall | None = None
-        self.methods: tuple[str, ...] = ()
-        self.kept: frozenset[str] | None = None
-        self.visible: torch.Tensor | None = None
-        self.rotary: tuple[Any, int, Any] | None = None
-
-    def __deepcopy__(self, memo: Any) -> CallState:
-        return CallState()
-
-    def __reduce__(self) -> Any:
-        return CallState, ()
 
 
 class LayerHooks:
@@ -102,6 +33,8 @@ class LayerHooks:
     tower: Tower
     prefix: int
     call: CallState
+    #: What blocks were given in passes with gradients, where the blocks are checkpointed with their hooks.
+    inputs: Inputs
     #: Place of ``attention_mask`` among the tower's positional arguments.
     _mask_position: int | None
     #: Attention modules and the configs that stand-ins have replaced.
@@ -120,6 +53,11 @@ class LayerHooks:
     @abstractmethod
     def _by_block(self) -> bool:
         """Whether an adapter does something at single blocks."""
+
+    @property
+    @abstractmethod
+    def _neuron_blocks(self) -> set[int]:
+        """Blocks with register neurons."""
 
     @abstractmethod
     def _misfit(self, name: str) -> str | None:
@@ -166,6 +104,9 @@ class LayerHooks:
             if self.misfits:
                 self._refuse_misfits(segments)
             self.call.segments = segments
+            self.call.trains = torch.is_grad_enabled()
+            if self.call.trains:
+                carry(self.tower.module, self, self._resume)
         elif late := [segment for segment in self.segments if segment.placement.insert_layer]:
             # A graph may be of a model that has lost blocks since its last pass.
             count = len(self.tower.part("blocks"))
@@ -174,6 +115,9 @@ class LayerHooks:
                     f"{type(self.tower.module).__name__} has {count} blocks now, and registers enter behind the last "
                     "one. Put the blocks back, or take the adapter off and add one that fits."
                 )
+
+    def _resume(self) -> Callable[[], AbstractContextManager[None]]:
+        return self.call.resume()
 
     def _refuse_misfits(self, segments: list[Segment]) -> None:
         present = [id(tokens) for segment in segments for tokens in segment.tokens]

@@ -17,7 +17,8 @@ from ...errors import UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.calls import hidden_states_of
 from ..tokens import cut_tokens
-from .base import LayerHooks, MethodCall
+from .base import LayerHooks
+from .call_state import MethodCall
 
 __all__ = ["MethodHooks"]
 

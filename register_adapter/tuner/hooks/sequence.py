@@ -39,6 +39,7 @@ class SequenceHooks(LayerHooks):
         ]
         if remove is not module:  # a tower that ends where registers leave needs no second cut
             handles.append(module.register_forward_hook(self._tower_output_hook))
+        handles += self._again_hooks()
         biases = {bias: block for block, bias in self.tower.parts("position_bias")}  # once, if blocks share them
         for bias, block in biases.items():
             handles.append(bias.register_forward_pre_hook(partial(self._position_length_hook, block), with_kwargs=True))
@@ -65,6 +66,32 @@ class SequenceHooks(LayerHooks):
         handles.append(module.register_forward_hook(self._end_pass_hook, always_call=True))
         return handles
 
+    def _again_hooks(self) -> list[Any]:
+        """First of all at a block: is it computed again? Where blocks are checkpointed with their hooks."""
+        handles: list[Any] = []
+        for block in self.tower.part("blocks") if self._is_called_again else ():
+            handles.append(block.register_forward_pre_hook(self._again_hook, with_kwargs=True))
+            handles.append(block.register_forward_hook(self._again_end_hook, always_call=True))
+        return handles
+
+    @property
+    def _is_called_again(self) -> bool:
+        """Whether blocks that need to know their pass are checkpointed by a function that cannot tell it them."""
+        needed = self._by_block or bool(self.tower.anatomy.rotary) or bool(self._neuron_blocks)
+        return needed and not all(hasattr(block, "gradient_checkpointing") for block in self.tower.part("blocks"))
+
+    def _again_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.call.segments is None:
+            self.inputs.enter(hidden_states_of(args, kwargs))
+        elif self.call.trains:
+            self.inputs.note(hidden_states_of(args, kwargs), self.call.resume())
+
+    def _again_end_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.inputs.leave()
+
     def _hook_points(self) -> list[Any]:
         """Where hooks are, or should be, in the tower as it is now."""
         tower, anatomy = self.tower, self.tower.anatomy
@@ -73,7 +100,7 @@ class SequenceHooks(LayerHooks):
             points += [module for _, module in tower.parts("position_bias")]
         if anatomy.positions_between:
             points += [module for _, module in tower.parts("positions_between")]
-        if self._by_block or anatomy.rotary or anatomy.position_bias:
+        if self._by_block or anatomy.rotary or anatomy.position_bias or self._is_called_again:
             points += tower.part("blocks")
         return points
 
