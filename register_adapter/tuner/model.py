@@ -34,6 +34,7 @@ from .heads import (
     without_left_out,
 )
 from .layer import BASE, RegisterLayer, attached_layers, register_layers, renew_bases
+from .left_out import follow_contexts
 from .reading import naming
 from .registers import refuse_merging
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
@@ -193,6 +194,8 @@ class RegisterModel(BaseTuner):
         if self._labels:
             layer.labels[adapter_name] = self._labels
         layer.attach()
+        if len(layer.names) == 1:
+            follow_contexts(layer)
         for other in attached_layers(self.model):
             # Left behind by a tower that was replaced; PEFT has deleted what it found.
             if other is not layer and adapter_name in other.names and not other.is_in(self.model):

@@ -23,7 +23,8 @@ from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
 from .heads import heads_aside
 from .hooks.choice import EVERYONE
-from .layer import attached_layers, find_register_layer, register_layers, renew_bases
+from .layer import find_register_layer, register_layers, renew_bases
+from .left_out import registers_left_out
 from .reading import note_checksums
 from .undo import unchanged_if_refused
 
@@ -103,8 +104,7 @@ class RegisterPeftModel(PeftModel):
         """
         with ExitStack() as stack:
             stack.enter_context(heads_aside(self))
-            for layer in attached_layers(self):
-                stack.enter_context(layer.without([EVERYONE]))
+            stack.enter_context(registers_left_out(self, [EVERYONE]))
             yield
 
     @property

@@ -10,13 +10,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ...errors import UnsupportedModelError
 from ..registers import RegisterTokens, Segment
-from ..tokens import cut_tokens
 from .call_state import CallState
 from .recomputation import Inputs, carry
+from .tokens import cut_tokens
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower

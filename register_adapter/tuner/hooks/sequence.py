@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
-from ..tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .attention import grow_block_mask, is_block_mask
 from .base import LayerHooks, refuse_tracing
+from .tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 
 __all__ = ["SequenceHooks"]
 
