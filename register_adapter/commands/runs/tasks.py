@@ -104,8 +104,9 @@ def run_eval(args: EvalArguments) -> TaskReport:
     """
     if args.task not in TASKS:
         raise ValueError(f"task {args.task!r}, expected one of {', '.join(TASKS)}")
-    if args.output_dir is not None:
-        check_target(args.output_dir)
+    for folder in (args.output_dir, args.store):
+        if folder is not None:
+            check_target(folder)
     data = load_task_data(
         args.task,
         args.data,
