@@ -145,7 +145,7 @@ def _try(folder: Path) -> None:
         said = f"nothing can be written into the folder {folder} ({error.strerror}); name another one"
         raise type(error)(said) from error
     with suppress(OSError):
-        os.rmdir(trial)
+        Path(trial).rmdir()
 
 
 def check_writable(folder: str | Path) -> None:
