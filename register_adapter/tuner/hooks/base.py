@@ -144,7 +144,7 @@ class LayerHooks:
 
     def _end_pass(self) -> None:
         self.call.segments = self.call.visible = self.call.rotary = None
-        self.call.entered, self.call.left = 0, False
+        self.call.entered, self.call.length, self.call.left = 0, 0, False
         if self.call.kept is not None:
             self.call.without, self.call.kept = self.call.kept, None
 
@@ -168,8 +168,12 @@ class LayerHooks:
                 "registers were added, and the model compiled or called in parts since? Call the whole model once."
             )
 
-    def _leave(self, count: int) -> bool:
+    def _leave(self, count: int, length: int) -> bool:
         """Whether the ``count`` registers that should be in a sequence are, now that it comes to where they leave.
+
+        Args:
+            count: Their number.
+            length: That of the tokens in the sequence.
 
         Raises:
             UnsupportedModelError: There is another number of them: what would be cut out are patches.
@@ -178,10 +182,12 @@ class LayerHooks:
         if self.call.entered != count and not torch.compiler.is_compiling():
             if alone and not self.call.entered:  # a module that somebody calls with a sequence of their own
                 return False
-            self._refuse_skipped(count)
+            # Compiled parts do not tell what entered in them; how long the sequence is tells it too.
+            known = self.call.length
+            self._refuse_skipped(count, None if not known or length == known + count else length - known)
         self.call.left = True
         if alone and not torch.compiler.is_compiling():
-            self.call.entered = 0
+            self.call.entered = self.call.length = 0
         return True
 
     def _check_entered(self, block: int) -> None:
@@ -196,11 +202,12 @@ class LayerHooks:
         if self.call.entered != count:
             self._refuse_skipped(count)
 
-    def _refuse_skipped(self, count: int) -> None:
+    def _refuse_skipped(self, count: int, counted: int | None = None) -> None:
         # A graph does not tell others what entered in it.
-        if torch.compiler.is_compiling() or any(map(_is_compiled, self.tower.module.modules())):
+        compiled = torch.compiler.is_compiling() or any(map(_is_compiled, self.tower.module.modules()))
+        if compiled and counted is None:
             return
-        entered, name = self.call.entered, type(self.tower.module).__name__
+        entered, name = self.call.entered if counted is None else counted, type(self.tower.module).__name__
         late = {segment.placement.insert_layer for segment in self.sequence}
         places = [f"block {layer}" if layer else repr(self.tower.anatomy.embeddings) for layer in sorted(late)]
         self._end_pass()

@@ -60,6 +60,7 @@ class CallState(threading.local):
         segments: What takes part in the running pass; ``None`` outside of one.
         trains: The running pass has gradients, so that parts of it may be computed again.
         entered: Number of registers that were put into the sequence of the running pass.
+        length: Number of other tokens in that sequence, as an eager hook saw it; 0: none has.
         left: They have come out again.
         method: The running method that is called past the tower's forward, if it counts registers.
         methods: Places of the running methods whose registers are cut out when they return.
@@ -76,6 +77,7 @@ class CallState(threading.local):
         self.segments: list[Segment] | None = None
         self.trains: bool = False
         self.entered: int = 0
+        self.length: int = 0
         self.left: bool = False
         self.method: MethodCall | None = None
         self.methods: tuple[str, ...] = ()

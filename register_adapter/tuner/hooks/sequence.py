@@ -121,6 +121,8 @@ class SequenceHooks(LayerHooks):
             self.call.method.enter(hidden_states.shape[1], self.num_active)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
         self.call.entered = self.count_at(0)
+        if not torch.compiler.is_compiling():
+            self.call.length = hidden_states.shape[1]
         if tokens:
             hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
         if self._loses_gradients(hidden_states):
@@ -164,6 +166,8 @@ class SequenceHooks(LayerHooks):
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
         self._check_entered(index)
+        if index == 0 and not torch.compiler.is_compiling():  # the embeddings may be compiled
+            self.call.length = hidden.shape[1] - count
         if index > 0:
             hidden = self.without_placeholders(hidden, index - 1)
         start = self.prefix
@@ -223,15 +227,17 @@ class SequenceHooks(LayerHooks):
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
         refuse_tracing(args[0])
         counts = [] if self.call.method is not None else self._counts
-        if not counts or not self._leave(counts[-1]):
+        if not counts or not self._leave(counts[-1], args[0].shape[1]):
             return None
         return self._cut(args, args[0].shape[1] - counts[-1], counts)
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         counts = [] if self.call.method is not None else self._counts
-        if not counts or not self._leave(counts[-1]):
+        if not counts:
             return None
         hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
+        if not self._leave(counts[-1], hidden.shape[1]):
+            return None
         return self._cut(output, hidden.shape[1] - counts[-1], counts)
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
