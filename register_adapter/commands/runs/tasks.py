@@ -104,9 +104,9 @@ def run_eval(args: EvalArguments) -> TaskReport:
     """
     if args.task not in TASKS:
         raise ValueError(f"task {args.task!r}, expected one of {', '.join(TASKS)}")
-    for folder in (args.output_dir, args.store):
-        if folder is not None:
-            check_target(folder)
+    for place in (args.output_dir, args.store):
+        if place is not None:
+            check_target(place)
     data = load_task_data(
         args.task,
         args.data,

@@ -279,12 +279,16 @@ class ComposedTuner(BaseTuner):
             if name in (adapter_names or ()):
                 mine.append(name)
         with self._aside.lifted():
-            layers = [(layer, mine or None) for method, mine in chosen.items() for layer in self._layers(method)]
-            layers = [(layer, mine) for layer, mine in layers if mine or adapter_names is None]
+            layers = [
+                (layer, mine or None)
+                for method, mine in chosen.items()
+                for layer in self._layers(method)
+                if mine or adapter_names is None
+            ]
             check_merges(layers, safe_merge)
-            for layer, mine in layers:
+            for layer, names in layers:
                 with onload_layer(layer):
-                    layer.merge(safe_merge=safe_merge, adapter_names=mine)
+                    layer.merge(safe_merge=safe_merge, adapter_names=names)
 
     def unmerge_adapter(self) -> None:
         """As in PEFT; registers are never merged."""

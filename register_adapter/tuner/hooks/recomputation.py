@@ -128,9 +128,11 @@ class Inputs:
         if storage is None:
             return
         if len(self._states) > 256:
-            self._states = {key: value for key, value in list(self._states.items()) if not value[0].expired()}
+            for key, (known, _) in list(self._states.items()):
+                if known.expired():  # type: ignore[no-untyped-call]
+                    self._states.pop(key, None)
         # The weak reference keeps the address from being given to another storage.
-        self._states[storage._cdata] = StorageWeakRef(storage), resumed
+        self._states[storage._cdata] = StorageWeakRef(storage), resumed  # type: ignore[no-untyped-call]
 
     def enter(self, sequence: torch.Tensor) -> None:
         """A block is called with this sequence outside of a pass: put back what its pass knew, if it was noted."""
