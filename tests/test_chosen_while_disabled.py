@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from families import build, make_inputs
 from helpers import run
 from peft import LoraConfig
 
-from register_adapter import RegisterConfig, add_registers, compose
+from register_adapter import RegisterConfig, add_registers, compose, load_adapters
 
 
 def _lora() -> LoraConfig:
@@ -87,3 +88,57 @@ def test_the_last_adapter_was_deleted(base: torch.Tensor, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="the model has no adapters"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _beside_lora() -> Any:
+    return compose(_build(), {"lora": _lora()}).eval()
+
+
+def _in_their_place(model: Any) -> None:
+    model.delete_adapter("registers")
+    model.add_adapter("later", _registers(3))
+
+
+def _loaded(model: Any, folder: Path) -> None:
+    compose(_build(), {"later": _registers(3)}).save_pretrained(folder)
+    load_adapters(model, folder)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("way", ["added", "chosen", "replaced", "loaded"])
+def test_the_first_registers(way: str, times: int, base: torch.Tensor, tmp_path: Path) -> None:
+    model = _beside_lora()
+    if way == "replaced":
+        model.add_adapter("registers", _registers(2))
+    with ExitStack() as stack:
+        for _ in range(times):
+            inner = stack.enter_context(ExitStack())
+            inner.enter_context(model.disable_adapter())
+        if way == "replaced":
+            _in_their_place(model)
+        elif way == "loaded":
+            _loaded(model, tmp_path)
+        else:
+            model.add_adapter("later", _registers(3))
+            if way == "chosen":
+                model.set_adapter("later")
+        model.eval()
+        assert torch.equal(_output(model), base)
+        inner.close()
+        assert torch.equal(_output(model), base) == (times == 2)
+    assert model.active_adapters == ["lora", "later"]
+    outside = _output(model)
+    model.set_adapter(["lora", "later"])
+    assert torch.equal(outside, _output(model))
+    with model.disable_adapter("later"):
+        lora_alone = _output(model)
+    assert not torch.allclose(outside, lora_alone)
+    assert not torch.allclose(lora_alone, base)
+
+
+def test_registers_that_come_while_another_method_is_aside(base: torch.Tensor) -> None:
+    model = _beside_lora()
+    with model.disable_adapter("lora"):
+        model.add_adapter("later", _registers(3))
+        assert not torch.allclose(_output(model.eval()), base)
+    assert model.active_adapters == ["lora", "later"]

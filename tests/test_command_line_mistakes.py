@@ -80,6 +80,52 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_any_work(
     assert file.read_text() == "mine"
 
 
+@pytest.mark.parametrize("kind", ["proc", "read-only"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("audit", "planted", "scenes", "--out"),
+        ("probe", "planted", "scenes", "--out"),
+        ("fit", "planted", "scenes", "--out"),
+        ("eval", "knn", "planted", "scenes", "--out"),
+        ("eval", "knn", "planted", "scenes", "--store"),
+        ("export", "no/such-adapter", "--out"),
+        ("demo", "--out"),
+        ("train", "--model-name-or-path", "no/such", "--train-dir", "no", "--output-dir"),
+        ("train", "--model-name-or-path", "no/such", "--train-dir", "no", "--output-dir", "{fine}", "--target-store"),
+    ],
+    ids=lambda words: f"{words[0]}{words[-1]}",
+)
+def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
+    words: tuple[str, ...],
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the run began")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    place = Path("/proc") if kind == "proc" else tmp_path
+    if not place.is_dir():
+        pytest.skip("no such file system here")
+    fine = tmp_path / "fine"
+    if kind == "read-only" and "{fine}" not in words:
+        monkeypatch.setattr("tempfile.mkdtemp", full)
+    elif kind == "read-only":
+        place = tmp_path / "locked"
+        place.write_text("")
+    for name in ("torch.nn.Module.__call__", "register_adapter.tuner.config.RegisterConfig.from_pretrained"):
+        monkeypatch.setattr(name, work)
+    said = call(monkeypatch, *(word.format(fine=fine) for word in words), str(place / "out"))
+    said = said if isinstance(said, str) else capsys.readouterr().err
+    assert f"nothing can be written into the folder {place}" in said or f"{place} is a file" in said
+    assert len(said.strip().splitlines()) == 1
+
+
 def test_a_folder_that_can_be_made_is_none_of_these(tmp_path: Path) -> None:
     check_target(tmp_path)
     check_target(tmp_path / "new" / "folder")

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from register_adapter import RegisterConfig, export_onnx, find_tower
 from register_adapter.tuner.hooks.attention import grow_block_mask
-from register_adapter.tuner.tokens import grow_mask
+from register_adapter.tuner.hooks.tokens import grow_mask
 
 NAMES = [name for name in ("vit", "clip-vision", "dinov2", "dinov3", "siglip2-vision", "beit") if name in TOWERS]
 OUTPUT = "last_hidden_state"

@@ -28,7 +28,7 @@ from register_adapter import (
 from register_adapter.export import NATIVE, export_saved
 from register_adapter.export.comparison import check_equal, tensors
 from register_adapter.export.subject import Subject
-from register_adapter.tuner.tokens import cut_tokens
+from register_adapter.tuner.hooks.tokens import cut_tokens
 
 #: Models of the tests that have a class with registers; ``native`` gives their number.
 WITH_NATIVE_CLASS = [

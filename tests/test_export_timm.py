@@ -18,7 +18,7 @@ from register_adapter import (
     export_program,
     save_native,
 )
-from register_adapter.tuner.tokens import cut_tokens
+from register_adapter.tuner.hooks.tokens import cut_tokens
 
 timm = pytest.importorskip("timm")
 VisionTransformer = timm.models.vision_transformer.VisionTransformer

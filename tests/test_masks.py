@@ -13,7 +13,7 @@ from families import HEADS, IMAGE, PATCH, PATCHES, build, make_inputs
 from helpers import run, shapes
 
 from register_adapter import add_registers, find_tower
-from register_adapter.tuner.tokens import cut_tokens, grow_mask, insert_tokens
+from register_adapter.tuner.hooks.tokens import cut_tokens, grow_mask, insert_tokens
 
 # Towers that take a 2-D mask; CLIP and SigLIP hand a 4-D one to their blocks as it is.
 FLAT = [

@@ -76,9 +76,32 @@ def test_a_merge_that_is_refused_changes_nothing() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         layers[-1].lora_A["lora"].weight.fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
-    assert not any(_merged(model))
-    for name, value in model.state_dict().items():
-        if "lora_A" not in name:
-            assert_close(value, weights[name], atol=1e-6, rtol=0)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    order = list(model.peft_config)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN"):
+            merge(safe_merge=True)
+        assert not any(_merged(model))
+        assert list(model.peft_config) == order
+        assert model.state_dict().keys() == weights.keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(value.nan_to_num(7.0), weights[name].nan_to_num(7.0))
+    with torch.no_grad():
+        layers[-1].lora_A["lora"].weight.zero_()
+    expected = _output(model)
+    assert_close(_output(model.merge_and_unload(safe_merge=True)), expected, atol=1e-5, rtol=0)
+
+
+def test_a_merge_whose_second_adapter_is_broken_changes_nothing() -> None:
+    model = _composed()
+    model.add_adapter("broken", _lora())
+    model.set_adapter(["lora", "broken"])
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    with torch.no_grad():
+        layers[-1].lora_A["broken"].weight.fill_(torch.nan)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaN"):
+            merge(safe_merge=True)
+        assert not any(_merged(model))
+        assert all(torch.equal(value, weights[name]) or "broken" in name for name, value in model.state_dict().items())

@@ -11,7 +11,7 @@ from helpers import run
 from torch import nn
 
 from register_adapter import add_registers, find_register_layer
-from register_adapter.tuner.tokens import grow_rotary
+from register_adapter.tuner.hooks.tokens import grow_rotary
 
 R = 3
 

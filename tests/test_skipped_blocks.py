@@ -109,3 +109,25 @@ def test_parts_that_are_compiled_one_by_one_are_not_taken_for_skipped(options: d
     for part in (base.embeddings, *base.encoder.layer):
         part.compile(backend="eager")
     torch.testing.assert_close(run(model, inputs)["last_hidden_state"], expected)
+
+
+@pytest.mark.parametrize("parts", ["blocks", "embeddings"])
+@pytest.mark.parametrize("blocks", [(2, 3), (0, 2, 3), (0, 1, 1, 2, 3)], ids=str)
+def test_compiled_parts_that_are_skipped_are_told_by_the_length(blocks: tuple[int, ...], parts: str) -> None:
+    """Where both are compiled, or the whole model is, nobody counts."""
+    if parts == "embeddings" and 0 not in blocks:
+        pytest.skip("no eager hook sees the sequence before its end")
+    model, inputs = add_registers(four_blocks(), 3, init_std=1.0, insert_layer=1).eval(), make_inputs("dinov2")
+    expected = run(model, inputs)["last_hidden_state"]
+    torch._dynamo.reset()
+    base = model.get_base_model()
+    for part in base.encoder.layer if parts == "blocks" else [base.embeddings]:
+        part.compile(backend="eager")
+    torch.testing.assert_close(run(model, inputs)["last_hidden_state"], expected)
+    only(*blocks)(model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"3 registers should be in the sequence of Dinov2Model by now, and"
+    ):
+        run(model, inputs)
+    del base.encoder.forward
+    torch.testing.assert_close(run(model, inputs)["last_hidden_state"], expected)

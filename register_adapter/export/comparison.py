@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..towers.modes import evaluating
-from ..tuner.tokens import cut_tokens
+from ..tuner.hooks.tokens import cut_tokens
 from .subject import Subject, call
 
 __all__ = ["check_equal", "tensors"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from ..towers.tower import Tower
+from ..tuner.hooks.recomputation import carry, drop
 
 __all__ = ["eager_in_this_thread"]
 
@@ -29,10 +31,28 @@ def eager_in_this_thread(tower: Tower) -> Iterator[None]:
         tower: The tower; one that looks no implementation up, or has a choice that is made once and for all, stays as
             it is.
     """
+    configs = [config for config in _configs(tower) if getattr(config, _NAME, None) not in (None, "eager")]
+    owner, here = object(), threading.local()
+    here.is_open = True
+
+    def resume() -> Callable[[], AbstractContextManager[None]]:
+        return partial(_answer_eager, configs) if getattr(here, "is_open", False) else nullcontext
+
+    with _answer_eager(configs):
+        # What is checkpointed meanwhile is computed again later, and in another thread.
+        carry(tower.module, owner, resume)
+        try:
+            yield
+        finally:
+            here.is_open = False
+            drop(tower.module, owner)
+
+
+@contextmanager
+def _answer_eager(configs: list[Any]) -> Iterator[None]:
     with ExitStack() as stack:
-        for config in _configs(tower):
-            if getattr(config, _NAME, None) not in (None, "eager"):
-                stack.enter_context(_answers_eager(config))
+        for config in configs:
+            stack.enter_context(_answers_eager(config))
         yield
 
 

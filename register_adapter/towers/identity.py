@@ -22,10 +22,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from .anatomy import resolve
 from .tower import Tower
 
-__all__ = ["TowerIdentity", "fingerprint", "identity_now", "is_finite"]
+__all__ = ["TowerIdentity", "check_finite_base", "fingerprint", "identity_now", "is_finite"]
 
 BUCKETS = 8
 COLUMNS = 4096
@@ -209,14 +210,15 @@ def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> To
         biases: Whether its biases tell anything; other adapters may train them, and bring them along.
 
     Returns:
-        ``None`` if the weights are the same, or cannot be told: sharded, quantised, or with adapters merged into them.
+        ``None`` if the weights are the same, or cannot be told: sharded, quantised, with adapters merged into them, or
+        no longer finite.
     """
     weight = getattr(_own(tower, "patch_embedding"), "weight", None)
     quantised = weight is not None and type(weight) not in (torch.Tensor, nn.Parameter)
     if quantised or any(getattr(m, "merged", False) for m in tower.module.modules() if isinstance(m, BaseTunerLayer)):
         return None
     now = TowerIdentity.of(tower)
-    if now.fingerprint is None:
+    if now.fingerprint is None or not all(map(is_finite, now.fingerprint)):
         return None
     if before.fingerprint is None:
         return now
@@ -224,3 +226,20 @@ def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> To
     if not biases:
         compared = replace(now, fingerprint=[*now.fingerprint[: 2 * BUCKETS], *before.fingerprint[2 * BUCKETS :]])
     return now if compared.differences(before) else None
+
+
+def check_finite_base(tower: Tower, identity: TowerIdentity) -> None:
+    """Refuse a base whose weights cannot be told from others', because they are not finite.
+
+    Raises:
+        UnsupportedModelError: A weight that its identity is made of is NaN or infinite.
+    """
+    if all(map(is_finite, identity.fingerprint or ())):
+        return
+    values = tower.module.named_parameters()
+    broken = [name for name, value in values if value.is_floating_point() and not value.isfinite().all()]
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    raise UnsupportedModelError(
+        f"weights of the base {type(tower.module).__name__} are not finite (NaN or infinite): "
+        f"{broken[0] if broken else 'a bias'}{more}. Load its checkpoint again, or the one before training diverged."
+    )

@@ -33,7 +33,7 @@ from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
 from ..utils.shipped import full_name
-from ..utils.staging import check_writable
+from ..utils.staging import check_target, check_writable
 from ..utils.text import printable
 from .arguments import TrainArguments
 from .bases import load_base, wrap
@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
     state = PartialState(cpu=use_cpu(args))
     with _messages(state.is_main_process, args.quiet), Interruption() as interruption, ExitStack() as held:
         try:
+            for folder in (str(args.output_dir), args.target_store):
+                if folder is not None:
+                    check_target(folder)
             if state.is_main_process:
                 held.enter_context(folder_lock(str(args.output_dir)))
             check_output_dir(args)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ..towers.anatomy import Anatomy
 from ..towers.identity import is_finite
 from .neuron_shift import REMOVALS
 
-__all__ = ["check_combinations", "check_types", "check_values"]
+__all__ = ["check_combinations", "check_name", "check_types", "check_values"]
 
 # Far more than any model has patches.
 _MOST = 2**16
@@ -100,3 +102,27 @@ def check_combinations(config: Any) -> None:
 def _spell(kind: Any) -> str:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     return " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+
+
+def check_name(name: Any) -> None:
+    """An adapter's name is a part of its tensors' keys, and the name of the folder that it is saved in.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is empty or reserved, has a dot or a slash, or torch's ``ModuleDict`` has a member of that name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r} ({type(name).__name__})")
+    wrong = ""
+    if not name:
+        wrong = "it is empty"
+    elif marks := [mark for mark in (".", "/", "\\") if mark in name]:
+        wrong = f"it has {marks[0]!r}, and it is a part of tensors' keys and of a folder's path"
+    elif not name.isprintable():
+        wrong = "it has characters that cannot be printed"
+    elif name == "__base__":
+        wrong = "among adapter_names it stands for the base without an adapter"
+    elif hasattr(nn.ModuleDict(), name):
+        wrong = "torch's ModuleDict, which holds adapters by their names, has a member that is called so"
+    if wrong:
+        raise ValueError(f"adapter_name {name!r} cannot be used: {wrong}. Choose one such as 'my_registers'.")

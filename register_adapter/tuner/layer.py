@@ -21,12 +21,13 @@ from ..towers.tower import Tower
 from ..utils.parameters import check_module
 from .config import RegisterConfig
 from .heads import HeadLabels
-from .hooks.base import CallState
+from .hooks.call_state import CallState
 from .hooks.choice import BASE, Choice
 from .hooks.fitting import misfit
 from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.place import PlaceHooks
+from .hooks.recomputation import Inputs, drop
 from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens, refuse_merging
 from .undo import Before
@@ -84,6 +85,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         self.misfits: dict[str, str] = {}
         self._configs: list[tuple[nn.Module, Any]] = []
         self.call = CallState()
+        self.inputs = Inputs()
         #: Of a replica that DataParallel makes: the adapters that the thread which makes it has set aside.
         self.asked: frozenset[str] = frozenset()
         #: The model before it got an adapter whose values are still to come from a file.
@@ -283,6 +285,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         self._handles = []
         self._unwrap_methods()
         self._leave_attention()
+        drop(self.tower.module, self)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: PEFT calls every method's layers when LoRA's are merged, and registers stay at work beside them.

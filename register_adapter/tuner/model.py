@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import AdapterFileError, UnsupportedModelError
 from ..towers.anatomy import Anatomy
-from ..towers.identity import TowerIdentity
+from ..towers.identity import TowerIdentity, check_finite_base
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
 from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
@@ -24,6 +24,7 @@ from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .config import RegisterConfig
+from .fields import check_name
 from .heads import (
     check_adapter_name,
     fit_heads,
@@ -34,6 +35,7 @@ from .heads import (
     without_left_out,
 )
 from .layer import BASE, RegisterLayer, attached_layers, register_layers, renew_bases
+from .left_out import follow_contexts
 from .reading import naming
 from .registers import refuse_merging
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
@@ -74,6 +76,8 @@ class RegisterModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        with unchanged_if_refused(model):
+            check_name(adapter_name)
         if any(adapter_name in layer.names for layer in register_layers(model)):
             raise ValueError(f"the model has register adapter {adapter_name!r} already; choose another adapter_name")
         known = getattr(model, "peft_config", {})
@@ -94,6 +98,7 @@ class RegisterModel(BaseTuner):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
         with unchanged_if_refused(model) as before, naming(given.folder) if given.folder else nullcontext():
             before.forget(adapter_name)
+            check_name(adapter_name)
             try:
                 self._inject(model, adapter_name, given, *args, **kwargs)
                 pending = self._pending
@@ -116,6 +121,7 @@ class RegisterModel(BaseTuner):
             check_parts(tower)
         self._check_tower(tower, given)
         present = TowerIdentity.of(tower)
+        check_finite_base(tower, present)
         identity = checked_identity(present, given)
         if anatomy is not None:
             check_anatomy(tower, given)
@@ -193,6 +199,8 @@ class RegisterModel(BaseTuner):
         if self._labels:
             layer.labels[adapter_name] = self._labels
         layer.attach()
+        if len(layer.names) == 1:
+            follow_contexts(layer)
         for other in attached_layers(self.model):
             # Left behind by a tower that was replaced; PEFT has deleted what it found.
             if other is not layer and adapter_name in other.names and not other.is_in(self.model):

@@ -21,9 +21,11 @@ from ..utils.parameters import check_module, trainable_in_words
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
+from .fields import check_name
 from .heads import heads_aside
 from .hooks.choice import EVERYONE
-from .layer import attached_layers, find_register_layer, register_layers, renew_bases
+from .layer import find_register_layer, register_layers, renew_bases
+from .left_out import registers_left_out
 from .reading import note_checksums
 from .undo import unchanged_if_refused
 
@@ -64,6 +66,7 @@ class RegisterPeftModel(PeftModel):
             AdapterFileError: The weights are missing, pickled, damaged, or do not fit their config.
             BaseModelMismatchError: The adapter was made for another base model.
         """
+        check_name(adapter_name)
         kwargs["token"] = checked_token(kwargs.get("token"))
         if config is None:
             config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
@@ -80,6 +83,7 @@ class RegisterPeftModel(PeftModel):
         Raises:
             AdapterFileError, BaseModelMismatchError, HubAccessError: As for :meth:`from_pretrained`.
         """
+        check_name(adapter_name)
         check_folder(model_id, kwargs.get("subfolder"))
         with unchanged_if_refused(self):
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
@@ -88,8 +92,10 @@ class RegisterPeftModel(PeftModel):
         """As in PEFT, and never over an adapter that is there, as PEFT 0.18 would have it.
 
         Raises:
-            ValueError: The name is in use.
+            ValueError: The name is in use, or cannot be one.
+            TypeError: It is not a string.
         """
+        check_name(adapter_name)
         if adapter_name in self.peft_config:
             raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
@@ -103,8 +109,7 @@ class RegisterPeftModel(PeftModel):
         """
         with ExitStack() as stack:
             stack.enter_context(heads_aside(self))
-            for layer in attached_layers(self):
-                stack.enter_context(layer.without([EVERYONE]))
+            stack.enter_context(registers_left_out(self, [EVERYONE]))
             yield
 
     @property
@@ -317,6 +322,7 @@ def add_registers(
         >>> model.print_trainable_parameters()
     """
     check_module(model)
+    check_name(adapter_name)
     config = RegisterConfig(num_registers=num_registers, **kwargs)
     if isinstance(model, PeftModel):
         raise ValueError(

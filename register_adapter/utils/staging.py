@@ -118,7 +118,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_target(folder: str | Path) -> None:
-    """Say what would keep a folder from being made or written into, before any work; nothing is made.
+    """Say what would keep a folder from being made or written into, before any work; nothing stays behind.
 
     Raises:
         OSError: It, or the folder that it would be made in, cannot be written into.
@@ -132,9 +132,20 @@ def check_target(folder: str | Path) -> None:
             continue
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file; name a folder to write into")
-        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(f"nothing can be written into the folder {place}; name another one")
+        if place.is_dir():
+            _try(place)
         return
+
+
+def _try(folder: Path) -> None:
+    """Make something in a folder, and take it away: permissions do not say it all (``/proc``, a read-only disk)."""
+    try:
+        trial = tempfile.mkdtemp(prefix=_PREFIX, dir=folder)
+    except OSError as error:
+        said = f"nothing can be written into the folder {folder} ({error.strerror}); name another one"
+        raise type(error)(said) from error
+    with suppress(OSError):
+        Path(trial).rmdir()
 
 
 def check_writable(folder: str | Path) -> None:

@@ -104,8 +104,9 @@ def run_eval(args: EvalArguments) -> TaskReport:
     """
     if args.task not in TASKS:
         raise ValueError(f"task {args.task!r}, expected one of {', '.join(TASKS)}")
-    if args.output_dir is not None:
-        check_target(args.output_dir)
+    for place in (args.output_dir, args.store):
+        if place is not None:
+            check_target(place)
     data = load_task_data(
         args.task,
         args.data,

@@ -11,7 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..hooks.choice import EVERYONE
-from ..layer import RegisterLayer, attached_layers
+from ..layer import RegisterLayer
+from ..left_out import registers_left_out
 from .guards import SWITCHING, flags_kept
 
 __all__ = ["Aside"]
@@ -41,9 +42,7 @@ class Aside:
             names: Names of adapters; with :data:`EVERYONE` among them all, those that come meanwhile too.
         """
         out = frozenset(names)
-        with contextlib.ExitStack() as stack:
-            for layer in attached_layers(self._model):
-                stack.enter_context(layer.without(out))
+        with registers_left_out(self._model, out):
             with SWITCHING:
                 self._contexts.append(out)
                 self._switch()

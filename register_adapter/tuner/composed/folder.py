@@ -25,6 +25,7 @@ from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME, checked_token, fetch
 from ...utils.staging import staged
 from ..config import RegisterConfig
+from ..fields import check_name as check_any_name
 from ..reading import check_imports, naming, note_checksums, read_json
 
 __all__ = ["MANIFEST", "SavedAdapter", "check_name", "fetch_folder", "holds_several", "read_folder", "write_folder"]
@@ -41,10 +42,11 @@ def check_name(name: Any) -> str:
     """An adapter's name is also the name of its folder, and a part of its tensors' keys.
 
     Raises:
-        ValueError: It has other characters than letters, digits, ``-`` and ``_``.
+        ValueError: It has other characters than letters, digits, ``-`` and ``_``, or means something else.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"an adapter's name has letters, digits, '-' and '_' only, got {name!r}")
+    check_any_name(name)
     return name
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..layer import RegisterLayer
 
-__all__ = ["SWITCHING", "check_heads", "flags_kept", "hooks_lifted"]
+__all__ = ["SWITCHING", "check_heads", "check_merges", "flags_kept", "hooks_lifted"]
 
 #: Held by a thread that switches layers of PEFT's.
 SWITCHING = threading.RLock()
@@ -56,3 +59,19 @@ def check_heads(configs: dict[str, PeftConfig], active: Iterable[str]) -> None:
                     f"the adapters {owner[head]!r} and {name!r} both have {head!r} in modules_to_save: only one copy "
                     "of it can be active. Leave it to one of them, or activate them in turn."
                 )
+
+
+def check_merges(layers: Iterable[tuple[BaseTunerLayer, list[str] | None]], safe_merge: bool) -> None:
+    """Try every merge on a copy of its layer, one at a time, so that one which fails leaves no layer merged.
+
+    Args:
+        layers: Layers, and the names of the adapters that are to be merged, ``None`` for the active ones.
+        safe_merge: As for PEFT's ``merge``.
+
+    Raises:
+        ValueError: A weight would not be finite; or whatever else PEFT's ``merge`` raises.
+    """
+    for layer, names in layers:
+        with onload_layer(layer):
+            trial: Any = copy.deepcopy(layer)
+            trial.merge(safe_merge=safe_merge, adapter_names=names)

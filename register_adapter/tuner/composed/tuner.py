@@ -19,7 +19,7 @@ from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
 from ..registers import refuse_merging
 from .aside import Aside
-from .guards import check_heads, flags_kept, hooks_lifted
+from .guards import check_heads, check_merges, flags_kept, hooks_lifted
 
 __all__ = ["ComposedTuner"]
 
@@ -267,7 +267,7 @@ class ComposedTuner(BaseTuner):
             self._tuners.pop(method, None)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT, for what can be merged; registers stay. What fails half way is taken back.
+        """As in PEFT, for what can be merged; registers stay: all of it, or nothing.
 
         Raises:
             NotImplementedError: There is nothing but registers, or ``adapter_names`` names some.
@@ -279,21 +279,16 @@ class ComposedTuner(BaseTuner):
             if name in (adapter_names or ()):
                 mine.append(name)
         with self._aside.lifted():
-            layers = [(layer, mine) for method, mine in chosen.items() for layer in self._layers(method)]
-            before = [list(layer.merged_adapters) for layer, _ in layers]
-            try:
-                for layer, mine in layers:
-                    if mine or adapter_names is None:
-                        with onload_layer(layer):
-                            layer.merge(safe_merge=safe_merge, adapter_names=mine or None)
-            except Exception:
-                for (layer, _), merged in zip(layers, before, strict=True):
-                    if layer.merged_adapters != merged:
-                        with onload_layer(layer):
-                            layer.unmerge()
-                            if merged:
-                                layer.merge(adapter_names=merged)
-                raise
+            layers = [
+                (layer, mine or None)
+                for method, mine in chosen.items()
+                for layer in self._layers(method)
+                if mine or adapter_names is None
+            ]
+            check_merges(layers, safe_merge)
+            for layer, names in layers:
+                with onload_layer(layer):
+                    layer.merge(safe_merge=safe_merge, adapter_names=names)
 
     def unmerge_adapter(self) -> None:
         """As in PEFT; registers are never merged."""
@@ -327,12 +322,18 @@ class ComposedTuner(BaseTuner):
 
         Raises:
             NotImplementedError: There is nothing but registers, or ``adapter_names`` names some.
+            ValueError: ``safe_merge`` finds a broken weight; the model is as it was.
         """
         methods = {config.peft_type for config in self.peft_config.values()}
         others = list(self.peft_config)
         if merge:
             others = self._mergeable(adapter_names)
             methods = {self.peft_config[name].peft_type for name in others}
+            layers = [layer for method in methods for layer in self._layers(method)]
+            # PEFT's modules that come out of themselves merge what is active.
+            own = [hasattr(layer, "unload_and_optionally_merge_module") for layer in layers]
+            names = [None if alone else adapter_names for alone in own]
+            check_merges(zip(layers, names, strict=True), safe_merge)
         gone = {name: self.peft_config.pop(name) for name in others}
         try:
             self._strip(methods, merge, **({"safe_merge": safe_merge, "adapter_names": adapter_names} if merge else {}))

@@ -1,7 +1,8 @@
 """The hooks of a register layer, one file for each place where registers are at work."""
 
 from .attention import AttentionHooks
-from .base import CallState, LayerHooks
+from .base import LayerHooks
+from .call_state import CallState
 from .choice import Choice
 from .methods import MethodHooks
 from .neurons import NeuronHooks

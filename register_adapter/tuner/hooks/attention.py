@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .base import ATTACHING, LayerHooks, RecordPairs
+from .base import ATTACHING, LayerHooks
+from .call_state import RecordPairs
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower

@@ -6,94 +6,24 @@ import operator
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ...errors import UnsupportedModelError
 from ..registers import RegisterTokens, Segment
-from ..tokens import cut_tokens
+from .call_state import CallState
+from .recomputation import Inputs, carry
+from .tokens import cut_tokens
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower
 
-__all__ = ["ATTACHING", "CallState", "LayerHooks", "MethodCall", "refuse_tracing"]
-
-#: Called with a block's index, keys and values ``(B, H, N, d)``.
-RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
+__all__ = ["ATTACHING", "LayerHooks", "refuse_tracing"]
 
 #: Held by a thread that puts hooks and stand-ins in place.
 ATTACHING = threading.RLock()
-
-
-class MethodCall:
-    """One call of a method that counts registers among the tower's prefix tokens.
-
-    It runs on a stand-in for the tower: an object of the tower's class with the very same modules and parameters, but
-    a count of its own. On the tower itself other threads would read it.
-
-    Args:
-        module: The tower.
-        counter: Attribute with the number of its prefix tokens.
-    """
-
-    def __init__(self, module: nn.Module, counter: str) -> None:
-        self.counter = counter
-        self.stand_in: Any = object.__new__(type(module))
-        self.stand_in.__dict__.update(module.__dict__)
-        self.length = 0
-
-    def enter(self, length: int, count: int) -> None:
-        """``count`` registers enter a sequence of ``length`` tokens: from here on they count as prefix tokens.
-
-        Not before: timm resamples its position embeddings by the same count.
-        """
-        self.length = length
-        self.stand_in.__dict__[self.counter] += count
-
-
-class CallState(threading.local):
-    """What one thread has asked of a layer, and what its running forward pass needs to remember.
-
-    Every thread has values of its own, so that passes in several threads do not see each other's. Plain attributes
-    that are set in ``__init__``: the graph compiler guards those, as it would not guard a context variable in every
-    supported torch.
-
-    Attributes:
-        images: Adapter of each image of the batches, ``"__base__"`` for none; ``None`` for the active adapters.
-        without: Names of adapters that take no part.
-        whole_attentions: Attention maps keep the columns of key/value pairs.
-        record: Gets the keys and values of every block.
-        segments: What takes part in the running pass; ``None`` outside of one.
-        entered: Number of registers that were put into the sequence of the running pass.
-        left: They have come out again.
-        method: The running method that is called past the tower's forward, if it counts registers.
-        methods: Places of the running methods whose registers are cut out when they return.
-        kept: ``without`` as it is after the pass of a replica, whose own was asked for by another thread.
-        visible: ``(B, N)`` bool, what a register sees in the running block; ``None`` without a mask.
-        rotary: Rotary tables as the blocks were given them, a number of registers, and the tables with rows for these.
-    """
-
-    def __init__(self) -> None:
-        self.images: list[str] | None = None
-        self.without: frozenset[str] = frozenset()
-        self.whole_attentions: bool = False
-        self.record: RecordPairs | None = None
-        self.segments: list[Segment] | None = None
-        self.entered: int = 0
-        self.left: bool = False
-        self.method: MethodCall | None = None
-        self.methods: tuple[str, ...] = ()
-        self.kept: frozenset[str] | None = None
-        self.visible: torch.Tensor | None = None
-        self.rotary: tuple[Any, int, Any] | None = None
-
-    def __deepcopy__(self, memo: Any) -> CallState:
-        return CallState()
-
-    def __reduce__(self) -> Any:
-        return CallState, ()
 
 
 class LayerHooks:
@@ -102,6 +32,8 @@ class LayerHooks:
     tower: Tower
     prefix: int
     call: CallState
+    #: What blocks were given in passes with gradients, where the blocks are checkpointed with their hooks.
+    inputs: Inputs
     #: Place of ``attention_mask`` among the tower's positional arguments.
     _mask_position: int | None
     #: Attention modules and the configs that stand-ins have replaced.
@@ -120,6 +52,11 @@ class LayerHooks:
     @abstractmethod
     def _by_block(self) -> bool:
         """Whether an adapter does something at single blocks."""
+
+    @property
+    @abstractmethod
+    def _neuron_blocks(self) -> set[int]:
+        """Blocks with register neurons."""
 
     @abstractmethod
     def _misfit(self, name: str) -> str | None:
@@ -166,6 +103,9 @@ class LayerHooks:
             if self.misfits:
                 self._refuse_misfits(segments)
             self.call.segments = segments
+            self.call.trains = torch.is_grad_enabled()
+            if self.call.trains:
+                carry(self.tower.module, self, self._resume)
         elif late := [segment for segment in self.segments if segment.placement.insert_layer]:
             # A graph may be of a model that has lost blocks since its last pass.
             count = len(self.tower.part("blocks"))
@@ -174,6 +114,9 @@ class LayerHooks:
                     f"{type(self.tower.module).__name__} has {count} blocks now, and registers enter behind the last "
                     "one. Put the blocks back, or take the adapter off and add one that fits."
                 )
+
+    def _resume(self) -> Callable[[], AbstractContextManager[None]]:
+        return self.call.resume()
 
     def _refuse_misfits(self, segments: list[Segment]) -> None:
         present = [id(tokens) for segment in segments for tokens in segment.tokens]
@@ -201,7 +144,7 @@ class LayerHooks:
 
     def _end_pass(self) -> None:
         self.call.segments = self.call.visible = self.call.rotary = None
-        self.call.entered, self.call.left = 0, False
+        self.call.entered, self.call.length, self.call.left = 0, 0, False
         if self.call.kept is not None:
             self.call.without, self.call.kept = self.call.kept, None
 
@@ -225,8 +168,12 @@ class LayerHooks:
                 "registers were added, and the model compiled or called in parts since? Call the whole model once."
             )
 
-    def _leave(self, count: int) -> bool:
+    def _leave(self, count: int, length: int) -> bool:
         """Whether the ``count`` registers that should be in a sequence are, now that it comes to where they leave.
+
+        Args:
+            count: Their number.
+            length: That of the tokens in the sequence.
 
         Raises:
             UnsupportedModelError: There is another number of them: what would be cut out are patches.
@@ -235,10 +182,12 @@ class LayerHooks:
         if self.call.entered != count and not torch.compiler.is_compiling():
             if alone and not self.call.entered:  # a module that somebody calls with a sequence of their own
                 return False
-            self._refuse_skipped(count)
+            # Compiled parts do not tell what entered in them; how long the sequence is tells it too.
+            known = self.call.length
+            self._refuse_skipped(count, None if not known or length == known + count else length - known)
         self.call.left = True
         if alone and not torch.compiler.is_compiling():
-            self.call.entered = 0
+            self.call.entered = self.call.length = 0
         return True
 
     def _check_entered(self, block: int) -> None:
@@ -253,11 +202,12 @@ class LayerHooks:
         if self.call.entered != count:
             self._refuse_skipped(count)
 
-    def _refuse_skipped(self, count: int) -> None:
+    def _refuse_skipped(self, count: int, counted: int | None = None) -> None:
         # A graph does not tell others what entered in it.
-        if torch.compiler.is_compiling() or any(map(_is_compiled, self.tower.module.modules())):
+        compiled = torch.compiler.is_compiling() or any(map(_is_compiled, self.tower.module.modules()))
+        if compiled and counted is None:
             return
-        entered, name = self.call.entered, type(self.tower.module).__name__
+        entered, name = self.call.entered if counted is None else counted, type(self.tower.module).__name__
         late = {segment.placement.insert_layer for segment in self.sequence}
         places = [f"block {layer}" if layer else repr(self.tower.anatomy.embeddings) for layer in sorted(late)]
         self._end_pass()

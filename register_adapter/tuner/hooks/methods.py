@@ -16,8 +16,9 @@ import torch
 from ...errors import UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.calls import hidden_states_of
-from ..tokens import cut_tokens
-from .base import LayerHooks, MethodCall
+from .base import LayerHooks
+from .call_state import MethodCall
+from .tokens import cut_tokens
 
 __all__ = ["MethodHooks"]
 

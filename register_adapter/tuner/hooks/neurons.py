@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...towers.calls import hidden_states_of
-from ..tokens import visible_to
 from .base import LayerHooks
+from .tokens import visible_to
 
 __all__ = ["NeuronHooks"]
 

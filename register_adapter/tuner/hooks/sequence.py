@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
-from ..tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 from .attention import grow_block_mask, is_block_mask
 from .base import LayerHooks, refuse_tracing
+from .tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 
 __all__ = ["SequenceHooks"]
 
@@ -39,6 +39,7 @@ class SequenceHooks(LayerHooks):
         ]
         if remove is not module:  # a tower that ends where registers leave needs no second cut
             handles.append(module.register_forward_hook(self._tower_output_hook))
+        handles += self._again_hooks()
         biases = {bias: block for block, bias in self.tower.parts("position_bias")}  # once, if blocks share them
         for bias, block in biases.items():
             handles.append(bias.register_forward_pre_hook(partial(self._position_length_hook, block), with_kwargs=True))
@@ -65,6 +66,32 @@ class SequenceHooks(LayerHooks):
         handles.append(module.register_forward_hook(self._end_pass_hook, always_call=True))
         return handles
 
+    def _again_hooks(self) -> list[Any]:
+        """First of all at a block: is it computed again? Where blocks are checkpointed with their hooks."""
+        handles: list[Any] = []
+        for block in self.tower.part("blocks") if self._is_called_again else ():
+            handles.append(block.register_forward_pre_hook(self._again_hook, with_kwargs=True))
+            handles.append(block.register_forward_hook(self._again_end_hook, always_call=True))
+        return handles
+
+    @property
+    def _is_called_again(self) -> bool:
+        """Whether blocks that need to know their pass are checkpointed by a function that cannot tell it them."""
+        needed = self._by_block or bool(self.tower.anatomy.rotary) or bool(self._neuron_blocks)
+        return needed and not all(hasattr(block, "gradient_checkpointing") for block in self.tower.part("blocks"))
+
+    def _again_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.call.segments is None:
+            self.inputs.enter(hidden_states_of(args, kwargs))
+        elif self.call.trains:
+            self.inputs.note(hidden_states_of(args, kwargs), self.call.resume())
+
+    def _again_end_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.inputs.leave()
+
     def _hook_points(self) -> list[Any]:
         """Where hooks are, or should be, in the tower as it is now."""
         tower, anatomy = self.tower, self.tower.anatomy
@@ -73,7 +100,7 @@ class SequenceHooks(LayerHooks):
             points += [module for _, module in tower.parts("position_bias")]
         if anatomy.positions_between:
             points += [module for _, module in tower.parts("positions_between")]
-        if self._by_block or anatomy.rotary or anatomy.position_bias:
+        if self._by_block or anatomy.rotary or anatomy.position_bias or self._is_called_again:
             points += tower.part("blocks")
         return points
 
@@ -94,6 +121,8 @@ class SequenceHooks(LayerHooks):
             self.call.method.enter(hidden_states.shape[1], self.num_active)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
         self.call.entered = self.count_at(0)
+        if not torch.compiler.is_compiling():
+            self.call.length = hidden_states.shape[1]
         if tokens:
             hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
         if self._loses_gradients(hidden_states):
@@ -137,6 +166,8 @@ class SequenceHooks(LayerHooks):
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
         self._check_entered(index)
+        if index == 0 and not torch.compiler.is_compiling():  # the embeddings may be compiled
+            self.call.length = hidden.shape[1] - count
         if index > 0:
             hidden = self.without_placeholders(hidden, index - 1)
         start = self.prefix
@@ -196,15 +227,17 @@ class SequenceHooks(LayerHooks):
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
         refuse_tracing(args[0])
         counts = [] if self.call.method is not None else self._counts
-        if not counts or not self._leave(counts[-1]):
+        if not counts or not self._leave(counts[-1], args[0].shape[1]):
             return None
         return self._cut(args, args[0].shape[1] - counts[-1], counts)
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         counts = [] if self.call.method is not None else self._counts
-        if not counts or not self._leave(counts[-1]):
+        if not counts:
             return None
         hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
+        if not self._leave(counts[-1], hidden.shape[1]):
+            return None
         return self._cut(output, hidden.shape[1] - counts[-1], counts)
 
     def _tower_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,0 +1,161 @@
+"""Blocks that gradient checkpointing computes again: with what took part in their pass, in whatever thread that is.
+
+The second time is in the backward pass, which autograd runs in a thread of its own on a GPU, and by then other adapters
+may be active. The function that is checkpointed takes along what the pass knew of itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["Inputs", "Resume", "carry", "drop", "is_recomputing"]
+
+#: Says, in a pass, what puts its state back while a part of it is computed again.
+Resume = Callable[[], Callable[[], AbstractContextManager[Any]]]
+
+#: Attributes by which transformers' modules, and torch's ``CheckpointWrapper``, call ``checkpoint(function, *args)``.
+#: Libraries without one call ``checkpoint`` with the block itself: see :class:`Inputs`.
+_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+_CHANGING = threading.Lock()
+
+
+def is_recomputing() -> bool:
+    """Whether this thread is in a backward pass, where blocks are called to compute them a second time."""
+    # Compiled graphs have no such calls, and their compiler does not know the question.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Again:
+    """A checkpointed function: the first call is the pass's own, later ones compute it again."""
+
+    def __init__(self, function: Callable[..., Any], resumed: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.function, self.resumed, self.called = function, resumed, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        context = self.resumed() if self.called else nullcontext()
+        self.called = True
+        with context:
+            return self.function(*args, **kwargs)
+
+
+class _Carrying:
+    """Stands in for the checkpointing function of a module."""
+
+    def __init__(self, checkpoint: Callable[..., Any], owner: object, resume: Resume) -> None:
+        self.checkpoint, self.owner, self.resume = checkpoint, owner, resume
+        #: Options, read off the ``functools.partial`` that it usually is.
+        self.keywords: dict[str, Any] = getattr(checkpoint, "keywords", {})
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.checkpoint(function, *args, **kwargs)
+        return self.checkpoint(_Again(function, self.resume()), *args, **kwargs)
+
+
+def carry(tower: nn.Module, owner: object, resume: Resume) -> None:
+    """Have what the modules of a tower checkpoint take along what ``resume`` says; once for an owner.
+
+    Args:
+        tower: The tower.
+        owner: Whose state it is.
+        resume: Called in the pass, before a module is checkpointed.
+    """
+    if not any(True for _ in _bare(tower, owner)):
+        return
+    with _CHANGING:
+        for module, name in list(_bare(tower, owner)):
+            setattr(module, name, _Carrying(vars(module)[name], owner, resume))
+
+
+def drop(tower: nn.Module, owner: object) -> None:
+    """Undo :func:`carry`."""
+    with _CHANGING:
+        for module in tower.modules():
+            for name in _ATTRIBUTES:
+                links = _chain(vars(module).get(name))
+                for place, link in enumerate(links):
+                    if link.owner is owner and place:
+                        links[place - 1].checkpoint = link.checkpoint
+                    elif link.owner is owner:
+                        setattr(module, name, link.checkpoint)
+
+
+def _bare(tower: nn.Module, owner: object) -> Iterator[tuple[nn.Module, str]]:
+    """Modules whose checkpointing function takes nothing along for ``owner`` yet, and the function's name."""
+    for module in tower.modules():
+        for name in _ATTRIBUTES:
+            function = vars(module).get(name)
+            if function is not None and all(link.owner is not owner for link in _chain(function)):
+                yield module, name
+
+
+def _chain(function: Any) -> list[_Carrying]:
+    """The stand-ins of a module, of several owners, from the outermost on."""
+    links = []
+    while isinstance(function, _Carrying):
+        links.append(function)
+        function = function.checkpoint
+    return links
+
+
+class Inputs:
+    """The sequences that blocks were given in passes, by which a block that is computed again knows its pass.
+
+    For libraries that checkpoint the block itself, hooks and all: a checkpoint keeps the block's input, so the one of
+    the second time lies in the same memory.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[int, tuple[StorageWeakRef, Callable[[], AbstractContextManager[Any]]]] = {}
+        self._open = threading.local()
+
+    def __deepcopy__(self, memo: Any) -> Inputs:
+        return Inputs()
+
+    def __reduce__(self) -> Any:
+        return Inputs, ()
+
+    def note(self, sequence: torch.Tensor, resumed: Callable[[], AbstractContextManager[Any]]) -> None:
+        """A block is given this sequence in a pass."""
+        storage = _storage(sequence)
+        if storage is None:
+            return
+        if len(self._states) > 256:
+            for key, (known, _) in list(self._states.items()):
+                if known.expired():  # type: ignore[no-untyped-call]
+                    self._states.pop(key, None)
+        # The weak reference keeps the address from being given to another storage.
+        self._states[storage._cdata] = StorageWeakRef(storage), resumed  # type: ignore[no-untyped-call]
+
+    def enter(self, sequence: torch.Tensor) -> None:
+        """A block is called with this sequence outside of a pass: put back what its pass knew, if it was noted."""
+        storage = _storage(sequence)
+        known = self._states.get(storage._cdata) if storage is not None else None
+        if known is not None:
+            context = known[1]()
+            context.__enter__()
+            self._contexts.append(context)
+
+    def leave(self) -> None:
+        """The block has returned, or failed."""
+        if self._contexts:
+            self._contexts.pop().__exit__(None, None, None)
+
+    @property
+    def _contexts(self) -> list[AbstractContextManager[Any]]:
+        contexts: list[AbstractContextManager[Any]] = self._open.__dict__.setdefault("contexts", [])
+        return contexts
+
+
+def _storage(sequence: torch.Tensor) -> Any:
+    try:
+        return sequence.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a subclass without one of its own
+        return None
