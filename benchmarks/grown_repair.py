@@ -4,11 +4,11 @@
     python benchmarks/grown_repair.py --grown FOLDER --seeds 0 1 2 --out ...    # grown by scripts/grow_testbed.py
 
 A row is one arm on one model. On held-out images: the task's own loss with the frozen head; the largest patch norm
-over the median and the share of patches over 3 medians, each in the block with most, before the final LayerNorm; attention
-that patches give to background tiles, in the block with most; how well a linear probe reads a tile's own contents (R²)
-where the model without registers has its outliers, and elsewhere; cosine of patch tokens behind the final LayerNorm to
-those of the twin that had registers from the start, after the rotation that fits best on other images; the audit's
-verdict. Controls: random and zero registers, and LoRA alone. The ceiling is that twin, with its own head.
+over the median and the share of patches over 3 medians, each in the block with most, before the final LayerNorm;
+attention that patches give to background tiles, in the block with most; how well a linear probe reads a tile's own
+contents (R²) where the model without registers has its outliers, and elsewhere; cosine of patch tokens behind the final
+LayerNorm to those of the twin that had registers from the start, after the rotation that fits best on other images; the
+audit's verdict. Controls: random and zero registers, and LoRA alone. The ceiling is that twin, with its own head.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class OwnTask(Term):
     def measure(self, model: Any, student: Any, targets: Any, batch: Any) -> torch.Tensor:
         """The loss of each image, ``(B,)``."""
         squared = (self.head(student.patches) - batch["wanted"]).square().mean(-1)
-        return (squared * batch["weights"]).sum(1) / batch["weights"].sum(1)
+        loss: torch.Tensor = (squared * batch["weights"]).sum(1) / batch["weights"].sum(1)
+        return loss
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):
@@ -94,7 +95,7 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 def _fit(**options: Any) -> Callable[..., Any]:
     def make(model: GrownModel, task: MosaicTask, seed: int, steps: int) -> Any:
         pixels = task.draw(FIT_IMAGES, FIT_SEED).pixel_values
-        return fit_test_time_registers(model.backbone, list(pixels.split(32)), progress=False, **options)
+        return fit_test_time_registers(model.backbone, list(torch.split(pixels, 32)), progress=False, **options)
 
     return make
 
@@ -108,14 +109,19 @@ def _zeroed(model: GrownModel, task: MosaicTask, seed: int, steps: int) -> Any:
     return base
 
 
-def _trained(make_aim: Callable[[GrownModel], Any], rate: float, from_outliers: bool = False, **options: Any) -> Any:
+def _trained(
+    make_aim: Callable[[GrownModel], Any],
+    rate: float,
+    options: dict[str, Any] | None = None,
+    from_outliers: bool = False,
+) -> Any:
     def make(model: GrownModel, task: MosaicTask, seed: int, steps: int) -> Any:
         aim = make_aim(model)
         start = None
         if from_outliers:
             pixels = task.draw(FIT_IMAGES, FIT_SEED).pixel_values
-            start = start_from_outliers(model.backbone, list(pixels.split(32)), seed=seed)
-        wrapped = wrap(model.backbone, aim, **(start.options if start else options))
+            start = start_from_outliers(model.backbone, list(torch.split(pixels, 32)), seed=seed)
+        wrapped = wrap(model.backbone, aim, **(start.options if start else options or {}))
         if start:
             start.fill(require_register_layer(wrapped).tokens("default"))
         arguments = TrainArguments(
@@ -156,17 +162,17 @@ ARMS: dict[str, Callable[[GrownModel, MosaicTask, int, int], Any]] = {
     "test-time: 1 register": _fit(),
     "test-time: 4 registers": _fit(num_registers=4),
     "test-time: attention bias": _fit(attention_bias=True),
-    **{f"{name}: registers": _trained(aim, 2e-2, **_FOUR) for name, aim in _LABEL_FREE.items()},
-    **{f"{name}: registers + LoRA": _trained(aim, 1e-3, **_LORA) for name, aim in _LABEL_FREE.items()},
-    "smooth: LoRA alone": _trained(_LABEL_FREE["smooth"], 1e-3, train="lora"),
-    "own task: registers": _trained(_own, 2e-2, **_FOUR),
+    **{f"{name}: registers": _trained(aim, 2e-2, _FOUR) for name, aim in _LABEL_FREE.items()},
+    **{f"{name}: registers + LoRA": _trained(aim, 1e-3, _LORA) for name, aim in _LABEL_FREE.items()},
+    "smooth: LoRA alone": _trained(_LABEL_FREE["smooth"], 1e-3, {"train": "lora"}),
+    "own task: registers": _trained(_own, 2e-2, _FOUR),
     "own task: registers from outliers": _trained(_own, 2e-2, from_outliers=True),
-    "own task: deep registers": _trained(_own, 2e-2, deep=True, **_FOUR),
-    "own task: key/value registers": _trained(_own, 2e-2, key_value=True, **_FOUR),
-    "own task: registers + gates": _trained(_own, 2e-2, train="registers+gates", **_FOUR),
-    "own task: registers + LoRA": _trained(_own, 1e-3, **_LORA),
-    "own task: LoRA alone": _trained(_own, 1e-3, train="lora"),
-    "own task: registers + last block": _trained(_own, 1e-3, train="registers+last_blocks=1", **_FOUR),
+    "own task: deep registers": _trained(_own, 2e-2, {**_FOUR, "deep": True}),
+    "own task: key/value registers": _trained(_own, 2e-2, {**_FOUR, "key_value": True}),
+    "own task: registers + gates": _trained(_own, 2e-2, {**_FOUR, "train": "registers+gates"}),
+    "own task: registers + LoRA": _trained(_own, 1e-3, _LORA),
+    "own task: LoRA alone": _trained(_own, 1e-3, {"train": "lora"}),
+    "own task: registers + last block": _trained(_own, 1e-3, {**_FOUR, "train": "registers+last_blocks=1"}),
 }
 
 
@@ -186,13 +192,13 @@ class Ruler:
     def _read(self, model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Tokens behind the norm ``(B, P, D)``, norms ``(B, P)`` and attention received ``(B, P)`` of every block."""
         tiles, last, norms, seen = self.task.num_patches, [], [], []
-        for batch in pixels.split(32):
+        for batch in torch.split(pixels, 32):
             with capture(model) as trace:
                 last.append(model(pixel_values=batch).last_hidden_state[:, -tiles:])
             norms.append([hidden[:, -tiles:].norm(dim=-1) for hidden in trace.hidden_states[1:]])
             seen.append([maps[:, :, -tiles:, -tiles:].mean((1, 2)) for maps in trace.attentions])
-        joined = ([torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in (norms, seen))
-        return torch.cat(last), *joined
+        first, second = ([torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in (norms, seen))
+        return torch.cat(last), first, second
 
     @staticmethod
     def _fitted(inputs: torch.Tensor, wanted: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -220,7 +226,7 @@ class Ruler:
             rest = (own[places].double() - probe(patches[places])).square().sum()
             return float(1 - rest / (own[places] - own[places].mean(0)).double().square().sum())
 
-        report = audit(model, list(self.test.pixel_values.split(32)), progress=False)
+        report = audit(model, list(torch.split(self.test.pixel_values, 32)), progress=False)
         return {
             "task_loss": float((squared * self.test.weights).sum() / self.test.weights.sum()),
             "largest_ratio": max(ratios),

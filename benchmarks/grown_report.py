@@ -63,7 +63,7 @@ def _look(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     norms = trace.patches(LAYER).norm(dim=-1)
     side = int(norms.shape[1] ** 0.5)
     received = trace.attentions[BLOCK].mean((1, 2))[:, -norms.shape[1] :]
-    return (norms / norms.median()).unflatten(1, (side, side)), received.unflatten(1, (side, side))
+    return (norms / norms.median()).reshape(-1, side, side), received.reshape(-1, side, side)
 
 
 def draw_models(path: Path, count: int = 3) -> None:
@@ -72,7 +72,7 @@ def draw_models(path: Path, count: int = 3) -> None:
     drawn = task.draw(count, seed=77)
     base = load_grown("mosaics").backbone
     fitted = fit_test_time_registers(
-        load_grown("mosaics").backbone, list(task.draw(128, seed=78).pixel_values.split(32)), progress=False
+        load_grown("mosaics").backbone, list(torch.split(task.draw(128, seed=78).pixel_values, 32)), progress=False
     )
     models = {"grown": base, "+ 1 fitted register": fitted, "twin, registers from the start": None}
     models["twin, registers from the start"] = load_grown("mosaics", "registers").backbone
