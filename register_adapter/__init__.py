@@ -38,7 +38,7 @@ if _loaded:
         UnsupportedModelError,
     )
     from .export import export_native, export_onnx, export_program, save_native
-    from .features import Trace, capture
+    from .features import FeatureTable, Trace, capture, get_features
     from .neurons import fit_test_time_registers
     from .towers import FAMILIES, Anatomy, find_tower
     from .tuner import (
@@ -66,6 +66,7 @@ __all__ = [
     "ArtifactReport",
     "BaseModelMismatchError",
     "ComposedPeftModel",
+    "FeatureTable",
     "HubAccessError",
     "MissingExtraError",
     "NoArtifactsError",
@@ -88,6 +89,7 @@ __all__ = [
     "find_register_layer",
     "find_tower",
     "fit_test_time_registers",
+    "get_features",
     "load_adapters",
     "rename_adapter",
     "save_adapters",

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from ..towers.tower import Tower
+from .layout import TokenLayout
 from .threads import in_this_thread
 
-__all__ = ["PatchGrid", "watch_patches"]
+__all__ = ["PatchGrid", "patch_tokens", "watch_patches"]
 
 
 class PatchGrid:
@@ -34,6 +35,10 @@ class PatchGrid:
         self._part: nn.Module | None = part if isinstance(part, nn.Module) else None
         self._convolution = getattr(part, "base_layer", part)  # an adapter's layer (LoRA) around it
 
+    def seen(self, batch: int) -> bool:
+        """Whether a 2-D convolution embedded the patches of the last forward pass, once for each of B images."""
+        return self._pixels is not None and len(self._pixels) == batch
+
     def shape(self, batch: int, num_tokens: int, inputs: Any = None) -> tuple[int, int]:
         """``(h, w)``: the first ``h * w`` tokens behind CLS and registers are the patches, row by row.
 
@@ -46,7 +51,7 @@ class PatchGrid:
             UnsupportedModelError: Places of the patches are not known: no 2-D convolution embeds them once for every
                 image, some are hidden, or they are shuffled (MAE).
         """
-        if self._pixels is None or self._shape is None or len(self._pixels) != batch:
+        if self._shape is None or not self.seen(batch):
             raise self._unknown("it does not embed them by a 2-D convolution, once for every image")
         count = self._shape[0] * self._shape[1]
         if count > num_tokens:
@@ -88,3 +93,28 @@ def watch_patches(tower: Tower) -> Iterator[PatchGrid]:
         yield grid
     finally:
         handle.remove()
+
+
+def patch_tokens(
+    tower: Tower, tokens: torch.Tensor, layout: TokenLayout, grid: PatchGrid, inputs: Any = None
+) -> tuple[torch.Tensor, tuple[int, int] | None]:
+    """The patches among the tokens of a pass, without CLS, registers, and what stands behind the patches (YOLOS).
+
+    Args:
+        tower: The tower.
+        tokens: ``(B, N, D)``, the whole sequence at one layer.
+        layout: Of that layer.
+        grid: Of the same pass.
+        inputs: What went into the tower.
+
+    Returns:
+        ``(B, P, D)``, and ``(h, w)``; ``None`` for a tower that is given its patches.
+
+    Raises:
+        UnsupportedModelError: Where the patches lie is not known, see :meth:`PatchGrid.shape`.
+    """
+    behind = tokens[:, layout.first_patch :]
+    if tower.part("patch_embedding") is None:
+        return behind, None
+    rows, columns = grid.shape(len(behind), behind.shape[1], inputs)
+    return behind[:, : rows * columns], (rows, columns)

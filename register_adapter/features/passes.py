@@ -70,18 +70,22 @@ class PassOptions:
 
 
 class Batch(NamedTuple):
-    """What goes into the tower, the number B of its images, and their labels ``(B,)`` int64."""
+    """What goes into the tower, the number B of its images, their labels ``(B,)`` int64, and their places.
+
+    A place is that among all images that were given, bad ones counted.
+    """
 
     inputs: Inputs
     size: int
     labels: _Labels | None
+    numbers: Sequence[int] = ()
 
     def half(self, second: bool) -> Batch:
         """The first or the second half of the images."""
         part = slice(self.size // 2, None) if second else slice(self.size // 2)
         size = self.size - self.size // 2 if second else self.size // 2
         labels = None if self.labels is None else self.labels[part]
-        return Batch(slice_batch(self.inputs, part, self.size), size, labels)
+        return Batch(slice_batch(self.inputs, part, self.size), size, labels, self.numbers[part])
 
 
 class Consumer(Protocol):
@@ -169,7 +173,7 @@ class ImagePass:
                     self.device, self.dtype, self.tower.module, report=False
                 ):
                     labels = self._labels_of(numbers, own) if self._with_labels else None
-                    yield Batch(inputs, len(numbers), labels)
+                    yield Batch(inputs, len(numbers), labels, numbers)
                     bar.update(len(numbers))
         finally:
             self._images.report_skipped()  # behind the bar, which it would break

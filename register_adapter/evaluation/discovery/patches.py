@@ -19,7 +19,7 @@ from ...data.batches import list_images
 from ...data.images import load_image
 from ...data.processors import find_image_processor, normalisation_of, source_of
 from ...errors import RegisterAdapterError, UnsupportedModelError
-from ...features.grid import watch_patches
+from ...features.grid import patch_tokens, watch_patches
 from ...features.layout import find_layout, tower_of
 from ...features.passes import keep_layer, place_of
 from ...features.positions import antialiased_positions
@@ -200,15 +200,13 @@ class PatchReader:
             self._run(pixels, inputs)
         read: dict[Wanted, torch.Tensor] = {}
         for asked, pair in self._wanted.items():
-            behind = kept[pair][0][:, find_layout(self.tower, self._registers, pair.block + 1).first_patch :]
-            if self.tower.part("patch_embedding") is not None or behind.shape[1] != grid[0] * grid[1]:
-                seen = patches.shape(len(pixels), behind.shape[1], inputs)
-                if seen != grid:
-                    raise UnsupportedModelError(
-                        f"{type(self.tower.module).__name__} makes {seen} patches of images of "
-                        f"{tuple(pixels.shape[2:])} px, and {grid} were expected"
-                    )
-            features = behind[:, : grid[0] * grid[1]]
+            layout = find_layout(self.tower, self._registers, pair.block + 1)
+            features, seen = patch_tokens(self.tower, kept[pair][0], layout, patches, inputs)
+            if (seen or features.shape[1]) != (grid if seen else grid[0] * grid[1]):
+                raise UnsupportedModelError(
+                    f"{type(self.tower.module).__name__} makes {seen or features.shape[1]} patches of images of "
+                    f"{tuple(pixels.shape[2:])} px, and {grid} were expected"
+                )
             normed = pair.features == "tokens" and pair.block == self._last
             read[asked] = (self.tower.normed(features) if normed else features).float()
         return read

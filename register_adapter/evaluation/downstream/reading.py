@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...features.grid import PatchGrid, watch_patches
+from ...features.extraction.reading import same_size
+from ...features.grid import PatchGrid, patch_tokens, watch_patches
 from ...features.layout import find_layout, tower_of
 from ...features.passes import Batch, PassOptions, keep_layer, open_pass
 from ...features.positions import antialiased_positions
@@ -183,7 +184,7 @@ def _passed(
     strict: bool = False,
     progress: bool = True,
 ) -> Generator[_Read, None, None]:
-    """One pass over images, whose labels are their numbers: so it is known which of them are bad."""
+    """One pass over images, with the numbers of those that are good."""
     if not isinstance(images, torch.Tensor) and isinstance(images[0], torch.Tensor):
         images = torch.stack(list(images))  # a list of tensors would be taken for batches
     opened = open_pass(
@@ -196,8 +197,6 @@ def _passed(
             strict=options.strict or strict,
             progress=options.progress and progress,
         ),
-        labels=list(numbers),
-        with_labels=True,
         title=title,
     )
     size: tuple[int, ...] | None = None
@@ -207,28 +206,9 @@ def _passed(
             stack.enter_context(antialiased_positions(consumer.tower))
         stack.enter_context(opened.attached(consumer))
         for batch in opened:
-            size = _same_size(batch.inputs, size)
+            size = same_size(batch.inputs, size)
             opened.feed(batch, consumer)
-            assert batch.labels is not None
-            yield batch.labels.tolist(), consumer.tensors, size
-
-
-def _same_size(inputs: Any, before: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The shape of an image's pixel values.
-
-    Raises:
-        ValueError: It is another one than before, or images of several sizes are padded to one.
-    """
-    pixels = inputs if isinstance(inputs, torch.Tensor) else inputs.get("pixel_values")
-    masks = [] if isinstance(inputs, torch.Tensor) else [v for k, v in inputs.items() if k.endswith("_mask")]
-    size = tuple(pixels.shape[1:]) if isinstance(pixels, torch.Tensor) else ()
-    if (before is not None and size != before) or any(not bool(mask.bool().all()) for mask in masks):
-        seen = f"{before} and {size}" if before not in (None, size) else "padded to one size"
-        raise ValueError(
-            f"images come out of the image processor at several resolutions ({seen}), and features of several are not "
-            "comparable; give an image processor that makes one size"
-        )
-    return size
+            yield [numbers[place] for place in batch.numbers], consumer.tensors, size
 
 
 class _Reader:
@@ -255,11 +235,8 @@ class _Reader:
         for layer in self._layers:
             hidden = self._kept[layer][0]
             layout = find_layout(self.tower, self._registers, layer)
-            patches = hidden[:, layout.first_patch :]
-            if self.tower.part("patch_embedding") is not None:  # tokens may stand behind the patches (YOLOS)
-                assert self._grid is not None
-                rows, columns = self._grid.shape(batch.size, patches.shape[1], batch.inputs)
-                patches = patches[:, : rows * columns]
+            assert self._grid is not None
+            patches = patch_tokens(self.tower, hidden, layout, self._grid, batch.inputs)[0]
             patches = self.tower.normed(patches).float()
             mean.append(patches.mean(1))
             if layout.num_cls:
@@ -303,7 +280,7 @@ def _stored(
             with closing(read(some, range(len(some)), strict=True, progress=False)) as passed:
                 for places, tensors, seen in passed:
                     if seen != size:
-                        _same_size(torch.empty(1, *seen), size)
+                        same_size(torch.empty(1, *seen), size)
                     batches.append(tensors)
                     bar.update(len(places))
             return {name: torch.cat([tensors[name] for tensors in batches]) for name in shapes}

@@ -249,7 +249,7 @@ def _images(model: Any, data: LabelledImages, reading: Reading, title: str) -> I
         strict=reading.strict,
         progress=reading.progress,
     )
-    opened = open_pass(model, data.images, options, labels=list(range(len(data))), with_labels=True, title=title)
+    opened = open_pass(model, data.images, options, title=title)
     with closing(opened), opened.attached():
         for batch in opened:
             inputs = batch.inputs if isinstance(batch.inputs, Mapping) else {"pixel_values": batch.inputs}
@@ -258,5 +258,4 @@ def _images(model: Any, data: LabelledImages, reading: Reading, title: str) -> I
             else:  # the whole model, as in use: two tokens whose embedding nobody reads
                 tokens = torch.zeros(1, 2, dtype=torch.long, device=opened.device)
                 made = model(input_ids=tokens, **inputs).image_embeds
-            assert batch.labels is not None
-            yield batch.labels.tolist(), F.normalize(made.float(), dim=-1)
+            yield list(batch.numbers), F.normalize(made.float(), dim=-1)
