@@ -1,7 +1,7 @@
 """What a vision tower does inside: hidden states, attention maps, patch grids, and passes over images."""
 
 from .attention_maps import record_attention_maps
-from .extraction import FeatureTable, get_features
+from .extraction import FeatureFile, FeatureTable, get_features, write_features
 from .passes import Batch, Consumer, ImagePass, PassOptions, open_pass
 from .positions import antialiased_positions
 from .trace import Trace, capture
@@ -9,6 +9,7 @@ from .trace import Trace, capture
 __all__ = [
     "Batch",
     "Consumer",
+    "FeatureFile",
     "FeatureTable",
     "ImagePass",
     "PassOptions",
@@ -18,4 +19,5 @@ __all__ = [
     "get_features",
     "open_pass",
     "record_attention_maps",
+    "write_features",
 ]

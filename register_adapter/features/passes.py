@@ -130,6 +130,11 @@ class ImagePass:
         self._batches: Generator[Batch, None, None] = self._read()
 
     @property
+    def total(self) -> int | None:
+        """Number of images, bad ones counted; ``None`` if it is not known before."""
+        return self._images.total
+
+    @property
     def skipped(self) -> list[str]:
         """A line for each image that was left out so far: its name and what is wrong with it."""
         return self._images.skipped

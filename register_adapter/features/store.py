@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from ..utils.files import open_regular
 from ..utils.staging import staged, write_text
 
-__all__ = ["STORE_NAME", "FeatureStore", "StoreError", "StoreSpec", "read_spec"]
+__all__ = ["STORE_NAME", "FeatureStore", "StoreError", "StoreSpec", "check_space", "read_spec"]
 
 #: What says what is in a folder.
 STORE_NAME = "store.json"
@@ -239,18 +239,33 @@ class FeatureStore:
         return self.folder / f"features-{shard:05d}-of-{self.num_shards:05d}.safetensors"
 
     def _check_space(self) -> None:
-        there = self.folder
-        while not there.exists():
-            there = there.parent
         there_already = len(list(self.folder.glob(f"features-*-of-{self.num_shards:05d}.safetensors")))
         written = min(self.spec.count, there_already * self.spec.images_per_shard)
         needed = (self.spec.count - written) * self.spec.bytes_per_image
-        free = shutil.disk_usage(there).free
-        if needed > free:
-            raise StoreError(
-                f"the features of {self.spec.count} images take {needed / 2**30:.2f} GiB, and {self.folder} has "
-                f"{free / 2**30:.2f} GiB left: choose another folder, fewer images, or dtype 'int8'"
-            )
+        what = f"the features of {self.spec.count} images"
+        check_space(self.folder, needed, what, "another folder, fewer images, or dtype 'int8'")
+
+
+def check_space(folder: Path, nbytes: int, what: str, instead: str) -> None:
+    """Refuse to write more than the disk has room for.
+
+    Args:
+        folder: Where, whether it is there yet or not.
+        nbytes: How many bytes.
+        what: What they are, for the message.
+        instead: What to choose then.
+
+    Raises:
+        StoreError: The disk has less left.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if nbytes > free:
+        raise StoreError(
+            f"{what} take {nbytes / 2**30:.2f} GiB, and {folder} has {free / 2**30:.2f} GiB left: choose {instead}"
+        )
 
 
 def _pack(values: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:

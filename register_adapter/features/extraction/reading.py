@@ -74,14 +74,20 @@ class FeatureBatch:
         index: Places of the images.
         files: Their files.
         grid: ``(h, w)``, or ``None``.
-        skipped: A line for each image that was left out so far, in this and earlier passes.
+        skipped: A line for each image that was left out so far.
+        layer: Index into ``hidden_states``, counted from the front.
+        size: Of the pixel values of an image.
+        total: Number of images of the whole pass, bad ones counted; ``None`` if it is not known.
     """
 
-    values: dict[Kind, torch.Tensor]
+    values: Mapping[str, torch.Tensor]
     index: list[int]
     files: list[str | None]
     grid: tuple[int, int] | None
     skipped: Sequence[str]
+    layer: int
+    size: tuple[int, ...]
+    total: int | None
 
 
 def get_features(
@@ -208,7 +214,16 @@ def each_batch(
             size = same_size(batch.inputs, size)
             opened.feed(batch, reader)
             index = list(batch.numbers)
-            yield FeatureBatch(reader.tensors, index, [given.take(i) for i in index], reader.grid, opened.skipped)
+            yield FeatureBatch(
+                dict(reader.tensors.items()),
+                index,
+                [given.take(place) for place in index],
+                reader.grid,
+                opened.skipped,
+                reader.layer,
+                size,
+                opened.total,
+            )
 
 
 def same_size(inputs: Any, before: tuple[int, ...] | None) -> tuple[int, ...]:
