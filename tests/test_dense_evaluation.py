@@ -131,6 +131,9 @@ def test_depth_of_scenes(model: Any, processor: Any, head: Any) -> None:
     assert report.rows[0].setting == f"{head}, last block"
     assert "↓" in report.metric.heading
     json.dumps(report.to_dict(), allow_nan=False)
+    quick: Any = {"penalties": (0.5,), "max_iter": 2, "tokens_per_image": 4}
+    chosen = evaluate_depth(model, train, test, head=head, image_processor=processor, **quick).rows[0].chosen
+    assert chosen[{"bins": "weight_decay", "ridge": "alpha"}[head]] == 0.5
 
 
 def test_patch_tokens_of_a_store_are_those_of_the_model(model: Any, processor: Any, sets: Any, tmp_path: Path) -> None:
@@ -150,6 +153,8 @@ def test_a_test_image_that_is_a_training_image_is_refused(model: Any, processor:
         evaluate_depth(model, scenes, scenes, image_processor=processor)
     with pytest.raises(ValueError, match="head='tree'"):
         evaluate_depth(model, scenes, scenes, head="tree")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="penalties must be numbers above 0"):
+        evaluate_depth(model, scenes, scenes, penalties=())
 
 
 def test_a_model_is_as_before_after_a_target_that_cannot_be_read(processor: Any, sets: Any) -> None:

@@ -13,8 +13,10 @@ import pytest
 from command_line import call, run_here
 from pairs import write_pair
 from PIL import Image
+from safetensors.torch import save_file
 
 from register_adapter import add_registers
+from register_adapter.commands.runs.inputs import load_base
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 from register_adapter.viz import write_task_page
 
@@ -148,6 +150,57 @@ def test_zero_shot_with_names_and_templates(folder: Path) -> None:
     assert report["num_test"] == 10
     assert report["rows"][0]["setting"] == "2 templates"
     assert report["settings"]["classes"]["red_circle"] == ["red circle", "red ring"]
+
+
+def test_zero_shot_of_open_clip_and_with_a_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+    own = tmp_path / "open_clip"
+    own.mkdir()
+    (own / "open_clip_config.json").write_text(json.dumps(config))
+    name = f"local-dir:{own}"
+    with pytest.raises(ValueError, match="cannot be loaded by OpenCLIP"):
+        load_base(name)
+    model = open_clip.CLIP(16, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()}, own / "open_clip_model.safetensors"
+    )
+    add_registers(load_base(name), 2).save_pretrained(tmp_path / "adapter")
+    arguments = ("eval", "zero-shot", name, str(folder / "classes"), "--adapter", str(tmp_path / "adapter"))
+    said = run_here(*arguments, "--json", "--quiet")
+    report = json.loads(said[said.index("{") :])
+    assert [row["model"] for row in report["rows"]] == [name, "adapter"]
+    assert report["models"]["adapter"]["registers"] == 2
+
+    shutil.copytree(folder / "pair", tmp_path / "pair")
+    (tmp_path / "pair" / "tokenizer.json").unlink()
+    arguments = ("eval", "zero-shot", str(tmp_path / "pair"), str(folder / "classes"), "--json", "--quiet")
+    reports = [
+        json.loads(said[said.index("{") :])
+        for said in (
+            run_here(*arguments, "--tokenizer", str(folder / "pair")),
+            run_here(*arguments[:2], str(folder / "pair"), *arguments[3:]),
+        )
+    ]
+    assert reports[0]["rows"][0]["values"] == reports[1]["rows"][0]["values"]
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "said"),
+    [
+        ("knn", ("--size", "64"), "--size is for segmentation, depth, discovery; knn takes no such thing"),
+        ("linear", ("--k", "3"), "--k is for knn"),
+        ("zero-shot", ("--store", "features"), "--store is for knn, linear, segmentation, depth"),
+        ("depth", ("--no-sweep",), "sweep is for discovery"),
+        ("knn", ("--split", "val"), "--split is for discovery"),
+    ],
+)
+def test_flags_of_other_tasks_are_refused(
+    folder: Path, task: str, flags: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert said in str(call(monkeypatch, "eval", task, str(folder / "model"), str(folder / "classes"), *flags))
 
 
 def test_one_folder_is_split_by_the_seed(folder: Path) -> None:

@@ -43,12 +43,18 @@ def eval_command(
     ] = None,
     classes: Annotated[str | None, typer.Option(help="zero-shot: JSON, from folders to names of classes.")] = None,
     templates: Annotated[str | None, typer.Option(help="zero-shot: file of prompts with {} for the name.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="zero-shot: folder or name of a tokenizer; default: the model's own.")
+    ] = None,
     annotations: Annotated[str | None, typer.Option(help="discovery: COCO annotation file.")] = None,
     split: Annotated[str, typer.Option(help="discovery: list of images of a VOC devkit.")] = "trainval",
     sweep: Annotated[
         bool, typer.Option("--sweep/--no-sweep", help="discovery: settings chosen on held-out images too.")
     ] = True,
-    store: Annotated[str | None, typer.Option(help="Folder for features, which are then computed once.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Folder for features, which are then computed once; not for zero-shot, discovery."),
+    ] = None,
     max_images: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many images of each set, at random.")
     ] = None,
@@ -79,6 +85,7 @@ def eval_command(
         size=size,
         classes=classes,
         templates=templates,
+        tokenizer=tokenizer,
         annotations=annotations,
         split=split,
         sweep=sweep,

@@ -25,7 +25,8 @@ __all__ = [
 Model = Annotated[
     str,
     typer.Argument(
-        help="Model: a folder or a name on the Hub; grown, grown-tiles, planted or clean for what is packaged."
+        help="Model: a folder or a name on the Hub; hf-hub:NAME or local-dir:FOLDER for OpenCLIP; grown, grown-tiles, "
+        "planted or clean for what is packaged."
     ),
 ]
 Images = Annotated[

@@ -32,20 +32,24 @@ class TextTokenizer:
         self.tokenizer, self.length, self.words = tokenizer, length, words
 
     @classmethod
-    def of(cls, model: nn.Module) -> TextTokenizer:
-        """The tokenizer of a model with a text tower, from where the model was loaded.
+    def of(cls, model: nn.Module, name: str | None = None) -> TextTokenizer:
+        """The tokenizer of a model with a text tower.
+
+        Args:
+            model: The model.
+            name: Folder or name of the tokenizer; ``None``: from where the model was loaded.
 
         Raises:
             ValueError: The model does not say where that is, or there is none.
         """
         config: Any = model.config
-        source = source_of(model)
+        source = name or source_of(model)
         if not source:
             raise ValueError(
                 f"{type(model).__name__} does not say where it was loaded from, so its tokenizer cannot be looked up: "
                 "give tokenizer="
             )
-        revision = getattr(config, "_commit_hash", None)
+        revision = None if name else getattr(config, "_commit_hash", None)
         tokenizer = load_tokenizer(source, **({"revision": revision} if revision else {}))
         most = getattr(config.text_config, "max_position_embeddings", None)
         words = getattr(config.text_config, "vocab_size", None)

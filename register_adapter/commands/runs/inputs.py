@@ -19,6 +19,7 @@ from ...tuner.composed import load_onto
 from ...utils.files import check_regular
 from ...utils.models import require_model
 from ...utils.shipped import full_name, is_shipped, shipped_processor
+from .open_clip_models import is_open_clip, load_open_clip, open_clip_transform
 
 __all__ = ["adapter_name", "choose_device", "load_base", "load_images", "load_models", "load_processor", "with_adapter"]
 
@@ -34,6 +35,8 @@ _DRAWN: dict[str, Callable[[int], Any]] = {
 def load_base(name: str) -> nn.Module:
     """A model of transformers by its name or folder, of the class that was saved, or the packaged ViT by its word.
 
+    ``hf-hub:…`` and ``local-dir:…`` are models of OpenCLIP.
+
     Raises:
         OSError: There is no such model, or its folder holds something that is not a regular file.
     """
@@ -41,6 +44,8 @@ def load_base(name: str) -> nn.Module:
     if is_shipped(name):
         named: nn.Module = load_shipped(name)
         return named
+    if is_open_clip(name):
+        return load_open_clip(name)
     check_regular(name)
     require_model(name)
     config = transformers.AutoConfig.from_pretrained(name)
@@ -54,6 +59,8 @@ def load_base(name: str) -> nn.Module:
 def load_processor(name: str) -> Any:
     """The image processor that goes with :func:`load_base`."""
     name = full_name(name)
+    if is_open_clip(name):
+        return open_clip_transform(name)
     return shipped_processor(name) if is_shipped(name) else load_image_processor(name)
 
 

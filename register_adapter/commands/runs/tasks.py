@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ...data.texts import TextTokenizer
 from ...evaluation import (
     TaskReport,
     evaluate_depth,
@@ -33,7 +34,8 @@ from ...utils.environment import machine, versions
 from ...utils.staging import check_target, staged
 from ...viz.page import write_task_page
 from .inputs import choose_device, load_models, load_processor
-from .task_data import TaskData, load_task_data
+from .open_clip_models import is_open_clip, open_clip_tokenizer
+from .task_data import load_task_data
 
 __all__ = ["RESULT", "TASKS", "EvalArguments", "run_eval"]
 
@@ -47,7 +49,8 @@ class EvalArguments:
 
     Attributes:
         task: One of :data:`TASKS`.
-        model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the packaged ViT.
+        model: Name or folder of a model of transformers, or OpenCLIP's ``hf-hub:…`` or ``local-dir:…``; ``"planted"``
+            or ``"clean"`` for the packaged ViT.
         data: Folder with the layout of the task; ``"scenes"`` for images that the package draws.
         adapters: Folders or names of adapters; each is measured beside the model.
         output_dir: Folder for ``eval.json`` and ``index.html``; ``None`` writes nothing.
@@ -58,6 +61,7 @@ class EvalArguments:
         size: See :func:`register_adapter.evaluation.evaluate_segmentation`.
         classes: File of :func:`register_adapter.evaluation.downstream.read_classes`, for zero-shot.
         templates: File of :func:`register_adapter.evaluation.downstream.read_templates`, for zero-shot.
+        tokenizer: Folder or name of a tokenizer, for zero-shot, where the model's own has none.
         annotations: COCO annotation file, for discovery.
         split: List of images of a VOC devkit, for discovery.
         sweep: Discovery at settings chosen on held-out images too.
@@ -82,6 +86,7 @@ class EvalArguments:
     size: int | None = None
     classes: str | None = None
     templates: str | None = None
+    tokenizer: str | None = None
     annotations: str | None = None
     split: str = "trainval"
     sweep: bool = True
@@ -104,6 +109,8 @@ def run_eval(args: EvalArguments) -> TaskReport:
     """
     if args.task not in TASKS:
         raise ValueError(f"task {args.task!r}, expected one of {', '.join(TASKS)}")
+    task = TASKS[args.task]
+    _refuse_others(args)
     for place in (args.output_dir, args.store):
         if place is not None:
             check_target(place)
@@ -119,13 +126,10 @@ def run_eval(args: EvalArguments) -> TaskReport:
     device = choose_device(args.device)
     for model in models.values():
         model.to(device)
-    common = {
-        "image_processor": load_processor(args.model),
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "progress": args.progress,
-    }
-    report = TASKS[args.task](args, models, data, common)
+    taken = {name: getattr(args, name) for name in (*_COMMON, *task.takes)}
+    named = {name: getattr(data, name) for name in task.named}
+    parts = [getattr(data, name) for name in task.parts]
+    report = task.run(models, *parts, image_processor=load_processor(args.model), **named, **taken)
     origin = {
         "model": args.model,
         "adapters": list(args.adapters),
@@ -144,57 +148,25 @@ def run_eval(args: EvalArguments) -> TaskReport:
 
 
 _Models = Mapping[str, nn.Module]
-_Common = Mapping[str, Any]
 
 
-def _knn(args: EvalArguments, models: _Models, data: TaskData, common: _Common) -> TaskReport:
-    return evaluate_knn(
+def _zero_shot(
+    models: _Models, test: Any, *, classes: str | None, templates: str | None, tokenizer: str | None, **options: Any
+) -> TaskReport:
+    name, base = next(iter(models.items()))
+    tokenize: Any = None
+    if is_open_clip(name):
+        tokenize = open_clip_tokenizer(tokenizer or name)
+    elif tokenizer is not None:
+        tokenize = TextTokenizer.of(base, tokenizer)
+    return evaluate_zero_shot(
         models,
-        data.train,
-        data.test,
-        k=args.k,
-        temperature=args.temperature,
-        feature=args.feature,  # type: ignore[arg-type]
-        store=args.store,
-        strict=args.strict,
-        **common,
+        test,
+        None if classes is None else read_classes(classes),
+        templates=TEMPLATES if templates is None else read_templates(templates),
+        tokenizer=tokenize,
+        **options,
     )
-
-
-def _linear(args: EvalArguments, models: _Models, data: TaskData, common: _Common) -> TaskReport:
-    return evaluate_linear(models, data.train, data.test, store=args.store, strict=args.strict, **common)
-
-
-def _segmentation(args: EvalArguments, models: _Models, data: TaskData, common: _Common) -> TaskReport:
-    return evaluate_segmentation(
-        models,
-        data.train,
-        data.test,
-        classes=data.classes,
-        size=args.size,
-        store=args.store,
-        strict=args.strict,
-        **common,
-    )
-
-
-def _depth(args: EvalArguments, models: _Models, data: TaskData, common: _Common) -> TaskReport:
-    return evaluate_depth(
-        models,
-        data.train,
-        data.test,
-        head=args.head,  # type: ignore[arg-type]
-        size=args.size,
-        store=args.store,
-        strict=args.strict,
-        **common,
-    )
-
-
-def _zero_shot(args: EvalArguments, models: _Models, data: TaskData, common: _Common) -> TaskReport:
-    templates = TEMPLATES if args.templates is None else read_templates(args.templates)
-    classes = None if args.classes is None else read_classes(args.classes)
-    return evaluate_zero_shot(models, data.test, classes, templates=templates, strict=args.strict, **common)
 
 
 _CORLOC = Metric(
@@ -202,10 +174,10 @@ _CORLOC = Metric(
 )
 
 
-def _discovery(args: EvalArguments, models: _Models, data: TaskData, common: _Common) -> TaskReport:
-    sweep = Sweep() if args.sweep else None
-    measured = evaluate_discovery(models, data.test, size=args.size, sweep=sweep, **common)
-    return _as_tasks(measured, models, args.seed)
+def _discovery(models: _Models, test: Any, *, sweep: bool, seed: int, strict: bool, **options: Any) -> TaskReport:
+    """CorLoc; bad images are refused in any case."""
+    measured = evaluate_discovery(models, test, sweep=Sweep() if sweep else None, seed=seed, **options)
+    return _as_tasks(measured, models, seed)
 
 
 def _as_tasks(measured: DiscoveryReport, models: _Models, seed: int) -> TaskReport:
@@ -249,12 +221,47 @@ def _as_tasks(measured: DiscoveryReport, models: _Models, seed: int) -> TaskRepo
     )
 
 
-#: What each task runs.
-TASKS: dict[str, Callable[[EvalArguments, _Models, TaskData, _Common], TaskReport]] = {
-    "knn": _knn,
-    "linear": _linear,
-    "segmentation": _segmentation,
-    "depth": _depth,
-    "zero-shot": _zero_shot,
-    "discovery": _discovery,
+class _Task(NamedTuple):
+    """What a task runs.
+
+    Attributes:
+        run: Called with the models by name, the parts of the data, and the arguments below by their names.
+        parts: Of :class:`~register_adapter.commands.runs.task_data.TaskData`.
+        takes: Of :class:`EvalArguments`, besides those that all tasks take.
+        reads: Of :class:`EvalArguments`, those that say how its data are read.
+        named: Parts of the data that are handed on by name.
+    """
+
+    run: Callable[..., TaskReport]
+    parts: tuple[str, ...] = ("train", "test")
+    takes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+
+
+_COMMON = ("batch_size", "seed", "progress", "strict")
+TASKS: dict[str, _Task] = {
+    "knn": _Task(evaluate_knn, takes=("k", "temperature", "feature", "store")),
+    "linear": _Task(evaluate_linear, takes=("store",)),
+    "segmentation": _Task(evaluate_segmentation, takes=("size", "store"), named=("classes",)),
+    "depth": _Task(evaluate_depth, takes=("head", "size", "store")),
+    "zero-shot": _Task(_zero_shot, ("test",), takes=("classes", "templates", "tokenizer")),
+    "discovery": _Task(_discovery, ("test",), takes=("size", "sweep"), reads=("annotations", "split")),
 }
+
+
+def _refuse_others(args: EvalArguments) -> None:
+    """Refuse what only other tasks take: it would change nothing, unnoticed.
+
+    Raises:
+        ValueError: Such an argument is given.
+    """
+    mine = {*TASKS[args.task].takes, *TASKS[args.task].reads}
+    users: dict[str, list[str]] = {}
+    for name, task in TASKS.items():
+        for argument in (*task.takes, *task.reads):
+            users.setdefault(argument, []).append(name)
+    defaults = {item.name: item.default for item in fields(EvalArguments)}
+    for argument, tasks in users.items():
+        if argument not in mine and getattr(args, argument) != defaults[argument]:
+            raise ValueError(f"{argument}= is for {', '.join(tasks)}; {args.task} takes no such thing")

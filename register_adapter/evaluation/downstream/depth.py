@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ...features.subjects import Subjects, named_subjects
-from ..linear_models import fit_regression
+from ..linear_models import PENALTIES, fit_regression
 from .classifying import device_of, reading_of, settings_of
 from .dense import DenseReader, DrawnTokens, cells_of_pixels, enlarge, two_dense_sets
 from .dense_images import distance_scenes
@@ -28,8 +29,8 @@ RMSE = Metric(
     percent=False,
     higher_is_better=False,
 )
-#: Penalties of the head of bins that are tried, strong ones first, and iterations of L-BFGS for each.
-WEIGHT_DECAYS, _ITERATIONS = (1e-1, 1e-2, 1e-3, 1e-4), 20
+#: Penalties of the head of bins that are tried, strong ones first.
+WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def evaluate_depth(
@@ -41,6 +42,8 @@ def evaluate_depth(
     bins: int = 256,
     size: int | tuple[int, int] | None = None,
     tokens_per_image: int = 100,
+    penalties: Sequence[float] | None = None,
+    max_iter: int = 20,
     image_processor: Any = None,
     batch_size: int = 16,
     num_workers: int = 2,
@@ -66,6 +69,9 @@ def evaluate_depth(
         bins: Number of bins, from the smallest to the largest depth of the training patches.
         size: A side or ``(height, width)`` in pixels; ``None`` takes the image processor's or the model's.
         tokens_per_image: Patches of a training image that are learned from, at random; 100,000 of all at most.
+        penalties: Penalties that are tried: weight decays, descending, or those of the ridge regression; ``None`` takes
+            the head's own.
+        max_iter: Iterations of L-BFGS for each weight decay, at most; the ridge regression has none.
         image_processor: Only its size and how it normalises is used.
         batch_size: Images in one pass.
         num_workers: Threads that read images.
@@ -76,8 +82,8 @@ def evaluate_depth(
         progress: Show progress bars.
 
     Raises:
-        ValueError: As for :func:`~register_adapter.evaluation.evaluate_segmentation`; or ``head`` or ``bins`` is out of
-            range.
+        ValueError: As for :func:`~register_adapter.evaluation.evaluate_segmentation`; or ``head`` ``bins`` or
+            ``penalties`` is out of range.
         ImageFileError: No image is good, or one is bad and may not be.
         UnsupportedModelError: The model has no vision tower, or places of its patches are not known.
         MissingExtraError: scikit-learn is not installed.
@@ -86,6 +92,9 @@ def evaluate_depth(
         raise ValueError(f"head={head!r}, expected one of {', '.join(_HEADS)}")
     if bins < 2:
         raise ValueError(f"bins must be at least 2, got {bins}")
+    if penalties is not None and not (penalties and min(penalties) > 0):
+        raise ValueError(f"penalties must be numbers above 0, got {list(penalties)}")
+    fit = partial(_HEADS[head], bins=bins, seed=seed, penalties=penalties, max_iter=max_iter)
     reading = reading_of(image_processor, batch_size, num_workers, strict, progress, antialias, store)
     subjects = named_subjects(models)
     learned, asked = two_dense_sets(train, test, distance_scenes, progress)
@@ -95,7 +104,7 @@ def evaluate_depth(
     for name, subject in subjects.items():
         reader = DenseReader(subject, reading, size)
         tokens = reader.draw(learned, _means, tokens_per_image, seed, f"{name}: training images")
-        fitted = _HEADS[head](tokens, bins, seed, device_of(subject))
+        fitted = fit(tokens, device=device_of(subject))
         key = name, f"{head}, last block"
         values[key], read = [], []
         with closing(reader.maps(asked, f"{name}: test images")) as maps:
@@ -113,7 +122,11 @@ def evaluate_depth(
         "head": head,
         "block": -1,
         "tokens_per_image": tokens_per_image,
-        **({"bins": bins, "loss": "squared error of the softmax's expectation"} if head == "bins" else {}),
+        **(
+            {"bins": bins, "max_iter": max_iter, "loss": "squared error of the softmax's expectation"}
+            if head == "bins"
+            else {}
+        ),
         **settings_of(reading, seed),
     }
     left_out = set(range(len(asked))) - set(numbers[0])
@@ -157,8 +170,11 @@ class _Fitted(NamedTuple):
     chosen: dict[str, Any]
 
 
-def _fit_ridge(tokens: DrawnTokens, bins: int, seed: int, device: torch.device) -> _Fitted:
-    fitted = fit_regression(tokens.features, tokens.targets[:, None], tokens.images)
+def _fit_ridge(
+    tokens: DrawnTokens, *, bins: int, seed: int, penalties: Sequence[float] | None, max_iter: int, device: torch.device
+) -> _Fitted:
+    grid = PENALTIES if penalties is None else tuple(penalties)
+    fitted = fit_regression(tokens.features, tokens.targets[:, None], tokens.images, grid=grid)
 
     def predict(patches: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(fitted.predict(patches.numpy())).float().reshape(-1)
@@ -166,7 +182,9 @@ def _fit_ridge(tokens: DrawnTokens, bins: int, seed: int, device: torch.device) 
     return _Fitted(predict, {"alpha": fitted.penalty})
 
 
-def _fit_bins(tokens: DrawnTokens, bins: int, seed: int, device: torch.device) -> _Fitted:
+def _fit_bins(
+    tokens: DrawnTokens, *, bins: int, seed: int, penalties: Sequence[float] | None, max_iter: int, device: torch.device
+) -> _Fitted:
     features = torch.from_numpy(tokens.features).to(device)
     targets = torch.from_numpy(tokens.targets).float().to(device)
     mean, deviation = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
@@ -179,12 +197,14 @@ def _fit_bins(tokens: DrawnTokens, bins: int, seed: int, device: torch.device) -
     out = torch.from_numpy(np.isin(tokens.images, held)).to(device)
     tried: list[dict[str, float]] = []
     weight = None
-    for decay in WEIGHT_DECAYS:  # each fit starts where the one before ended, so that few iterations do
-        weight = _optimise(features[~out], targets[~out], centres, decay, weight)
+    for decay in (
+        WEIGHT_DECAYS if penalties is None else penalties
+    ):  # each fit starts where the one before ended, so that few iterations do
+        weight = _optimise(features[~out], targets[~out], centres, decay, weight, max_iter)
         error = (_expectation(features[out], weight, centres) - targets[out]).square().mean().sqrt()
         tried.append({"weight_decay": decay, "rmse": float(error)})
     best = min(tried, key=lambda entry: entry["rmse"])["weight_decay"]
-    last = _optimise(features, targets, centres, best, weight)
+    last = _optimise(features, targets, centres, best, weight, max_iter)
 
     def predict(patches: torch.Tensor) -> torch.Tensor:
         return _expectation((patches.to(device) - mean) / deviation, last, centres).cpu()
@@ -199,7 +219,12 @@ def _expectation(features: torch.Tensor, weight: torch.Tensor, centres: torch.Te
 
 
 def _optimise(
-    features: torch.Tensor, targets: torch.Tensor, centres: torch.Tensor, decay: float, start: torch.Tensor | None
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    centres: torch.Tensor,
+    decay: float,
+    start: torch.Tensor | None,
+    max_iter: int,
 ) -> torch.Tensor:
     """The layer ``(D + 1, bins)`` of the least squared error, in units of the targets' variance, plus the penalty."""
     if start is None:
@@ -208,7 +233,7 @@ def _optimise(
         start[-1] = -((centres - targets.mean()) / targets.std().clamp_min(1e-6)).square() / 2
     weight = start.clone().requires_grad_()
     scale = targets.var().clamp_min(1e-12)
-    optimiser = torch.optim.LBFGS([weight], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([weight], max_iter=max_iter, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
@@ -222,4 +247,4 @@ def _optimise(
     return weight.detach()
 
 
-_HEADS: dict[str, Callable[[DrawnTokens, int, int, torch.device], _Fitted]] = {"bins": _fit_bins, "ridge": _fit_ridge}
+_HEADS: dict[str, Callable[..., _Fitted]] = {"bins": _fit_bins, "ridge": _fit_ridge}
