@@ -148,6 +148,6 @@ def fit_regression(
         raise MissingExtraError("probes", "scikit-learn", "testbed") from error
 
     features = np.asarray(features, dtype=np.float64)
-    ridge = RidgeCV(alphas=grid, cv=_splits(images, folds), scoring="neg_mean_squared_error")
+    ridge = RidgeCV(alphas=np.asarray(grid, np.float64), cv=_splits(images, folds), scoring="neg_mean_squared_error")
     model = make_pipeline(StandardScaler(), ridge).fit(features, np.asarray(targets, dtype=np.float64))
     return Fitted(model, float(model[-1].alpha_), True)
