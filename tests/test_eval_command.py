@@ -232,6 +232,17 @@ def test_what_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "copied.png is" in said("knn", model, str(leaky), "--k", "3")
 
 
+def test_a_store_says_why_no_image_may_be_bad(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(folder / "classes", tmp_path / "classes")
+    bad = sorted((tmp_path / "classes" / "val").rglob("*.png"))[-1]
+    bad.write_bytes(bad.read_bytes()[:99])
+    arguments = ("eval", "knn", str(folder / "model"), str(tmp_path / "classes"), "--store", str(tmp_path / "store"))
+    said = str(call(monkeypatch, *arguments, "--k", "3"))
+    assert bad.name in said
+    assert "A store holds the features of every image" in said
+    assert "leave out --store" in said
+
+
 def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
     from register_adapter.evaluation.downstream import Metric, TaskReport
 

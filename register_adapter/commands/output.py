@@ -223,6 +223,8 @@ def silence_libraries(quiet: bool) -> None:
 
     # PEFT reads an attribute that transformers has renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # PEFT's, which takes the name of a model that this package ships for a folder.
+    warnings.filterwarnings("ignore", message="Could not find a config file in register-adapter://")
     # Pillow's, of an image that is refused and named for the same reason.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     logging.disable_progress_bar()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...data.images import ImageFileError
 from ...features.extraction.reading import same_size
 from ...features.grid import PatchGrid, patch_tokens, watch_patches
 from ...features.layout import find_layout, tower_of
@@ -249,6 +250,17 @@ class _Reader:
             self.tensors["patches"] = patches.cpu()
 
 
+@contextmanager
+def _every_image() -> Iterator[None]:
+    """Say that it is because of the store that no image may be bad."""
+    try:
+        yield
+    except ImageFileError as error:
+        raise ImageFileError(
+            f"{error}. A store holds the features of every image: take those out that are bad, or leave out store="
+        ) from error
+
+
 def _stored(
     subject: Subject,
     images: Sequence[Any],
@@ -259,7 +271,7 @@ def _stored(
 ) -> Iterator[_Read]:
     """Features from a store, which is filled first with what it lacks."""
     assert options.store is not None
-    with closing(read([images[0]], [0], strict=True, progress=False)) as first:
+    with _every_image(), closing(read([images[0]], [0], strict=True, progress=False)) as first:
         _, example, size = next(first)
     shapes = {name: tuple(values.shape[1:]) for name, values in example.items()}
     source = {
@@ -285,7 +297,8 @@ def _stored(
                     bar.update(len(places))
             return {name: torch.cat([tensors[name] for tensors in batches]) for name in shapes}
 
-        store.fill(compute)
+        with _every_image():
+            store.fill(compute)
     for start in range(0, len(images), options.batch_size):
         numbers = list(range(start, min(start + options.batch_size, len(images))))
         rows = [store[number] for number in numbers]

@@ -131,7 +131,7 @@ class _SafetensorsWriter:
             )
             for kind, shape in spec.shapes.items()
         }
-        self._reserved = 2**16 + len(self._header(spec.total, 2**60, {}))
+        self._reserved = 2**14 + len(self._header(spec.total, 2**60, {}))
         self._reserved += -self._reserved % 8
         self._file = path.open("w+b")
 
