@@ -240,6 +240,21 @@ def test_shuffled_patches_are_refused() -> None:
         get_features(model, torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ([], "there are no images"),
+        (torch.zeros(0, 3, 80, 80), "there are no images"),
+        ({"a": 1}, "images must be a folder, image files"),
+        (torch.zeros(3, 80, 80), r"must be \(M, 3, H, W\)"),
+        ("no such folder", "neither a folder nor a file"),
+    ],
+)
+def test_what_are_no_images_is_named(vit: Any, images: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        get_features(vit, images)
+
+
 def test_pixel_values_of_several_sizes_are_refused(vit: Any) -> None:
     with pytest.raises(ValueError, match="several sizes"):
         get_features(vit, [torch.zeros(3, 80, 80), torch.zeros(3, 80, 72)])

@@ -19,6 +19,7 @@ from register_adapter import (
     export_native,
     find_tower,
     fit_test_time_registers,
+    get_features,
 )
 
 
@@ -36,6 +37,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "attention_map": lambda model: attention_map(model, torch.zeros(1, 3, 32, 32)),
     "export_native": export_native,
     "find_tower": find_tower,
+    "get_features": lambda model: get_features(model, "images"),
 }
 
 

@@ -201,8 +201,8 @@ def each_batch(
         anatomy: Description of the model.
         title: What the progress bar is called.
     """
-    given = _Named(images)
     with looking_at(subject) as model, ExitStack() as stack:
+        given = _Named(images)
         opened = open_pass(model, given.images, options, target_modules=target_modules, anatomy=anatomy, title=title)
         stack.enter_context(closing(opened))
         reader = TokenReader(opened.tower, opened.registers, wanted.layer, wanted.kinds, wanted.norm)
@@ -259,7 +259,10 @@ class _Named:
             images = list_images(images)
         if isinstance(images, list | tuple) and images and all(_is_pixels(image) for image in images):
             images = _stacked(images)  # a list of tensors would be taken for batches
-        self.images = images if isinstance(images, torch.Tensor) or not hasattr(images, "__iter__") else self
+        if isinstance(images, torch.Tensor) and images.ndim == 4 and not len(images):
+            raise ValueError("there are no images")
+        listed = hasattr(images, "__iter__") or (hasattr(images, "__getitem__") and hasattr(images, "__len__"))
+        self.images = self if listed and not isinstance(images, torch.Tensor | Mapping) else images
         self._given = images
 
     def __iter__(self) -> Iterator[Any]:
