@@ -31,12 +31,17 @@ from scipy.ndimage import label
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
-from register_adapter import find_tower
+from register_adapter import find_tower, get_features
 from register_adapter.evaluation.discovery import lost, tokencut
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 
 #: (a, b): time of a over time of b, and the most it may be.
-LIMITS = {("features", "forward"): 1.05, ("lost", "lost, published"): 1.0, ("tokencut", "tokencut, published"): 1.0}
+LIMITS = {
+    ("features", "forward"): 1.05,
+    ("get_features", "forward"): 1.05,
+    ("lost", "lost, published"): 1.0,
+    ("tokencut", "tokencut, published"): 1.0,
+}
 #: Milliseconds that LOST may take for a grid of 37 × 37.
 LOST_LIMIT = 5.0
 
@@ -98,6 +103,7 @@ def make_calls(case: Case) -> dict[str, Callable[[], None]]:
     return {
         "forward": forward,
         "features": lambda: void(reader.read(images, grid)),
+        "get_features": lambda: void(get_features(model, images, what=["patch", "cls"])),
         "lost": lambda: void(lost(keys, **place)),
         "lost, published": lambda: void(published_lost(keys, grid)),
         "tokencut": lambda: void(tokencut(keys, **place)),
@@ -128,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compare(first, second, measured[f"{first}/{second}"]["median"], limit)
         for (first, second), limit in LIMITS.items()
     ]
-    took = results[1]["milliseconds"]["lost"]["median"]
+    took = next(result["milliseconds"] for result in results if "lost" in result["milliseconds"])["lost"]["median"]
     targets.append({"target": "ms of lost", "value": took, "limit": LOST_LIMIT, "passed": took <= LOST_LIMIT})
     return write("evaluation", args, results, targets, started)
 

@@ -14,7 +14,6 @@ Rows are written as they come; what is in the file already, of the same config, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ from measuring import describe_machine
 from repair_arms import ARMS, Arm
 from repair_models import CASES, Case, pixels_of
 from repair_table import write_table
+from tables import read_rows, write_report
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"unknown arms {unknown}; there are {[arm.name for arm in ARMS]}")
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "images": args.images}
-    report = {"benchmark": "repair", "config": config, **describe_machine(), "rows": _rows(args.out, config)}
+    report = {"benchmark": "repair", "config": config, **describe_machine(), "rows": read_rows(args.out, config)}
     wanted = [arm for arm in ARMS if not args.arms or arm.name in args.arms]
     done = {(row["arm"], row["model"], row["seed"]) for row in report["rows"]}
     with tqdm(total=len(args.models) * len(wanted) * len(args.seeds), unit="arm") as bar:
@@ -137,27 +137,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                     bar.set_postfix_str(f"{case.name}, {arm.name}, seed {seed}")
                     if (arm.name, case.name, seed) not in done:
                         report["rows"].append(run_arm(arm, case, ruler, pixels, labels, seed))
-                        _write(report, args.out)
+                        write_report(report, args.out)
                     bar.update()
     if args.table:
         write_table(report, args.table)
     return report
-
-
-def _rows(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    before = json.loads(path.read_text("utf-8"))
-    if before["config"] != config:
-        raise SystemExit(f"{path} has rows of another config, {before['config']}; name another file with --out")
-    return list(before["rows"])
-
-
-def _write(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    new.replace(path)
 
 
 if __name__ == "__main__":

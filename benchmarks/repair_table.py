@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tables import cell, put_between
+
 __all__ = ["write_table"]
 
-_BEGIN, _END = "<!-- repair: made by benchmarks/repair.py -->", "<!-- /repair -->"
 #: Heading, key of a row, factor and digits.
 _COLUMNS = (
     ("outliers, %", "outlier_share", 100, 2),
@@ -19,14 +19,6 @@ _COLUMNS = (
 )
 
 
-def _cell(values: Iterable[float], factor: float, digits: int) -> str:
-    """Mean, and the range over the seeds where there is one."""
-    scaled = [value * factor for value in values]
-    low, high = (f"{value:.{digits}f}" for value in (min(scaled), max(scaled)))
-    mean = f"{sum(scaled) / len(scaled):.{digits}f}"
-    return mean if low == high else f"{mean} ({low}…{high})"
-
-
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     arms = dict.fromkeys(row["arm"] for row in rows)
     lines = [
@@ -35,8 +27,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for arm in arms:
         mine = [row for row in rows if row["arm"] == arm]
-        cells = [_cell((row[key] for row in mine), factor, digits) for _, key, factor, digits in _COLUMNS]
-        seconds = _cell((row["seconds"] for row in mine), 1, 0)
+        cells = [cell((row[key] for row in mine), digits, factor) for _, key, factor, digits in _COLUMNS]
+        seconds = cell((row["seconds"] for row in mine), 0)
         lines.append(
             f"| {arm} | " + " | ".join(cells) + f" | {mine[0]['parameters'] or ''} | {seconds} | {len(mine)} |"
         )
@@ -59,7 +51,4 @@ def write_table(report: dict[str, Any], path: Path) -> None:
             *_table(rows),
             "",
         ]
-    block = "\n".join([_BEGIN, "", *parts, _END])
-    text = path.read_text("utf-8") if path.is_file() else f"# Results\n\n{_BEGIN}\n{_END}\n"
-    start, end = text.index(_BEGIN), text.index(_END) + len(_END)
-    path.write_text(text[:start] + block + text[end:], "utf-8")
+    put_between(path, "repair", ["", *parts])

@@ -1,11 +1,13 @@
-"""Figures over seeds in a cell, and lines between two comments of a Markdown file."""
+"""Reports that grow row by row; figures over seeds in a cell, and lines between two comments of a Markdown file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["cell", "put_between"]
+__all__ = ["cell", "put_between", "read_rows", "write_report"]
 
 
 def cell(values: Iterable[float], digits: int, factor: float = 1.0) -> str:
@@ -28,3 +30,25 @@ def put_between(page: Path, name: str, lines: Iterable[str]) -> None:
         raise ValueError(f"{page} must have the comments <!-- {name}: ... --> and <!-- /{name} -->")
     start = text.index("-->", start) + 3
     page.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:], "utf-8")
+
+
+def read_rows(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that a report has already; none if there is no report.
+
+    Raises:
+        SystemExit: They are of another config.
+    """
+    if not path.is_file():
+        return []
+    before = json.loads(path.read_text("utf-8"))
+    if before["config"] != config:
+        raise SystemExit(f"{path} has rows of another config, {before['config']}; name another file with --out")
+    return list(before["rows"])
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write a report whole, or leave the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    new.replace(path)

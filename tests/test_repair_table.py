@@ -17,7 +17,8 @@ FIELDS += ["cosine_other", "accuracy", "accuracy_twin", "cls_drift", "parameters
 @pytest.fixture
 def write_table(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "repair_table", raising=False)
+    for name in ("repair_table", "tables"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     from repair_table import write_table  # type: ignore[import-not-found, unused-ignore]
 
     return write_table
@@ -46,3 +47,28 @@ def test_every_row_of_the_committed_report_has_what_is_promised() -> None:
     assert {"versions", "hardware", "config"} <= set(report)
     assert all(set(FIELDS) <= set(entry) for entry in report["rows"])
     assert len({(entry["arm"], entry["model"], entry["seed"]) for entry in report["rows"]}) == len(report["rows"])
+
+
+def test_every_row_of_the_downstream_report_has_every_task() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "downstream.json").read_text("utf-8"))
+    tasks = {"knn", "linear", "linear_mean", "segmentation", "depth", "lost", "tokencut"}
+    assert {"versions", "hardware", "config"} <= set(report)
+    assert all({"arm", "seed", *tasks} <= set(entry) for entry in report["rows"])
+    assert len({(entry["arm"], entry["seed"]) for entry in report["rows"]}) == len(report["rows"])
+    clean, planted = (
+        {row["seed"]: row for row in report["rows"] if row["arm"] == name} for name in ("clean twin", "planted model")
+    )
+    for seed in clean.keys() & planted.keys():
+        assert all(planted[seed][task] < clean[seed][task] for task in tasks - {"depth"}), "a planted model is hurt"
+
+
+def test_the_downstream_table_is_that_of_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from downstream import write_table  # type: ignore[import-not-found, unused-ignore]
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "downstream.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    written = tmp_path / "results.md"
+    written.write_text(page, "utf-8")
+    write_table(report, written)
+    assert written.read_text("utf-8") == page
