@@ -14,6 +14,7 @@ Rows are written as they come; what is in the file already, of the same config, 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 import warnings
@@ -87,7 +88,7 @@ class Ruler:
 def run_arm(
     arm: Arm, case: Case, ruler: Ruler, pixels: torch.Tensor, labels: torch.Tensor, seed: int
 ) -> dict[str, Any]:
-    """One row."""
+    """One row; what says where it was run is the device that the arm was made on, not the machine's best one."""
     torch.manual_seed(seed)
     started = time.perf_counter()
     model = arm.make(case, pixels, labels, seed)
@@ -104,7 +105,15 @@ def run_arm(
         "parameters": sum(sizes.values()),
         "parts": sizes,
         "seconds": round(seconds, 1),
+        "hardware": _hardware(case.device),
     }
+
+
+def _hardware(device: str) -> str:
+    """The name of what computed a row."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(describe_machine()["hardware"]["cpu"])
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -118,30 +127,53 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--images", type=int, default=256, help="held-out images that are measured")
     parser.add_argument("--out", type=Path, default=Path("repair.json"))
     parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="take over these reports' rows, run nothing")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.arms or ()) - {arm.name for arm in ARMS})
     if unknown:
         parser.error(f"unknown arms {unknown}; there are {[arm.name for arm in ARMS]}")
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "images": args.images}
-    report = {"benchmark": "repair", "config": config, **describe_machine(), "rows": read_rows(args.out, config)}
+    rows = {_key(row): row for path in [*args.merge, args.out] for row in _rows(path, config)}
+    order = [arm.name for arm in ARMS]
+    kept = sorted(rows.values(), key=lambda row: (row["seed"], order.index(row["arm"])))
+    report = {"benchmark": "repair", "config": config, **describe_machine(), "rows": kept}
     wanted = [arm for arm in ARMS if not args.arms or arm.name in args.arms]
-    done = {(row["arm"], row["model"], row["seed"]) for row in report["rows"]}
+    done = set(rows)
+    if args.merge:
+        wanted = []
+        write_report(report, args.out)
     with tqdm(total=len(args.models) * len(wanted) * len(args.seeds), unit="arm") as bar:
-        for seed in args.seeds:
+        for seed in args.seeds if wanted else []:
             pixels, labels = pixels_of(args.steps * 16, TRAIN_SEED + seed)
             for name in args.models:
                 case = replace(CASES[name](), device=args.device)
                 ruler = Ruler(case, args.images)
                 for arm in wanted:
                     bar.set_postfix_str(f"{case.name}, {arm.name}, seed {seed}")
-                    if (arm.name, case.name, seed) not in done:
-                        report["rows"].append(run_arm(arm, case, ruler, pixels, labels, seed))
+                    if (case.name, arm.name, seed) not in done:
+                        row = run_arm(arm, case, ruler, pixels, labels, seed)
+                        steps = arm.steps or args.steps
+                        report["rows"].append({**row, "steps": steps if arm.trained else 0})
                         write_report(report, args.out)
                     bar.update()
     if args.table:
         write_table(report, args.table)
     return report
+
+
+def _rows(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = read_rows(path, config)
+    if not rows:
+        return []
+    # Rows of older reports do not say where they were run; the report does.
+    hardware = json.loads(path.read_text("utf-8"))["hardware"]
+    machine = hardware.get("gpu") or hardware["cpu"]
+    return [{"steps": config["steps"] if row["trained"] else 0, "hardware": machine, **row} for row in rows]
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["model"], row["arm"], row["seed"]
 
 
 if __name__ == "__main__":

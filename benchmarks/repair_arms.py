@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from repair_models import Case
+from repair_recipe import IMAGES, RATE, STEPS, HardPatches, linear_behind
 
 from register_adapter import add_registers, find_tower, fit_test_time_registers
 from register_adapter.neurons import start_from
@@ -65,12 +66,14 @@ class Arm:
         make: Makes the model from the case, training images ``(N, 3, H, W)``, labels ``(N,)`` and the seed.
         trained: Whether anything is trained by gradients.
         labels: Whether labels are used.
+        steps: Optimiser steps, where they are its own and not the benchmark's.
     """
 
     name: str
     make: Callable[[Case, torch.Tensor, torch.Tensor, int], Any]
     trained: bool = False
     labels: bool = False
+    steps: int | None = None
 
 
 class Items(torch.utils.data.Dataset[dict[str, Any]]):
@@ -103,16 +106,18 @@ def _zeroed(case: Case, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -
     return model
 
 
-def _train(model: Any, objective: Objective, rate: float, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> Any:
+def _train(
+    model: Any, objective: Objective, rate: float, pixels: torch.Tensor, labels: torch.Tensor, seed: int, **more: Any
+) -> Any:
+    settings = {"max_train_steps": len(pixels) // 16, "num_warmup_steps": 5, **more}
     args = TrainArguments(
         per_device_train_batch_size=16,
-        max_train_steps=len(pixels) // 16,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        num_warmup_steps=5,
         seed=seed,
         use_cpu=next(model.parameters()).device.type == "cpu",
         quiet=True,
+        **settings,
     )
     train(model, objective, Items(pixels, labels), args)
     return model
@@ -148,6 +153,29 @@ def _taught(options: dict[str, Any], rate: float, make_teacher: Callable[[Case, 
     return make
 
 
+def _hard(registers: int) -> Any:
+    """What makes an arm of ``repair_recipe``, with so many registers."""
+
+    def make(case: Case, pixels: torch.Tensor, labels: torch.Tensor, seed: int) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            teacher = TEACHERS["silenced teacher"](case, pixels)
+            teacher.save_pretrained(f"{folder}/teacher")
+            block = min(teacher.peft_config["default"].register_neurons)
+            base, aim = case.base(), HardPatches(f"{folder}/teacher")
+            options: dict[str, Any] = {"train": "lora", "lora": {"target_modules": linear_behind(base, block)}}
+            if registers:
+                options |= {"train": "registers+lora", "num_registers": registers, "insert_layer": block + 1}
+            stored = {"target_store": f"{folder}/targets", "target_dtype": "float32", "cache_prefix": block}
+            return _train(
+                *(wrap(base, aim, **options), aim, RATE, pixels[:IMAGES], labels[:IMAGES], seed),
+                max_train_steps=STEPS,
+                num_warmup_steps=10,
+                **stored,
+            )
+
+    return make
+
+
 #: Name of a teacher to what fits it: the base whose artifacts go to a bias in the attention, or nowhere.
 TEACHERS: dict[str, Callable[[Case, torch.Tensor], Any]] = {
     "fitted teacher": lambda case, pixels: _fit(case, pixels, attention_bias=True),
@@ -171,6 +199,10 @@ def _arms() -> list[Arm]:
                 arms.append(Arm(f"{objective}: {moves}", made, True, objective == "classification"))
     for teacher, make_teacher in TEACHERS.items():
         arms += [Arm(f"{teacher}: {moves}", _taught(*MOVES[moves], make_teacher), True) for moves in CROSSED]
+    arms += [
+        Arm("silenced teacher, hard patches: LoRA alone behind", _hard(0), True, steps=STEPS),
+        Arm("silenced teacher, hard patches: registers + LoRA behind", _hard(4), True, steps=STEPS),
+    ]
     for objective, form, fit in (
         ("classification", "register", {}),
         ("classification", "attention bias", {"attention_bias": True}),

@@ -42,10 +42,18 @@ def test_means_and_ranges_stand_between_the_comments(write_table: Any, tmp_path:
     assert text.count("| LoRA alone | 0.20 (0.10…0.30) | 0.900 | 0.950 | 80.0 | 0.100 | 512 | 3 | 2 |") == 1
 
 
+def test_a_line_names_its_steps_and_machines(write_table: Any, tmp_path: Path) -> None:
+    rows = [row(0, 0.001) | {"steps": 60, "hardware": "B"}, row(1, 0.001) | {"steps": 60, "hardware": "A"}]
+    page = tmp_path / "results.md"
+    page.write_text("<!-- repair: made -->\n<!-- /repair -->\n", "utf-8")
+    write_table({"config": {"steps": 100, "batch": 16, "images": 256}, "rows": rows}, page)
+    assert "| 2 | 60 | A, B |" in page.read_text("utf-8")
+
+
 def test_every_row_of_the_committed_report_has_what_is_promised() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "repair.json").read_text("utf-8"))
     assert {"versions", "hardware", "config"} <= set(report)
-    assert all(set(FIELDS) <= set(entry) for entry in report["rows"])
+    assert all({*FIELDS, "steps", "hardware"} <= set(entry) for entry in report["rows"])
     assert len({(entry["arm"], entry["model"], entry["seed"]) for entry in report["rows"]}) == len(report["rows"])
 
 
