@@ -44,7 +44,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def short(name: str) -> str:
     """The name of a register parameter without the model around it, which wrappers rename."""
-    return name.rpartition("register_adapter_tokens.")[2]
+    return name.rpartition("register_adapter_tokens.")[2].replace("_fsdp_wrapped_module.", "")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -130,6 +130,15 @@ def test_a_folder_that_can_be_made_is_none_of_these(tmp_path: Path) -> None:
     check_target(tmp_path)
     check_target(tmp_path / "new" / "folder")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "link").symlink_to(tmp_path)
+    check_target(tmp_path / "link" / "new")
+
+
+@pytest.mark.parametrize("name", ["link", "link/new"])
+def test_a_link_to_nowhere_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="link to nowhere, which is not there"):
+        check_target(tmp_path / name)
 
 
 @pytest.mark.parametrize(

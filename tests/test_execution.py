@@ -217,7 +217,7 @@ def _two_processes(file: Path, *kinds: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def by_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return _two_processes(tmp_path_factory.mktemp("torch") / "gradients.safetensors", "ddp", "fsdp2")
+    return _two_processes(tmp_path_factory.mktemp("torch") / "gradients.safetensors", "ddp", "fsdp1", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "zero3"])
 @pytest.mark.parametrize(("name", "way"), SHARDED)
 def test_two_processes_give_the_gradients_of_one(
     name: str, way: str, kind: str, request: pytest.FixtureRequest

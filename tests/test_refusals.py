@@ -255,8 +255,8 @@ WAYS: dict[str, Callable[[Any, Path], Attempt]] = {
 }
 #: One fault of each place where it can be noticed: they come in every way, the others in four.
 EVERYWHERE = ("a head without a bias", "the base's own tensor", "registers with NaN", "a truncated file", "no weights")
-EVERYWHERE += ("no weights and no identity", "another base", "a block that is not there", "an anatomy with methods")
-EVERYWHERE += ("a number of a wrong type", "a name that is a list")
+EVERYWHERE += ("no weights and no identity", "another base, excused by the file", "a block that is not there")
+EVERYWHERE += ("an anatomy with methods", "a number of a wrong type", "a name that is a list")
 #: A config without weights or identity is one to train with; a tower has the anatomy of its first adapter; and
 #: transformers itself reads the name of the base.
 NO_FAULTS = {

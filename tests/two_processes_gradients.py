@@ -1,4 +1,4 @@
-"""One of two processes: registers' gradients, and the registers after a step, under DDP, FSDP2 and DeepSpeed's ZeRO-3.
+"""One of two processes: registers' gradients, and the registers after a step, under DDP, both FSDPs and DeepSpeed's ZeRO-3.
 
 Each process has a half of the batch.
 """
@@ -68,9 +68,29 @@ def step_of_deepspeed(model: nn.Module, inputs: Tensors) -> tuple[Tensors, Tenso
     return grads, {name: safe_get_full_fp32_param(value).clone() for name, value in trained(model).items()}
 
 
+def step_of_fsdp1(model: nn.Module, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    """By PEFT's own policy, Trainer's for any of its models: a trainable leaf, such as the registers, is a unit."""
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = type(find_tower(model).part("blocks")[0]).__name__
+    sharded: nn.Module = FullyShardedDataParallel(
+        model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    optimizer = torch.optim.SGD([value for value in sharded.parameters() if value.requires_grad], lr=RATE)
+    sharded(**inputs).last_hidden_state.square().mean().backward()
+    with FullyShardedDataParallel.summon_full_params(sharded, with_grads=True):
+        grads = {name: value.grad.clone() for name, value in trained(sharded).items()}
+    optimizer.step()
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        values = trained_values(sharded)
+    return grads, values
+
+
 STEPS = {
     "ddp": lambda model, inputs: step_of_torch(DistributedDataParallel, model, inputs),
     "fsdp2": lambda model, inputs: step_of_torch(shard, model, inputs),
+    "fsdp1": step_of_fsdp1,
     "zero3": step_of_deepspeed,
 }
 

@@ -37,6 +37,7 @@ def export_command(
     native: a plain transformers or timm model with registers. onnx, program: a graph for one image size.
     """
     silence_libraries(quiet)
+    from .. import testbed  # noqa: F401 - says how shipped models, which an adapter may name, are made
     from ..export.saved import export_saved
 
     written = export_saved(adapter, output_dir, form, base, image_size)

@@ -14,6 +14,8 @@ __all__ = ["check_combinations", "check_name", "check_types", "check_values"]
 
 # Far more than any model has patches.
 _MOST = 2**16
+# Bytes of a file's name.
+_LONGEST = 255
 # Names of the modules that hold the registers.
 _OWN = {"registers", "register_adapter_tokens"}
 _INITS = ("normal", "zeros", "cls", "test_time", "outliers")
@@ -109,7 +111,7 @@ def check_name(name: Any) -> None:
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is empty or reserved, has a dot or a slash, or torch's ``ModuleDict`` has a member of that name.
+        ValueError: It is empty, reserved or too long, has a dot or a slash, or torch's ``ModuleDict`` has a member of that name.
     """
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a string, got {name!r} ({type(name).__name__})")
@@ -120,9 +122,11 @@ def check_name(name: Any) -> None:
         wrong = f"it has {marks[0]!r}, and it is a part of tensors' keys and of a folder's path"
     elif not name.isprintable():
         wrong = "it has characters that cannot be printed"
+    elif len(name.encode()) > _LONGEST:
+        wrong = f"no folder can have a name of more than {_LONGEST} bytes"
     elif name == "__base__":
         wrong = "among adapter_names it stands for the base without an adapter"
     elif hasattr(nn.ModuleDict(), name):
         wrong = "torch's ModuleDict, which holds adapters by their names, has a member that is called so"
     if wrong:
-        raise ValueError(f"adapter_name {name!r} cannot be used: {wrong}. Choose one such as 'my_registers'.")
+        raise ValueError(f"adapter_name {name!r:.100} cannot be used: {wrong}. Choose one such as 'my_registers'.")

@@ -128,7 +128,13 @@ class NeuronShift(nn.Module):
         return {block: self.units[part].tolist() for block, part in self.slices.items()}
 
     def shift(
-        self, activations: torch.Tensor, block: int, start: int, count: int, visible: torch.Tensor | None = None
+        self,
+        activations: torch.Tensor,
+        block: int,
+        start: int,
+        count: int,
+        visible: torch.Tensor | None = None,
+        strength: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Activations with the shift done.
 
@@ -138,6 +144,7 @@ class NeuronShift(nn.Module):
             start: Position of the first register.
             count: Number of registers in the sequence; 0 only removes.
             visible: ``(B, N)`` bool, the tokens that may reach the registers; ``None`` for all.
+            strength: ``(K,)`` of all neurons, by a call of what wraps this module (FSDP); default: this module's own.
         """
         part = self.slices[block]
         index = self.units[part].expand(*activations.shape[:-1], -1)
@@ -149,7 +156,7 @@ class NeuronShift(nn.Module):
             peak = seen.gather(-2, seen.abs().argmax(-2, keepdim=True))
             peaks = peak.expand(-1, count, -1)
             wanted = torch.cat([wanted[:, :start], peaks, wanted[:, start + count :]], dim=1)
-        strength = self(given, part="strength")[part]
+        strength = (self(given, part="strength") if strength is None else strength)[part]
         strength = strength + (strength.clamp(0, 1) - strength).detach()
         # scatter, not index_copy: it has an ONNX operator.
         return activations.scatter(-1, index, torch.lerp(given, wanted, strength))

@@ -150,11 +150,12 @@ class Segment:
         for number, tokens in enumerate(self.tokens):
             if block not in tokens.slices:
                 continue
+            strength = tokens(activations, part="strength")
             if self.images is None:
-                return tokens.shift(activations, block, start, count, visible)
+                return tokens.shift(activations, block, start, count, visible, strength)
             own = min(count, tokens.count)
             chosen = torch.tensor([index == number for index in self.images], device=activations.device)
-            shifted = tokens.shift(activations, block, start, own, visible)
+            shifted = tokens.shift(activations, block, start, own, visible, strength)
             activations = torch.where(chosen[:, None, None], shifted, activations)
         return activations
 

@@ -132,8 +132,9 @@ def check_target(folder: str | Path) -> None:
             continue
         if place.exists() and not place.is_dir():
             raise ValueError(f"{place} is a file; name a folder to write into")
-        if place.is_dir():
-            _try(place)
+        if place.is_symlink() and not place.exists():
+            raise ValueError(f"{place} is a link to {place.readlink()}, which is not there; name another folder")
+        _try(place)
         return
 
 

@@ -15,7 +15,7 @@ from ...data.folders import read_image_folder
 from ...data.images import named_folder
 from ...errors import UnsupportedModelError
 from ...evaluation import ProbeReport, RegisterReport, analyse_registers, probe_tokens
-from ...testbed import LABELS
+from ...testbed import LABELS, SceneDataset
 from ...utils.staging import check_target, staged
 from .inputs import adapter_name, choose_device, load_base, load_images, load_processor, with_adapter
 
@@ -31,8 +31,8 @@ class ProbeArguments:
 
     Attributes:
         model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the packaged ViT.
-        images: Folder of images, whose sub-folders are classes where there are two or more; ``"scenes"`` for images
-            that the package draws.
+        images: Folder of images, whose sub-folders are classes where there are two or more; ``"scenes"``, or
+            ``"mosaics"`` and ``"tiles"``, which have no classes, for images that the package draws.
         output_dir: Folder for ``probes.json`` and ``registers.json``.
         adapter: Folder or name of an adapter, to be probed too.
         rule: Which patch tokens are outliers, see :func:`register_adapter.artifacts.audit`.
@@ -164,7 +164,7 @@ def _draw(args: ProbeArguments) -> _Data:
         classes = source.features["label"].names
     else:
         source = load_images(args.images, args.max_images or _NUM_SCENES)
-        classes = () if isinstance(source, list) else LABELS
+        classes = LABELS if isinstance(source, SceneDataset) else ()
     order = np.random.default_rng(args.seed).permutation(len(source))[: args.max_images].tolist()
     num_for_rule = min(max(int(_RULE_SHARE * len(order)), 1), _MOST_FOR_RULE)
     if len(order) <= num_for_rule:

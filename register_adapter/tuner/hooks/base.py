@@ -93,6 +93,8 @@ class LayerHooks:
         Raises:
             UnsupportedModelError: An adapter that takes part cannot work in the blocks that the tower has now.
         """
+        if not torch.compiler.is_compiling():
+            self.inputs.leave_all()
         self._end_pass()  # of one that has failed
         if without:
             self.call.kept, self.call.without = self.call.without, self.call.without | without

@@ -80,8 +80,15 @@ class MethodHooks(LayerHooks):
             **kwargs: The method's.
         """
         method = own or getattr(type(owner), path.rpartition(".")[2])
+        if not torch.compiler.is_compiling():
+            self.inputs.leave_all()
         if self.call.segments is not None:  # part of a pass
-            return self._run_method(path, owner, method, args, kwargs)
+            try:
+                return self._run_method(path, owner, method, args, kwargs)
+            except BaseException as error:
+                if not isinstance(error, Exception):  # Ctrl-C: torch calls no hook that would end the pass
+                    self._end_pass()
+                raise
         entered = self.call.entered  # by the embeddings, before a method that is given a sequence
         self._begin_pass(without)
         self.call.entered = 0 if path in self.tower.anatomy.pass_methods else entered

@@ -148,6 +148,11 @@ class Inputs:
         if self._contexts:
             self._contexts.pop().__exit__(None, None, None)
 
+    def leave_all(self) -> None:
+        """A pass begins: blocks that Ctrl-C has ended are over, behind which torch calls no hook."""
+        while self._contexts:
+            self.leave()
+
     @property
     def _contexts(self) -> list[AbstractContextManager[Any]]:
         contexts: list[AbstractContextManager[Any]] = self._open.__dict__.setdefault("contexts", [])

@@ -6,11 +6,13 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 from __future__ import annotations
 
 import inspect
+import sys
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
 
 from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
 from .attention import grow_block_mask, is_block_mask
@@ -313,7 +315,11 @@ def _entries(output: Any) -> list[Any]:
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:
-    """Whether transformers checkpoints this module, and does not say ``use_reentrant=False``."""
+    """Whether transformers, timm or torch's ``CheckpointWrapper`` checkpoints this module, and does so reentrantly."""
+    if getattr(module, "grad_checkpointing", False) is True:
+        return bool(getattr(sys.modules.get("timm.layers"), "use_reentrant_ckpt", bool)())
+    if isinstance(module, CheckpointWrapper):
+        return module.checkpoint_impl is CheckpointImpl.REENTRANT
     options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
     return getattr(module, "gradient_checkpointing", False) is True and options.get("use_reentrant", True)
 
