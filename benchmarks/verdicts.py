@@ -3,17 +3,19 @@
     python benchmarks/verdicts.py --grown grown --out benchmarks/results/verdicts.json --docs docs
     python benchmarks/verdicts.py --only packaged planted      # what needs nothing that is not packaged
 
-``--grown`` is a folder of ``scripts/grow_testbed.py``, with a folder for each run; what is not there is left out. Truth of
-grown models: the last line of their curves (``results/grown.json``), by norms and attention of other images. Every other
-model of each kind, as they are listed, is one that limits are chosen on; the rest says how good they are.
+``--grown`` is a folder of ``scripts/grow_testbed.py``, with a folder for each run; what is not there is left out. Truth
+of grown models: the last line of their curves (``results/grown.json``), by norms and attention of other images. Every
+other model of each kind, as they are listed, is one that limits are chosen on; the rest says how good they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ ATTENTIONS, FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), (0.1, 0.2, 0.3, 0.4, 
 _SHAPE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 80, "patch_size": 8}
 _MLP = {"intermediate_size": 128}
 RANDOM: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("ViT", "DeiT", "CLIPVision", "SiglipVision", "Beit", "IJepa", "ViTMAE", "ViTMSN"), _MLP),
-    **dict.fromkeys(("Dinov2", "Dinov2WithRegisters"), {"mlp_ratio": 2}),
+    **dict.fromkeys(("ViT", "DeiT", "CLIPVision", "SiglipVision", "Beit", "IJepa", "ViTMSN"), _MLP),
+    **{name: {"mlp_ratio": 2} for name in ("Dinov2", "Dinov2WithRegisters")},
 }
 
 
@@ -79,12 +81,16 @@ def _has_artifacts(run: str, seed: int) -> bool:
     return max(last["outliers"]) >= OUTLIERS and max(last["attention"]) >= ATTENTION
 
 
+def _backbone(read: Callable[..., Any], *args: Any) -> Any:
+    return read(*args).backbone
+
+
 def packaged() -> Iterator[Subject]:
     """What the package ships."""
     for recipe in RECIPES:
         for twin in (None, "registers"):
             run = "-".join(filter(None, (recipe, twin)))
-            make: Any = lambda recipe=recipe, twin=twin: load_grown(recipe, twin).backbone
+            make = partial(_backbone, load_grown, recipe, twin)
             yield Subject("grown, packaged", run, _has_artifacts(run, 0), make, _drawn(run))
 
 
@@ -93,43 +99,49 @@ def grown(folder: Path | None) -> Iterator[Subject]:
     for path in sorted(folder.glob("*/seed-*")) if folder is not None else ():
         run, seed = path.parent.name, int(path.name.removeprefix("seed-"))
         kind = "grown" if _has_artifacts(run, seed) else "grown, with registers or CLS from the start"
-        make: Any = lambda path=path: read_grown(path).backbone
+        make = partial(_backbone, read_grown, path)
         yield Subject(kind, f"{run}/{path.name}", _has_artifacts(run, seed), make, _drawn(run))
+
+
+def _scenes() -> torch.Tensor:
+    return pixels_of(IMAGES, 77, "test")[0]
+
+
+@cache
+def _case(name: str) -> Any:
+    return CASES[name]()
+
+
+def _planted(block: int, strength: float, steps: int) -> Any:
+    pixels = pixels_of(128, 41)[0]
+    return plant_artifacts(load_vit(), block, pixels, strength=strength, seed=block, attraction_steps=steps).model
 
 
 def planted() -> Iterator[Subject]:
     """Planted models and their clean twins; plantings that attract nothing too."""
-    scenes = lambda: pixels_of(IMAGES, 77, "test")[0]  # noqa: E731
-    for name, case in CASES.items():
-        yield Subject("planted", name, True, lambda case=case: case().base(), scenes)
-        yield Subject("clean twins", name, False, lambda case=case: case().twin, scenes)
+    for name in CASES:
+        yield Subject("planted", name, True, lambda name=name: _case(name).base(), _scenes)
+        yield Subject("clean twins", name, False, lambda name=name: _case(name).twin, _scenes)
     for block, strength in ((1, 8.0), (2, 5.0), (4, 10.0), (5, 5.0), (6, 8.0)):
-        for steps in ({}, {"attraction_steps": 0}):
-            make: Any = lambda block=block, strength=strength, steps=steps: (
-                plant_artifacts(load_vit(), block, pixels_of(128, 41)[0], strength=strength, seed=block, **steps).model
-            )
-            yield Subject(
-                "planted", f"shipped, block {block}, {strength:g} x{', idle' * bool(steps)}", True, make, scenes
-            )
+        for steps in (20, 0):
+            name = f"shipped, block {block}, {strength:g} x{'' if steps else ', idle'}"
+            yield Subject("planted", name, True, partial(_planted, block, strength, steps), _scenes)
+
+
+def _random(name: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    model = getattr(tf, f"{name}Model")(getattr(tf, f"{name}Config")(**_SHAPE, **RANDOM[name])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return model
 
 
 def random() -> Iterator[Subject]:
     """Models with random weights, larger than transformers draws them, so that tokens differ."""
-
-    def make(name: str, seed: int) -> Any:
-        torch.manual_seed(seed)
-        model = getattr(tf, f"{name}Model")(getattr(tf, f"{name}Config")(**_SHAPE, **RANDOM[name])).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape)
-        return model
-
     for name in RANDOM:
         for seed in (0, 1):
-            build: Any = lambda name=name, seed=seed: make(name, seed)
-            if name == "ViTMAE":
-                continue  # hides patches at random, so that two passes differ
-            yield Subject("random", f"{name} {seed}", False, build, lambda: pixels_of(IMAGES, 77, "test")[0])
+            yield Subject("random", f"{name} {seed}", False, partial(_random, name, seed), _scenes)
 
 
 def look(subject: Subject) -> dict[str, Any]:
@@ -243,14 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         if (subject.kind, subject.name) in known:
             continue
         rows.append(look(subject))
-        print(
-            rows[-1]["kind"],
-            rows[-1]["name"],
-            rows[-1]["verdict"],
-            rows[-1]["evidence"],
-            rows[-1]["fit"][:40],
-            flush=True,
-        )
+        row = rows[-1]
+        sys.stdout.write(f"{row['kind']}: {row['name']}: {row['verdict']}, {row['evidence']}; fit: {row['fit'][:40]}\n")
         result = {
             "config": {"images": IMAGES, "seed": SEED, "truth": {"outliers": OUTLIERS, "attention": ATTENTION}},
             "versions": versions(),
@@ -259,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
             **summarise(rows),
             "rows": rows,
         }
+        sys.stdout.flush()
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.docs is not None:
         page = args.docs / "audit.md"

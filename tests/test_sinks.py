@@ -203,8 +203,10 @@ def naive(model: nn.Module, pixels: torch.Tensor, lines: Sequence[float]) -> lis
                 singular = np.linalg.svd(attention @ written, compute_uv=False)
                 ranks.append((singular**2).sum() / singular[0] ** 2)
                 norms = np.linalg.norm(written, axis=1)
-                draws = attention.mean(0) * len(attention) >= 5
-                together = draws & ((attention[:, draws].sum(1) >= 0.5).mean() >= 0.9)
+                mean = trace.attentions[block][image].double().numpy().mean((0, 1))
+                gathering = mean * len(mean) >= 5
+                draws = gathering & (attention.mean(0) * len(mean) >= 5) & (mean[gathering].sum() >= 0.5)
+                together = draws & ((attention[:, draws].sum(1) >= 0.5).mean() >= 0.75)
                 sinks = together | ((attention >= 0.5).mean(0) >= 0.9)
                 for token in np.flatnonzero(sinks):
                     others = np.sort(norms[~sinks])

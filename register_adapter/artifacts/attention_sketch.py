@@ -125,7 +125,11 @@ class AttentionSketch:
             if values.shape[:2] != (len(received), tokens) or values.shape[2] % heads:
                 return
             own = values[:, layout.start : layout.end].float()
-            logs = torch.linalg.vector_norm(own.reshape(*own.shape[:2], heads, -1), dim=-1).clamp_min(torch.finfo(torch.float32).tiny).log2()
+            logs = (
+                torch.linalg.vector_norm(own.reshape(*own.shape[:2], heads, -1), dim=-1)
+                .clamp_min(torch.finfo(torch.float32).tiny)
+                .log2()
+            )
             sums = torch.einsum("gbp,bph->gh", groups, logs)
             number = groups.sum((1, 2))[:, None].expand_as(sums)
             self.values += torch.stack([sums, number], 1).flatten(0, 1).to(self.values)

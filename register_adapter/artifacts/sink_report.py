@@ -24,7 +24,8 @@ __all__ = [
     "merge_sinks",
 ]
 
-#: A token, or a few together, is a sink of a head in an image if 9 of 10 queries give it so much of their attention.
+#: A token is a sink of a head in an image if 9 of 10 queries give it so much of their attention; a few together, if 3
+#: of 4 do and the block gives them as much.
 GIVEN = 0.5
 #: Largest value ratio of a no-op sink, smallest one of a broadcast sink, and the largest stable rank of its head.
 NO_OP, BROADCAST, LOW_RANK = 0.2, 0.5, 1.5
@@ -41,9 +42,10 @@ TOKEN_NAMES = {"cls": "CLS", "register": "registers", "outlier": "outlier patche
 #: What the figures of a :class:`SinkReport` are.
 SINK_DEFINITION = (
     "After arXiv 2606.08105, where a token is a sink of a head in an image if at least 90 % of the queries (the token "
-    f"itself among them) give it at least {GIVEN:g} of their attention. Here several tokens can be one sink together: "
-    "those that each receive at least 5 times an even share of the head's attention, mean over the queries, if 90 % of "
-    "the queries give all of them together that much. Value ratio: L2 norm of what the head writes "
+    f"itself among them) give it at least {GIVEN:g} of their attention. Besides, a few tokens can be a sink together: "
+    "those that each receive at least 5 times an even share of the attention, both in the block (mean over heads and "
+    "queries) and in the head, where they receive most of the block's attention in that image, and 75 % of the head's "
+    "queries give all of them together at least 0.5. Value ratio: L2 norm of what the head writes "
     "of this token, its value through the output projection, over the median of the same of all tokens that are no "
     "sinks; the geometric mean over the sinks. Stable rank: of the head's whole update in that image, the attention "
     "map times the values (through the output projection, without biases), squared Frobenius over squared spectral "

@@ -19,6 +19,8 @@ __all__ = ["SinkRecorder", "SinkSketch"]
 _FIGURES = 6
 # 90 % of the queries, as whole numbers, so that 9 of 10 are enough.
 _OF_TEN = 9
+# 75 %, for several tokens together.
+_OF_FOUR = 3
 # Ratios are kept finite: a value may be exactly zero.
 _RATIOS = (2.0**-20, 2.0**20)
 
@@ -131,11 +133,15 @@ def _sinks_of(attention: torch.Tensor, received: torch.Tensor, real: torch.Tenso
         real: ``(B, N)`` bool, which tokens are no padding.
     """
     number = real.sum(1)[:, None, None]
-    draws = (received * number >= TIMES_EVEN) & real[:, None]
-    # A token that nearly all queries give so much is a set of its own, also where an even share is large.
-    alone = (10 * ((attention >= GIVEN) & real[:, None, :, None]).sum(2) >= _OF_TEN * number) & real[:, None]
+    asked = real[:, None]
+    # A token that nearly all queries give so much is a sink alone, whatever it receives in other heads.
+    alone = (10 * ((attention >= GIVEN) & asked[..., None]).sum(2) >= _OF_TEN * number) & asked
+    mean = received.mean(1, keepdim=True)
+    gathering = (mean * number >= TIMES_EVEN) & asked
+    most = torch.where(gathering, mean, 0).sum(2, keepdim=True) >= GIVEN
+    draws = gathering & most & (received * number >= TIMES_EVEN)
     given = (attention @ draws[..., None].to(attention.dtype))[..., 0] >= GIVEN
-    together = 10 * (given & real[:, None]).sum(2, keepdim=True) >= _OF_TEN * number
+    together = 4 * (given & asked).sum(2, keepdim=True) >= _OF_FOUR * number
     return alone | (draws & together)
 
 
