@@ -122,7 +122,7 @@ def planted() -> Iterator[Subject]:
     for name in CASES:
         yield Subject("planted", name, True, lambda name=name: _case(name).base(), _scenes)
         yield Subject("clean twins", name, False, lambda name=name: _case(name).twin, _scenes)
-    for block, strength in ((1, 8.0), (2, 5.0), (4, 10.0), (5, 5.0), (6, 8.0)):
+    for block, strength in ((1, 8.0), (2, 5.0)):
         for steps in (20, 0):
             name = f"shipped, block {block}, {strength:g} x{'' if steps else ', idle'}"
             yield Subject("planted", name, True, partial(_planted, block, strength, steps), _scenes)
@@ -240,6 +240,18 @@ def make_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    result = {
+        "config": {"images": IMAGES, "seed": SEED, "truth": {"outliers": OUTLIERS, "attention": ATTENTION}},
+        "versions": versions(),
+        "hardware": machine(torch.device("cpu")),
+        "commit": git_commit(),
+        **summarise(rows),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Look at all models; rows that the file has already are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,21 +264,14 @@ def main(argv: list[str] | None = None) -> None:
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     known = {(row["kind"], row["name"]) for row in rows}
     for subject in (s for name in args.only or sources for s in sources[name]):
-        if (subject.kind, subject.name) in known:
-            continue
-        rows.append(look(subject))
-        row = rows[-1]
-        sys.stdout.write(f"{row['kind']}: {row['name']}: {row['verdict']}, {row['evidence']}; fit: {row['fit'][:40]}\n")
-        result = {
-            "config": {"images": IMAGES, "seed": SEED, "truth": {"outliers": OUTLIERS, "attention": ATTENTION}},
-            "versions": versions(),
-            "hardware": machine(torch.device("cpu")),
-            "commit": git_commit(),
-            **summarise(rows),
-            "rows": rows,
-        }
-        sys.stdout.flush()
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        if (subject.kind, subject.name) not in known:
+            row = look(subject)
+            rows.append(row)
+            said = f"{row['kind']}: {row['name']}: {row['verdict']}, {row['evidence']}; fit: {row['fit'][:40]}\n"
+            sys.stdout.write(said)
+            sys.stdout.flush()
+            _write(args.out, rows)
+    _write(args.out, rows)
     if args.docs is not None:
         page = args.docs / "audit.md"
         before, _, rest = page.read_text("utf-8").partition(_BEGIN)
