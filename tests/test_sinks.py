@@ -167,6 +167,19 @@ def test_a_head_is_what_most_of_its_sinks_are(shares: tuple[float, float], per_i
     assert len(advise([HeadSinks(0, 0, head_kind(tokens), 1.2, tokens)])) == (kind is not None)
 
 
+def test_patches_that_share_the_attention_are_sinks_together(images: torch.Tensor) -> None:
+    pixels = images.clone()
+    pixels[:, 0] = 0
+    pixels[:, 0, :DEPTH, : 2 * DEPTH] = MARK / DEPTH**2  # the first two patches
+    sinks = look(toy(), pixels).sinks
+    assert sinks is not None
+    first, *others = sinks.heads
+    assert (first.kind, list(first.tokens)) == ("no-op", ["outlier"])
+    assert first.tokens["outlier"].per_image == pytest.approx(2)
+    assert first.tokens["outlier"].attention == pytest.approx(0.5, abs=0.05)
+    assert [head.kind for head in others] == [None] * 3
+
+
 # Figures
 
 
@@ -190,8 +203,13 @@ def naive(model: nn.Module, pixels: torch.Tensor, lines: Sequence[float]) -> lis
                 singular = np.linalg.svd(attention @ written, compute_uv=False)
                 ranks.append((singular**2).sum() / singular[0] ** 2)
                 norms = np.linalg.norm(written, axis=1)
-                for token in np.flatnonzero((attention >= 0.5).mean(0) >= 0.9):
-                    others = np.sort(np.delete(norms, token))
+                mean = trace.attentions[block][image].double().numpy().mean((0, 1))
+                gathering = mean * len(mean) >= 5
+                draws = gathering & (attention.mean(0) * len(mean) >= 5) & (mean[gathering].sum() >= 0.5)
+                together = draws & ((attention[:, draws].sum(1) >= 0.5).mean() >= 0.75)
+                sinks = together | ((attention >= 0.5).mean(0) >= 0.9)
+                for token in np.flatnonzero(sinks):
+                    others = np.sort(norms[~sinks])
                     ratio = norms[token] / others[(len(others) - 1) // 2]
                     norm = trace.hidden_states[block][image, token].norm()
                     name = "cls" if token == 0 else "outlier" if norm > lines[block] else "other"

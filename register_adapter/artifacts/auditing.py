@@ -11,23 +11,24 @@ from accelerate import PartialState
 from torch import nn
 
 from ..data.processors import source_of
+from ..errors import UnsupportedModelError
 from ..features.layout import native_registers
 from ..features.passes import PassOptions, open_pass
 from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, machine, versions
-from .attention_sketch import TIMES_EVEN
-from .layer_report import DEFINITIONS, ratio_of_medians, summarise_layer
+from .layer_report import DEFINITIONS
 from .patch_sketch import Edges
-from .report import MOST, ArtifactReport, LayerReport, Verdict
+from .report import ArtifactReport, LayerReport
 from .rules.histogram import RELATIVE_ERROR
 from .rules.rules import Rule, resolve_rule, rule_name
 from .sharing import run_shared, share_of
 from .sink_report import SINK_DEFINITION, SinkReport, advise
 from .statistics import Statistics
+from .verdicts import attention_in_words, judge
 
-__all__ = ["attention_in_words", "audit", "build_report", "verdict_of"]
+__all__ = ["audit", "audit_outliers", "build_report"]
 
 
 def audit(
@@ -131,6 +132,24 @@ def audit(
     return report
 
 
+def audit_outliers(model: nn.Module, images: Any, rule: str | Rule, **options: Any) -> ArtifactReport:
+    """An audit for its lines between norms: attention is looked at only where norms alone show nothing.
+
+    Args:
+        model: As for :func:`audit`.
+        images: As there; what can be gone through twice.
+        rule: As there.
+        **options: Further arguments of :func:`audit`.
+    """
+    report = audit(model, images, rule=rule, attentions=False, progress=False, **options)
+    if report.verdict != "none":
+        return report
+    try:
+        return audit(model, images, rule=rule, progress=False, **options)
+    except UnsupportedModelError:  # its attention returns no maps
+        return report
+
+
 def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str) -> ArtifactReport:
     """Apply a rule to what was summed; see :func:`audit`. Several rules can be applied to one pass.
 
@@ -140,8 +159,8 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
         rule_called: Its name.
         name: What to call the model.
     """
-    layers = [summarise_layer(statistics, index, rule) for index in sorted(statistics.patches)]
-    verdict, first, norms = verdict_of(layers, statistics)
+    finding = judge(statistics, rule)
+    layers = finding.layers
     definitions = dict(DEFINITIONS)
     if statistics.no_grid:
         missing = f" Not known here: {statistics.no_grid}."
@@ -154,9 +173,9 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
     tower = statistics.tower
     report = ArtifactReport(
         name=name,
-        verdict=verdict,
-        reason=norms,
-        first_layer=first,
+        verdict=finding.verdict,
+        reason=finding.reason,
+        first_layer=finding.first_layer,
         layers=layers,
         rule=rule_called,
         family=tower.anatomy.family,
@@ -168,8 +187,10 @@ def build_report(statistics: Statistics, rule: Rule, rule_called: str, name: str
         definitions=definitions,
         environment={"statistics_bytes": statistics.nbytes},
         sinks=sinks,
+        evidence=finding.evidence,
+        kind=finding.kind,
     )
-    return replace(report, reason=f"{norms} {attention_in_words(report)}")
+    return replace(report, reason=f"{finding.reason} {attention_in_words(report)}")
 
 
 def _sinks(statistics: Statistics, layers: list[LayerReport]) -> SinkReport | None:
@@ -183,63 +204,6 @@ def _sinks(statistics: Statistics, layers: list[LayerReport]) -> SinkReport | No
     sketches = sorted(recorder.sketches.items())
     heads = [head for block, sketch in sketches for head in sketch.heads(block, Edges(thresholds[block]))]
     return SinkReport(heads, advise(heads), projected=all(sketch.projected for _, sketch in sketches))
-
-
-def verdict_of(layers: list[LayerReport], statistics: Statistics) -> tuple[Verdict, int | None, str]:
-    """The verdict, the first layer of the outliers, and why, from all layers but the first."""
-    runs: list[list[int]] = []
-    for layer in layers[1:]:  # at the input of the first block norms follow the contrast of the patch
-        if layer.threshold.separated:
-            if runs and runs[-1][-1] == layer.layer - 1:
-                runs[-1].append(layer.layer)
-            else:
-                runs.append([layer.layer])
-    last = layers[-1].layer
-    if runs and runs[-1][-1] == last:
-        said = _said(layers[last], statistics)
-        return "present", runs[-1][0], f"From layer {runs[-1][0]} on, the last one ({last}) included. {said}"
-    longest = max(runs, key=len, default=[])
-    if len(longest) >= 2:
-        worst = max(longest, key=lambda index: layers[index].outlier_share)
-        said = _said(layers[worst], statistics)
-        return (
-            "present inside only",
-            longest[0],
-            f"From layer {longest[0]} to {longest[-1]}, not at the last ({last}). {said}",
-        )
-    alone = f" (layer {', '.join(str(run[0]) for run in runs)} alone does, which does not count)" if runs else ""
-    return "none", None, f"No layer from 1 to {last} has outliers{alone}. At the last: {layers[last].threshold.reason}."
-
-
-def _said(layer: LayerReport, statistics: Statistics) -> str:
-    edges = Edges(layer.threshold)
-    ratio = ratio_of_medians(statistics.patches[layer.layer], edges.outlying)
-    return (
-        f"At layer {layer.layer}, {layer.outlier_share:.2%} of the patches are outliers: their median L2 norm is "
-        f"{ratio:.2g} times the others'. Rule {layer.threshold.rule}: {layer.threshold.reason}."
-    )
-
-
-def attention_in_words(report: ArtifactReport) -> str:
-    """Where the attention goes, in a sentence or two; a warning where norms say nothing of what draws it."""
-    layer = report.most_gathered
-    gathered = layer.gathered if layer is not None else None
-    if layer is None or gathered is None:
-        return "Attention was not measured."
-    if not gathered.attention:
-        return f"No patch receives {TIMES_EVEN:g} times an even share of the attention in any block."
-    said = f"in block {layer.layer}, {gathered.patches:.2%} of the patches receive {gathered.attention:.0%} of it"
-    if gathered.norm_ratio is not None:
-        said += f", with norms {gathered.norm_ratio:.2g} times the others' there"
-    if not report.unexplained:
-        return f"Attention gathers most {said}."
-    blocks = [layer.layer for layer in report.layers if layer.gathered and layer.gathered.attention >= MOST]
-    others = f" (over half also in block {', '.join(str(b) for b in blocks if b != layer.layer)})" if blocks[1:] else ""
-    return (
-        f"But a few patches draw most of the attention: {said}{others}. The rule {report.rule} draws no line between "
-        "their norms and the others', and yet such patches may be artifacts: look at the attention maps, and try a "
-        "rule that draws a line in any case, such as sigma."
-    )
 
 
 def _called(model: nn.Module, tower: Tower) -> str:

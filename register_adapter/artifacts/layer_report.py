@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import RegisterAdapterError
 from .attention_sketch import TIMES_EVEN
 from .patch_sketch import Array, Edges, PatchSketch
-from .report import LayerReport, MassiveChannel, NormDistribution
+from .report import FAR_ABOVE, FAR_BELOW, MOST, LayerReport, MassiveChannel, NormDistribution
 from .rules.histogram import RELATIVE_ERROR, bin_centres, bin_edges, nearest_edge, weighted_quantile
 from .rules.rules import Rule
 from .rules.threshold import Threshold
@@ -28,7 +28,8 @@ DEFINITIONS = {
     f"those of a histogram with 32 bins an octave, so they are within {RELATIVE_ERROR:.2%}.",
     "threshold": "The report's rule, applied to the norms of all patches of all images at this layer. Norms above high "
     "or below low are outliers. Either is moved to the nearest edge of the histogram, by at most "
-    f"{RELATIVE_ERROR:.2%}; every share below is exact for the threshold as it is given here.",
+    f"{RELATIVE_ERROR:.2%}; every share below is exact for the threshold as it is given here. Where the verdict rests "
+    "on attention alone, a threshold of the rule attention is the line that best tells gathered patches from others.",
     "outlier_share": "Outliers over all patch tokens of the layer; low_share: those below the lower line.",
     "images_with_outliers": "Share of the images with at least one outlier at this layer; where there are outliers on "
     "both sides, the number of images with both is interpolated between lines an eighth of an octave apart.",
@@ -46,11 +47,16 @@ DEFINITIONS = {
     "and line of this layer.",
     "gathered": f"The patches that each receive at least {TIMES_EVEN:g} times an even share of the attention in the "
     "block that reads this layer (mean over heads and queries), whatever their norms: their share of all patches, the "
-    "share of the attention that they receive together, and the geometric mean of their norms over the others'.",
+    "share of the attention that they receive together, and the geometric mean of their norms over the others'; the "
+    "same of their values' norms, head by head, weighted by the attention that they receive there.",
     "first_layer": "Start of the run of layers at which the rule finds two kinds of tokens that reaches the last "
     "layer, or else of the longest run. Layer 0 is left out: there norms follow the contrast of the patch.",
     "verdict": "present: separated at the last layer. present inside only: at two or more layers in a row, not at "
-    "the last. none: otherwise.",
+    "the last; or no layer is, and in a block but the first the gathered patches receive at least "
+    f"{MOST:.0%} of the attention, with values of at most {FAR_BELOW:g} times (no-op) or at least {FAR_ABOVE:g} times "
+    "(broadcast) the others' norms. none: otherwise.",
+    "evidence": "norms, attention or both: which of the two conditions hold. kind: what the gathered patches are in "
+    "the block where they receive most.",
 }
 
 

@@ -11,12 +11,16 @@ from typing import Any, Literal
 from ..utils.files import read_text
 from ..utils.staging import write_text
 from .rules.threshold import Threshold
-from .sink_report import SinkReport
+from .sink_report import SinkKind, SinkReport
 
 __all__ = [
+    "FAR_ABOVE",
+    "FAR_BELOW",
+    "KIND_WORDS",
     "MOST",
     "ArtifactReport",
     "AttentionShares",
+    "Evidence",
     "GatheredAttention",
     "LayerReport",
     "MassiveChannel",
@@ -27,6 +31,16 @@ __all__ = [
 
 #: Share of a block's attention that counts as most of it.
 MOST = 0.5
+#: Values at most so many times the others' are far below them (no-op), at least so many times far above (broadcast).
+FAR_BELOW, FAR_ABOVE = 0.5, 2.0
+#: What a verdict rests on.
+Evidence = Literal["norms", "attention", "both"]
+#: Kind of patches that draw attention -> in words.
+KIND_WORDS: dict[SinkKind, str] = {
+    "no-op": "a no-op: attention is parked where next to nothing is read",
+    "broadcast": "a broadcast: all tokens read much of the same patches",
+    "unclear": "neither no-op nor broadcast",
+}
 #: ``"none"``, ``"present"`` (at the last block's output), ``"present inside only"`` (gone there).
 Verdict = Literal["none", "present", "present inside only"]
 #: Kinds of tokens: patches, CLS and the like (distillation token), registers (native ones and adapters').
@@ -93,11 +107,26 @@ class GatheredAttention:
         attention: Share of the attention that they receive together, mean over heads and queries.
         norm_ratio: Geometric mean of their norms over that of the other patches, where the block reads them; ``None``
             where there are none.
+        value_ratio: The same of the norms of their values, head by head: geometric mean over the heads, weighted by the
+            attention that they receive there. ``None`` where values are not known.
     """
 
     patches: float
     attention: float
     norm_ratio: float | None
+    value_ratio: float | None = None
+
+    @property
+    def kind(self) -> SinkKind:
+        """What they do, by the norms of their values."""
+        if self.value_ratio is None:
+            return "unclear"
+        return "no-op" if self.value_ratio <= FAR_BELOW else "broadcast" if self.value_ratio >= FAR_ABOVE else "unclear"
+
+    @property
+    def telling(self) -> bool:
+        """Whether they are artifacts by what they do: they take most of the attention, with values far off."""
+        return self.attention >= MOST and self.kind != "unclear"
 
 
 @dataclass(frozen=True)
@@ -162,6 +191,8 @@ class ArtifactReport:
         definitions: How every figure is defined: which norm, which layer, which rule.
         environment: Versions, hardware, commit, seconds.
         sinks: Attention sinks head by head; ``None`` if they were not asked for.
+        evidence: What the verdict rests on, ``None`` where it is ``"none"``.
+        kind: What the patches that draw most of the attention do; ``None`` where none do in any block but the first.
     """
 
     name: str
@@ -179,10 +210,12 @@ class ArtifactReport:
     definitions: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     sinks: SinkReport | None = None
+    evidence: Evidence | None = None
+    kind: SinkKind | None = None
 
     @property
     def most_outlying(self) -> LayerReport | None:
-        """The layer with most outliers, from ``first_layer`` on; ``None`` where the verdict is ``"none"``."""
+        """The layer with most outliers, from ``first_layer`` on; ``None`` where no line was drawn between norms."""
         if self.verdict == "none" or self.first_layer is None:
             return None
         separated = [layer for layer in self.layers[self.first_layer :] if layer.threshold.separated]
@@ -195,6 +228,12 @@ class ArtifactReport:
         return max(layers, key=lambda layer: layer.gathered.attention if layer.gathered else 0.0, default=None)
 
     @property
+    def most_telling(self) -> LayerReport | None:
+        """The layer, but for the first, with most attention to patches that are artifacts by what they do in it."""
+        layers = [layer for layer in self.layers[1:] if layer.gathered is not None and layer.gathered.telling]
+        return max(layers, key=lambda layer: layer.gathered.attention if layer.gathered else 0.0, default=None)
+
+    @property
     def unexplained(self) -> bool:
         """Whether the verdict is ``"none"`` although a few patches draw most of the attention of a block."""
         layer = self.most_gathered
@@ -203,12 +242,13 @@ class ArtifactReport:
 
     @property
     def summary(self) -> str:
-        """The verdict in a few words, never a bare ``none`` where a few patches draw most of the attention."""
-        return (
-            f"{self.verdict} by norms, but a few patches draw most of the attention"
-            if self.unexplained
-            else self.verdict
-        )
+        """The verdict in a few words, with its evidence; never a bare ``none`` where few patches draw the attention."""
+        if self.unexplained:
+            return f"{self.verdict} by norms, but a few patches draw most of the attention"
+        if self.evidence is None:
+            return self.verdict
+        by = "norms and attention" if self.evidence == "both" else self.evidence
+        return f"{self.verdict}, by {by}{f' ({self.kind})' if self.kind is not None else ''}"
 
     def __repr__(self) -> str:
         """The verdict and why; all figures are in ``layers``, and in :meth:`to_dict`."""

@@ -24,11 +24,12 @@ __all__ = [
     "merge_sinks",
 ]
 
-#: A token is a sink of a head in an image if 9 of 10 queries give it at least so much of their attention.
+#: A token is a sink of a head in an image if 9 of 10 queries give it so much of their attention; a few together, if 3
+#: of 4 do and the block gives them as much.
 GIVEN = 0.5
 #: Largest value ratio of a no-op sink, smallest one of a broadcast sink, and the largest stable rank of its head.
 NO_OP, BROADCAST, LOW_RANK = 0.2, 0.5, 1.5
-# A head has sinks if at least so many of the images have one: 50 of 4,096 in the code of arXiv 2606.08105.
+# A head has sinks if there are at least so many an image: 50 of 4,096 in the code of arXiv 2606.08105.
 _FEW = 0.01
 
 #: ``"unclear"``: neither of the two, or as many of one as of the other.
@@ -40,8 +41,11 @@ TOKEN_NAMES = {"cls": "CLS", "register": "registers", "outlier": "outlier patche
 
 #: What the figures of a :class:`SinkReport` are.
 SINK_DEFINITION = (
-    "After arXiv 2606.08105. A token is a sink of a head in an image if at least 90 % of the queries (the token "
-    f"itself among them) give it at least {GIVEN:g} of their attention. Value ratio: L2 norm of what the head writes "
+    "After arXiv 2606.08105, where a token is a sink of a head in an image if at least 90 % of the queries (the token "
+    f"itself among them) give it at least {GIVEN:g} of their attention. Besides, a few tokens can be a sink together: "
+    "those that each receive at least 5 times an even share of the attention, both in the block (mean over heads and "
+    "queries) and in the head, where they receive most of the block's attention in that image, and 75 % of the head's "
+    "queries give all of them together at least 0.5. Value ratio: L2 norm of what the head writes "
     "of this token, its value through the output projection, over the median of the same of all tokens that are no "
     "sinks; the geometric mean over the sinks. Stable rank: of the head's whole update in that image, the attention "
     "map times the values (through the output projection, without biases), squared Frobenius over squared spectral "
@@ -58,8 +62,8 @@ class Sinks:
 
     Attributes:
         number: How many, over all images.
-        per_image: The same over the number of images: an image has one or none, but for an exact tie of two.
-        attention: Share of the head's attention that such a sink receives, mean over queries and sinks.
+        per_image: The same over the number of images. More than 1 where several tokens share the attention.
+        attention: Share of the head's attention that such a token receives, mean over queries and tokens.
         value_ratio: Norm of what the head writes of a sink over the median of that of other tokens; geometric mean.
         stable_rank: Of the head's update in the images of these sinks, mean over the sinks.
         no_op: Share of these sinks that are no-op.

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, NamedTuple
-
 import numpy as np
 import torch
-from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..features.projections import keep_projection, output_map
-from ..features.threads import in_this_thread
-from ..towers.tower import Tower
-from .attention_sketch import Layout
+from ..features.projections import output_map
+from .attention_sketch import TIMES_EVEN, Layout
+from .block_values import BlockValues
 from .patch_sketch import Edges
 from .rules.histogram import BINS, accumulator_dtype
 from .sink_report import BROADCAST, GIVEN, LOW_RANK, NO_OP, HeadSinks, Sinks, head_kind
@@ -26,6 +19,8 @@ __all__ = ["SinkRecorder", "SinkSketch"]
 _FIGURES = 6
 # 90 % of the queries, as whole numbers, so that 9 of 10 are enough.
 _OF_TEN = 9
+# 75 %, for several tokens together.
+_OF_FOUR = 3
 # Ratios are kept finite: a value may be exactly zero.
 _RATIOS = (2.0**-20, 2.0**20)
 
@@ -87,12 +82,11 @@ class SinkSketch:
         if valid is not None:
             real[:, layout.start : layout.end] = valid > 0
         asked = real[:, None, :, None]
-        given = ((attention >= GIVEN) & asked).sum(2)
-        sinks = (10 * given >= _OF_TEN * real.sum(1)[:, None, None]) & real[:, None]
+        received = torch.where(asked, attention, 0).sum(2) / real.sum(1)[:, None, None]
+        sinks = _sinks_of(attention, received, real)
         written = _written(values, heads, output)
         ratio = _ratio(torch.linalg.vector_norm(written, dim=-1), sinks, real[:, None])
         rank = _stable_rank(torch.where(asked, attention @ written, 0))
-        received = torch.where(asked, attention, 0).sum(2) / real.sum(1)[:, None, None]
         ranks = rank[..., None].expand_as(ratio)
         broadcast = (ratio >= BROADCAST) & (ranks <= LOW_RANK)
         no_op = (ratio <= NO_OP).float()
@@ -130,6 +124,27 @@ def _sinks(sums: np.ndarray[tuple[int, ...], np.dtype[np.float64]], images: int)
     return Sinks(round(number), number / images, attention, 2**ratio, rank, no_op, broadcast)
 
 
+def _sinks_of(attention: torch.Tensor, received: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """``(B, H, N)`` bool: which tokens are sinks, or share in being one.
+
+    Args:
+        attention: ``(B, H, N, N)``.
+        received: ``(B, H, N)``, mean over queries.
+        real: ``(B, N)`` bool, which tokens are no padding.
+    """
+    number = real.sum(1)[:, None, None]
+    asked = real[:, None]
+    # A token that nearly all queries give so much is a sink alone, whatever it receives in other heads.
+    alone = (10 * ((attention >= GIVEN) & asked[..., None]).sum(2) >= _OF_TEN * number) & asked
+    mean = received.mean(1, keepdim=True)
+    gathering = (mean * number >= TIMES_EVEN) & asked
+    most = torch.where(gathering, mean, 0).sum(2, keepdim=True) >= GIVEN
+    draws = gathering & most & (received * number >= TIMES_EVEN)
+    given = (attention @ draws[..., None].to(attention.dtype))[..., 0] >= GIVEN
+    together = 4 * (given & asked).sum(2, keepdim=True) >= _OF_FOUR * number
+    return alone | (draws & together)
+
+
 def _written(values: torch.Tensor, heads: int, output: torch.Tensor | None) -> torch.Tensor:
     """``(B, H, N, d)`` with the norms and products of what each head writes of each token, ``(B, H, N, D)``."""
     width = values.shape[-1] // heads if output is None else output.shape[0] // heads
@@ -160,70 +175,38 @@ def _stable_rank(updates: torch.Tensor) -> torch.Tensor:
     return torch.where(size[..., 0, 0] > 0, 1 / largest.clamp_min(0.5 / updates.shape[-1]), 0)
 
 
-class _Seen(NamedTuple):
-    """What is known of a block's attention before its values are."""
-
-    attention: torch.Tensor
-    bins: torch.Tensor
-    layout: Layout
-    valid: torch.Tensor | None
-
-
 class SinkRecorder:
     """Sums the sinks of all blocks of a tower during its forward passes.
+
+    Args:
+        values: Hands on the values of its blocks.
 
     Attributes:
         sketches: By block.
         missing: Why there are none, ``""`` where there are.
     """
 
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
+    def __init__(self, values: BlockValues) -> None:
         self.sketches: dict[int, SinkSketch] = {}
         self.missing = ""
-        self._seen: dict[int, _Seen] = {}
-
-    @contextmanager
-    def attach(self) -> Iterator[None]:
-        """Record values inside; where a block has none of a known name, say so and record nothing."""
-        blocks: nn.ModuleList = self.tower.part("blocks")
-        with ExitStack() as stack:
-            try:
-                with ExitStack() as hooks:
-                    for index, block in enumerate(blocks):
-                        values = hooks.enter_context(keep_projection(self.tower, index, "values"))
-                        # Some attentions give their values only at their end, behind the map.
-                        hook = in_this_thread(partial(self._after, index, values))
-                        hooks.callback(block.register_forward_hook(hook, prepend=True).remove)
-                    stack.push(hooks.pop_all())
-            except UnsupportedModelError as error:
-                self.missing = str(error)
-            try:
-                yield
-            finally:
-                self._seen.clear()
+        self._values = values
 
     def see(
         self, block: int, attention: torch.Tensor, bins: torch.Tensor, layout: Layout, valid: torch.Tensor | None
     ) -> None:
         """Keep a block's map until the block is done; see :meth:`SinkSketch.add`."""
-        if not self.missing:
-            self._seen[block] = _Seen(attention, bins, layout, valid)
+        self.missing = self.missing or self._values.missing
 
-    @torch.no_grad()
-    def _after(self, block: int, values: list[torch.Tensor], module: nn.Module, args: Any, output: Any) -> None:
-        seen = self._seen.pop(block, None)
-        if seen is None or not values:
-            return
-        (own,) = values
-        values.clear()
-        attention = seen.attention
-        if own.shape[:2] != (attention.shape[0], attention.shape[2]):
-            raise UnsupportedModelError(
-                f"block {block} of {type(self.tower.module).__name__} has values {tuple(own.shape)} for attention maps "
-                f"{tuple(attention.shape)}: they are not of the same tokens; audit it without sinks"
-            )
-        if block not in self.sketches:
-            self.sketches[block] = SinkSketch(attention.device, attention.shape[1])
-        projection = output_map(self.tower, block, own)
-        self.sketches[block].add(attention, own, projection, seen.bins, seen.layout, seen.valid)
+        def take(values: torch.Tensor) -> None:
+            tower = self._values.tower
+            if values.shape[:2] != (attention.shape[0], attention.shape[2]):
+                raise UnsupportedModelError(
+                    f"block {block} of {type(tower.module).__name__} has values {tuple(values.shape)} for attention "
+                    f"maps {tuple(attention.shape)}: they are not of the same tokens; audit it without sinks"
+                )
+            if block not in self.sketches:
+                self.sketches[block] = SinkSketch(attention.device, attention.shape[1])
+            projection = output_map(tower, block, values)
+            self.sketches[block].add(attention, values, projection, bins, layout, valid)
+
+        self._values.hand(block, take)

@@ -26,6 +26,7 @@ from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from .attention_sketch import AttentionSketch, Layout
+from .block_values import BlockValues
 from .norms import similarity_of
 from .patch_sketch import Array, PatchSketch
 from .rules.histogram import NormHistogram, bin_centres, bins_of
@@ -62,6 +63,7 @@ class Statistics:
         sinks: What is kept of sinks, ``None`` if they were not asked for.
         grid: ``(h, w)`` patches, ``None`` where places are not known.
         no_grid: Why not, ``""`` where they are.
+        attends: Whether attention maps are summed in the passes to come.
     """
 
     def __init__(self, tower: Tower, attentions: bool = True, sinks: bool = False) -> None:
@@ -72,12 +74,13 @@ class Statistics:
         self.patches: dict[int, PatchSketch] = {}
         self.others: dict[int, dict[str, NormHistogram]] = {}
         self.attentions: dict[int, AttentionSketch] = {}
-        self.sinks = SinkRecorder(tower) if sinks else None
+        self.values = BlockValues(tower)
+        self.sinks = SinkRecorder(self.values) if sinks else None
         self.grid: tuple[int, int] | None = None
         self.no_grid = ""
         registers = getattr(tower.module, "registers", None)
         self._layer = registers if isinstance(registers, RegisterLayer) else None
-        self._attentions = attentions
+        self.attends = attentions
         self._cls = tower.prefix - native_registers(tower)
         self._batch = _Batch()
 
@@ -96,9 +99,8 @@ class Statistics:
             for index, block in enumerate(blocks):
                 hook = partial(self._after, index)
                 stack.callback(block.register_forward_hook(in_this_thread(hook), prepend=True).remove)
-            if self.sinks is not None:
-                stack.enter_context(self.sinks.attach())
-            if self._attentions:
+            if self.attends:
+                stack.enter_context(self.values.attach())
                 stack.enter_context(record_attention_maps(self.tower, self._attend))
             yield
 
@@ -222,7 +224,8 @@ class Statistics:
         assert batch.bins is not None
         valid, _ = batch.on(attention.device)
         bins = batch.bins.to(attention.device)
-        self.attentions[block].add(attention, bins, layout, valid)
+        take = self.attentions[block].add(attention, bins, layout, valid)
+        self.values.hand(block, take)
         if self.sinks is not None:
             self.sinks.see(block, attention, bins, layout, valid)
 

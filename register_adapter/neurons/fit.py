@@ -104,7 +104,8 @@ def fit_test_time_registers(
     Raises:
         NoArtifactsError: The audit's verdict on these images is ``"none"``; nothing was changed. The message says so
             where a few patches draw most of the attention all the same.
-        RegisterAdapterError: Outliers are so rare that the images on which units are ranked have none.
+        RegisterAdapterError: Outliers are so rare that the images on which units are ranked have none; or patches are
+            artifacts by what they do in attention, and their norms do not tell them from others.
         UnsupportedModelError: No single vision tower, or no MLPs that the table describes.
         ValueError: An argument is out of range, or there are fewer than three images.
 

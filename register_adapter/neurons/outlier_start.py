@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..artifacts import audit
+from ..artifacts.auditing import audit_outliers
 from ..errors import NoArtifactsError
 from ..features.trace import capture
 from ..towers.modes import evaluating
@@ -52,7 +52,7 @@ def start_from_outliers(
         The config's arguments, and what writes the values.
 
     Raises:
-        NoArtifactsError: The audit finds none.
+        NoArtifactsError: The audit finds none, or none that norms tell from other patches.
         ValueError: ``how`` is neither of the two, ``insert_layer`` is not a block, or the registers are no tokens.
 
     Example:
@@ -64,7 +64,7 @@ def start_from_outliers(
         raise ValueError(f"how must be mean or samples, got {how!r}")
     if options.get("key_value"):
         raise ValueError("init='outliers' is for tokens; key/value pairs (key_value=True) start from init='normal'")
-    report = audit(model, batches, rule=rule, attentions=False, progress=False)
+    report = audit_outliers(model, batches, rule)
     chosen = report.most_outlying
     if chosen is None:
         raise NoArtifactsError(f"{report.name} has no outliers on these images ({report.reason}); use another init")

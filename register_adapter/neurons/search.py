@@ -3,17 +3,20 @@
 The audit's answer takes all images, and ranking needs it. So that one pass is enough, the first images say which
 outliers to expect, and the others are ranked by that while the audit goes on. Where the answer differs in the end, the
 images that were kept are ranked anew.
+
+Attention costs time, and is looked at only where the norms of the first images show nothing. Where those show artifacts
+and all images do not, it is that of the images that were kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ..artifacts.auditing import attention_in_words, build_report
+from ..artifacts.auditing import build_report
 from ..artifacts.rules.rules import Rule
 from ..artifacts.rules.threshold import Threshold
 from ..artifacts.statistics import Statistics
+from ..data.batches import Batch
 from ..errors import NoArtifactsError, RegisterAdapterError
 from ..towers.tower import Tower
 from .parts import Parts
@@ -63,21 +66,25 @@ class Search:
             that add most to the outliers over all of them, the first first.
 
         Raises:
-            NoArtifactsError: The audit finds no outliers in these images, or none lies beyond the line given.
-            RegisterAdapterError: It does, but not in those that rank units.
+            NoArtifactsError: The audit finds no artifacts in these images, or none lies beyond the line given.
+            RegisterAdapterError: It does, but norms do not tell them from other patches, or those that rank units have
+                none.
             ValueError: Outliers do not separate behind the block that was chosen.
         """
-        for batch in [*parts.first, *parts.held_out]:
+        kept = [*parts.first, *parts.held_out]
+        for batch in kept:
             for view in self._views:
                 view.look(batch)
+        self._attend(kept)
         expected = self._separating()
         scores = self._scores(expected)
         for batch in parts.others():
             for view in self._views:
                 view.look(batch, scores.get(view.size))
+        self._attend(kept)
         views = self._separating()
         if not views:
-            raise NoArtifactsError(self._nothing(parts))
+            raise self._nothing(parts)
         top = self._top(views)
         if not parts.num_others or not _as_expected(scores, views, top):
             scores = {view.size: NeuronScores(self.tower, view.threshold_behind(top), top) for view in views}
@@ -113,23 +120,30 @@ class Search:
             if top + 1 in view.thresholds
         }
 
-    def _nothing(self, parts: Parts) -> str:
-        """Why there is nothing to fit, and whether patches of the kept images draw attention all the same."""
-        statistics = Statistics(self.tower)
-        with statistics.attach():
-            for batch in [*parts.first, *parts.held_out]:
-                self.tower.run(self._views[0].resized(batch))
-        report = replace(build_report(statistics, self.rule, self.rule_called, ""), verdict="none")
-        who = type(self.tower.module).__name__
+    def _attend(self, kept: Sequence[Batch]) -> None:
+        """Where norms show nothing, as the audit does: look at the attention too."""
+        if not self._separating():
+            for view in self._views:
+                if not view.statistics.attends:
+                    view.attend(kept)
+
+    def _nothing(self, parts: Parts) -> RegisterAdapterError:
+        """Why there is nothing to fit: no artifacts, or none that norms tell from other patches."""
+        statistics = self._views[0].statistics
+        report = build_report(statistics, self.rule, self.rule_called, "")
+        who, rest = type(self.tower.module).__name__, "Nothing was changed. To go on all the same, give threshold= and "
+        if report.verdict != "none":
+            return RegisterAdapterError(
+                f"{who} has artifacts ({report.summary}) on {parts.num_images} images, but no line between norms tells "
+                "them from other patches, so that no unit can be found that writes them. Train registers instead "
+                f"(python -m register_adapter.train). {report.reason} {rest}top_block=."
+            )
         said = (
             f"{who} may have artifacts that its norms do not show: the rule {self.rule_called!r} finds none"
             if report.unexplained
             else f"{who} needs no registers: the rule {self.rule_called!r} finds no artifacts"
         )
-        return (
-            f"{said} on {parts.num_images} images. {self._reason} On {statistics.num_images} of them: "
-            f"{attention_in_words(report)} Nothing was changed. To go on all the same, give threshold= and top_block=."
-        )
+        return NoArtifactsError(f"{said} on {parts.num_images} images. {report.reason} {rest}top_block=.")
 
 
 def _as_expected(scores: dict[int | None, NeuronScores], views: list[View], top: int) -> bool:

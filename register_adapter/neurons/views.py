@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 
-from ..artifacts.auditing import verdict_of
-from ..artifacts.layer_report import summarise_layer
 from ..artifacts.rules.rules import Rule
 from ..artifacts.rules.threshold import Threshold
 from ..artifacts.statistics import Statistics
+from ..artifacts.verdicts import judge
 from ..data.batches import Batch
+from ..errors import UnsupportedModelError
 from ..towers.tower import Tower
 from .scores import NeuronScores
 
@@ -82,6 +83,21 @@ class View:
                     f" in this batch size ({said})"
                 ) from error
 
+    def attend(self, batches: Sequence[Batch]) -> None:
+        """Look at the attention too from here on, and once more at these batches, which were looked at without.
+
+        Args:
+            batches: Those so far, or the part of them that was kept.
+        """
+        seen = Statistics(self.tower)
+        try:
+            with seen.attach():
+                for batch in batches:
+                    self.tower.run(self.resized(batch))
+        except UnsupportedModelError:  # an attention that returns no maps: norms alone decide
+            return
+        self.statistics.attentions, self.statistics.attends = seen.attentions, True
+
     def judged(self, rule: Rule, by_hand: dict[int, Threshold]) -> View:
         """The same with the layers where outliers separate in all images so far: those that the audit names.
 
@@ -89,11 +105,8 @@ class View:
             rule: The audit's rule.
             by_hand: Layer to a threshold that is given and not found.
         """
-        layers = [summarise_layer(self.statistics, index, rule) for index in sorted(self.statistics.patches)]
-        verdict, first, reason = verdict_of(layers, self.statistics)
-        thresholds = dict(by_hand)
+        judged = judge(self.statistics, rule)
+        thresholds, first = dict(by_hand), judged.first_layer
         if not by_hand and first is not None:
-            thresholds = {
-                layer.layer: layer.threshold for layer in layers if layer.layer >= first and layer.threshold.separated
-            }
-        return replace(self, thresholds=thresholds, verdict=verdict, reason=reason)
+            thresholds = {layer.layer: layer.threshold for layer in judged.layers[first:] if layer.threshold.separated}
+        return replace(self, thresholds=thresholds, verdict=judged.verdict, reason=judged.reason)

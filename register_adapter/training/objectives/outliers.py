@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from ...artifacts import audit
+from ...artifacts.auditing import audit_outliers
 from ...artifacts.report import ArtifactReport
 from ...artifacts.rules import Threshold
 from ...data.datasets import PixelBatches
@@ -46,7 +46,7 @@ class Outliers:
         most = report.most_outlying
         if most is None:
             raise NoArtifactsError(
-                f"{report.name} has no artifacts on these images ({report.reason}), so that there is nothing to train "
+                f"{report.name} has no outliers on these images ({report.reason}), so that there is nothing to train "
                 "away. Leave the model as it is, or train towards other targets (--objective distillation)."
             )
         return cls(most.layer, most.threshold)
@@ -73,7 +73,7 @@ def audit_base(model: nn.Module, images: Any, rule: str = "auto", batch_size: in
     inner: Any = extract_model_from_parallel(model)
     batches = PixelBatches(images, batch_size, AUDITED_IMAGES)
     with inner.disable_adapter():
-        report = audit(inner, batches, rule=rule, attentions=False, progress=False)
+        report = audit_outliers(inner, batches, rule)
     return Outliers.of(report)
 
 

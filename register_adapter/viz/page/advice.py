@@ -31,6 +31,13 @@ class Origin:
         some = () if self.max_images is None else ("--max-images", str(self.max_images))
         return shlex.join(["register-adapter", name, self.model, self.images, *options, *some])
 
+    def train_command(self) -> str:
+        """A training without labels over the same model and images."""
+        inputs = ("--model-name-or-path", self.model, "--train-dir", self.images)
+        return shlex.join(
+            ["register-adapter", "train", *inputs, "--objective", "distillation", "--output-dir", "registers"]
+        )
+
 
 def next_step(report: ArtifactReport, origin: Origin) -> Markup:
     """What to do with the model of a report.
@@ -54,6 +61,9 @@ def _steps(report: ArtifactReport, origin: Origin, rule: tuple[str, ...]) -> Ite
         yield _say("Leave it: with these registers it has no artifacts.")
     elif report.verdict == "none":
         yield _say("Leave it: it needs no registers.")
+    elif report.evidence == "attention" and report.most_outlying is None:
+        yield _say("Norms do not tell these patches from others, so no fit can find what writes them. Train registers:")
+        yield _run(origin.train_command())
     else:
         left = "These registers leave artifacts. " if report.num_registers else ""
         yield _say(f"{left}Fit a register to the base, without training:")

@@ -111,6 +111,7 @@ def _card(report: ArtifactReport, origin: Origin) -> Markup:
         ("largest norm / median", f"{largest:.1f} ×" if largest is not None else "–"),
         ("separate from layer", "–" if report.first_layer is None else str(report.first_layer)),
         ("most attention to few patches", _attention(report)),
+        ("evidence", _evidence(report)),
         ("registers", _registers(report)),
         ("family, patches", f"{report.family}, {grid}"),
     ]
@@ -132,6 +133,11 @@ def _attention(report: ArtifactReport) -> str:
         return "–"
     gathered = layer.gathered
     return f"{gathered.attention:.0%} to {gathered.patches:.2%}, block {layer.layer}" if gathered.attention else "none"
+
+
+def _evidence(report: ArtifactReport) -> str:
+    words = {"both": "norms and attention", None: "none"}
+    return words.get(report.evidence, report.evidence or "") + (f", {report.kind}" if report.kind else "")
 
 
 def _registers(report: ArtifactReport) -> str:
