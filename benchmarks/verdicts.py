@@ -78,7 +78,7 @@ def _drawn(run: str) -> Callable[[], torch.Tensor]:
 def _has_artifacts(run: str, seed: int) -> bool:
     (told,) = (entry for entry in json.loads(CURVES.read_text())["runs"] if entry["name"] == run)
     last = told["curves"][-1]["seeds"][told["seeds"].index(seed)]
-    return max(last["outliers"]) >= OUTLIERS and max(last["attention"]) >= ATTENTION
+    return bool(max(last["outliers"]) >= OUTLIERS and max(last["attention"]) >= ATTENTION)
 
 
 def _backbone(read: Callable[..., Any], *args: Any) -> Any:
@@ -117,11 +117,19 @@ def _planted(block: int, strength: float, steps: int) -> Any:
     return plant_artifacts(load_vit(), block, pixels, strength=strength, seed=block, attraction_steps=steps).model
 
 
+def _base_of(name: str) -> Any:
+    return _case(name).base()
+
+
+def _twin_of(name: str) -> Any:
+    return _case(name).twin
+
+
 def planted() -> Iterator[Subject]:
     """Planted models and their clean twins; plantings that attract nothing too."""
     for name in CASES:
-        yield Subject("planted", name, True, lambda name=name: _case(name).base(), _scenes)
-        yield Subject("clean twins", name, False, lambda name=name: _case(name).twin, _scenes)
+        yield Subject("planted", name, True, partial(_base_of, name), _scenes)
+        yield Subject("clean twins", name, False, partial(_twin_of, name), _scenes)
     for block, strength in ((1, 8.0), (2, 5.0)):
         for steps in (20, 0):
             name = f"shipped, block {block}, {strength:g} x{'' if steps else ', idle'}"
@@ -200,7 +208,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     errors = {}
     for least in ATTENTIONS:
         for factor in FACTORS:
-            counts = _confusion(chosen_on, lambda row, least=least, factor=factor: _says(row, least, factor))
+            counts = _confusion(chosen_on, partial(_says, least=least, factor=factor))
             errors[least, factor] = counts["missed"] + counts["false_alarms"]
     best = [list(limits) for limits, count in errors.items() if count == min(errors.values())]
     by_audit, by_norms = (lambda row: row["verdict"] != "none"), (lambda row: row["evidence"] in ("norms", "both"))

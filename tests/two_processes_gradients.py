@@ -1,4 +1,4 @@
-"""One of two processes: registers' gradients, and the registers after a step, under DDP, both FSDPs and DeepSpeed's ZeRO-3.
+"""One of two processes: registers' gradients, and the registers after a step, under DDP, FSDP and ZeRO-3.
 
 Each process has a half of the batch.
 """

@@ -111,7 +111,8 @@ def check_name(name: Any) -> None:
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is empty, reserved or too long, has a dot or a slash, or torch's ``ModuleDict`` has a member of that name.
+        ValueError: It is empty, reserved or too long, has a dot or a slash, or torch's ``ModuleDict`` has a member of
+            that name.
     """
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a string, got {name!r} ({type(name).__name__})")
