@@ -10,7 +10,9 @@ from processes import run_module
 from training_cases import flags, results_of, stopped, write_case
 from training_helpers import ROOT, adapter_bytes, load_example
 
-from register_adapter.training import OBJECTIVES
+from register_adapter.features.store import StoreSpec
+from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
+from register_adapter.training import OBJECTIVES, Term, WeightedTerms, wrap
 from register_adapter.training.objectives.flags import added_terms
 
 SCRIPT = ROOT / "examples" / "my_objective.py"
@@ -72,3 +74,18 @@ def test_it_measures_what_it_says(own: type) -> None:
     term = own(power=1.0)  # type: ignore[call-arg]
     (value,) = term.measure(None, Tokens, term.targets(Teacher), {})
     assert value.item() == pytest.approx(2 * torch.tensor(2.0).log().item() / 3)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, kind in OBJECTIVES.items() if issubclass(kind, Term) and not kind.needs]
+)
+def test_every_target_that_can_be_stored_has_a_shape_that_a_store_takes(name: str) -> None:
+    model = load_planted_vit().model
+    term = OBJECTIVES[name]()
+    pixels = load_image_processor()([scene["image"] for scene in SceneDataset(16)], return_tensors="pt")["pixel_values"]
+    items = [{"pixel_values": value, "index": index} for index, value in enumerate(pixels)]
+    wrapped = wrap(model, term, num_registers=2)
+    term.prepare(wrapped, items)
+    targets = WeightedTerms([(term, 1.0)]).targets(wrapped, term.collate(items[:2]))
+    assert targets
+    StoreSpec(2, {key: tuple(value.shape[1:]) for key, value in targets.items()}, {})

@@ -22,14 +22,14 @@ class NormObjective(AuditedTerm):
     name = "norm"
 
     def targets(self, teacher: Teacher) -> dict[str, torch.Tensor]:
-        """``median`` ``(B,)``: the base's median patch norm, for the measure's scale."""
+        """``median`` ``(B, 1)``: the base's median patch norm, for the measure's scale."""
         norms = teacher.tokens.inside[self.line.layer].float().norm(dim=-1)
-        return {"median": norms.median(1).values}
+        return {"median": norms.median(1, keepdim=True).values}
 
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:
         """Mean over the patches of each image, ``(B,)``."""
         norms = student.inside[self.line.layer].float().norm(dim=-1)
-        median = targets["median"].to(norms.device)[:, None]
+        median = targets["median"].to(norms.device)
         line = self.line.threshold
         beyond = (norms - line.high).clamp_min(0) + (line.low - norms).clamp_min(0)
         error: torch.Tensor = (beyond / median).square().mean(1)
