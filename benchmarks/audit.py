@@ -15,28 +15,12 @@ from typing import Any
 
 import torch
 from measuring import take_turns
-from one_case import Case, compare, options, parse, write
-from overhead import PATCH, SHAPES
-from transformers import Dinov2Config, Dinov2Model
+from one_case import Case, build, compare, options, parse, write
 
 from register_adapter import audit
 
 #: Most that an audit may cost, in units of a plain forward pass.
 LIMITS = {"audit, no attentions": 1.25, "audit": 2.0}
-
-
-def build(case: Case) -> Any:
-    """A DINOv2 of one of the shapes, with random weights and the default attention (SDPA)."""
-    width, blocks, heads = SHAPES[case.model]
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        image_size=case.size,
-        patch_size=PATCH,
-    )
-    return Dinov2Model(config).eval().to(case.device, getattr(torch, case.dtype))
 
 
 def make_calls(case: Case) -> dict[str, Callable[[], None]]:

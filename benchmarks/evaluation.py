@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import take_turns
-from one_case import Case, compare, options, parse, write
-from overhead import PATCH, SHAPES
+from one_case import Case, build, compare, options, parse, write
+from overhead import PATCH
 from scipy.linalg import eigh
 from scipy.ndimage import label
 from torch.nn import functional as F
-from transformers import Dinov2Config, Dinov2Model
 
 from register_adapter import find_tower, get_features
 from register_adapter.evaluation.discovery import lost, tokencut
@@ -77,16 +76,7 @@ def _box(inside: Any, seed: int) -> tuple[int, ...]:
 
 def make_calls(case: Case) -> dict[str, Callable[[], None]]:
     """The variants, by name."""
-    width, blocks, heads = SHAPES[case.model]
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        image_size=case.size,
-        patch_size=PATCH,
-    )
-    model = Dinov2Model(config).eval().to(case.device, getattr(torch, case.dtype))
+    model = build(case)
     images = torch.randn(case.batch, 3, case.size, case.size)
     grid = (case.size // PATCH, case.size // PATCH)
     tower = find_tower(model)

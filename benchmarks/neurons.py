@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 from measuring import take_turns
-from one_case import Case, compare, options, parse, write
-from overhead import PATCH, SHAPES
-from transformers import Dinov2Config, Dinov2Model
+from one_case import Case, build, compare, options, parse, write
+from overhead import SHAPES
 
 from register_adapter import add_registers, find_tower, fit_test_time_registers
 
@@ -35,18 +34,10 @@ from register_adapter import add_registers, find_tower, fit_test_time_registers
 LIMITS = {("fit", "forward"): 1.5, ("fit", "published"): 1 / 1.5, ("shift", "register"): 1.03}
 
 
-def build(case: Case, images: torch.Tensor) -> Any:
+def build_with_outliers(case: Case, images: torch.Tensor) -> Any:
     """The model, with two hidden units of the middle block that write a large vector into about 2 % of the patches."""
-    width, blocks, heads = SHAPES[case.model]
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        image_size=case.size,
-        patch_size=PATCH,
-    )
-    model = Dinov2Model(config).eval().to(case.device, getattr(torch, case.dtype))
+    model = build(case)
+    blocks, width = len(model.encoder.layer), model.config.hidden_size
     mlp = find_tower(model).part("blocks")[(blocks - 1) // 2].mlp
     seen: list[torch.Tensor] = []
     handle = mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -110,7 +101,7 @@ def publish(model: Any, images: torch.Tensor, neurons: int = 10) -> list[tuple[i
 def make_calls(case: Case) -> dict[str, Callable[[], None]]:
     """The variants, by name, over the same images."""
     images = torch.randn(case.images, 3, case.size, case.size, generator=torch.Generator().manual_seed(0))
-    model = build(case, images)
+    model = build_with_outliers(case, images)
     dtype = getattr(torch, case.dtype)
     planted = (SHAPES[case.model][1] - 1) // 2
 

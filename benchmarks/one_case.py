@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import describe_machine
 from overhead import PATCH, SHAPES
+from transformers import Dinov2Config, Dinov2Model
 
-__all__ = ["Case", "compare", "options", "parse", "write"]
+__all__ = ["Case", "build", "compare", "options", "parse", "write"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,20 @@ class Case:
     def of(cls, args: argparse.Namespace) -> Case:
         """The case that the options ask for."""
         return cls(args.model, args.size, args.batch, args.images, args.dtype, args.device)
+
+
+def build(case: Case) -> Any:
+    """A DINOv2 of one of the shapes, with random weights and the default attention (SDPA)."""
+    width, blocks, heads = SHAPES[case.model]
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        image_size=case.size,
+        patch_size=PATCH,
+    )
+    return Dinov2Model(config).eval().to(case.device, getattr(torch, case.dtype))
 
 
 def options(description: str | None, name: str, images: int, repeats: int) -> argparse.ArgumentParser:

@@ -28,10 +28,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from measuring import memory, take_turns
-from one_case import Case, compare, options, parse, write
+from one_case import Case, build, compare, options, parse, write
 from overhead import PATCH, SHAPES
 from torch.nn import functional as F
-from transformers import Dinov2Config, Dinov2Model
 
 from register_adapter.training import DistillationObjective, wrap
 from register_adapter.training.objectives.stored import store_targets
@@ -52,16 +51,6 @@ class Images(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"pixel_values": self.pixels[index], "index": index}
-
-
-def build(case: Case) -> Any:
-    """The base."""
-    width, blocks, heads = SHAPES[case.model]
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, image_size=case.size, patch_size=PATCH
-    )
-    return Dinov2Model(config).eval().to(case.device, getattr(torch, case.dtype))
 
 
 class Published:
