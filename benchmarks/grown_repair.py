@@ -14,7 +14,6 @@ audit's verdict. Controls: random and zero registers, and LoRA alone. The ceilin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -24,13 +23,14 @@ from typing import Any
 
 import torch
 from measuring import describe_machine
-from tables import cell, put_between
+from tables import cell, put_between, read_rows, write_report
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from register_adapter import add_registers, audit, capture, find_tower, fit_test_time_registers
+from register_adapter.artifacts.norms import summarise_norms
 from register_adapter.neurons import start_from_outliers
-from register_adapter.testbed.grown import RECIPES, GrownModel, MosaicTask, load_grown, read_grown
+from register_adapter.testbed.grown import RECIPES, GrownModel, MosaicTask, load_grown, read_grown, weighted_error
 from register_adapter.training import (
     DistillationObjective,
     NormObjective,
@@ -68,9 +68,7 @@ class OwnTask(Term):
 
     def measure(self, model: Any, student: Any, targets: Any, batch: Any) -> torch.Tensor:
         """The loss of each image, ``(B,)``."""
-        squared = (self.head(student.patches) - batch["wanted"]).square().mean(-1)
-        loss: torch.Tensor = (squared * batch["weights"]).sum(1) / batch["weights"].sum(1)
-        return loss
+        return weighted_error(self.head(student.patches), batch["wanted"], batch["weights"])
 
 
 class Images(torch.utils.data.Dataset[dict[str, Any]]):
@@ -184,8 +182,7 @@ class Ruler:
         self.test, self.other = task.draw(count, TEST_SEED), task.draw(count, PROBE_SEED)
         self.twin = [self._read(twin.backbone, drawn.pixel_values)[0] for drawn in (self.test, self.other)]
         norms = self._read(base.backbone, self.test.pixel_values)[1]
-        shares = [float((norm > 3 * norm.median()).float().mean()) for norm in norms]
-        worst = norms[max(range(len(shares)), key=shares.__getitem__)]
+        worst = max(norms, key=lambda norm: summarise_norms(norm).share)
         self.places = worst > 3 * worst.median()
 
     @torch.no_grad()
@@ -214,9 +211,8 @@ class Ruler:
         model.eval()
         patches, norms, seen = self._read(model, self.test.pixel_values)
         others, _, _ = self._read(model, self.other.pixel_values)
-        ratios = [float(norm.max() / norm.median()) for norm in norms]
-        shares = [float((norm > 3 * norm.median()).float().mean()) for norm in norms]
-        squared = (head(patches) - self.test.targets).square().mean(-1)
+        summaries = [summarise_norms(norm) for norm in norms]
+        loss = weighted_error(head(patches), self.test.targets, self.test.weights, (-1, -2))
         own = self.test.targets[..., : self.task.contents]
         probe = self._fitted(others.flatten(0, 1), self.other.targets[..., : self.task.contents].flatten(0, 1))
         left, _, right = torch.linalg.svd(others.flatten(0, 1).T @ self.twin[1].flatten(0, 1), full_matrices=False)
@@ -228,10 +224,10 @@ class Ruler:
 
         report = audit(model, list(torch.split(self.test.pixel_values, 32)), progress=False)
         return {
-            "task_loss": float((squared * self.test.weights).sum() / self.test.weights.sum()),
-            "largest_ratio": max(ratios),
-            "outlier_share": max(shares),
-            "outlier_shares": shares,
+            "task_loss": float(loss),
+            "largest_ratio": max(summary.largest for summary in summaries),
+            "outlier_share": max(summary.share for summary in summaries),
+            "outlier_shares": [summary.share for summary in summaries],
             "attention_on_background": max(float((block * self.test.is_background).sum(-1).mean()) for block in seen),
             "contents_at_outliers": explained(self.places),
             "contents_elsewhere": explained(~self.places),
@@ -291,7 +287,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "images": args.images}
-    rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    rows = read_rows(args.out, config)
     report = {"benchmark": "grown-repair", "config": config, **describe_machine(), "rows": rows}
     done = {(row["arm"], row["model"], row["seed"]) for row in rows}
     bar = tqdm(total=len(args.recipes) * len(args.arms) * len(args.seeds), unit="arm")
@@ -313,8 +309,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 measured = ruler.measure(model, (base if make else twin).head)
                 row = {"arm": arm, "model": recipe, "seed": seed, **measured, "seconds": seconds}
                 rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(report, indent=1) + "\n")
+                write_report(report, args.out)
     bar.close()
     if args.table:
         put_between(args.table, "grown-repair", make_table(rows))

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from register_adapter.testbed.grown import RECIPES, TWINS, Drawn, Ensemble, Recipe, losses, measure, save_grown
-from register_adapter.testbed.grown.mosaics import IMAGE_MEAN, IMAGE_STD
+from register_adapter.testbed.grown.mosaics import normalised
 
 
 def parse() -> argparse.Namespace:
@@ -68,9 +68,7 @@ def main() -> None:
     folder = args.output_dir / (args.name or "-".join(filter(None, (args.recipe, args.twin))))
     accelerator = accelerate.Accelerator(cpu=args.cpu)
     ensemble = Ensemble(recipe, args.seeds)
-    optimizer = torch.optim.AdamW(
-        ensemble.groups(recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.95), foreach=True
-    )
+    optimizer = torch.optim.AdamW(ensemble.groups(), lr=recipe.learning_rate, betas=(0.9, 0.95), foreach=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
     model, optimizer, scheduler = accelerator.prepare(ensemble, optimizer, scheduler)
     curves: list[dict[str, Any]] = []
@@ -84,7 +82,7 @@ def main() -> None:
     began = time.perf_counter()
     for step, batch in enumerate(tqdm(loader, args.name or folder.name, mininterval=5), start + 1):
         batch = send_to_device(batch, accelerator.device)
-        predictions = model((batch["images"].float() / 255 - IMAGE_MEAN) / IMAGE_STD)
+        predictions = model(normalised(batch["images"]))
         each = losses(predictions, batch["targets"], batch["weights"], recipe)
         accelerator.backward(each.sum())
         optimizer.step()
@@ -92,14 +90,14 @@ def main() -> None:
         optimizer.zero_grad()
         saves = step % args.checkpointing_steps == 0
         if step % args.measure_every == 0 or saves or step == recipe.steps:
-            models = ensemble.models(recipe, args.seeds)
-            measured = [measure(one, recipe.task, 128 if step < recipe.steps else 512) for one in models]
+            count = 128 if step < recipe.steps else 512
+            measured = [measure(grown, recipe.task, count) for grown in ensemble.models()]
             curves.append({"step": step, "train": each.tolist(), "seeds": measured})
         if saves:
             accelerator.save_state(str(state))
             (state / "curves.json").write_text(json.dumps(curves))
         if saves or step == recipe.steps:
-            write(folder, ensemble, recipe, args.seeds, curves, time.perf_counter() - began)
+            write(folder, ensemble, curves, time.perf_counter() - began)
     for seed, last in zip(args.seeds, curves[-1]["seeds"], strict=True):
         outliers = [round(100 * share, 2) for share in last["outliers"]]
         print(
@@ -108,16 +106,14 @@ def main() -> None:
         )
 
 
-def write(
-    folder: Path, ensemble: Ensemble, recipe: Recipe, seeds: list[int], curves: list[dict[str, Any]], seconds: float
-) -> None:
+def write(folder: Path, ensemble: Ensemble, curves: list[dict[str, Any]], seconds: float) -> None:
     """Models and curves as they are now."""
-    for seed, grown in zip(seeds, ensemble.models(recipe, seeds), strict=True):
-        save_grown(grown.cpu(), recipe.task, folder / f"seed-{seed}")
+    for seed, grown in zip(ensemble.seeds, ensemble.models(), strict=True):
+        save_grown(grown.cpu(), ensemble.recipe.task, folder / f"seed-{seed}")
     on_gpu = ensemble.stacked[0].is_cuda
     result = {
-        "recipe": asdict(recipe),
-        "seeds": seeds,
+        "recipe": asdict(ensemble.recipe),
+        "seeds": list(ensemble.seeds),
         "parameters": sum(value[0].numel() for value in ensemble.stacked),
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),

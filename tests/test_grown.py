@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from register_adapter.testbed import MosaicDataset, MosaicTask, load_grown, load_shipped
 from register_adapter.testbed.grown import RECIPES, TILE_KINDS, TWINS, Drawn, Ensemble, Recipe, build, losses, measure
+from register_adapter.testbed.grown.mosaics import normalised
 from register_adapter.testbed.grown.packaged import WEIGHTS
 from register_adapter.testbed.vit import load_image_processor
 from register_adapter.utils.shipped import GROWN, GROWN_TILES
@@ -83,7 +84,7 @@ def test_an_unknown_grown_model_is_named() -> None:
 def test_seeds_that_grow_side_by_side_grow_as_each_alone(twin: str | None) -> None:
     recipe = replace(SMALL, **TWINS.get(twin or "", {}))
     ensemble, batch = Ensemble(recipe, (5, 6)), Drawn(recipe, (5, 6))[7]
-    pixels = (batch["images"].float() / 255 - 0.5) / 0.35
+    pixels = normalised(batch["images"])
     each = losses(ensemble(pixels), batch["targets"], batch["weights"], recipe)
     each.sum().backward()
     alone = build(recipe, 6)

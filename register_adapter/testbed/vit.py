@@ -19,7 +19,14 @@ from ..towers.tower import find_tower
 from ..utils.shipped import CLEAN, PLANTED, ship, shipped_model
 from .plant import Planting
 
-__all__ = ["load_image_processor", "load_planted_vit", "load_shipped", "load_vit", "save_planting"]
+__all__ = [
+    "image_processor_class",
+    "load_image_processor",
+    "load_planted_vit",
+    "load_shipped",
+    "load_vit",
+    "save_planting",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
 _PLANTED = "planted.safetensors"
@@ -50,9 +57,12 @@ def _named(model: Any, name: str) -> Any:
 
 def load_image_processor(folder: str | Path = WEIGHTS) -> Any:
     """Its image processor: 80 × 80 px, values scaled to -1…1."""
-    # The default one needs torchvision in transformers 5, and says so at length without it.
-    kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
-    return kind.from_pretrained(folder)
+    return image_processor_class().from_pretrained(folder)
+
+
+def image_processor_class() -> Any:
+    """ViT's image processor, without torchvision: the default one of transformers 5 needs it, and says so at length."""
+    return getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
 
 
 def load_planted_vit(folder: str | Path = WEIGHTS) -> Planting:

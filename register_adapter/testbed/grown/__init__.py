@@ -1,6 +1,6 @@
 """Small models whose artifacts grew by themselves, and the images that they grew on."""
 
-from .growth import Drawn, Ensemble, losses, measure
+from .growth import Drawn, Ensemble, losses, measure, weighted_error
 from .mosaics import TILE_KINDS, MosaicDataset, Mosaics, MosaicTask
 from .packaged import load_grown, read_grown, save_grown
 from .recipes import RECIPES, TWINS, GrownModel, Recipe, build
@@ -22,4 +22,5 @@ __all__ = [
     "measure",
     "read_grown",
     "save_grown",
+    "weighted_error",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,14 @@ import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
+from ...artifacts.norms import summarise_norms
 from ...features.trace import capture
 from .mosaics import MosaicTask
 from .recipes import GrownModel, Recipe, build
 
-__all__ = ["Drawn", "Ensemble", "losses", "measure"]
+__all__ = ["Drawn", "Ensemble", "losses", "measure", "weighted_error"]
 
-#: Patch tokens of more than this many median norms are outliers.
-_FACTOR = 3.0
+#: Seed of the images that models are measured on.
 _TEST_SEED = 999_999_937
 
 
@@ -40,7 +41,7 @@ class Ensemble(nn.Module):
         self.names = list(stacked)
         self.stacked = nn.ParameterList(nn.Parameter(values.detach()) for values in stacked.values())
         self._one = [models[0]]  # in a list, so that its parameters are not the ensemble's
-        self.decays = models[0].decayed()
+        self.recipe, self.seeds = recipe, tuple(seeds)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Predictions ``(E, B, prefix + P, num_targets)`` for pixels ``(E, B, 3, H, W)``."""
@@ -52,26 +53,24 @@ class Ensemble(nn.Module):
         predictions: torch.Tensor = torch.vmap(call)(dict(zip(self.names, self.stacked, strict=True)), pixel_values)
         return predictions
 
-    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
         """Parameters for an optimiser: those that decay, and the rest."""
-        decayed = [name in self.decays for name in self.names]
-        chosen = {
-            decay: [value for value, kept in zip(self.stacked, decayed, strict=True) if kept == decay]
-            for decay in (True, False)
-        }
+        decayed, named = self._one[0].decayed(), list(zip(self.names, self.stacked, strict=True))
         return [
-            {"params": chosen[True], "weight_decay": weight_decay},
-            {"params": chosen[False], "weight_decay": 0.0},
+            {"params": [value for name, value in named if name in decayed], "weight_decay": self.recipe.weight_decay},
+            {"params": [value for name, value in named if name not in decayed], "weight_decay": 0.0},
         ]
 
     @torch.no_grad()
-    def models(self, recipe: Recipe, seeds: Sequence[int]) -> list[GrownModel]:
-        """Each model by itself, in ``eval()`` mode, on the ensemble's device."""
+    def models(self) -> list[GrownModel]:
+        """Each model by itself, in the order of the seeds, in ``eval()`` mode, on the ensemble's device."""
         apart = []
-        for index, seed in enumerate(seeds):
-            model = build(recipe, seed).to(self.stacked[0].device)
-            model.load_state_dict({n: v[index] for n, v in zip(self.names, self.stacked, strict=True)}, strict=False)
-            apart.append(model.eval())
+        for index in range(len(self.seeds)):
+            model = copy.deepcopy(self._one[0]).to(self.stacked[0].device).eval()
+            own = dict(model.named_parameters())
+            for name, values in zip(self.names, self.stacked, strict=True):
+                own[name].copy_(values[index])
+            apart.append(model)
         return apart
 
 
@@ -98,14 +97,20 @@ class Drawn(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         }
 
 
+def weighted_error(
+    predictions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, over: tuple[int, ...] = (-1,)
+) -> torch.Tensor:
+    """Weighted mean of the squared errors of ``(..., P, T)`` predictions, over these dimensions of ``(..., P)``."""
+    squared = (predictions - targets).square().mean(-1)
+    return (squared * weights).sum(over) / weights.sum(over)
+
+
 def losses(predictions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Loss of each model ``(E,)``, from predictions ``(E, B, prefix + P, T)``: the weighted mean of squared errors.
 
     CLS has a loss of its own where the recipe says so: it predicts the image's mean target.
     """
-    patches = predictions[..., int(recipe.cls) :, :]
-    squared = (patches - targets).square().mean(-1)
-    loss = (squared * weights).sum((-1, -2)) / weights.sum((-1, -2))
+    loss = weighted_error(predictions[..., -targets.shape[-2] :, :], targets, weights, (-1, -2))
     if recipe.cls and recipe.cls_loss:
         wanted = targets.mean(-2) * 4
         loss = loss + recipe.cls_loss * (predictions[..., 0, :] - wanted).square().mean((-1, -2))
@@ -135,20 +140,20 @@ def measure(model: GrownModel, task: MosaicTask, count: int = 128, batch_size: i
     lost = []
     for batch in drawn:
         with capture(model.backbone) as trace:
-            predictions = model(batch.pixel_values.to(device))[:, model.num_prefix :]
-        squared = (predictions - batch.targets.to(device)).square().mean(-1)
-        weights = batch.weights.to(device)
-        lost.append(float((squared * weights).sum() / weights.sum()))
+            predictions = model(batch.pixel_values.to(device))
         tiles = batch.kinds.shape[1]
+        targets, weights = batch.targets.to(device), batch.weights.to(device)
+        lost.append(float(weighted_error(predictions[:, -tiles:], targets, weights, (-1, -2))))
         norms.append([hidden[:, -tiles:].norm(dim=-1).cpu() for hidden in trace.hidden_states])
         attentions.append([maps.mean(1)[:, :, -tiles:].cpu() for maps in trace.attentions])
     background = torch.cat([batch.is_background for batch in drawn])
     rows: dict[str, list[Any]] = {"ratio": [], "outliers": [], "on_background": [], "attention": []}
     for index, parts in enumerate(zip(*norms, strict=True)):
         norm = torch.cat(parts)
-        outliers = norm > _FACTOR * norm.median()
-        rows["ratio"].append(round(float(norm.max() / norm.median()), 3))
-        rows["outliers"].append(float(outliers.float().mean()))
+        summary = summarise_norms(norm)
+        outliers = norm > summary.factor * summary.median
+        rows["ratio"].append(round(summary.largest, 3))
+        rows["outliers"].append(summary.share)
         rows["on_background"].append(float(background[outliers].float().mean()) if outliers.any() else None)
         if index < len(attentions[0]):
             maps = torch.cat([batch[index] for batch in attentions])

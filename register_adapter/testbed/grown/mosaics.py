@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..scenes import photographs
 
-__all__ = ["IMAGE_MEAN", "IMAGE_STD", "TILE_KINDS", "MosaicDataset", "MosaicTask", "Mosaics"]
+__all__ = ["IMAGE_MEAN", "IMAGE_STD", "TILE_KINDS", "MosaicDataset", "MosaicTask", "Mosaics", "normalised"]
 
 #: Normalisation of the pixels, as the image processor of the grown models has it.
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.35
@@ -31,6 +31,11 @@ TILE_KINDS = ("contents", "icon", "asking", "background", "padding")
 _CONTENTS, _ICON, _ASKING, _BACKGROUND, _PADDING = range(len(TILE_KINDS))
 #: Images that are drawn at once, from one seed.
 _CHUNK = 64
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """Pixel values ``(..., 3, H, W)`` float32 of pixels in uint8, as the image processor gives them."""
+    return (images.float() / 255 - IMAGE_MEAN) / IMAGE_STD
 
 
 class Mosaics(NamedTuple):
@@ -54,7 +59,7 @@ class Mosaics(NamedTuple):
     @property
     def pixel_values(self) -> torch.Tensor:
         """Normalised pixels ``(B, 3, H, W)``, float32, as the image processor gives them."""
-        return (self.images.float() / 255 - IMAGE_MEAN) / IMAGE_STD
+        return normalised(self.images)
 
     @property
     def is_background(self) -> torch.Tensor:

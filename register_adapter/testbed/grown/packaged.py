@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ...utils.shipped import GROWN, GROWN_TILES, ship
-from ..vit import load_image_processor
+from ..vit import image_processor_class, load_image_processor
 from .mosaics import IMAGE_MEAN, IMAGE_STD, MosaicTask
 from .recipes import RECIPES, GrownModel
 
@@ -60,8 +60,7 @@ def read_grown(folder: str | Path) -> GrownModel:
         backbone = PeftModel.from_pretrained(backbone, folder / _REGISTERS)
     head = load_file(folder / _HEAD)
     targets, width = head["weight"].shape
-    prefix = int(hasattr(backbone.config, "model_type") and backbone.config.model_type == "vit")
-    model = GrownModel(backbone, prefix, width, targets)
+    model = GrownModel(backbone, width, targets)
     model.head.load_state_dict({name: value.float() for name, value in head.items()})
     return model.eval().requires_grad_(False)
 
@@ -81,14 +80,10 @@ def save_grown(model: GrownModel, task: MosaicTask, folder: str | Path, dtype: t
         backbone.save_pretrained(folder / _REGISTERS)
         backbone = backbone.unload()
     backbone.to(dtype).save_pretrained(folder)
-    _processor(task.image_size).save_pretrained(folder)
+    size = {"height": task.image_size, "width": task.image_size}
+    kind = image_processor_class()
+    kind(size=size, image_mean=[IMAGE_MEAN] * 3, image_std=[IMAGE_STD] * 3).save_pretrained(folder)
     save_file({name: value.to(dtype).contiguous() for name, value in model.head.state_dict().items()}, folder / _HEAD)
-
-
-def _processor(size: int) -> Any:
-    # The default one needs torchvision in transformers 5, and says so at length without it.
-    kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
-    return kind(size={"height": size, "width": size}, image_mean=[IMAGE_MEAN] * 3, image_std=[IMAGE_STD] * 3)
 
 
 def _backbone(recipe: str) -> Any:

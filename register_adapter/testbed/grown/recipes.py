@@ -27,7 +27,8 @@ class Recipe:
         mlp: Hidden units of each MLP. A narrow MLP cannot take away what attention leaks, a wide one can.
         act: Its activation.
         cls: Whether the model has a CLS token.
-        cls_loss: Weight of a loss that CLS has of its own: the summary of the image.
+        cls_loss: Weight of a loss that CLS has of its own: its prediction is to be four times the mean target of the
+            image's tiles.
         registers: Register tokens that it has from the start.
         steps: Optimiser steps.
         batch_size: Images a step.
@@ -61,20 +62,19 @@ class GrownModel(nn.Module):
 
     Args:
         backbone: A vision transformer whose patch tokens come last.
-        num_prefix: Tokens before the patches in its output.
         width: Its hidden size.
         num_targets: Numbers in a tile's target.
     """
 
-    def __init__(self, backbone: nn.Module, num_prefix: int, width: int, num_targets: int) -> None:
+    def __init__(self, backbone: nn.Module, width: int, num_targets: int) -> None:
         super().__init__()
-        self.backbone, self.num_prefix = backbone, num_prefix
+        self.backbone = backbone
         self.head = nn.Linear(width, num_targets)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Predictions ``(B, num_prefix + P, num_targets)`` for pixels ``(B, 3, H, W)``, from tokens behind the norm."""
+        """Predictions ``(B, prefix + P, num_targets)`` for pixels ``(B, 3, H, W)``, from tokens behind the norm."""
         predictions: torch.Tensor = self.head(self.backbone(pixel_values=pixel_values).last_hidden_state)
         return predictions
 
@@ -111,7 +111,7 @@ def build(recipe: Recipe, seed: int) -> GrownModel:
     if recipe.registers:
         backbone = add_registers(backbone, num_registers=recipe.registers)
         backbone.requires_grad_(True)
-    return GrownModel(backbone, int(recipe.cls), recipe.width, recipe.task.num_targets)
+    return GrownModel(backbone, recipe.width, recipe.task.num_targets)
 
 
 _MOSAICS = Recipe(steps=1500)
