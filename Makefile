@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo    train registers for the packaged model, and show what they change"
 	@echo "make test    run the tests (PYTEST_ARGS='-k layer' for some of them, WORKERS=1 for one process)"
-	@echo "make test-fast  one case of each test, without the slow ones: two minutes"
+	@echo "make test-fast  one case of each test, without the slow ones: two to three minutes"
 	@echo "make test-oldest  the same with the oldest versions that are supported (docs/versions.md)"
 	@echo "make lint    check style (ruff) and spelling (codespell)"
 	@echo "make types   check types (mypy --strict)"

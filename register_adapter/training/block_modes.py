@@ -63,26 +63,25 @@ def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     """
     parts = _checkpointing_parts(model)
     for part in parts:
-        if timm := getattr(part, "set_grad_checkpointing", None):
-            timm(True)
-        else:
-            # The other kind of checkpointing gives a frozen block's input no gradient.
-            _method(part, "enable")({"use_reentrant": False})
+        _checkpoint(part, True)
     try:
         yield
     finally:
         for part in parts:
-            if timm := getattr(part, "set_grad_checkpointing", None):
-                timm(False)
-            else:
-                _method(part, "disable")()
+            _checkpoint(part, False)
 
 
-def _method(part: Any, ending: str) -> Any:
-    """A method of transformers by its name since 5.20, or by the one before."""
-    return getattr(part, f"activation_checkpointing_{ending}", None) or getattr(
-        part, f"gradient_checkpointing_{ending}"
-    )
+def _checkpoint(part: Any, on: bool) -> None:
+    if hasattr(part, "set_grad_checkpointing"):  # timm
+        part.set_grad_checkpointing(on)
+        return
+    # transformers 5 has renamed its methods, and warns of the old names.
+    kind = "activation" if hasattr(part, "activation_checkpointing_enable") else "gradient"
+    if on:
+        # The other kind of checkpointing gives a frozen block's input no gradient.
+        getattr(part, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(part, f"{kind}_checkpointing_disable")()
 
 
 @contextmanager

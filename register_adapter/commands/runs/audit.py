@@ -29,7 +29,7 @@ class AuditArguments:
     """What to audit.
 
     Attributes:
-        model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the packaged ViT.
+        model: Name or folder of a model of transformers, or a word for what is packaged, such as ``"grown"``.
         images: Folder of images; ``"scenes"`` for images that the package draws.
         output_dir: Folder for ``audit.json`` and ``index.html``.
         adapters: Folders or names of adapters; each is audited on its own.

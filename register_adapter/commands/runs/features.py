@@ -20,8 +20,8 @@ class FeaturesArguments:
     """What to read, and where to write it; see :func:`register_adapter.features.write_features` for all but these.
 
     Attributes:
-        model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the packaged ViT.
-        images: Folder of images; ``"scenes"`` for images that the package draws.
+        model: Name or folder of a model of transformers, or a word for what is packaged, such as ``"grown"``.
+        images: Folder of images, or a word for those that the package draws, such as ``"mosaics"``.
         output_file: The file.
         adapter: Folder or name of an adapter that takes part.
         device: Where to run; default: a GPU if there is one.

@@ -21,7 +21,7 @@ class FitArguments:
     """What to fit; see :func:`register_adapter.fit_test_time_registers` for all but these.
 
     Attributes:
-        model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the packaged ViT.
+        model: Name or folder of a model of transformers, or a word for what is packaged, such as ``"grown"``.
         images: Folder of images; ``"scenes"`` for images that the package draws.
         output_dir: Folder for the adapter.
         device: Where to run; default: a GPU if there is one.

@@ -30,7 +30,7 @@ class ProbeArguments:
     """What to probe.
 
     Attributes:
-        model: Name or folder of a model of transformers; ``"planted"`` or ``"clean"`` for the packaged ViT.
+        model: Name or folder of a model of transformers, or a word for what is packaged, such as ``"grown"``.
         images: Folder of images, whose sub-folders are classes where there are two or more; ``"scenes"``, or
             ``"mosaics"`` and ``"tiles"``, which have no classes, for images that the package draws.
         output_dir: Folder for ``probes.json`` and ``registers.json``.
