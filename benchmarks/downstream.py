@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from measuring import describe_machine
+from measuring import describe_machine, hardware_name
 from repair import TRAIN_SEED
 from repair_arms import ARMS, TEACHERS, Arm
 from repair_models import CASES, pixels_of
-from tables import cell, put_between, read_rows, write_report
+from tables import cell, merge_rows, put_between, write_report
 from tqdm.auto import tqdm
 
 from register_adapter.evaluation import (
@@ -52,6 +52,8 @@ REPAIRS = (
     "test-time attention bias",
     "silenced teacher: LoRA alone",
     "silenced teacher: registers + LoRA",
+    "silenced teacher, hard patches: LoRA alone behind",
+    "silenced teacher, hard patches: registers + LoRA behind",
 )
 TWIN, HIDDEN = "clean twin", "hidden test-time register (gate)"
 #: Patches of an image that segmentation and depth learn from.
@@ -146,7 +148,7 @@ def write_table(report: dict[str, Any], path: Path) -> None:
     lines = [
         f"The shipped ViT; seeds {', '.join(map(str, seeds))}; tasks learn from {config['learn']} scenes, "
         f"{config['tokens_per_image']} patches each, and are measured on {config['ask']}; {config['steps']} steps of "
-        "16 images where anything is trained.",
+        "16 images where anything is trained (160 with hard patches).",
         "",
         "| model | " + " | ".join(heading for heading, *_ in COLUMNS) + " | seeds |",
         "| --- |" + " --- |" * (len(COLUMNS) + 1),
@@ -167,28 +169,47 @@ def run_arm(arm: Arm, case: Any, tasks: Tasks, pixels: torch.Tensor, labels: tor
     made = time.perf_counter()
     numbers = tasks.measure(model)
     seconds = {"seconds": round(made - started, 1), "seconds_of_tasks": round(time.perf_counter() - made, 1)}
-    return {"arm": arm.name, "model": case.name, "seed": seed, **numbers, **seconds}
+    steps = {"steps": arm.steps or len(pixels) // 16} if arm.trained else {}
+    return {
+        "arm": arm.name,
+        "model": case.name,
+        "seed": seed,
+        **steps,
+        **numbers,
+        **seconds,
+        "hardware": hardware_name(),
+    }
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int]:
+    return row["arm"], row["seed"]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is not in the report yet, write it and the table, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in arms()], metavar="ARM", help="default all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps of 16 images")
     parser.add_argument("--learn", type=int, default=192, help="scenes that tasks learn from")
     parser.add_argument("--ask", type=int, default=128, help="scenes that they are measured on")
     parser.add_argument("--out", type=Path, default=Path("downstream.json"))
     parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="take over these reports' rows, run nothing")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "learn": args.learn, "ask": args.ask, "tokens_per_image": TOKENS}
-    report = {"benchmark": "downstream", "config": config, **describe_machine(), "rows": read_rows(args.out, config)}
-    wanted = [arm for arm in arms() if not args.arms or arm.name in args.arms]
-    done = {(row["arm"], row["seed"]) for row in report["rows"]}
+    order = [arm.name for arm in arms()]
+    rows = merge_rows([*args.merge, args.out], config, _key)
+    rows.sort(key=lambda row: (row["seed"], order.index(row["arm"])))
+    report = {"benchmark": "downstream", "config": config, **describe_machine(), "rows": rows}
+    wanted = [arm for arm in arms() if not args.merge and (not args.arms or arm.name in args.arms)]
+    if args.merge:
+        write_report(report, args.out)
+    done = {_key(row) for row in rows}
     make: Callable[[], Any] = CASES["shipped"]
-    with tqdm(total=len(wanted) * args.seeds, unit="arm") as bar:
-        for seed in range(args.seeds):
+    with tqdm(total=len(wanted) * len(args.seeds), unit="arm") as bar:
+        for seed in args.seeds:
             left = [arm for arm in wanted if (arm.name, seed) not in done]
             bar.update(len(wanted) - len(left))
             if not left:

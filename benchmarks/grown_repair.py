@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_machine
-from tables import cell, put_between, read_rows, write_report
+from measuring import describe_machine, hardware_name
+from tables import cell, merge_rows, put_between, write_report
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -284,12 +284,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--images", type=int, default=128, help="held-out images that are measured")
     parser.add_argument("--out", type=Path, default=Path("grown-repair.json"))
     parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="take over these reports' rows, run nothing")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "images": args.images}
-    rows = read_rows(args.out, config)
+    rows = merge_rows([*args.merge, args.out], config, _key)
+    rows.sort(key=lambda row: (row["seed"], list(RECIPES).index(row["model"])))
     report = {"benchmark": "grown-repair", "config": config, **describe_machine(), "rows": rows}
-    done = {(row["arm"], row["model"], row["seed"]) for row in rows}
+    if args.merge:
+        args.seeds = []
+        write_report(report, args.out)
+    done = {_key(row) for row in rows}
     bar = tqdm(total=len(args.recipes) * len(args.arms) * len(args.seeds), unit="arm")
     for seed in args.seeds:
         for recipe in args.recipes:
@@ -308,12 +313,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 seconds = round(time.perf_counter() - started, 1)
                 measured = ruler.measure(model, (base if make else twin).head)
                 row = {"arm": arm, "model": recipe, "seed": seed, **measured, "seconds": seconds}
+                row["hardware"] = hardware_name()
                 rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
                 write_report(report, args.out)
     bar.close()
     if args.table:
         put_between(args.table, "grown-repair", make_table(rows))
     return report
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["arm"], row["model"], row["seed"]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ __all__ = [
     "clock",
     "describe_machine",
     "free_bytes",
+    "hardware_name",
     "memory",
     "saved_bytes",
     "spread",
@@ -262,6 +263,13 @@ def describe_machine() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def hardware_name(device: str = "cpu") -> str:
+    """The name of what computes on a device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(describe_machine()["hardware"]["cpu"])
 
 
 def _git(*words: str) -> str | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import describe_machine
+from measuring import describe_machine, hardware_name
 from repair_arms import ARMS, Arm
 from repair_models import CASES, Case, pixels_of
 from repair_table import write_table
@@ -105,15 +105,8 @@ def run_arm(
         "parameters": sum(sizes.values()),
         "parts": sizes,
         "seconds": round(seconds, 1),
-        "hardware": _hardware(case.device),
+        "hardware": hardware_name(case.device),
     }
-
-
-def _hardware(device: str) -> str:
-    """The name of what computed a row."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return str(describe_machine()["hardware"]["cpu"])
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
