@@ -176,6 +176,7 @@ def test_artifacts_of_low_norm_are_found(held_out, places, factor):
     assert not one_sided.layers[-1].low_share
 
 
+@pytest.mark.slow
 def test_artifacts_that_are_gone_at_the_last_layer_are_inside_only(held_out, places):
     model = load_vit()
     blocks = find_tower(model).part("blocks")
@@ -269,6 +270,7 @@ def figures(request, planting, held_out):
     )
 
 
+@pytest.mark.slow
 def test_shares_of_outliers_are_those_of_stored_tokens(figures):
     for layer, expected in figures:
         assert layer.outlier_share == pytest.approx(expected["share"].item(), abs=1e-12)
@@ -344,6 +346,7 @@ def test_cls_and_registers_have_norms_where_they_are(figures):
             assert layer.norms["register"].count == 40 * present
 
 
+@pytest.mark.slow
 def test_the_batch_size_makes_no_difference(planting, held_out):
     reports = [look(planting.model, held_out[:30], batch_size=size).to_dict() for size in (30, 7)]
     for report in reports:
@@ -480,6 +483,7 @@ def test_kinds_of_tokens(name, cls, native):
     assert np.sum(list(shares.from_all.values()), axis=0) == pytest.approx(np.ones(4), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_active_adapter_takes_part(held_out):
     model = add_registers(load_vit(), num_registers=4, init_std=1.0)
     model.add_adapter("late", RegisterConfig(num_registers=2, insert_layer=6))

@@ -64,6 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
     return out, results["metrics"], model
 
 
+@pytest.mark.slow
 def test_the_evaluation_measures_the_head_alone_too(trained: tuple[Path, dict[str, float], torch.nn.Module]) -> None:
     out, metrics, model = trained
     assert metrics["eval_registers_off_loss"] != metrics["eval_loss"]

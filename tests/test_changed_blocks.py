@@ -132,6 +132,7 @@ def test_pruned_blocks_are_refused_in_every_way_of_calling(prune_norm: bool, opt
 
 
 @pytest.mark.parametrize("options", [LATE[0], LATE[2]], ids=str)
+@pytest.mark.slow
 def test_a_graph_of_pruned_blocks_is_refused(options: dict[str, Any]) -> None:
     model, encoder, inputs = dinov2(**options)
     cut(encoder)

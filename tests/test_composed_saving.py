@@ -73,6 +73,7 @@ def test_the_trainer_saves_and_resumes_all_adapters(tmp_path: Path) -> None:
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_trainer_loads_the_best_of_all_adapters_at_the_end(tmp_path: Path) -> None:
     model = composed()
     # A step far too long: the first epoch's model is the best.

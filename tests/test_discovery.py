@@ -341,6 +341,7 @@ def report(processor: Any) -> Any:
     return evaluate_discovery(models, images, sweep=sweep, image_processor=processor, held_out_share=0.3)
 
 
+@pytest.mark.slow
 def test_every_model_has_two_rows_a_method_of_the_same_images(report: Any) -> None:
     assert [(row.plan.method, row.model, row.swept) for row in report.rows] == [
         (method, model, swept)

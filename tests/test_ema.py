@@ -87,6 +87,7 @@ def test_it_is_the_average_that_is_evaluated_and_left_in_the_model() -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(steps, again.weights[1:], strict=True))
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_bit_for_bit(case: Path, whole: Path, tmp_path: Path) -> None:
     options = [*RUN, *DECAY, "--checkpointing-steps", "3", "--eval-steps", "2"]
     checkpoint = ["--resume-from-checkpoint", str(whole / "checkpoint-3")]

@@ -79,6 +79,7 @@ def test_adapters_stand_beside_the_model(folder: Path, measured: Any) -> None:
     assert len(list((folder / "store").rglob("*.safetensors"))) == 6
 
 
+@pytest.mark.slow
 def test_every_choice_is_in_the_result(folder: Path, measured: Any) -> None:
     settings = measured[0]["settings"]
     assert settings["seed"] == 7
@@ -152,6 +153,7 @@ def test_zero_shot_with_names_and_templates(folder: Path) -> None:
     assert report["settings"]["classes"]["red_circle"] == ["red circle", "red ring"]
 
 
+@pytest.mark.slow
 def test_zero_shot_of_open_clip_and_with_a_tokenizer_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip")
     vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
@@ -203,6 +205,7 @@ def test_flags_of_other_tasks_are_refused(
     assert said in str(call(monkeypatch, "eval", task, str(folder / "model"), str(folder / "classes"), *flags))
 
 
+@pytest.mark.slow
 def test_one_folder_is_split_by_the_seed(folder: Path) -> None:
     arguments = ("eval", "knn", str(folder / "model"), str(folder / "classes" / "train"), "--k", "2", "--json")
     reports = [json.loads(run_here(*arguments, "--quiet", "--seed", seed)) for seed in ("1", "1", "2")]

@@ -186,6 +186,7 @@ def test_a_config_with_any_value_anywhere_is_refused_or_fits(subject: tuple[Snap
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.slow
 def test_bytes_spoiled_at_random_are_refused_or_fit(name: str, subject: tuple[Snapshot, Path], tmp_path: Path) -> None:
     snapshot, good = subject
     whole = (good / name).read_bytes()

@@ -178,6 +178,7 @@ def test_what_another_adapter_trains_is_no_other_base(merged: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["patch_embeddings", "layers.1", "mlp"])
+@pytest.mark.slow
 def test_a_trained_copy_of_a_part_is_no_other_base(name: str, tmp_path: Path) -> None:
     model = add_registers(build("vit"), 2, modules_to_save=[name])
     with torch.no_grad():

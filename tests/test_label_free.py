@@ -123,6 +123,7 @@ def test_the_base_itself_is_near_its_own_target(name: str, model: Any, items: li
         assert alone.abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_outliers_are_those_of_the_audit(model: Any, items: list[dict[str, Any]]) -> None:
     outliers = audit_base(model, items)
     batch = batch_of(items, *range(32))
@@ -133,6 +134,7 @@ def test_outliers_are_those_of_the_audit(model: Any, items: list[dict[str, Any]]
     json.dumps(outliers.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_nothing_can_be_trained_away_where_there_is_nothing(items: list[dict[str, Any]]) -> None:
     clean = add_registers(load_vit(), 1)
     with pytest.raises(NoArtifactsError, match="--objective distillation"):
@@ -385,6 +387,7 @@ def stored_targets(items: list[dict[str, Any]], tmp_path_factory: pytest.TempPat
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
+@pytest.mark.slow
 def test_targets_of_something_else_are_refused(
     change: dict[str, Any], message: str, items: list[dict[str, Any]], stored_targets: Path, tmp_path: Path
 ) -> None:

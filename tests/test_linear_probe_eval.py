@@ -60,6 +60,7 @@ def test_a_row_is_scikit_learns_classifier_with_the_chosen_penalty(report: Any, 
         assert row.values == tuple((reference.predict(asked.double().numpy()) == np.array(truth)).astype(float))
 
 
+@pytest.mark.slow
 def test_the_choice_is_written_out(report: Any) -> None:
     for row in report.rows:
         tried = {entry["C"]: entry["accuracy"] for entry in row.chosen["tried"]}

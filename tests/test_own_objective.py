@@ -79,6 +79,7 @@ def test_it_measures_what_it_says(own: type) -> None:
 @pytest.mark.parametrize(
     "name", [name for name, kind in OBJECTIVES.items() if issubclass(kind, Term) and not kind.needs]
 )
+@pytest.mark.slow
 def test_every_target_that_can_be_stored_has_a_shape_that_a_store_takes(name: str) -> None:
     model = load_planted_vit().model
     term = OBJECTIVES[name]()

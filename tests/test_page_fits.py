@@ -129,6 +129,7 @@ def test_lines_are_thresholds(examples: list[Example], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("draw", [plot_attention, plot_norm_maps, plot_registers], ids=lambda draw: draw.__name__)
+@pytest.mark.slow
 def test_figures_have_a_colour_bar_and_the_ends_of_each_map(draw: Any, examples: list[Example]) -> None:
     figure = draw(examples[0])
     ticks = [[label.get_text() for label in axis.get_xticklabels()] for axis in figure.axes]

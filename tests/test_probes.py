@@ -114,6 +114,7 @@ def known() -> Any:
     return probe_tokens(ViTModel(), _batches(images), labels.tolist(), threshold=THRESHOLD)
 
 
+@pytest.mark.slow
 def test_tokens_that_hold_their_place_exactly_are_found_there(known: Any) -> None:
     normal, outlier = known.row("normal"), known.row("outlier")
     assert normal.position_top1.value == 1.0
@@ -202,6 +203,7 @@ def test_too_few_outliers_give_a_sentence_and_no_figure(threshold: Threshold | N
     assert row.note in report.to_markdown()
 
 
+@pytest.mark.slow
 def test_images_without_outliers_are_left_out_of_every_row() -> None:
     images, labels = _images(60)
     images[20:, 0, 1:3, -1] = -1
@@ -451,6 +453,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("name", "registers"), crossings([name for name in CASES if name in families.CASES], (0, 2)))
+@pytest.mark.slow
 def test_every_kind_of_token_of_a_real_model_has_a_row(name: str, registers: int) -> None:
     model = families.build(name)
     if registers:
@@ -488,6 +491,7 @@ STACKS = {
 
 
 @pytest.mark.parametrize("name", STACKS)
+@pytest.mark.slow
 def test_models_of_other_libraries_too(name: str) -> None:
     stacks = pytest.importorskip("stacks_cases")
     model = add_registers(stacks.build_stack(name), 2).eval()

@@ -63,6 +63,7 @@ def by_hand(base: nn.Module, inputs: dict[str, Any], registers: torch.Tensor, in
 @pytest.mark.skipif("mlcd-vision" not in CASES, reason="transformers without MLCD")
 @pytest.mark.parametrize("insert_layer", [0, 1])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.slow
 def test_mlcd_computes_what_its_blocks_give_for_registers_without_a_position(insert_layer: int, attention: str) -> None:
     inputs = make_inputs("mlcd-vision")
     model = add_registers(build("mlcd-vision", attention), R, init_std=1.0, insert_layer=insert_layer).eval()

@@ -101,6 +101,7 @@ def test_parts_that_are_called_in_order_take_registers_out_again(options: dict[s
 
 
 @pytest.mark.parametrize("options", [{}, *WAYS[:1]], ids=str)
+@pytest.mark.slow
 def test_parts_that_are_compiled_one_by_one_are_not_taken_for_skipped(options: dict[str, Any]) -> None:
     model, inputs = add_registers(build("dinov2"), 3, init_std=1.0, **options).eval(), make_inputs("dinov2")
     expected = run(model, inputs)["last_hidden_state"]
@@ -113,6 +114,7 @@ def test_parts_that_are_compiled_one_by_one_are_not_taken_for_skipped(options: d
 
 @pytest.mark.parametrize("parts", ["blocks", "embeddings"])
 @pytest.mark.parametrize("blocks", [(2, 3), (0, 2, 3), (0, 1, 1, 2, 3)], ids=str)
+@pytest.mark.slow
 def test_compiled_parts_that_are_skipped_are_told_by_the_length(blocks: tuple[int, ...], parts: str) -> None:
     """Where both are compiled, or the whole model is, nobody counts."""
     if parts == "embeddings" and 0 not in blocks:

@@ -38,6 +38,7 @@ def batches(items: list[dict[str, Any]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("block", "deep", "how"), [(0, False, "samples"), (5, False, "mean"), (2, True, "samples")])
+@pytest.mark.slow
 def test_registers_start_as_what_outlier_patches_are_where_they_enter(
     how: Any, block: int, deep: bool, batches: list[torch.Tensor]
 ) -> None:
@@ -66,6 +67,7 @@ def test_registers_start_as_what_outlier_patches_are_where_they_enter(
         assert F.cosine_similarity(first, own.mean(0, keepdim=True)).min() > 0.99
 
 
+@pytest.mark.slow
 def test_a_start_at_outliers_says_what_it_needs(batches: list[torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="needs images, on which the base's outlier patches are looked up"):
         add_registers(load_vit(), init="outliers")
@@ -145,6 +147,7 @@ def test_its_tokens_are_the_targets(
     assert all(value.grad is None for value in model.parameters() if not value.requires_grad)
 
 
+@pytest.mark.slow
 def test_what_the_teacher_is_belongs_to_the_recipe(teacher: Path, items: list[dict[str, Any]], tmp_path: Path) -> None:
     def details(folder: Path) -> dict[str, Any]:
         objective = DistillationObjective(1, teacher=str(folder))

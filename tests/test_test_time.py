@@ -216,6 +216,7 @@ def check_repair(clean: Any, planted: Any, model: Any, held_out: torch.Tensor) -
 
 
 @pytest.mark.parametrize(("name", "block"), crossings(PLANTED_FAMILIES, (0, 1), whole=("vit", "clip-vision")))
+@pytest.mark.slow
 def test_other_families(name: str, block: int) -> None:
     clean = build(name)
     # BEiT takes one size only.
@@ -259,6 +260,7 @@ def test_the_tower_of_a_vision_language_model() -> None:
 # --- nothing to do, and nothing left behind ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_clean_model_is_left_alone() -> None:
     pixels, _ = scenes(64, 555, "train")
     snapshot = Snapshot(load_vit(), {"pixel_values": pixels[:4]})
@@ -274,6 +276,7 @@ class BrokenError(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 3, 5])
+@pytest.mark.slow
 def test_an_exception_in_the_middle_leaves_the_model_as_it_was(after: int) -> None:
     pixels, _ = scenes(64, 555, "train")
     snapshot = Snapshot(load_planted_vit().model.train(), {"pixel_values": pixels[:4]})
@@ -303,6 +306,7 @@ def test_two_fits_are_the_same_and_draw_no_random_numbers() -> None:
     assert all(torch.equal(tokens[0][key], tokens[1][key]) for key in tokens[0])
 
 
+@pytest.mark.slow
 def test_the_mode_and_the_gradients_are_as_after_add_registers() -> None:
     model = fit_test_time_registers(
         load_planted_vit().model.train(), scenes(48, 5)[0], progress=False, train_removal=True
@@ -328,6 +332,7 @@ def test_everything_by_hand() -> None:
     assert sum(len(units) for units in neurons_of(many).values()) == 12
 
 
+@pytest.mark.slow
 def test_the_curve_is_on_held_out_images_and_falls_to_nothing() -> None:
     record = shipped_fit().peft_config["default"].test_time_fit
     curve = {int(number): share for number, share in record["curve"].items()}

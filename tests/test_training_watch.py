@@ -50,6 +50,7 @@ def test_every_evaluation_is_logged_with_an_audit_and_two_images(case: Path, tmp
     assert "audit_outlier_share" not in events(tmp_path / "alone").Tags()["scalars"]
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_run_goes_on_and_says_so(
     case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
