@@ -89,6 +89,10 @@ def _shape(vit: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
+def _labels(vit: Any) -> dict[str, Any]:
+    return {"id2label": vit.config.id2label, "label2id": vit.config.label2id}
+
+
 def make_shipped() -> Case:
     """The shipped ViT and its planting, whose vector draws attention by construction: block 3, 8 ×, CLS looks there."""
     return Case("shipped ViT", load_vit(), load_planted_vit())
@@ -97,7 +101,7 @@ def make_shipped() -> Case:
 def make_dinov2() -> Case:
     """A DINOv2 that computes what the shipped ViT does (layer scales are one), planted at block 4, 5 ×."""
     vit = load_vit()
-    config = tf.Dinov2Config(**_shape(vit), mlp_ratio=4, layerscale_value=1.0, num_labels=vit.config.num_labels)
+    config = tf.Dinov2Config(**_shape(vit), mlp_ratio=4, layerscale_value=1.0, **_labels(vit))
     model: Any = tf.Dinov2ForImageClassification(config).eval()
     state = _renamed(vit.state_dict(), _DINOV2)
     # Its head reads CLS and the patches' mean.
@@ -113,8 +117,7 @@ def make_siglip() -> Case:
     """A SigLIP, which has no CLS, begun at the shipped ViT's weights and trained on scenes; planted at block 2, 6 ×."""
     vit = load_vit()
     shape = {**_shape(vit), "intermediate_size": vit.config.intermediate_size, "hidden_act": "gelu"}
-    config = tf.SiglipConfig(vision_config={**shape, "vision_use_head": False})
-    config.num_labels = vit.config.num_labels
+    config = tf.SiglipConfig(vision_config={**shape, "vision_use_head": False}, **_labels(vit))
     torch.manual_seed(0)
     model: Any = tf.SiglipForImageClassification(config)
     state = _renamed(vit.state_dict(), _SIGLIP)
