@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from register_adapter.training.objectives.views import View, choose_views, denoised_tokens, make_view, map_back
+from register_adapter.training.objectives.views import View, choose_views, denoised_tokens, make_views, map_back
 
 GRID, PATCH = (6, 5), 4
 WHITE = torch.tensor([1.0, 0.5, -1.0])
@@ -33,17 +33,24 @@ def test_there_is_at_least_one_view() -> None:
 
 @pytest.mark.parametrize("view", [View(), View(2, 1), View(-1, 2), View(1, -2, True), View(0, 0, True), View(-2, -2)])
 def test_tokens_come_back_to_their_places(view: View) -> None:
-    pixels = torch.randn(3, GRID[0] * PATCH, GRID[1] * PATCH)
-    seen_pixels = make_view(pixels, view, (PATCH, PATCH), WHITE)
-    back, seen = map_back(tokens_of(seen_pixels[None])[0], view, GRID)
-    expected = tokens_of(pixels[None])[0]
-    torch.testing.assert_close(back[seen], expected[seen])
-    assert not back[~seen].any()
-    assert int(seen.sum()) == (GRID[0] - abs(view.down)) * (GRID[1] - abs(view.right))
+    # Beside another image with another view.
+    pixels = torch.randn(2, 3, GRID[0] * PATCH, GRID[1] * PATCH)
+    shown = make_views(pixels, [View(1, 1, not view.flip), view], (PATCH, PATCH), WHITE)
+    where, back = map_back(tokens_of(shown)[1], view, GRID)
+    assert back.shape == (GRID[0] - abs(view.down), GRID[1] - abs(view.right), 3)
+    torch.testing.assert_close(back, tokens_of(pixels)[1].view(*GRID, 3)[where])
+
+
+def test_a_view_is_shifted_down_and_to_the_right_and_then_flipped() -> None:
+    pixels = torch.arange(24.0 * 20).reshape(1, 1, 24, 20).expand(1, 3, -1, -1)
+    [view] = make_views(pixels, [View(1, 2, True)], (PATCH, PATCH), WHITE)
+    shifted = WHITE[:, None, None].expand(3, 24, 20).clone()
+    shifted[:, PATCH:, 2 * PATCH :] = pixels[0, :, :-PATCH, : -2 * PATCH]
+    assert torch.equal(view, shifted.flip(-1))
 
 
 def test_what_comes_in_from_outside_is_white() -> None:
-    view = make_view(torch.zeros(3, 24, 20), View(1, 0), (PATCH, PATCH), WHITE)
+    [view] = make_views(torch.zeros(1, 3, 24, 20), [View(1, 0)], (PATCH, PATCH), WHITE)
     assert torch.equal(view[:, :PATCH], WHITE[:, None, None].expand(3, PATCH, 20))
     assert not view[:, PATCH:].any()
 
@@ -75,3 +82,5 @@ def test_an_image_has_the_same_target_in_any_batch() -> None:
     together = denoised_tokens(positional, pixels, [7, 8, 9, 10], GRID, WHITE, num_views=5)
     alone = denoised_tokens(positional, pixels[2:3], [9], GRID, WHITE, num_views=5, batch_size=2)
     torch.testing.assert_close(together[2:3], alone)
+    known = denoised_tokens(positional, pixels, [7, 8, 9, 10], GRID, WHITE, num_views=5, plain=positional(pixels))
+    torch.testing.assert_close(known, together)

@@ -104,9 +104,12 @@ class DistillationObjective(Term):
         # Views of one image must not be those of another: large primes keep numbers and seeds apart.
         seeds = [(int(number) * 1_000_003 + self.seed * 7_919) % 2**31 for number in numbers]
         grid, white = given.grid, torch.tensor(self.white or _NO_PROCESSOR)
-        tokens = denoised_tokens(
-            lambda views: self._tokens(teacher, views).patches, pixels, seeds, grid, white, self.num_views
-        )
+        with teacher.alone():
+            tokens = denoised_tokens(
+                lambda views: self._tokens(teacher, views).patches,
+                *(pixels, seeds, grid, white, self.num_views),
+                plain=given.patches,
+            )
         return {**targets, "patches": tokens}
 
     def measure(self, model: nn.Module, student: Tokens, targets: Targets, batch: Batch) -> torch.Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from .base import Batch, Objective
-from .tokens import Tokens, read_base, read_tokens
+from .tokens import Tokens, base_alone, read_base, read_tokens, without_prefix
 
 __all__ = ["Targets", "Teacher", "Term", "WeightedTerms", "target_key"]
 
@@ -36,6 +37,7 @@ class Teacher:
     def __init__(self, model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> None:
         self.model, self.batch, self.layers = model, batch, layers
         self._tokens: Tokens | None = None
+        self._alone: nn.Module | None = None
 
     @property
     def tokens(self) -> Tokens:
@@ -46,7 +48,19 @@ class Teacher:
 
     def run(self, pixel_values: torch.Tensor) -> Tokens:
         """The base's tokens of other images ``(B, 3, H, W)``."""
-        return read_base(self.model, {**self.batch, "pixel_values": pixel_values}, self.layers)
+        batch = {**self.batch, "pixel_values": pixel_values}
+        if self._alone is not None:
+            return read_tokens(self._alone, without_prefix(batch), self.layers)
+        return read_base(self.model, batch, self.layers)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Adapters are off meanwhile, so that several passes do not switch them each by itself."""
+        with base_alone(self.model) as self._alone:
+            try:
+                yield
+            finally:
+                self._alone = None
 
 
 class Term(Objective):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,16 @@ from ...features.prefix import continued_from
 from ...towers.modes import evaluating
 from .base import Batch
 
-__all__ = ["Tokens", "copy_of_base", "prefix_key", "read_base", "read_tokens"]
-
-
-__all__ = ["Tokens", "has_both_towers", "read_base", "read_tokens"]
+__all__ = [
+    "Tokens",
+    "base_alone",
+    "copy_of_base",
+    "has_both_towers",
+    "prefix_key",
+    "read_base",
+    "read_tokens",
+    "without_prefix",
+]
 
 # Where models put the one vector that stands for an image, the most specific first.
 _SUMMARIES = ("image_embeds", "pooler_output")
@@ -32,6 +38,11 @@ _PREFIX = "prefix."
 def prefix_key(block: int) -> str:
     """Key in an item, a batch or a store, of the sequence that comes into a block."""
     return f"{_PREFIX}{block}"
+
+
+def without_prefix(batch: Batch) -> Batch:
+    """A batch whose pass begins at the first block."""
+    return {key: value for key, value in batch.items() if not key.startswith(_PREFIX)}
 
 
 @dataclass(frozen=True)
@@ -112,10 +123,20 @@ def read_base(model: nn.Module, batch: Batch, layers: Collection[int] = ()) -> T
         batch: As for :func:`read_tokens`.
         layers: As there.
     """
+    with base_alone(model) as inner:
+        return read_tokens(inner, without_prefix(batch), layers)
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, not wrapped for distributed training, with its adapters off and in evaluation mode meanwhile.
+
+    Args:
+        model: As for :func:`read_base`.
+    """
     inner: Any = extract_model_from_parallel(model)
-    batch = {key: value for key, value in batch.items() if not key.startswith(_PREFIX)}
     with evaluating(inner, seed=None), inner.disable_adapter():
-        return read_tokens(inner, batch, layers)
+        yield inner
 
 
 def copy_of_base(model: nn.Module) -> nn.Module:

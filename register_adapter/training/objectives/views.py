@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-__all__ = ["MOST_VIEWS", "View", "choose_views", "denoised_tokens", "make_view", "map_back"]
+__all__ = ["MOST_VIEWS", "View", "choose_views", "denoised_tokens", "make_views", "map_back"]
 
 #: Share of the grid's side that a view is shifted by at most.
 MOST_SHIFT = 0.15
@@ -47,16 +48,16 @@ def choose_views(count: int, grid: tuple[int, int], seed: int, most_shift: float
         raise ValueError(f"there must be at least 1 view, got {count}")
     generator = torch.Generator().manual_seed(seed)
     most = [max(1, round(side * most_shift)) for side in grid]
-    candidates = torch.stack([torch.randint(-m, m + 1, (_CANDIDATES,), generator=generator) for m in most], 1)
-    flips = torch.rand(count, generator=generator) < 0.5
-    chosen = torch.zeros(1, 2, dtype=torch.int64)
-    while len(chosen) < count:
-        distances = torch.cdist(candidates.float(), chosen.float()).amin(1)
-        chosen = torch.cat([chosen, candidates[distances.argmax()][None]])
-    return [
-        View(int(d), int(r), bool(f) and number > 0)
-        for number, ((d, r), f) in enumerate(zip(chosen, flips, strict=True))
-    ]
+    drawn = [torch.randint(-m, m + 1, (_CANDIDATES,), generator=generator) for m in most]
+    candidates = torch.stack(drawn, 1).numpy()
+    flips = (torch.rand(count, generator=generator) < 0.5).tolist()
+    # Squared distances are whole numbers: every machine picks the same views.
+    distances, views = (candidates**2).sum(1), [View()]
+    while len(views) < count:
+        shift = candidates[distances.argmax()]
+        views.append(View(int(shift[0]), int(shift[1]), flips[len(views)]))
+        distances = np.minimum(distances, ((candidates - shift) ** 2).sum(1))
+    return views
 
 
 def _windows(shift: int, length: int) -> tuple[slice, slice]:
@@ -64,24 +65,34 @@ def _windows(shift: int, length: int) -> tuple[slice, slice]:
     return slice(max(0, -shift), length - max(0, shift)), slice(max(0, shift), length - max(0, -shift))
 
 
-def make_view(pixels: torch.Tensor, view: View, patch_size: tuple[int, int], fill: torch.Tensor) -> torch.Tensor:
-    """The view of an image.
+def make_views(
+    pixel_values: torch.Tensor, views: Sequence[View], patch_size: tuple[int, int], fill: torch.Tensor
+) -> torch.Tensor:
+    """A view of each image.
 
     Args:
-        pixels: ``(3, H, W)``.
-        view: What is done.
+        pixel_values: ``(n, 3, H, W)``.
+        views: n of them: what is done.
         patch_size: Height and width of a patch in pixels.
         fill: ``(3,)``, the colour of what comes in from outside.
+
+    Returns:
+        ``(n, 3, H, W)``.
     """
-    shifted = fill.to(pixels)[:, None, None].expand_as(pixels).clone()
-    rows, new_rows = _windows(view.down * patch_size[0], pixels.shape[1])
-    columns, new_columns = _windows(view.right * patch_size[1], pixels.shape[2])
-    shifted[:, new_rows, new_columns] = pixels[:, rows, columns]
-    return shifted.flip(-1) if view.flip else shifted
+    shown = fill.to(pixel_values)[:, None, None].expand_as(pixel_values).clone()
+    for image, pixels, view in zip(shown, pixel_values, views, strict=True):
+        rows, new_rows = _windows(view.down * patch_size[0], pixels.shape[1])
+        columns, new_columns = _windows(view.right * patch_size[1], pixels.shape[2])
+        part = pixels[:, rows, columns]
+        if view.flip:
+            part = part.flip(-1)
+            new_columns = slice(pixels.shape[2] - new_columns.stop, pixels.shape[2] - new_columns.start)
+        image[:, new_rows, new_columns] = part
+    return shown
 
 
-def map_back(tokens: torch.Tensor, view: View, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A view's patch tokens in the image's own frame.
+def map_back(tokens: torch.Tensor, view: View, grid: tuple[int, int]) -> tuple[tuple[slice, slice], torch.Tensor]:
+    """What a view shows, in the image's own frame.
 
     Args:
         tokens: ``(P, D)``, row by row.
@@ -89,15 +100,13 @@ def map_back(tokens: torch.Tensor, view: View, grid: tuple[int, int]) -> tuple[t
         grid: ``(h, w)`` with ``h * w == P``.
 
     Returns:
-        Tokens ``(P, D)``, zero where the view does not show the patch, and ``(P,)`` bool: where it does.
+        The rows and columns of the image that the view shows, and their tokens ``(rows, columns, D)``.
     """
     there = tokens.view(*grid, -1)
     there = there.flip(1) if view.flip else there
     rows, new_rows = _windows(view.down, grid[0])
     columns, new_columns = _windows(view.right, grid[1])
-    back, seen = torch.zeros_like(there), torch.zeros(grid, dtype=torch.bool, device=tokens.device)
-    back[rows, columns], seen[rows, columns] = there[new_rows, new_columns], True
-    return back.flatten(0, 1), seen.flatten()
+    return (rows, columns), there[new_rows, new_columns]
 
 
 def denoised_tokens(
@@ -108,6 +117,7 @@ def denoised_tokens(
     fill: torch.Tensor,
     num_views: int = 10,
     batch_size: int | None = None,
+    plain: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mean of each patch's tokens over the views that show it.
 
@@ -119,6 +129,7 @@ def denoised_tokens(
         fill: ``(3,)``, the colour of padding, white in the published recipe.
         num_views: Number of views; 1 is the teacher's own answer.
         batch_size: Number of views in one pass of the teacher; default one view of every image.
+        plain: ``(B, P, D)``, the teacher's tokens of the images themselves, where they are known already.
 
     Returns:
         ``(B, P, D)`` float32.
@@ -126,19 +137,22 @@ def denoised_tokens(
     height, width = pixel_values.shape[-2:]
     patch = (height // grid[0], width // grid[1])
     views = [choose_views(num_views, grid, seed) for seed in seeds]
-    pairs = [(image, view) for number in range(num_views) for image, view in enumerate(row[number] for row in views)]
+    pairs = [(image, row[number]) for number in range(num_views) for image, row in enumerate(views)]
     size = batch_size or len(pixel_values)
-    sums, counts = None, None
+    sums: torch.Tensor | None = None
+    counts = torch.zeros(len(pixel_values), *grid, 1)
+    if plain is not None:
+        sums, counts = plain.float().view(len(plain), *grid, -1).clone(), counts + 1
+        pairs = pairs[len(pixel_values) :]
     for first in range(0, len(pairs), size):
-        part = pairs[first : first + size]
-        tokens = tokens_of(torch.stack([make_view(pixel_values[image], view, patch, fill) for image, view in part]))
-        if sums is None or counts is None:
-            sums = torch.zeros(len(pixel_values), *tokens.shape[1:], device=tokens.device)
-            counts = torch.zeros(len(pixel_values), tokens.shape[1], 1, device=tokens.device)
-        for (image, view), values in zip(part, tokens.float(), strict=True):
-            back, seen = map_back(values, view, grid)
-            sums[image] += back
-            counts[image, :, 0] += seen
+        images, shown = zip(*pairs[first : first + size], strict=True)
+        given = pixel_values[list(images)] if images != tuple(range(len(pixel_values))) else pixel_values
+        tokens = tokens_of(make_views(given, shown, patch, fill)).float()
+        if sums is None:
+            sums = torch.zeros(len(pixel_values), *grid, tokens.shape[-1], device=tokens.device)
+        for image, view, values in zip(images, shown, tokens, strict=True):
+            where, back = map_back(values, view, grid)
+            sums[image][where] += back
+            counts[image][where] += 1
     assert sums is not None
-    assert counts is not None
-    return sums / counts
+    return (sums / counts.to(sums.device)).flatten(1, 2)
