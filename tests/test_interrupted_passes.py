@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from families import build, make_inputs
+from stacks_cases import STACKS, build_stack, images, timm
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -18,9 +20,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from transformers import ViTConfig, ViTModel
 
-from register_adapter import add_registers
+from register_adapter import add_registers, find_tower
 
-timm = pytest.importorskip("timm")
 MODES: list[dict[str, Any]] = [{"insert_layer": 1}, {"deep": True}, {"register_neurons": {1: [3, 5]}}]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -105,3 +106,37 @@ def test_timm_blocks_that_are_computed_again_reentrantly() -> None:
         torch.testing.assert_close(_gradients(model, lambda each: each(IMAGES)), expected)
     finally:
         config.set_reentrant_ckpt(False)
+
+
+OPTIONS: list[dict[str, Any]] = [{}, *MODES]
+WAYS = [
+    (family, options) for family in ("vit", "dinov2") for options in (*OPTIONS, {"key_value": True}, {"gate": -1.0})
+]
+WAYS += [
+    (f, options) for f in ("timm", "eva", "open_clip", "open_clip-whole", "torchvision", "hub") for options in OPTIONS
+]
+
+
+def _parts_alone(model: Any) -> list[torch.Tensor]:
+    """What embeddings, blocks, and the place where registers leave make of a sequence, each called by itself."""
+    tower = find_tower(model)
+    tokens = torch.randn(2, 9, tower.hidden_size, generator=torch.Generator().manual_seed(1))
+    names = ["remove", *(["embeddings"] if tower.anatomy.insert_at == "input" else [])]
+    results = [tower.part(name)(tokens) for name in names]
+    if not tower.anatomy.rotary:
+        results += [block(tokens) for block in tower.part("blocks")]
+    return [result[0] if isinstance(result, tuple) else result for result in results]
+
+
+@pytest.mark.parametrize(("family", "options"), WAYS, ids=str)
+def test_parts_that_are_called_alone_afterwards(family: str, options: dict[str, Any]) -> None:
+    base = build_stack(family) if family in STACKS else build(family)
+    inputs = {"args": [images()]} if family in STACKS else {"kwargs": make_inputs(family)}
+    model = add_registers(base, 2, init_std=1.0, **options).eval()
+    with model.disable_adapter():
+        expected = _parts_alone(base)
+    with _interrupted(find_tower(base).block_part(1, "mlp_out")):
+        model(*inputs.get("args", ()), **inputs.get("kwargs", {}))
+    with model.disable_adapter():
+        for actual, wanted in zip(_parts_alone(base), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0)

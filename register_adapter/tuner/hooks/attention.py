@@ -156,6 +156,7 @@ class AttentionHooks(LayerHooks):
     @property
     def in_attention(self) -> bool:
         """Whether the attention needs anything beyond the sequence."""
+        self._end_if_over()
         asked = self.call.record is not None
         return asked or any(segment.placement.key_value or segment.biased for segment in self.segments)
 

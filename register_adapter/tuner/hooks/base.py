@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -84,11 +85,12 @@ class LayerHooks:
     def _cuts_attentions(self) -> bool:
         """Whether registers are cut out of attention maps."""
 
-    def _begin_pass(self, without: frozenset[str] = frozenset()) -> None:
+    def _begin_pass(self, without: frozenset[str] = frozenset(), depth: int = 1) -> None:
         """Look up once what takes part in the pass that begins, so that it stays the same up to its end.
 
         Args:
             without: Names of more adapters that take no part in it.
+            depth: Number of calls between this one and the one that lasts as long as the pass.
 
         Raises:
             UnsupportedModelError: An adapter that takes part cannot work in the blocks that the tower has now.
@@ -104,7 +106,7 @@ class LayerHooks:
             segments = self.segments
             if self.misfits:
                 self._refuse_misfits(segments)
-            self.call.segments = segments
+            self.call.segments, self.call.frame = segments, sys._getframe(depth)
             self.call.trains = torch.is_grad_enabled()
             if self.call.trains:
                 carry(self.tower.module, self, self._resume)
@@ -145,10 +147,17 @@ class LayerHooks:
         return len(points) == len(self._hooked) and all(map(operator.is_, points, self._hooked))
 
     def _end_pass(self) -> None:
-        self.call.segments = self.call.visible = self.call.rotary = None
+        self.call.segments = self.call.frame = self.call.visible = self.call.rotary = None
         self.call.entered, self.call.length, self.call.left = 0, 0, False
         if self.call.kept is not None:
             self.call.without, self.call.kept = self.call.kept, None
+
+    def _end_if_over(self) -> None:
+        """A part is called: maybe alone, after a pass that Ctrl-C has ended, of which it then knows nothing."""
+        if not torch.compiler.is_compiling() and self.call.is_over:
+            self.inputs.leave_all()
+            self.call.method, self.call.methods = None, ()
+            self._end_pass()
 
     def _check_left(self, counts: list[int]) -> None:
         """Registers went in, and have come out again.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -58,6 +60,7 @@ class CallState(threading.local):
         whole_attentions: Attention maps keep the columns of key/value pairs.
         record: Gets the keys and values of every block.
         segments: What takes part in the running pass; ``None`` outside of one.
+        frame: Where that pass runs, as long as it does; ``None`` where nobody needs to ask.
         trains: The running pass has gradients, so that parts of it may be computed again.
         entered: Number of registers that were put into the sequence of the running pass.
         length: Number of other tokens in that sequence, as an eager hook saw it; 0: none has.
@@ -75,6 +78,7 @@ class CallState(threading.local):
         self.whole_attentions: bool = False
         self.record: RecordPairs | None = None
         self.segments: list[Segment] | None = None
+        self.frame: FrameType | None = None
         self.trains: bool = False
         self.entered: int = 0
         self.length: int = 0
@@ -85,9 +89,20 @@ class CallState(threading.local):
         self.visible: torch.Tensor | None = None
         self.rotary: tuple[Any, int, Any] | None = None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the pass that was noted as running has ended without a word: behind Ctrl-C torch calls no hook."""
+        if self.frame is None:
+            return False
+        running: FrameType | None = sys._getframe()
+        while running is not None and running is not self.frame:
+            running = running.f_back
+        return running is None
+
     def resume(self) -> Callable[[], AbstractContextManager[None]]:
         """What has the state be as it is now, in a thread that computes a part of the running pass again."""
-        return partial(self._as_it_was, dict(vars(self)))
+        # Without the frame, which holds all that is in the frames around it, and may be another thread's.
+        return partial(self._as_it_was, {**vars(self), "frame": None})
 
     @contextmanager
     def _as_it_was(self, state: dict[str, Any]) -> Iterator[None]:

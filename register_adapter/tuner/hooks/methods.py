@@ -82,6 +82,7 @@ class MethodHooks(LayerHooks):
         method = own or getattr(type(owner), path.rpartition(".")[2])
         if not torch.compiler.is_compiling():
             self.inputs.leave_all()
+        self._end_if_over()
         if self.call.segments is not None:  # part of a pass
             try:
                 return self._run_method(path, owner, method, args, kwargs)

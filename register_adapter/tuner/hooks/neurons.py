@@ -39,6 +39,7 @@ class NeuronHooks(LayerHooks):
         return [*(parts[block] for block in places), *(end for end in ends if end is not None)]
 
     def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._end_if_over()
         visible = visible_to(self.prefix, hidden_states_of(args, kwargs), [*args[1:], *kwargs.values()])
         # Only where it changes: an assignment is a mutation that a compiled graph has to keep.
         if visible is not self.call.visible:

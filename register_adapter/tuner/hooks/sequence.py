@@ -85,6 +85,7 @@ class SequenceHooks(LayerHooks):
     def _again_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        self._end_if_over()
         if self.call.segments is None:
             self.inputs.enter(hidden_states_of(args, kwargs))
         elif self.call.trains:
@@ -110,7 +111,7 @@ class SequenceHooks(LayerHooks):
         # One hook for both: the pass may begin with new hooks, and torch would go on with those that it has listed.
         # A replica of DataParallel runs in a thread of its own, and does what the one that made it asks.
         replica: Any = module if getattr(module, "_is_replica", False) else None
-        self._begin_pass(replica.registers.asked if replica is not None else frozenset())
+        self._begin_pass(replica.registers.asked if replica is not None else frozenset(), depth=2)
         # Elsewhere the mask grows where registers join.
         return self._grow_mask(args, kwargs) if self.tower.anatomy.insert_at == "output" else None
 
@@ -119,6 +120,7 @@ class SequenceHooks(LayerHooks):
 
     def _insert(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         refuse_tracing(hidden_states)
+        self._end_if_over()
         if self.call.method is not None:
             self.call.method.enter(hidden_states.shape[1], self.num_active)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
@@ -165,6 +167,7 @@ class SequenceHooks(LayerHooks):
         """Registers that start at this block, fresh ones of deep adapters, and masks made for another length."""
         hidden = given = hidden_states_of(args, kwargs)
         refuse_tracing(hidden)
+        self._end_if_over()
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
         self._check_entered(index)
@@ -228,12 +231,14 @@ class SequenceHooks(LayerHooks):
 
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
         refuse_tracing(args[0])
+        self._end_if_over()
         counts = [] if self.call.method is not None else self._counts
         if not counts or not self._leave(counts[-1], args[0].shape[1]):
             return None
         return self._cut(args, args[0].shape[1] - counts[-1], counts)
 
     def _remove_from_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self._end_if_over()
         counts = [] if self.call.method is not None else self._counts
         if not counts:
             return None
