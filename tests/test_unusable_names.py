@@ -12,8 +12,17 @@ from families import build, make_inputs
 from helpers import Snapshot
 from peft import PeftModel, get_peft_model
 
-from register_adapter import RegisterConfig, add_registers, compose, find_tower, rename_adapter
+from register_adapter import (
+    RegisterConfig,
+    add_registers,
+    compose,
+    find_tower,
+    fit_test_time_registers,
+    rename_adapter,
+    save_adapters,
+)
 from register_adapter.errors import UnsupportedModelError
+from register_adapter.features.subjects import looking_at
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +69,49 @@ def test_a_name_that_means_something_else(way: str, name: str, saved: Path) -> N
 
 @pytest.mark.parametrize("name", ["", 3, None, ["a"]], ids=repr)
 def test_what_is_no_name(name: Any, saved: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match="adapter_name"):
+        fit_test_time_registers(build("vit"), [], adapter_name=name)
     for way in ("add_registers", "add_adapter", "load_adapter"):
         base = build("vit")
         model = base if way in ON_A_BASE else add_registers(base, 2)
         with pytest.raises((ValueError, TypeError), match="adapter_name"):
             (ON_A_BASE | ON_REGISTERS)[way](model, name, saved)
+
+
+#: Calls that are given the name of an adapter, or several: with registers alone, and with several methods.
+LOOKED_UP: dict[str, Callable[[Any, Any], Any]] = {
+    "set_adapter": lambda model, name: model.set_adapter(name),
+    "delete_adapter": lambda model, name: model.delete_adapter(name),
+    "add_adapter": lambda model, name: model.add_adapter(name, config()),
+    "load_adapter": lambda model, name: model.load_adapter("nowhere", name),
+    "adapter_names": lambda model, name: model(**make_inputs("vit"), adapter_names=[name, name]),
+    "rename": lambda model, name: rename_adapter(model, name, "new"),
+    "save_adapters": lambda model, name: save_adapters(model, "nowhere", selected_adapters=[name]),
+    "look at": lambda model, name: looking_at((model, name)).__enter__(),
+}
+ON_SEVERAL: dict[str, Callable[[Any, Any], Any]] = {
+    **LOOKED_UP,
+    "set_adapter": lambda model, name: model.set_adapter([name]),
+    "disable_adapter": lambda model, name: model.disable_adapter([name]).__enter__(),
+    "merge_adapter": lambda model, name: model.merge_adapter([name]),
+    "merge_and_unload": lambda model, name: model.merge_and_unload(adapter_names=[name]),
+}
+
+
+@pytest.fixture(scope="module")
+def looked_up() -> tuple[Any, Any]:
+    return add_registers(build("vit"), 2).eval(), compose(build("vit"), {"default": config()}).eval()
+
+
+@pytest.mark.parametrize("name", [["a"], {"a": 1}, 3], ids=repr)
+@pytest.mark.parametrize("call", ON_SEVERAL)
+def test_what_is_looked_up_is_a_string(call: str, name: Any, looked_up: tuple[Any, Any]) -> None:
+    for model, calls in zip(looked_up, (LOOKED_UP, ON_SEVERAL), strict=True):
+        if call in calls:
+            with pytest.raises(TypeError, match="adapter_name must be a string") as refused:
+                calls[call](model, name)
+            assert repr(name) in str(refused.value)
+            assert list(model.peft_config) == ["default"]
 
 
 def test_what_peft_allows_stays_allowed(saved: Path, tmp_path: Path) -> None:

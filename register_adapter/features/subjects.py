@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..towers.modes import evaluating
+from ..tuner.fields import check_string
 from ..tuner.layer import find_register_layer
 
 __all__ = ["Subject", "Subjects", "looking_at", "named_subjects"]
@@ -56,6 +57,8 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
     """``model`` with one adapter active, or with none."""
     if not isinstance(model, PeftModel):
         raise ValueError(f"{type(model).__name__} is not a PeftModel, so it has no adapter {name!r} to look at")
+    if name is not None:
+        check_string(name)
     if name is not None and name not in model.peft_config:
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}")
     # PEFT makes the parameters of an active adapter trainable.

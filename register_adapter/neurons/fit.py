@@ -24,6 +24,7 @@ from ..errors import UnsupportedModelError
 from ..features.passes import PassOptions, open_pass, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
+from ..tuner.fields import check_name
 from ..tuner.hooks.attention import reads_implementation
 from ..tuner.layer import RegisterLayer, find_register_layer, require_register_layer
 from ..tuner.peft_model import RegisterPeftModel, add_registers
@@ -113,6 +114,7 @@ def fit_test_time_registers(
         >>> model = fit_test_time_registers(AutoModel.from_pretrained("facebook/dinov2-large"), "my_images")
         >>> model.save_pretrained("registers")
     """
+    check_name(adapter_name)
     _check(model, num_neurons, max_neurons, threshold, top_block)
     tower = find_tower(model, target_modules)
     forms = {"attention_bias": attention_bias, "gate": gate is not None}

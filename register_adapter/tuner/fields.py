@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import is_finite
 from .neuron_shift import REMOVALS
 
-__all__ = ["check_combinations", "check_name", "check_types", "check_values"]
+__all__ = ["check_combinations", "check_known", "check_name", "check_string", "check_types", "check_values"]
 
 # Far more than any model has patches.
 _MOST = 2**16
@@ -114,8 +115,7 @@ def check_name(name: Any) -> None:
         ValueError: It is empty, reserved or too long, has a dot or a slash, or torch's ``ModuleDict`` has a member of
             that name.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name must be a string, got {name!r} ({type(name).__name__})")
+    check_string(name)
     wrong = ""
     if not name:
         wrong = "it is empty"
@@ -131,3 +131,36 @@ def check_name(name: Any) -> None:
         wrong = "torch's ModuleDict, which holds adapters by their names, has a member that is called so"
     if wrong:
         raise ValueError(f"adapter_name {name!r:.100} cannot be used: {wrong}. Choose one such as 'my_registers'.")
+
+
+def check_string(name: Any) -> None:
+    """What a call is given as an adapter's name is one, as far as its type goes.
+
+    Raises:
+        TypeError: It is not a string.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r:.100} ({type(name).__name__})")
+
+
+def check_known(names: Any, known: Collection[str]) -> list[str]:
+    """The names of adapters that a call is given, one or several, in a list.
+
+    Args:
+        names: A name, or an iterable of names.
+        known: Those of the adapters that are there.
+
+    Raises:
+        TypeError: There is something else than strings.
+        ValueError: An adapter is not there.
+    """
+    if isinstance(names, str):
+        names = [names]
+    elif isinstance(names, Mapping) or not isinstance(names, Iterable):
+        raise TypeError(f"adapter_name must be a string or a list of strings, got {names!r:.100}")
+    listed = list(names)
+    for name in listed:
+        check_string(name)
+    if unknown := [name for name in listed if name not in known]:
+        raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(known)}")
+    return listed

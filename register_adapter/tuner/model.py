@@ -24,7 +24,7 @@ from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .config import RegisterConfig
-from .fields import check_name
+from .fields import check_name, check_string
 from .heads import (
     check_adapter_name,
     fit_heads,
@@ -216,6 +216,8 @@ class RegisterModel(BaseTuner):
         layers = register_layers(self.model)
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
+        for name in names:
+            check_string(name)
         known = [name for layer in layers for name in layer.names]
         if unknown := sorted({*names} - {*known, BASE}):
             raise ValueError(

@@ -21,7 +21,7 @@ from ..utils.parameters import check_module, trainable_in_words
 from ..utils.staging import staged
 from .card import is_hub_name, update_model_card
 from .config import RegisterConfig
-from .fields import check_name
+from .fields import check_name, check_string
 from .heads import heads_aside
 from .hooks.choice import EVERYONE
 from .layer import find_register_layer, register_layers, renew_bases
@@ -99,6 +99,16 @@ class RegisterPeftModel(PeftModel):
         if adapter_name in self.peft_config:
             raise ValueError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+
+    def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; ``TypeError`` for what is no string."""
+        check_string(adapter_name)
+        super().set_adapter(adapter_name, *args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; ``TypeError`` for what is no string."""
+        check_string(adapter_name)
+        super().delete_adapter(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -22,7 +22,8 @@ from torch import nn
 from ...errors import AdapterFileError
 from ...utils.hub import find_config
 from ..config import RegisterConfig
-from ..hooks.choice import EVERYONE
+from ..fields import check_known, check_string
+from ..hooks.choice import BASE, EVERYONE
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .folder import SavedAdapter, fetch_folder, holds_several, read_folder
@@ -243,6 +244,7 @@ class ComposedPeftModel(SavesAll):
         Raises:
             ValueError: As :func:`compose`.
         """
+        check_string(adapter_name)
         base = self.get_base_model()
         check_adapters(base, {adapter_name: peft_config})
         config = copy.deepcopy(peft_config)
@@ -261,9 +263,7 @@ class ComposedPeftModel(SavesAll):
         Raises:
             ValueError: An adapter is not there, or two of them train the same module of ``modules_to_save``.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(names)
-        self.base_model.activate(names, inference_mode)
+        self.base_model.activate(check_known(adapter_name, self.peft_config), inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take one adapter off; the last register adapter leaves no trace in the model.
@@ -271,7 +271,7 @@ class ComposedPeftModel(SavesAll):
         Raises:
             ValueError: It is not there.
         """
-        self._known([adapter_name])
+        check_known([adapter_name], self.peft_config)
         self.base_model.remove(adapter_name)
 
     @contextlib.contextmanager
@@ -284,17 +284,15 @@ class ComposedPeftModel(SavesAll):
         Raises:
             ValueError: An adapter is not there.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.peft_config)
-        self._known(names)
-        with self.base_model.without(names if adapter_names else [EVERYONE]):
+        names = check_known(adapter_names, self.peft_config) if adapter_names else [EVERYONE]
+        with self.base_model.without(names):
             yield
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            names = set(kwargs.get("adapter_names") or ()) - {"__base__"}
+            names = set(check_known(kwargs.get("adapter_names") or (), [*self.peft_config, BASE])) - {BASE}
             if names:
-                self._known(names)
                 tuner = self.base_model.tuner_of(names)
                 tuner.training = self.training  # it is not a submodule, and train() does not reach it
                 stack.enter_context(tuner._enable_peft_forward_hooks(*args, **kwargs))

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...utils.parameters import check_module
+from ..fields import check_known
 from .folder import check_name
 
 __all__ = ["check_adapters", "configs_of", "innermost", "rename_adapter"]
@@ -30,8 +31,7 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     """
     base = innermost(model)
     configs = configs_of(base)
-    if old not in configs:
-        raise ValueError(f"no adapter {old!r}; the model has {list(configs)}")
+    check_known([old], configs)
     if check_name(new) in configs:
         raise ValueError(f"the name {new!r} is in use; the model has {list(configs)}")
     for module in [*model.modules(), *base.modules()]:

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...utils.hub import check_folder
 from ...utils.parameters import trainable_by_part, trainable_in_words
+from ..fields import check_known, check_string
 from ..layer import renew_bases
 from .card import write_card
 from .folder import MANIFEST, read_folder, write_folder
@@ -37,8 +38,9 @@ def write_adapters(
         selected_adapters: Names, default all.
         state_dict: The model's values by its own keys, where they were gathered from several processes.
     """
-    names = list(composed.peft_config if selected_adapters is None else selected_adapters)
-    composed._known(names)
+    names = list(composed.peft_config)
+    if selected_adapters is not None:
+        names = check_known(selected_adapters, composed.peft_config)
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     state = composed.state_dict() if state_dict is None else state_dict
@@ -74,11 +76,6 @@ class SavesAll(PeftModel):
     base_model: ComposedTuner
     #: Saving does so itself; while PEFT gathers one adapter's tensors, the others' configs are out of sight.
     renews_bases = True
-
-    def _known(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(self.peft_config)}")
 
     def print_trainable_parameters(self) -> None:
         """As in PEFT, and a line with the size of each part."""
@@ -136,6 +133,7 @@ class SavesAll(PeftModel):
             AdapterFileError: Something in a folder of several is missing or damaged; nothing was loaded.
             ValueError: A folder of several has an adapter that the model lacks.
         """
+        check_string(adapter_name)
         if not Path(model_id, MANIFEST).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
+from ..fields import check_known
 from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
 from ..registers import refuse_merging
@@ -299,8 +300,7 @@ class ComposedTuner(BaseTuner):
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         """Names of all adapters that are no registers, after a check of those that are to be merged."""
-        if unknown := [name for name in adapter_names or () if name not in self.peft_config]:
-            raise ValueError(f"the model has no adapters {unknown}; it has {list(self.peft_config)}")
+        check_known(adapter_names or (), self.peft_config)
         registers = [name for name, config in self.peft_config.items() if isinstance(config, RegisterConfig)]
         others = [name for name in self.peft_config if name not in registers]
         if not others or not set(registers).isdisjoint(adapter_names or ()):
