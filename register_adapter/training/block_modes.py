@@ -18,6 +18,15 @@ __all__ = ["check_modes", "checkpointed_blocks", "compiled_blocks", "modes_of_bl
 
 logger = logging.getLogger(__name__)
 
+#: Attributes in which transformers and timm keep whether and how a module is checkpointed.
+_KEPT = (
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "grad_checkpointing",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+)
+
 
 @contextmanager
 def modes_of_blocks(model: nn.Module, args: TrainArguments) -> Iterator[None]:
@@ -56,19 +65,33 @@ def _checkpointing_parts(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def checkpointed_blocks(model: nn.Module) -> Iterator[None]:
-    """Compute the blocks again in the backward pass instead of keeping what they computed.
+    """Compute the blocks again in the backward pass instead of keeping what they computed; afterwards as before.
 
     Args:
         model: With adapters, and maybe wrapped for distributed training.
     """
     parts = _checkpointing_parts(model)
+    modules = list(dict.fromkeys(module for part in parts for module in part.modules()))
+    # What the user has switched on, for all blocks or every other one, and how.
+    before = [(module, {name: vars(module)[name] for name in _KEPT if name in vars(module)}) for module in modules]
+    known = {key for module in modules for key in module._forward_hooks}
     for part in parts:
         _checkpoint(part, True)
+    # transformers has a frozen model's input ask for gradients by hooks, and takes off others than it has put on.
+    added = {key for module in modules for key in module._forward_hooks} - known
     try:
         yield
     finally:
+        hooks = [(module._forward_hooks, dict(module._forward_hooks)) for module in modules]
         for part in parts:
             _checkpoint(part, False)
+        for table, content in hooks:
+            table.clear()
+            table.update({key: hook for key, hook in content.items() if key not in added})
+        for module, values in before:
+            for name in _KEPT:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(values)
 
 
 def _checkpoint(part: Any, on: bool) -> None:
