@@ -154,6 +154,19 @@ def test_a_mistake_in_a_training_command_is_short(words: list[str], capsys: pyte
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("word", ["mosaics", "tiles", "scenes"])
+@pytest.mark.parametrize("flag", ["--train-dir", "--dataset-name", "--validation-dir"])
+def test_training_says_what_words_for_drawn_images_mean(
+    flag: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--train-dir", str(tmp_path)] if flag == "--validation-dir" else []
+    with pytest.raises(SystemExit):
+        train_main(["--model-name-or-path", "planted", "--output-dir", "out", *folders, flag, word])
+    said = capsys.readouterr().err
+    assert f"no folder '{word}'" in said
+    assert "that the package draws" in said
+
+
 def test_training_takes_the_words_for_shipped_models(images: Path, tmp_path: Path) -> None:
     words = ["--model-name-or-path", "planted", "--train-dir", str(images), "--output-dir", str(tmp_path / "out")]
     train_main([*words, "--max-train-steps", "1", "--use-cpu", "--quiet", "--per-device-train-batch-size", "2"])

@@ -225,6 +225,10 @@ def test_what_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     wrong = said("knn", model, data, "--adapter", str(folder / "foreign"), "--out", str(tmp_path / "out"))
     assert "they differ in weights" in wrong
     assert not (tmp_path / "out").exists()
+    for word, task in (("mosaics", "knn"), ("tiles", "discovery"), ("mosaics", "depth")):
+        meant = said(task, model, word)
+        assert f"no folder '{word}'" in meant
+        assert "audit, probe, fit and features take it" in meant
     assert "named twice" in said("knn", model, data, *("--adapter", str(folder / "adapter")) * 2)
     assert "must hold images/ and masks/" in said("segmentation", model, data)
     assert "ImageSets" in said("discovery", model, data)

@@ -13,10 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 from register_adapter.testbed import MosaicDataset, MosaicTask, load_grown, load_shipped
-from register_adapter.testbed.grown import RECIPES, TILE_KINDS, TWINS, Drawn, Ensemble, Recipe, build, losses, measure
+from register_adapter.testbed.grown import (
+    RECIPES,
+    TILE_KINDS,
+    TWINS,
+    Drawn,
+    Ensemble,
+    Recipe,
+    build,
+    losses,
+    measure,
+    read_grown,
+)
 from register_adapter.testbed.grown.mosaics import normalised
 from register_adapter.testbed.grown.packaged import WEIGHTS
-from register_adapter.testbed.vit import load_image_processor
+from register_adapter.testbed.vit import load_image_processor, load_planted_vit, load_vit
 from register_adapter.utils.shipped import GROWN, GROWN_TILES
 
 SMALL = Recipe(task=MosaicTask(grid=5, icons=3, asking=3, background=(4, 6)), width=32, blocks=2, heads=2, batch_size=4)
@@ -76,8 +87,23 @@ def test_artifacts_grew_and_the_twin_with_registers_has_none(recipe: str) -> Non
 
 
 def test_an_unknown_grown_model_is_named() -> None:
-    with pytest.raises(ValueError, match="no grown model 'mosaics-cls' is shipped; there are mosaics, mosaics-reg"):
+    with pytest.raises(ValueError, match="no grown model 'mosaics-cls' is shipped; there are 'mosaics', 'tiles'"):
         load_grown("mosaics", "cls")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [(3,), (None,), (["tiles"],), ("",), ("tiles", 1), ("tiles", "")], ids=str)
+def test_what_is_no_grown_model_is_named(given: Any) -> None:
+    with pytest.raises(ValueError, match="there are 'mosaics', 'tiles'") as refused:
+        load_grown(*given)
+    assert all(repr(value) in str(refused.value) for value in given)
+
+
+@pytest.mark.parametrize("load", [load_vit, load_planted_vit, load_image_processor, read_grown, load_shipped])
+@pytest.mark.parametrize("given", ["x", 3, None, ["clean"]], ids=str)
+def test_what_is_no_folder_of_a_shipped_model_is_named(load: Any, given: Any) -> None:
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match="register-adapter://planted") as refused:
+        load(given)
+    assert repr(given) in str(refused.value)
 
 
 @pytest.mark.parametrize("twin", [None, *TWINS])

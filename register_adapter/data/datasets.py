@@ -16,7 +16,7 @@ from ..utils.files import check_regular
 from .augmentation import AUGMENTATIONS, Augmentation
 from .checking import item_name, skip_bad
 from .folders import read_captioned_folder, read_flat_folder, read_image_folder
-from .images import image_name, load_image
+from .images import image_name, load_image, refuse_word
 from .processing import process_image
 
 __all__ = [
@@ -94,6 +94,8 @@ class DataArguments:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.verify not in ("full", "header", "none"):
             raise ValueError(f"--verify must be full, header or none, got {self.verify!r}")
+        for name in (self.train_dir, self.validation_dir, self.dataset_name):
+            refuse_word(name)
         self.make_augmentation()
 
     def make_augmentation(self, seed: int = 0) -> Augmentation | None:

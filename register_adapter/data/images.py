@@ -27,6 +27,7 @@ __all__ = [
     "leads_up",
     "load_image",
     "named_folder",
+    "refuse_word",
     "to_rgb",
     "walk_files",
 ]
@@ -98,14 +99,41 @@ def image_name(source: Any) -> str:
     return printable(getattr(source, "filename", None) or "image without a name")
 
 
+#: Words for images that the package draws, to what they are.
+_DRAWN = {
+    "scenes": "scenes that the package draws, with classes, masks, distances and boxes",
+    "mosaics": "mosaics that the package draws, which have no classes",
+    "tiles": "mosaics of tiles that the package draws, which have no classes",
+}
+
+
+def refuse_word(name: str | Path | None) -> None:
+    """Say what a word for drawn images means, where it is given for a folder of images and there is no such folder.
+
+    Raises:
+        ValueError: ``name`` is such a word.
+    """
+    meaning = _DRAWN.get(os.fspath(name)) if name is not None else None
+    if meaning is None or Path(str(name)).exists():
+        return
+    where = "eval, audit" if name == "scenes" else "audit"
+    written = " (register_adapter.testbed.SceneDataset(512, seed=1).write(folder) makes one)"
+    raise ValueError(
+        f"there is no folder {name!r} here; as a word it stands for {meaning}. The commands {where}, probe, fit and "
+        f"features take it. Here give a folder of images{written if name == 'scenes' else ''}, or where there are "
+        "classes to learn or to tell, a data set that has them."
+    )
+
+
 def named_folder(folder: str | Path) -> Path:
     """A folder by its name, which may not be empty: that would be the one where the process happens to run.
 
     Raises:
-        ValueError: It is.
+        ValueError: It is, or is a word for drawn images where these cannot be used.
     """
     if not os.fspath(folder):
         raise ValueError("the name of the folder of images is empty; give one (. is the current folder)")
+    refuse_word(folder)
     return Path(folder)
 
 

@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..towers.tower import find_tower
-from ..utils.shipped import CLEAN, PLANTED, ship, shipped_model
+from ..utils.shipped import CLEAN, PLANTED, SHIPPED, ship, shipped_model
 from .plant import Planting
 
 __all__ = [
+    "folder_with",
     "image_processor_class",
     "load_image_processor",
     "load_planted_vit",
@@ -33,7 +34,12 @@ _PLANTED = "planted.safetensors"
 
 
 def load_vit(folder: str | Path = WEIGHTS) -> Any:
-    """The clean ``ViTForImageClassification``, in float32 and ``eval()`` mode; it is stored in float16."""
+    """The clean ``ViTForImageClassification``, in float32 and ``eval()`` mode; it is stored in float16.
+
+    Raises:
+        TypeError, FileNotFoundError: ``folder`` is no folder of such a model.
+    """
+    folder = folder_with(folder, "config.json")
     model = transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     return _named(model, CLEAN) if folder == WEIGHTS else model
 
@@ -56,8 +62,31 @@ def _named(model: Any, name: str) -> Any:
 
 
 def load_image_processor(folder: str | Path = WEIGHTS) -> Any:
-    """Its image processor: 80 × 80 px, values scaled to -1…1."""
-    return image_processor_class().from_pretrained(folder)
+    """Its image processor: 80 × 80 px, values scaled to -1…1.
+
+    Raises:
+        TypeError, FileNotFoundError: ``folder`` has none.
+    """
+    return image_processor_class().from_pretrained(folder_with(folder, "preprocessor_config.json"))
+
+
+def folder_with(folder: Any, *files: str) -> Path:
+    """A folder of this package's, or one written like it, after a look at what is in it.
+
+    Raises:
+        TypeError: It is no path.
+        FileNotFoundError: It lacks one of the files.
+    """
+    advice = (
+        "Leave the folder out for the packaged model; by their names models are loaded with load_shipped(name), one "
+        f"of {', '.join(map(repr, SHIPPED))}."
+    )
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"folder must be a path, got {folder!r:.100}. {advice}")
+    for file in files:
+        if not (Path(folder) / file).is_file():
+            raise FileNotFoundError(f"there is no {file} in a folder {str(folder)!r:.100}. {advice}")
+    return Path(folder)
 
 
 def image_processor_class() -> Any:
@@ -66,7 +95,12 @@ def image_processor_class() -> Any:
 
 
 def load_planted_vit(folder: str | Path = WEIGHTS) -> Planting:
-    """The same model with planted artifacts, and what was planted; :func:`load_vit` is its clean twin."""
+    """The same model with planted artifacts, and what was planted; :func:`load_vit` is its clean twin.
+
+    Raises:
+        TypeError, FileNotFoundError: ``folder`` is no folder of such a model.
+    """
+    folder = folder_with(folder, "config.json", _PLANTED)
     model = load_vit(folder)
     with safe_open(Path(folder) / _PLANTED, framework="pt") as file:
         metadata = file.metadata()

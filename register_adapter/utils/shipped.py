@@ -81,7 +81,7 @@ def shipped_processor(name: str) -> Any:
 
 
 def _known(name: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    if name not in _SHIPPED:
+    if not isinstance(name, str) or name not in _SHIPPED:
         raise ValueError(f"{name!r} is not shipped with register-adapter; it has {', '.join(SHIPPED)}")
     return _SHIPPED[name]
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ...utils.shipped import GROWN, GROWN_TILES, ship
-from ..vit import image_processor_class, load_image_processor
+from ..vit import folder_with, image_processor_class, load_image_processor
 from .mosaics import IMAGE_MEAN, IMAGE_STD, MosaicTask
 from .recipes import RECIPES, GrownModel
 
@@ -40,10 +40,15 @@ def load_grown(recipe: str = "mosaics", twin: Literal["registers"] | None = None
     Raises:
         ValueError: The package ships no such model.
     """
-    folder = WEIGHTS / "-".join(filter(None, (recipe, twin)))
-    if recipe not in RECIPES or not folder.is_dir():
-        known = ", ".join(sorted(path.name for path in WEIGHTS.iterdir() if path.is_dir()))
-        raise ValueError(f"no grown model {folder.name!r} is shipped; there are {known}")
+    known = sorted(path.name for path in WEIGHTS.iterdir() if path.is_dir())
+    given = "-".join([str(recipe), *([str(twin)] if twin is not None else [])])
+    if not isinstance(recipe, str) or recipe not in RECIPES or given not in known:
+        asked = f"load_grown({recipe!r:.100}{'' if twin is None else f', twin={twin!r:.100}'})"
+        raise ValueError(
+            f"{asked}: no grown model {given!r:.100} is shipped; there are {', '.join(map(repr, RECIPES))}, each also "
+            'with twin="registers"'
+        )
+    folder = WEIGHTS / given
     model = read_grown(folder)
     if twin is None:
         (name,) = (name for name, told in _NAMES.items() if told == recipe)
@@ -53,8 +58,12 @@ def load_grown(recipe: str = "mosaics", twin: Literal["registers"] | None = None
 
 
 def read_grown(folder: str | Path) -> GrownModel:
-    """A model that :func:`save_grown` wrote, in float32 and ``eval()`` mode."""
-    folder = Path(folder)
+    """A model that :func:`save_grown` wrote, in float32 and ``eval()`` mode.
+
+    Raises:
+        TypeError, FileNotFoundError: ``folder`` is no folder of such a model.
+    """
+    folder = folder_with(folder, "config.json", _HEAD)
     backbone: Any = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     if (folder / _REGISTERS).is_dir():
         backbone = PeftModel.from_pretrained(backbone, folder / _REGISTERS)
