@@ -63,7 +63,7 @@ def fit_command(
     """
     silence_libraries(quiet)
     from ..errors import NoArtifactsError
-    from .runs.fit import FitArguments, run_fit, write_skipped
+    from .runs.fit import FitArguments, how_to_load, run_fit, write_skipped
 
     arguments = FitArguments(
         model=model,
@@ -96,13 +96,13 @@ def fit_command(
     print_skipped(skipped, write_skipped(skipped, output_dir))
     print_result(
         {"register_neurons": neurons, "test_time_fit": fit, "reason": fit["reason"], "skipped": skipped},
-        lambda: print_fit(neurons, fit, output_dir),
+        lambda: print_fit(neurons, fit, output_dir, how_to_load(model, output_dir)),
         as_json=as_json,
         quiet=quiet,
     )
 
 
-def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: str) -> None:
+def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: str, loading: str) -> None:
     """Print which neurons were found, and what is left of the outliers by their number."""
     from rich.table import Table
 
@@ -121,7 +121,4 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
         "Share of the patch tokens beyond the threshold, behind that block; L2 norms, before the final LayerNorm.",
         style="dim",
     )
-    console.print(
-        f"Written to {output_dir}; load it, base and all, with AutoPeftModel.from_pretrained({output_dir!r}) after "
-        "`import register_adapter`, or onto a base with PeftModel.from_pretrained(base, ...)",
-    )
+    console.print(f"Written to {output_dir}; {loading}", markup=False)

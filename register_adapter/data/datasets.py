@@ -94,8 +94,8 @@ class DataArguments:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.verify not in ("full", "header", "none"):
             raise ValueError(f"--verify must be full, header or none, got {self.verify!r}")
-        for name in (self.train_dir, self.validation_dir, self.dataset_name):
-            refuse_word(name)
+        for place in (self.train_dir, self.validation_dir, self.dataset_name):
+            refuse_word(place)
         self.make_augmentation()
 
     def make_augmentation(self, seed: int = 0) -> Augmentation | None:

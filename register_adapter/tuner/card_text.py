@@ -40,6 +40,12 @@ INSTALL = install_command()
 #: Prefix of what was measured again with the registers switched off, with the same head.
 OFF = "eval_registers_off_"
 _SHOWN = 20
+#: Library to how its users get a model; AutoPeftModel imports none of these.
+_BUILT = {
+    "timm": 'timm.create_model("...", pretrained=True)',
+    "open_clip": 'open_clip.create_model("...", pretrained="...")',
+    "torchvision": 'torchvision.models.get_model("...", weights="DEFAULT")',
+}
 _LEARNED = (
     "Register tokens ([Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588)) retrofitted onto a "
     "frozen vision transformer: learned tokens that enter its sequence behind the embedding layer and are removed "
@@ -132,18 +138,21 @@ def quoted(text: str) -> str:
 
 def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
     """Python code that loads the adapter; it runs where the two names lead somewhere."""
+    library = base_class.__module__.partition(".")[0]
     name, kind = base_name(config.base_model_name_or_path), transformers_class(base_class)
     base, revision = quoted(name or "path/to/base"), f", revision={quoted(config.revision or '')}"
     load = f"{base_class.__name__}.from_pretrained({base}{revision if config.revision else ''})"
     if kind is None:
-        load = f"{base_class.__name__}(...)  # built as it was for the training"
+        load = _BUILT.get(library, f"{base_class.__name__}(...)") + "  # as it was built for the training"
     elif is_shipped(name):
         load = f"load_shipped({base})  # a small model that comes with the package"
     elif not is_hub_name(name):
         load += "  # a local folder: put its path here"
     known = getattr(transformers, base_class.__name__, None) is base_class
     imports = f"from {'transformers' if known else base_class.__module__} import {base_class.__name__}"
-    if is_shipped(name):
+    if library in _BUILT:
+        imports = f"import {library}"
+    elif is_shipped(name):
         imports = "from register_adapter.testbed import load_shipped"
     elif base_class.__module__ == "__main__":
         imports = f"# {base_class.__name__} is the class of the base model, defined in the script that trained it"

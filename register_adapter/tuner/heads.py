@@ -137,7 +137,7 @@ def labels_for(model: nn.Module, names: Iterable[str], given: dict[int, str] | N
     raise ValueError(
         f"id2label names {len(given)} classes and the modules of modules_to_save ({list(names)}) have {sorted(sizes)} "
         f"outputs. Load the base with that many: from_pretrained(..., num_labels={len(given)}, "
-        "ignore_mismatched_sizes=True)."
+        f"ignore_mismatched_sizes=True), or for timm create_model(..., num_classes={len(given)})."
     )
 
 

@@ -301,7 +301,7 @@ class RegisterPeftModel(PeftModel):
             if not is_hub_name(config.base_model_name_or_path):
                 logger.warning(
                     "the config of adapter %r names the base model %r, which is not a repository on the Hub: others "
-                    "see this name, and cannot load the adapter with AutoPeftModel. Set "
+                    "cannot tell by it which model to load. Set "
                     "model.peft_config[%r].base_model_name_or_path before pushing",
                     name,
                     config.base_model_name_or_path,

@@ -50,5 +50,6 @@ def check_module(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {model!r:.60}; load it first: AutoModel.from_pretrained(...)"
+            f"model must be a torch.nn.Module, got {model!r:.60}; load it first, with "
+            "AutoModel.from_pretrained(...), timm.create_model(...) or whatever its library has"
         )

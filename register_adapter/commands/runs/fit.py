@@ -10,8 +10,9 @@ from typing import Any
 from ...neurons import fit_test_time_registers
 from ...utils.staging import check_target, write_text
 from .inputs import choose_device, load_base, load_images, load_processor
+from .open_clip_models import is_open_clip
 
-__all__ = ["FitArguments", "run_fit", "write_skipped"]
+__all__ = ["FitArguments", "how_to_load", "run_fit", "write_skipped"]
 
 _SKIPPED = "skipped.txt"
 
@@ -80,6 +81,19 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
     fitted.save_pretrained(args.output_dir)
     config = fitted.peft_config["default"]
     return config.register_neurons, config.test_time_fit
+
+
+def how_to_load(model: str, output_dir: str) -> str:
+    """A sentence that says how what :func:`run_fit` has saved is loaded, by the kind of model."""
+    if is_open_clip(model):
+        return (
+            "load it with `import register_adapter, open_clip`, base, _, transform = open_clip.create_model_and_"
+            f"transforms({model!r}, require_pretrained=True) and PeftModel.from_pretrained(base, {output_dir!r})"
+        )
+    return (
+        f"load it, base and all, with AutoPeftModel.from_pretrained({output_dir!r}) after `import register_adapter`, "
+        "or onto a base with PeftModel.from_pretrained(base, ...)"
+    )
 
 
 def write_skipped(lines: Sequence[str], output_dir: str) -> str:
