@@ -189,6 +189,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; the last adapter takes the hooks with it."""
+        if self.names == [adapter_name]:
+            self._leave_behind()
         super().delete_adapter(adapter_name)
         self.show_labels()
         if not self.names:
@@ -275,6 +277,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
 
     def detach(self) -> None:
         """Undo :meth:`attach`; the tower is as it was before."""
+        if self._handles:
+            self._leave_behind()
         self._remove_hooks()
         self.labels.show(None)
         del self.tower.module._modules["registers"]

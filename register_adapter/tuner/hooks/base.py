@@ -8,6 +8,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from ...errors import UnsupportedModelError
 from ..registers import RegisterTokens, Segment
 from .call_state import CallState
-from .recomputation import Inputs, carry
+from .recomputation import Inputs, carry, refuse_gone
 from .tokens import cut_tokens
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class LayerHooks:
     _mask_position: int | None
     #: Attention modules and the configs that stand-ins have replaced.
     _configs: list[tuple[Any, Any]]
+    #: Those of the hooks that are in place.
+    _handles: list[Any]
     #: What ``_all_points`` gave when the hooks were put there.
     _hooked: list[Any]
     #: Adapters that cannot work in the blocks that the tower has now, and why.
@@ -120,7 +123,24 @@ class LayerHooks:
                 )
 
     def _resume(self) -> Callable[[], AbstractContextManager[None]]:
-        return self.call.resume()
+        resumed = self.call.resume()
+        return partial(self._resumed, resumed) if self._is_needed_again else resumed
+
+    def _resumed(self, resumed: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
+        """What ``resumed`` makes, while there are hooks that do with it what the pass did."""
+        return resumed() if self._handles else refuse_gone()
+
+    @property
+    def _is_needed_again(self) -> bool:
+        """Whether hooks do something inside blocks, which are computed again where they are checkpointed."""
+        anatomy = self.tower.anatomy
+        inside = self._by_block or bool(self._neuron_blocks) or bool(self._configs)
+        return inside or bool(anatomy.rotary or anatomy.position_bias or anatomy.positions_between)
+
+    def _leave_behind(self) -> None:
+        """The hooks are about to go: blocks that are still to be computed again would not notice."""
+        if self._is_needed_again:
+            self.inputs.refuse_in(self.tower.part("blocks"))
 
     def _refuse_misfits(self, segments: list[Segment]) -> None:
         present = [id(tokens) for segment in segments for tokens in segment.tokens]

@@ -7,15 +7,18 @@ may be active. The function that is checkpointed takes along what the pass knew 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Inputs", "Resume", "carry", "drop", "is_recomputing"]
+from ...errors import RegisterAdapterError
+from ...towers.calls import hidden_states_of
+
+__all__ = ["Inputs", "Resume", "carry", "drop", "is_recomputing", "refuse_gone"]
 
 #: Says, in a pass, what puts its state back while a part of it is computed again.
 Resume = Callable[[], Callable[[], AbstractContextManager[Any]]]
@@ -30,6 +33,19 @@ def is_recomputing() -> bool:
     """Whether this thread is in a backward pass, where blocks are called to compute them a second time."""
     # Compiled graphs have no such calls, and their compiler does not know the question.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def refuse_gone() -> NoReturn:
+    """Say that a block cannot be computed again.
+
+    Raises:
+        RegisterAdapterError: Always.
+    """
+    raise RegisterAdapterError(
+        "the registers were taken off (unload, delete_adapter) between a forward pass and its backward pass, which "
+        "computes checkpointed blocks again and needs them: gradients would be wrong. Call backward() first, or switch "
+        "gradient checkpointing off."
+    )
 
 
 class _Again:
@@ -134,6 +150,13 @@ class Inputs:
         # The weak reference keeps the address from being given to another storage.
         self._states[storage._cdata] = StorageWeakRef(storage), resumed  # type: ignore[no-untyped-call]
 
+    def refuse_in(self, blocks: Iterable[nn.Module]) -> None:
+        """Have blocks refuse to be computed again for a pass whose sequences are still there; others go on as ever."""
+        known = {key: storage for key, (storage, _) in self._states.items() if not storage.expired()}  # type: ignore[no-untyped-call]
+        for block in blocks if known else ():
+            guard = _Gone(known)
+            guard.handle = block.register_forward_pre_hook(guard, with_kwargs=True)
+
     def enter(self, sequence: torch.Tensor) -> None:
         """A block is called with this sequence outside of a pass: put back what its pass knew, if it was noted."""
         storage = _storage(sequence)
@@ -157,6 +180,33 @@ class Inputs:
     def _contexts(self) -> list[AbstractContextManager[Any]]:
         contexts: list[AbstractContextManager[Any]] = self._open.__dict__.setdefault("contexts", [])
         return contexts
+
+
+class _Gone:
+    """A hook on a block whose registers are gone, as long as a backward pass may still compute it again."""
+
+    handle: Any = None
+
+    def __init__(self, known: dict[int, StorageWeakRef]) -> None:
+        self.known = known
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if all(storage.expired() for storage in self.known.values()):  # type: ignore[no-untyped-call]
+            self.handle.remove()
+        elif is_recomputing():
+            storage = _storage(hidden_states_of(args, kwargs))
+            if storage is not None and storage._cdata in self.known:
+                refuse_gone()
+
+    def __deepcopy__(self, memo: Any) -> _Gone:
+        return self._of_a_copy()
+
+    def __reduce__(self) -> Any:
+        return _Gone._of_a_copy, ()
+
+    @staticmethod
+    def _of_a_copy() -> _Gone:
+        return _Gone({})
 
 
 def _storage(sequence: torch.Tensor) -> Any:
