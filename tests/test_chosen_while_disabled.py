@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import build, make_inputs
 from helpers import run
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from register_adapter import RegisterConfig, add_registers, compose, load_adapters
 
@@ -142,3 +142,49 @@ def test_registers_that_come_while_another_method_is_aside(base: torch.Tensor) -
         model.add_adapter("later", _registers(3))
         assert not torch.allclose(_output(model.eval()), base)
     assert model.active_adapters == ["lora", "later"]
+
+
+MORE = {"later": _registers(3), "lora2": LoraConfig(target_modules=["query", "q_proj"], init_lora_weights=False)}
+STARTS = {
+    "registers": lambda: add_registers(_build(), 2, init_std=1.0),
+    "composed": lambda: compose(_build(), {"default": _lora()}),
+}
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("start", STARTS)
+def test_composed_in_the_context(start: str, inner: bool, base: torch.Tensor) -> None:
+    """Another method comes to a model of one, or of several, by its wrapper or by the base inside."""
+
+    def composed(model: Any) -> Any:
+        torch.manual_seed(1)
+        return compose(model.get_base_model() if inner else model, MORE).eval()
+
+    outside = composed(STARTS[start]())
+    model = STARTS[start]()
+    with model.disable_adapter():
+        later = composed(model)
+        assert torch.equal(_output(later), base)
+        with model.disable_adapter():
+            pass
+        assert torch.equal(_output(later), base)
+    assert later.active_adapters == outside.active_adapters
+    torch.testing.assert_close(_output(later), _output(outside))
+    flags = [[value.requires_grad for value in each.parameters()] for each in (later, outside)]
+    assert flags[0] == flags[1]
+    with later.disable_adapter():
+        assert torch.equal(_output(later), base)
+
+
+def test_in_the_context_of_peft_itself(tmp_path: Path) -> None:
+    model = get_peft_model(_build(), _lora()).eval()
+    compose(_build(), {"saved": _registers(2)}).save_pretrained(tmp_path)
+    before = _output(model)
+    modules = [name for name, _ in model.named_modules()]
+    with model.disable_adapter():
+        for add in (lambda: compose(model, {"later": _registers(3)}), lambda: load_adapters(model, tmp_path)):
+            with pytest.raises(ValueError, match="adapters of ViTModel are switched off"):
+                add()
+    assert [name for name, _ in model.named_modules()] == modules
+    assert torch.equal(_output(model), before)
+    assert not torch.allclose(_output(compose(model, {"later": _registers(3)}).eval()), before)

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 from torch import nn
 
+from .hooks.choice import EVERYONE
 from .layer import RegisterLayer, attached_layers
 
-__all__ = ["follow_contexts", "registers_left_out"]
+__all__ = ["follow_contexts", "in_context", "registers_left_out", "when_back"]
+
+
+class _Context(NamedTuple):
+    """A context that a thread is in: a model, what is left out of it, and what is to be done at its end."""
+
+    model: nn.Module
+    names: frozenset[str]
+    ends: list[Callable[[], None]]
 
 
 class _Contexts(threading.local):
-    """The contexts that a thread is in: a model, and what is left out of it."""
+    """The contexts that a thread is in, from the outermost on."""
 
     def __init__(self) -> None:
-        self.open: list[tuple[nn.Module, frozenset[str]]] = []
+        self.open: list[_Context] = []
 
 
 _contexts = _Contexts()
@@ -31,10 +41,10 @@ def registers_left_out(model: nn.Module, names: Iterable[str]) -> Iterator[None]
         model: The model.
         names: Their names; :data:`~.hooks.choice.EVERYONE` among them: all, those that come meanwhile too.
     """
-    known, context = attached_layers(model), (model, frozenset(names))
+    known, context = attached_layers(model), _Context(model, frozenset(names), [])
     with ExitStack() as stack:
         for layer in known:
-            stack.enter_context(layer.without(context[1]))
+            stack.enter_context(layer.without(context.names))
         _contexts.open.append(context)
         try:
             yield
@@ -43,10 +53,30 @@ def registers_left_out(model: nn.Module, names: Iterable[str]) -> Iterator[None]
             for layer in attached_layers(model):
                 if layer not in known:
                     follow_contexts(layer)
+            for end in context.ends:
+                end()
+
+
+def in_context(base: nn.Module) -> bool:
+    """Whether this thread is in a context that leaves something out of ``base``."""
+    return any(part is base for context in _contexts.open for part in context.model.modules())
+
+
+def when_back(base: nn.Module, end: Callable[[], None]) -> bool:
+    """Have ``end`` called when this thread leaves the outermost context that leaves everything out of ``base``.
+
+    Returns:
+        Whether it is in one.
+    """
+    for context in _contexts.open:
+        if EVERYONE in context.names and any(part is base for part in context.model.modules()):
+            context.ends.append(end)
+            return True
+    return False
 
 
 def follow_contexts(layer: RegisterLayer) -> None:
     """Have a new layer leave out what the contexts that this thread is in leave out of its model."""
-    around = (names for model, names in _contexts.open if layer.is_in(model))
+    around = (context.names for context in _contexts.open if layer.is_in(context.model))
     layer.call.without = frozenset().union(*around)
     layer.show_labels()

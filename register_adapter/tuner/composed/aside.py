@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,10 +13,13 @@ from torch import nn
 
 from ..hooks.choice import EVERYONE
 from ..layer import RegisterLayer
-from ..left_out import registers_left_out
+from ..left_out import registers_left_out, when_back
 from .guards import SWITCHING, flags_kept
 
 __all__ = ["Aside"]
+
+#: Those with contexts that somebody is in.
+_OPEN: list[Aside] = []
 
 
 class Aside:
@@ -34,6 +38,32 @@ class Aside:
         self._contexts: list[frozenset[str]] = []
         self._before: dict[Any, list[str]] = {}
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Aside:
+        """The one that has something set aside on ``model``, or a new one, which follows the contexts around it."""
+        with SWITCHING:
+            for other in _OPEN:
+                if other._model is model:
+                    return other
+            aside, everyone = cls(model), frozenset({EVERYONE})
+            if when_back(model, partial(aside._leave, everyone)):  # of a model with registers alone
+                aside._enter(everyone)
+            return aside
+
+    def _enter(self, out: frozenset[str]) -> None:
+        with SWITCHING:
+            if not self._contexts:
+                _OPEN.append(self)
+            self._contexts.append(out)
+            self._switch()
+
+    def _leave(self, out: frozenset[str]) -> None:
+        with SWITCHING:
+            self._contexts.remove(out)
+            if not self._contexts:
+                _OPEN[:] = [other for other in _OPEN if other is not self]
+            self._switch()
+
     @contextlib.contextmanager
     def without(self, names: Iterable[str]) -> Iterator[None]:
         """Within the context ``names`` take no part.
@@ -43,15 +73,11 @@ class Aside:
         """
         out = frozenset(names)
         with registers_left_out(self._model, out):
-            with SWITCHING:
-                self._contexts.append(out)
-                self._switch()
+            self._enter(out)
             try:
                 yield
             finally:
-                with SWITCHING:
-                    self._contexts.remove(out)
-                    self._switch()
+                self._leave(out)
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ from ..hooks.choice import BASE, EVERYONE
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .folder import SavedAdapter, fetch_folder, holds_several, read_folder
-from .guards import check_heads, flags_kept
+from .guards import check_heads, check_switched_on, flags_kept
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
 from .saving import SavesAll, adapter_tensors, write_adapters
@@ -46,8 +46,8 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
         **options: ``autocast_adapter_dtype`` and ``low_cpu_mem_usage`` as in ``get_peft_model``.
 
     Raises:
-        ValueError: A name is in use or not a plain name, a method cannot be composed, or two adapters train the same
-            module of ``modules_to_save``. The model is unchanged.
+        ValueError: A name is in use or not a plain name, a method cannot be composed, two adapters train the same
+            module of ``modules_to_save``, or the model's adapters are switched off. The model is unchanged.
 
     Example:
         >>> model = compose(vit, {"registers": RegisterConfig(), "lora": LoraConfig(target_modules=["q_proj"])})
@@ -56,6 +56,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     """
     base = innermost(model)
     check_adapters(base, configs)
+    check_switched_on(base)
     with _all_or_nothing(model, configs.values()):
         composed = ComposedPeftModel(model)
         everything = list(dict.fromkeys([*composed.active_adapters, *configs]))
@@ -124,6 +125,7 @@ def load_adapters(
     hub, options = ComposedPeftModel._split_kwargs(options)
     saved = read_folder(fetch_folder(folder, hub), selected_adapters)
     check_adapters(base, {adapter.name: adapter.config for adapter in saved})
+    check_switched_on(base)
     # Registers first: they know their base by the names and values of its own parameters.
     saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, RegisterConfig))
     changing = _all_or_nothing(model, [adapter.config for adapter in saved])

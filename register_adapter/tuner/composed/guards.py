@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..layer import RegisterLayer
+from ..left_out import in_context
 
-__all__ = ["SWITCHING", "check_heads", "check_merges", "flags_kept", "hooks_lifted"]
+__all__ = ["SWITCHING", "check_heads", "check_merges", "check_switched_on", "flags_kept", "hooks_lifted"]
 
 #: Held by a thread that switches layers of PEFT's.
 SWITCHING = threading.RLock()
@@ -29,6 +30,22 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad = flag
+
+
+def check_switched_on(model: nn.Module) -> None:
+    """PEFT's own switch is not off for the adapters that are there: those that come would be at work without them.
+
+    Raises:
+        ValueError: It is, and not because a model of this package has set them aside.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    others = [layer for layer in layers if not isinstance(layer, RegisterLayer)]
+    if others and all(layer.disable_adapters for layer in others) and not in_context(model):
+        raise ValueError(
+            f"the adapters of {type(model).__name__} are switched off: is this inside `with model.disable_adapter()` "
+            "of a PeftModel, or behind disable_adapters()? Add adapters after that context, or behind "
+            "enable_adapters(). Nothing was changed."
+        )
 
 
 @contextlib.contextmanager

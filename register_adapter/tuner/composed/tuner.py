@@ -50,7 +50,7 @@ class ComposedTuner(BaseTuner):
             self.model.peft_config = {}
         # In a dictionary, which is not a submodule: each of them holds the model too.
         self._tuners: dict[Any, BaseTuner] = {}
-        self._aside = Aside(model)
+        self._aside = Aside.of(model)
         remap_on_load(self, RegisterModel._remap_adapter_state_dict_for_load)
         for tuner in tuners:
             for member in tuner._tuners.values() if isinstance(tuner, ComposedTuner) else [tuner]:
@@ -154,12 +154,13 @@ class ComposedTuner(BaseTuner):
                     else:
                         kind = PEFT_TYPE_TO_TUNER_MAPPING[method]
                         tuner = kind(self.model, {name: config}, name, low_cpu_mem_usage=low_cpu_mem_usage)
+                    config = tuner.peft_config[name]  # a tuner without configs of its own has those that are shown
                 self._check_not_stacked(name)
             except Exception:
                 self.peft_config[name] = config
                 self._take_off(name)
                 raise
-            self.peft_config[name] = tuner.peft_config[name]
+            self.peft_config[name] = config
             self._keep(tuner)
         self._set_active(
             [*active, *([] if rivals else [name])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
