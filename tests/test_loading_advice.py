@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from families import build
+from peft import AutoPeftModel, PeftModel
 from stacks_cases import build_stack
 
 from register_adapter import add_registers
@@ -40,3 +41,10 @@ def test_the_fits_last_words() -> None:
 def test_a_name_in_the_place_of_a_model() -> None:
     with pytest.raises(TypeError, match=r"AutoModel.from_pretrained\(...\), timm.create_model"):
         check_module("vit")
+
+
+def test_what_autopeft_refuses_loads_onto_a_base(tmp_path: Path) -> None:
+    add_registers(build_stack("timm"), 2).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"allowlist|from_pretrained|base_model"):
+        AutoPeftModel.from_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(build_stack("timm"), tmp_path).active_adapters == ["default"]
