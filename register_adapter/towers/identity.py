@@ -83,13 +83,19 @@ def _biases(blocks: nn.Module) -> Iterator[torch.Tensor]:
             yield bias
 
 
+def _held(holder: Any, name: str) -> Any:
+    """An attribute; a parameter as it is held, where trained offsets are added to what the attribute gives."""
+    held = holder._parameters.get(name) if isinstance(holder, nn.Module) else None
+    return resolve(holder, name) if held is None else held
+
+
 def _own(tower: Tower, field: str) -> Any:
     """The base's own part, where PEFT has put a trained copy beside it."""
     paths: Any = getattr(tower.anatomy, field)
     for path in (paths,) if isinstance(paths, str) else paths or ():
         part: Any = tower.module
         for name in path.split("."):
-            part = resolve(part, name)
+            part = _held(part, name)
             while isinstance(part, AuxiliaryTrainingWrapper):
                 part = part.original_module
         if part is not None:
@@ -109,7 +115,7 @@ def fingerprint(tower: Tower) -> list[float] | None:
     position = _own(tower, "position_embedding")
     groups: list[Iterable[Any]] = [
         [getattr(_own(tower, "patch_embedding"), "weight", None)],
-        [getattr(position, "weight", position)],
+        [position if isinstance(position, torch.Tensor) else _held(position, "weight")],
         _biases(tower.part("blocks")),
     ]
     sketches: list[float] = []

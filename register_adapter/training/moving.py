@@ -14,12 +14,13 @@ from ..towers.tower import Tower, find_tower
 from ..tuner.composed import compose
 from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import add_registers
+from ..tuner.positions import PositionConfig
 
 __all__ = ["PARTS", "Moving", "put_on"]
 
 #: Names of the adapters in a model where several parts move.
-REGISTERS, LORA, COPIES = "registers", "lora", "copies"
-_SWITCHES = ("registers", "gates", "lora", "patch_embedding", "norms")
+REGISTERS, LORA, COPIES, POSITIONS = "registers", "lora", "copies", "positions"
+_SWITCHES = ("registers", "gates", "lora", "positions", "patch_embedding", "norms")
 #: What can move, for help and messages.
 PARTS = f"{', '.join(_SWITCHES)}, last_blocks=N"
 
@@ -32,6 +33,7 @@ class Moving:
         registers: Register tokens.
         gates: A learned bias on the registers' attention logits, in every block.
         lora: LoRA on every linear layer of the tower's blocks.
+        positions: Offsets, zero at first, that are added to the learned position embeddings.
         patch_embedding: The convolution that embeds patches, as a whole.
         norms: Every LayerNorm of the tower, as a whole.
         last_blocks: Every layer of this many blocks at the end, as a whole.
@@ -40,6 +42,7 @@ class Moving:
     registers: bool = False
     gates: bool = False
     lora: bool = False
+    positions: bool = False
     patch_embedding: bool = False
     norms: bool = False
     last_blocks: int = 0
@@ -77,7 +80,8 @@ class Moving:
     @property
     def alone(self) -> bool:
         """Whether registers (and their gates) are all that moves."""
-        return self.registers and not (self.lora or self.patch_embedding or self.norms or self.last_blocks)
+        others = (self.lora, self.positions, self.patch_embedding, self.norms, self.last_blocks)
+        return self.registers and not any(others)
 
 
 def put_on(
@@ -98,7 +102,7 @@ def put_on(
 
     Returns:
         A :class:`RegisterPeftModel` if only registers move, otherwise a :class:`ComposedPeftModel`, whose adapters are
-        called ``registers``, ``lora`` and ``copies``.
+        called ``registers``, ``lora``, ``positions`` and ``copies``.
 
     Raises:
         ValueError: The tower has none of what is named.
@@ -112,6 +116,8 @@ def put_on(
         return add_registers(base, **{**options, **({"modules_to_save": heads} if heads else {})})
     tower = find_tower(base, options.get("target_modules"))
     configs: dict[str, PeftConfig] = {}
+    if moving.positions:
+        configs[POSITIONS] = PositionConfig(target_modules=options.get("target_modules"))
     copied = _copied(tower, moving)
     # Before the registers, whose hooks would be copied with a module.
     if copied:

@@ -1,14 +1,16 @@
-"""The adapter as a PEFT method: config, layer, tuner and model; the import registers the method with PEFT."""
+"""The adapter as a PEFT method: config, layer, tuner and model; the import registers the methods with PEFT."""
 
-from ._peft_compat import register
+from ._peft_compat import register, register_positions
 from .composed import ComposedPeftModel, compose, load_adapters, rename_adapter, save_adapters
 from .config import RegisterConfig
 from .layer import RegisterLayer, find_register_layer
 from .model import RegisterModel
 from .peft_model import RegisterPeftModel, add_registers
+from .positions import PositionConfig, PositionModel
 
 __all__ = [
     "ComposedPeftModel",
+    "PositionConfig",
     "RegisterConfig",
     "RegisterLayer",
     "RegisterModel",
@@ -22,3 +24,4 @@ __all__ = [
 ]
 
 register(RegisterConfig, RegisterModel)
+register_positions(PositionConfig, PositionModel)

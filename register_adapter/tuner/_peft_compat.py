@@ -1,7 +1,7 @@
-"""Every touch of PEFT's internals: the new member of its enum of methods, the registration, what older versions lack.
+"""Every touch of PEFT's internals: the new members of its enum of methods, the registration, what older versions lack.
 
 PEFT has no plug-in entry points: ``register_peft_method`` insists that the name is a member of ``PeftType``, and
-transformers calls ``.value`` on it, so the enum gets a real member.
+transformers calls ``.value`` on it, so the enum gets real members.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from torch import nn
 __all__ = [
     "CHECKS_IMPORTS",
     "METHOD",
+    "POSITIONS",
     "PREFIX",
+    "member",
     "peft_type",
     "register",
+    "register_positions",
     "remap_on_load",
     "renamed_by_transformers",
     "renew_on_save",
@@ -32,21 +35,28 @@ __all__ = [
 
 METHOD = "register_adapter"
 PREFIX = "register_adapter_"
+#: The method that moves position embeddings.
+POSITIONS = "offset_positions"
 #: Whether AutoPeftModel itself refuses to import packages that are not on a list (not in PEFT 0.18).
 CHECKS_IMPORTS = hasattr(peft.auto, "check_import_allowlist")
 
 
 def peft_type() -> Any:
     """The enum member ``PeftType.REGISTER_ADAPTER``, made on first use."""
-    name = METHOD.upper()
+    return member(METHOD)
+
+
+def member(method: str) -> Any:
+    """The member of ``PeftType`` for a method of this package, made on first use."""
+    name = method.upper()
     if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = name
-        member._value_ = name
+        made = str.__new__(PeftType, name)
+        made._name_ = name
+        made._value_ = name
         PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)
+        PeftType._member_map_[name] = made
+        PeftType._value2member_map_[name] = made
+        type.__setattr__(PeftType, name, made)
     return PeftType.__members__[name]
 
 
@@ -56,6 +66,12 @@ def register(config_cls: type, model_cls: type) -> None:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
         _read_with(config_cls)
         _load_with(model_cls)
+
+
+def register_positions(config_cls: type, model_cls: type) -> None:
+    """The same for the method that moves position embeddings, which PEFT's own readers and loaders serve."""
+    if member(POSITIONS) not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name=POSITIONS, config_cls=config_cls, model_cls=model_cls, prefix=f"{POSITIONS}_")
 
 
 def _read_with(config_cls: Any) -> None:

@@ -18,7 +18,7 @@ from ..utils.files import check_regular, checksum
 from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from ..utils.shipped import is_shipped, local_folder, shipped_name
 from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
-from .fields import check_combinations, check_types, check_values
+from .fields import check_combinations, check_types, check_values, one_name
 from .heads import TASK_HEADS, checked_labels
 from .neuron_shift import checked_neurons, count_neurons
 from .reading import SavedWeights, naming, read_json, without_unlisted
@@ -247,10 +247,7 @@ class RegisterConfig(PeftConfig):
         Raises:
             ValueError: It names several.
         """
-        names = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules or [])
-        if len(names) > 1:
-            raise ValueError(f"target_modules must name one vision tower, got {names}")
-        return names[0] if names else None
+        return one_name(self.target_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a JSON-ready dictionary."""

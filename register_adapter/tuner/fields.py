@@ -11,7 +11,15 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import is_finite
 from .neuron_shift import REMOVALS
 
-__all__ = ["check_combinations", "check_known", "check_name", "check_string", "check_types", "check_values"]
+__all__ = [
+    "check_combinations",
+    "check_known",
+    "check_name",
+    "check_string",
+    "check_types",
+    "check_values",
+    "one_name",
+]
 
 # Far more than any model has patches.
 _MOST = 2**16
@@ -164,3 +172,13 @@ def check_known(names: Any, known: Collection[str]) -> list[str]:
     if unknown := [name for name in listed if name not in known]:
         raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(known)}")
     return listed
+def one_name(target_modules: str | Iterable[str] | None) -> str | None:
+    """``target_modules`` as the name of one tower.
+
+    Raises:
+        ValueError: It names several.
+    """
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules or [])
+    if len(names) > 1:
+        raise ValueError(f"target_modules must name one vision tower, got {names}")
+    return names[0] if names else None

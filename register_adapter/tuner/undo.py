@@ -13,7 +13,7 @@ __all__ = ["Before", "unchanged_if_refused"]
 
 
 class Before:
-    """The state of a model at one time: modules, parameters, buffers, hooks, attributes, configs, ``requires_grad``.
+    """The state of a model at one time: modules, their classes, parameters, buffers, hooks, attributes, configs, ``requires_grad``.
 
     No value is copied unless that is asked for: tensors are held, and would be missed where something writes into them.
 
@@ -25,6 +25,7 @@ class Before:
     def __init__(self, model: nn.Module, values: bool = False) -> None:
         self.model = model
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
+        self._classes = [(module, type(module)) for module in model.modules()]
         self._tables: list[tuple[Any, Any]] = []
         seen: set[int] = set()
         for module in model.modules():
@@ -62,6 +63,9 @@ class Before:
             if now.keys() != attributes.keys() or any(now[name] is not value for name, value in attributes.items()):
                 now.clear()
                 now.update(attributes)
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                module.__class__ = kind
         for table, content in self._tables:
             if isinstance(table, list):
                 table[:] = content

@@ -11,6 +11,7 @@ __all__ = ["check_module", "part_of", "trainable_by_part", "trainable_in_words",
 # What stands in a parameter's name, and the part it belongs to; the first that fits.
 _MARKS = (
     ("register_adapter_tokens", "registers"),
+    ("offset_positions_", "positions"),
     ("lora_", "lora"),
     ("ln_tuning_layers", "copies"),
     ("modules_to_save", "head"),
@@ -18,7 +19,7 @@ _MARKS = (
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: registers, gates, lora, copies (of whole layers), head, or other."""
+    """The part that a parameter belongs to: registers, gates, positions, lora, copies (of whole layers), head, or other."""
     part = next((part for mark, part in _MARKS if mark in name), "other")
     return "gates" if part == "registers" and name.endswith(".gate") else part
 

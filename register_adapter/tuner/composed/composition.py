@@ -24,6 +24,7 @@ from ...utils.hub import find_config
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import BASE, EVERYONE
+from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .folder import SavedAdapter, fetch_folder, holds_several, read_folder
@@ -34,6 +35,9 @@ from .saving import SavesAll, adapter_tensors, write_adapters
 from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
+
+#: Configs that are checked against the base they are loaded on.
+KNOW_THEIR_BASE = (RegisterConfig, PositionConfig)
 
 
 def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any) -> ComposedPeftModel:
@@ -126,14 +130,14 @@ def load_adapters(
     saved = read_folder(fetch_folder(folder, hub), selected_adapters)
     check_adapters(base, {adapter.name: adapter.config for adapter in saved})
     check_switched_on(base)
-    # Registers first: they know their base by the names and values of its own parameters.
-    saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, RegisterConfig))
+    # First those that know their base by the names and values of its own parameters.
+    saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, KNOW_THEIR_BASE))
     changing = _all_or_nothing(model, [adapter.config for adapter in saved])
     with changing, relocated(saved_first, base) as placed:
         composed = ComposedPeftModel(model)
         kept = composed.active_adapters
         for adapter in placed:
-            if isinstance(adapter.config, RegisterConfig):
+            if isinstance(adapter.config, KNOW_THEIR_BASE):
                 adapter.config.ignore_base_mismatch = ignore_base_mismatch
             adapter.config.inference_mode = not is_trainable
             with naming(adapter.path):

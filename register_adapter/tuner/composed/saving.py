@@ -16,6 +16,7 @@ from ...utils.hub import check_folder
 from ...utils.parameters import trainable_by_part, trainable_in_words
 from ..fields import check_known, check_string
 from ..layer import renew_bases
+from ..positions.model import renew_base
 from .card import write_card
 from .folder import MANIFEST, read_folder, write_folder
 from .relocate import relocated, tower_path
@@ -45,6 +46,8 @@ def write_adapters(
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     state = composed.state_dict() if state_dict is None else state_dict
     renew_bases(composed)
+    for config in composed.peft_config.values():
+        renew_base(composed.get_base_model(), config)
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     active = [name for name in composed.active_adapters if name in names]
     write_folder(folder, adapters, active, tower_path(composed.get_base_model()))

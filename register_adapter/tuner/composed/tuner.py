@@ -18,6 +18,7 @@ from ..config import RegisterConfig
 from ..fields import check_known
 from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
+from ..positions import PositionLayer, position_layers
 from ..registers import refuse_merging
 from .aside import Aside
 from .guards import check_heads, check_merges, flags_kept, hooks_lifted
@@ -169,9 +170,11 @@ class ComposedTuner(BaseTuner):
     def _check_not_stacked(self, name: str) -> None:
         for path, layer in self.model.named_modules():
             inner = getattr(layer, "base_layer", None) if isinstance(layer, BaseTunerLayer) else None
-            if isinstance(inner, BaseTunerLayer) and _method(inner) != _method(layer):
+            below = [inner, *(inner.children() if isinstance(inner, nn.Module) else ())]
+            others = [part for part in below if isinstance(part, BaseTunerLayer) and _method(part) != _method(layer)]
+            if others:
                 raise ValueError(
-                    f"the adapter {name!r} targets {path!r}, which the method {_method(inner)!r} wraps already: "
+                    f"the adapter {name!r} targets {path!r}, which the method {_method(others[0])!r} wraps already: "
                     "stacked layers cannot be merged or taken off one by one. Give them different target_modules."
                 )
 
@@ -237,6 +240,10 @@ class ComposedTuner(BaseTuner):
         kinds = tuple(PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls for method in methods)
         for layer in attached_layers(self.model) if RegisterLayer in kinds else []:
             layer.detach()
+        for offsets in position_layers(self.model) if PositionLayer in kinds else []:
+            if merge:
+                offsets.merge(**options)
+            offsets.detach()
         with hooks_lifted(self.model):
             done: list[str] = []
             for path, module in list(self.model.named_modules()):

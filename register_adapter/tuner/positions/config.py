@@ -1,0 +1,77 @@
+"""The configuration of trained position embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from ...towers.identity import TowerIdentity
+from .._peft_compat import POSITIONS, member
+from ..fields import one_name
+
+__all__ = ["PositionConfig"]
+
+
+@dataclass
+class PositionConfig(PeftConfig):
+    """Configuration of offsets that are added to a vision tower's learned position embeddings, which stay frozen.
+
+    Args:
+        target_modules: Name of the vision tower, or the end of it; needed only where a model has several.
+        modules_to_save: Modules trained and saved as a whole beside the offsets, such as ``["classifier"]``.
+        base_tower: Identity of the base's vision tower; written on attaching, checked on loading.
+        ignore_base_mismatch: Load the adapter although the base is another one. Never saved or read from a file.
+
+    Raises:
+        TypeError: ``target_modules`` or ``base_tower`` has the wrong type.
+        ValueError: ``target_modules`` names several towers.
+    """
+
+    target_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Name of the vision tower, needed only where a model has several."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved as a whole beside the offsets."}
+    )
+    base_tower: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Identity of the base's vision tower, checked at load."}
+    )
+    ignore_base_mismatch: bool = field(
+        default=False, metadata={"help": "Load although the base model is another one. Never saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = member(POSITIONS)
+        names = self.target_modules
+        if not isinstance(names, str | list | tuple | set | None) or not all(isinstance(n, str) for n in names or ()):
+            raise TypeError(f"target_modules must be the name of a vision tower, got {names!r}")
+        self.from_file = self.base_tower is not None
+        if self.base_tower is not None:
+            if not isinstance(self.base_tower, dict):
+                raise TypeError(f"base_tower must be a dictionary, got {self.base_tower!r:.100}")
+            self.base_tower = TowerIdentity.from_dict(self.base_tower).to_dict()
+            # A file cannot waive the check of its own base; the loaders do, where their caller says so.
+            self.ignore_base_mismatch = False
+
+    @property
+    def identity(self) -> TowerIdentity | None:
+        """The base tower's identity, ``None`` before the adapter was attached."""
+        return TowerIdentity.from_dict(self.base_tower) if self.base_tower else None
+
+    @property
+    def tower_name(self) -> str | None:
+        """``target_modules`` as the name of one tower.
+
+        Raises:
+            ValueError: It names several.
+        """
+        return one_name(self.target_modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a JSON-ready dictionary."""
+        values: dict[str, Any] = super().to_dict()
+        values.pop("ignore_base_mismatch", None)
+        return values

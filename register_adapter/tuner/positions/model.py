@@ -1,0 +1,167 @@
+"""The tuner that puts offsets on a tower's position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...errors import UnsupportedModelError
+from ...towers.anatomy import parent
+from ...towers.identity import TowerIdentity, check_finite_base, identity_now
+from ...towers.tower import Tower, find_tower
+from .._peft_compat import POSITIONS
+from ..checks.placing import checked_identity
+from ..fields import check_name
+from ..undo import unchanged_if_refused
+from .config import PositionConfig
+from .layer import CHILD, PositionLayer, position_layers
+
+__all__ = ["PositionModel", "place_of_positions"]
+
+
+class PositionModel(BaseTuner):
+    """Adds trained offsets to the learned position embeddings of a frozen vision transformer.
+
+    Args:
+        model: The base model.
+        peft_config: The config, or a dictionary of configs by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Leave the offsets on the meta device until they are loaded.
+
+    Raises:
+        UnsupportedModelError: No vision tower, several and none chosen, or one without learned position embeddings.
+        BaseModelMismatchError: The config was saved with another base model.
+    """
+
+    prefix: str = f"{POSITIONS}_"
+    tuner_layer_cls = PositionLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the offsets of ``adapter_name`` on the model's tower; see the class for what is raised."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, PositionConfig):
+            raise TypeError(f"expected a PositionConfig for adapter {adapter_name!r}, got {type(config).__name__}")
+        with unchanged_if_refused(model) as before:
+            before.forget(adapter_name)
+            check_name(adapter_name)
+            tower = find_tower(model, config.tower_name)
+            self._place = place_of_positions(tower)
+            present = TowerIdentity.of(tower)
+            check_finite_base(tower, present)
+            identity = checked_identity(present, config)
+            config.base_tower, config.ignore_base_mismatch = identity.to_dict(), False
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            finally:
+                del self._place
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        # PEFT wants a module with a name, and the owner may be the model itself: any one will do.
+        self._target = next(name for name, _ in self.model.named_modules() if name)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
+        return bool(key == self._target)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        owner, name = self._place
+        layer = owner._modules.get(CHILD)
+        if not isinstance(layer, PositionLayer):
+            layer = PositionLayer(owner, name)
+            layer.train(owner.training)
+            layer.attach()
+        layer.update_layer(adapter_name, bool(peft_config.inference_mode))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("position embeddings are read once for a whole batch: leave adapter_names out")
+        yield
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        options = {name: kwargs[name] for name in ("safe_merge", "adapter_names") if name in kwargs}
+        for layer in position_layers(self.model):
+            if merge:
+                layer.merge(**options)
+            layer.detach()
+        base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return base
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
+        renew_base(model, config)
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> Any:
+        """The offsets go where the tower is in this model."""
+        end = f"{CHILD}.{cls.prefix}values.weight"
+        own = f"{CHILD}.{cls.prefix}values.{adapter_name}.weight"
+        here = next((name for name, _ in model.named_parameters() if name.endswith(own)), None)
+        moved = {
+            here.removesuffix(own) + end if here is not None and key.endswith(end) else key: value
+            for key, value in state_dict.items()
+        }
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, moved)
+
+
+def renew_base(model: nn.Module, config: PeftConfig) -> None:
+    """Have a config name the base as it is now, if its weights were loaded after the offsets were attached."""
+    if isinstance(config, PositionConfig) and (before := config.identity) is not None:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        others = any(not isinstance(layer, PositionLayer) for layer in layers)
+        now = identity_now(find_tower(model, config.tower_name), before, biases=not others)
+        if now is not None:
+            config.base_tower = now.to_dict()
+
+
+def place_of_positions(tower: Tower) -> tuple[nn.Module, str]:
+    """Owner and name of the parameter with a tower's position embeddings, as the table of families says.
+
+    Raises:
+        UnsupportedModelError: The tower has none that can be trained.
+    """
+    who = f"{type(tower.module).__name__} (family {tower.anatomy.family!r})"
+    paths = tower.anatomy.position_embedding
+    try:
+        owner, name = parent(tower.module, paths or ())
+    except AttributeError:
+        owner, name = tower.module, ""
+    values = getattr(owner, name, None) if name else None
+    if values is None:
+        raise UnsupportedModelError(
+            f"{who} has no learned position embeddings that could move: its positions are rotary, relative, or none. "
+            "Leave positions out of what is trained."
+        )
+    if isinstance(values, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise UnsupportedModelError(
+            f"the position embeddings of {who} are wrapped by another adapter ({type(values).__name__}); they can be "
+            "trained in one way at a time"
+        )
+    if isinstance(values, nn.Embedding):
+        owner, name = values, "weight"
+    weight = owner._parameters.get(name)
+    if weight is None or not weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"the position embeddings of {who} are fixed or quantised, no parameter that offsets can be added to. "
+            "Leave positions out of what is trained."
+        )
+    return owner, name
