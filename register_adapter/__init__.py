@@ -43,6 +43,7 @@ if _loaded:
     from .towers import FAMILIES, Anatomy, find_tower
     from .tuner import (
         ComposedPeftModel,
+        PositionConfig,
         RegisterConfig,
         RegisterLayer,
         RegisterModel,
@@ -70,6 +71,7 @@ __all__ = [
     "HubAccessError",
     "MissingExtraError",
     "NoArtifactsError",
+    "PositionConfig",
     "RegisterAdapterError",
     "RegisterConfig",
     "RegisterLayer",

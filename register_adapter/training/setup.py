@@ -17,10 +17,10 @@ from ..data.datasets import ProcessedDataset
 from ..data.processors import find_image_processor, source_of
 from ..data.streaming import StreamedDataset
 from ..errors import MissingExtraError
-from ..tuner._peft_compat import PREFIX
 from ..tuner.config import RegisterConfig
 from ..tuner.layer import find_register_layer
 from ..utils.environment import has_accelerator
+from ..utils.parameters import part_of
 from .arguments import TrainArguments
 
 __all__ = [
@@ -150,8 +150,9 @@ def number_of(dataset: Any) -> int | None:
 
 
 def parameter_groups(trainable: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices of trained modules; none for registers, which it would pull to equal values at zero."""
-    decayed = {name for name, parameter in trainable.items() if PREFIX not in name and parameter.ndim > 1}
+    """Weight decay for matrices of trained modules; none for registers and positions, which it would pull to zero."""
+    exempt = ("registers", "gates", "positions")
+    decayed = {name for name, parameter in trainable.items() if part_of(name) not in exempt and parameter.ndim > 1}
     groups = [
         {"params": [p for name, p in trainable.items() if name in decayed], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable.items() if name not in decayed], "weight_decay": 0.0},

@@ -13,7 +13,7 @@ __all__ = ["Before", "unchanged_if_refused"]
 
 
 class Before:
-    """The state of a model at one time: modules, their classes, parameters, buffers, hooks, attributes, configs, ``requires_grad``.
+    """The state of a model at one time: modules and classes, parameters, buffers, hooks, configs, ``requires_grad``.
 
     No value is copied unless that is asked for: tensors are held, and would be missed where something writes into them.
 

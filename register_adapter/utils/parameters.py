@@ -19,7 +19,7 @@ _MARKS = (
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: registers, gates, positions, lora, copies (of whole layers), head, or other."""
+    """The part that a parameter belongs to: registers, gates, positions, lora, copies (of layers), head, or other."""
     part = next((part for mark, part in _MARKS if mark in name), "other")
     return "gates" if part == "registers" and name.endswith(".gate") else part
 

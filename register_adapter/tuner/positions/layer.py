@@ -1,11 +1,14 @@
 """The offsets, and how they reach whoever reads the position embeddings.
 
 A tower reads its position embeddings as an attribute, interpolates them for another image size, slices them, adds them:
-every family in its own way. So the attribute itself is what moves. Its owner (the embedding layer, the ``nn.Embedding``,
-timm's whole tower) gets a class of its own, in which the attribute is a property: the frozen parameter plus the active
-offsets. The parameter stays where it is, under its own key, and nothing is swapped during a pass, which another thread
-could see. PEFT's own ways do not reach it: ``target_parameters`` wraps the owner and has ranks, ``TrainableTokens`` knows
-``nn.Embedding`` alone, and a copied module (``modules_to_save``) would train the patch embedding too.
+every family in its own way. So the attribute itself is what moves. Its owner (the embedding layer, the
+``nn.Embedding``, timm's whole tower) gets a class of its own, in which the attribute is a property: the frozen
+parameter plus the active offsets. The parameter stays where it is, under its own key, and nothing is swapped during a
+pass, which another thread could see.
+
+PEFT's own ways do not reach it: ``target_parameters`` wraps the owner and has ranks, ``TrainableTokens`` knows
+``nn.Embedding`` alone, and a copied module (``modules_to_save``) would train the patch embedding too. torch's
+``parametrize`` renames the parameter, and its classes are neither pickled nor independent of a copy's.
 """
 
 from __future__ import annotations
@@ -71,8 +74,11 @@ class PositionLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Add offsets of one adapter, zeros, and make it the active one if it is the first."""
         self.offset_positions_values[adapter_name] = _Offsets(self.base.detach())
-        active = list(self.active_adapters) or [adapter_name]
-        self.set_adapter(active, inference_mode=inference_mode)
+        super().set_adapter(self._active or [adapter_name], inference_mode=inference_mode)
+
+    @property
+    def _active(self) -> list[str]:
+        return [name for name in cast("list[str]", self.active_adapters) if name in self.offset_positions_values]
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """The position embeddings with the active offsets, in the shape and dtype of ``values``."""
@@ -80,14 +86,13 @@ class PositionLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.merged or self.disable_adapters:
             return values
-        return self._moved(values, [name for name in self.active_adapters if name in self.offset_positions_values])
+        return self._moved(values, self._active)
 
     def _moved(self, values: torch.Tensor, names: list[str]) -> torch.Tensor:
         moved = values
         for name in names:
             offsets = cast(torch.Tensor, self.offset_positions_values[name].weight)
-            # Offsets on the meta device wait for their file.
-            if offsets.device.type == values.device.type or not offsets.is_meta:
+            if values.is_meta or not offsets.is_meta:  # those on the meta device wait for their file
                 moved = moved + offsets
         return moved.to(values.dtype)
 
@@ -123,8 +128,9 @@ class PositionLayer(nn.Module, BaseTunerLayer):
     def attach(self) -> None:
         """Become a child of the owner, whose attribute reads through this layer from now on."""
         owner, name = self._place
+        kind: Any = type(owner)
         owner.add_module(CHILD, self)
-        owner.__class__ = _reading_through(type(owner), name)
+        owner.__class__ = _reading_through(kind, name)
 
     def detach(self) -> None:
         """Undo :meth:`attach`; what was merged stays in the position embeddings."""
@@ -144,7 +150,7 @@ _BEFORE = "_without_offsets"
 
 
 @cache
-def _reading_through(kind: type[nn.Module], name: str) -> type[nn.Module]:
+def _reading_through(kind: Any, name: str) -> Any:
     """A class like ``kind``, with its name, in which reading ``name`` goes through the layer.
 
     Instances of ``kind`` can become ones of it; they are copied and pickled as such.
@@ -172,12 +178,11 @@ def _reading_through(kind: type[nn.Module], name: str) -> type[nn.Module]:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    made: type[nn.Module] = type(kind)(kind.__name__, (kind,), content)
+    made: Any = type(kind)(kind.__name__, (kind,), content)
     return made
 
 
-def _blank(kind: type[nn.Module], name: str) -> nn.Module:
+def _blank(kind: Any, name: str) -> Any:
     """An empty instance, which its state fills."""
     made = _reading_through(kind, name)
     return made.__new__(made)
-
