@@ -289,3 +289,16 @@ def test_two_of_them_add_up_and_leave_one_by_one() -> None:
     model.delete_adapter("second")
     assert torch.equal(outputs("vit", model), outputs("vit", fresh("vit")))
     assert not position_layers(model)
+
+
+def test_without_compose_they_are_taken_off_and_put_on_again() -> None:
+    plain, base = outputs("vit", fresh("vit")), fresh("vit")
+    base.add_adapter(PositionConfig(), "positions")  # type: ignore[operator]
+    move(base)
+    assert not torch.equal(outputs("vit", base), plain)
+    base.delete_adapter("positions")  # type: ignore[operator]
+    assert torch.equal(outputs("vit", base), plain)
+    base.add_adapter(PositionConfig(), "others")  # type: ignore[operator]
+    assert torch.equal(outputs("vit", base), plain)
+    move(base)
+    assert not torch.equal(outputs("vit", base), plain)

@@ -37,7 +37,7 @@ def build(make: Any) -> nn.Module:
     return model
 
 
-WHOLE = "registers+gates+lora+patch_embedding+norms+last_blocks=2"
+WHOLE = "registers+gates+lora+positions+patch_embedding+norms+last_blocks=2"
 
 
 @pytest.mark.parametrize("text", ["registers", "lora", "registers+gates", "last_blocks=1", WHOLE])
@@ -67,10 +67,11 @@ def test_a_text_that_makes_no_sense_is_refused(text: str, message: str) -> None:
     [
         ("registers+gates", {"registers", "gates"}),
         ("lora", {"lora"}),
+        ("positions", {"positions"}),
         ("registers+norms", {"registers", "copies"}),
         ("registers+patch_embedding", {"registers", "copies"}),
         ("last_blocks=1", {"copies"}),
-        (WHOLE, {"registers", "gates", "lora", "copies"}),
+        (WHOLE, {"registers", "gates", "lora", "positions", "copies"}),
     ],
 )
 @pytest.mark.parametrize("make", [make_dinov2, make_clip, make_classifier])

@@ -46,7 +46,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     [
         ("registers+gates+lora", LABEL_FREE),
         ("lora", LABEL_FREE),
-        ("registers+norms+patch_embedding", LABEL_FREE),
+        ("registers+positions+norms+patch_embedding", LABEL_FREE),
         ("registers+lora+last_blocks=1", ()),
     ],
 )
@@ -66,10 +66,11 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_adapters(
 
 
 def test_the_result_is_loaded_as_one_and_trained_further(case: Path, tmp_path: Path) -> None:
-    start(flags(case, tmp_path / "out", *SHORT, "--train", "registers+lora", "--lora-r", "2"))
+    start(flags(case, tmp_path / "out", *SHORT, "--train", "registers+lora+positions", "--lora-r", "2"))
     results = results_of(tmp_path / "out")
     assert results["trained"]["registers"] == 4 * 32
     assert results["trained"]["lora"] % 2 == 0
+    assert results["trained"]["positions"] % 32 == 0
     assert {"eval_accuracy", "eval_registers_off_accuracy"} <= set(results["metrics"])
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert f"| Trained: lora | {results['trained']['lora']:,} parameters |" in card
