@@ -1,4 +1,4 @@
-"""An audit over several processes has the sums of one process."""
+"""An audit, and a fit, over several processes have the sums of one process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_two_processes
+from processes import SCRIPTS, run_two_processes
+from safetensors.torch import load_file
 from training_helpers import write_planted
 
-from register_adapter import audit, find_tower
+from register_adapter import audit, find_tower, fit_test_time_registers
 from register_adapter.artifacts.auditing import build_report
 from register_adapter.artifacts.rules.rules import resolve_rule
 from register_adapter.artifacts.sharing import share_of
 from register_adapter.artifacts.statistics import Statistics, collect_statistics
+from register_adapter.neurons import parts
 from register_adapter.testbed import load_planted_vit
 
 PIXELS = torch.randn(7, 3, 80, 80, generator=torch.Generator().manual_seed(0))
@@ -87,17 +89,42 @@ def test_alone_it_is_the_usual_audit() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
-    images = write_planted(tmp_path, 11) / "images"
-    (images / "bad.png").write_bytes(b"no image")
-    words = ["audit", "planted", images, "--batch-size", "4", "--device", "cpu"]
-    main, other = run_two_processes("register_adapter", *words, "--out", tmp_path / "two", "--json")
-    assert (main.returncode, other.returncode) == (0, 0), main.stderr + other.stderr
-    assert other.stdout == ""
-    assert "bad.png" in main.stderr
-    (report,) = json.loads(main.stdout)["reports"]
+def test_two_processes_write_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = write_planted(tmp_path / "few", 11) / "images", write_planted(tmp_path / "many", 29) / "images"
+    for bad in (few / "bad.png", many / "0bad.png", many / "9bad.png"):  # among the first images, and behind them
+        bad.write_bytes(b"no image")
+    given = ["--device", "cpu", "--json"]
+    audited = ["audit", "planted", few, "--batch-size", "4", "--out", tmp_path / "two", *given]
+    fitted = ["fit", "planted", many, "--out", tmp_path / "fitted", *given]
+    nothing = ["fit", "clean", few, "--out", tmp_path / "nothing", *given]
+    broken = ["broken", "fit", "planted", few, "--out", tmp_path / "broken", *given]
+    words = [*audited, "then", *fitted, "then", *nothing, "then", *broken]
+    main, other = run_two_processes(SCRIPTS / "in_turn.py", *words)
+    said, named = main.stdout.split("\0"), main.stderr.split("\0")
+    assert other.stdout.split("\0")[::2] == [""] * 5
+    assert other.stdout.split("\0")[1::2] == said[1::2], main.stderr + other.stderr
+    assert said[1::2] == ["0", "0", "0", "error: a process broke down"]
+
+    assert "bad.png" in named[0]
+    (report,) = json.loads(said[0])["reports"]
     assert json.loads((tmp_path / "two" / "audit.json").read_text())["reports"] == [report]
     assert (tmp_path / "two" / "index.html").is_file()
     assert len(report["environment"]["skipped"]) == 1
-    alone = audit(load_planted_vit().model, images, batch_size=4, progress=False, name="planted")
+    alone = audit(load_planted_vit().model, few, batch_size=4, progress=False, name="planted")
     same(report, json.loads(json.dumps(alone.to_dict())))
+
+    monkeypatch.setattr(parts, "NUM_FIRST", 14)
+    monkeypatch.setattr(parts, "NUM_HELD_OUT", 6)
+    once = fit_test_time_registers(load_planted_vit().model, many, progress=False)
+    config, result = once.peft_config["default"], json.loads(said[2])
+    same(result["test_time_fit"], json.loads(json.dumps(config.test_time_fit)))
+    assert result["test_time_fit"]["num_images"] == {"detect": 29, "rank": 9, "held_out": 6}
+    assert [Path(line.partition(":")[0]).name for line in result["skipped"]] == ["0bad.png", "9bad.png"]
+    once.save_pretrained(str(tmp_path / "once"))
+    pair = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fitted", "once")]
+    assert pair[0].keys() == pair[1].keys()
+    for key, value in pair[1].items():
+        torch.testing.assert_close(pair[0][key], value, rtol=1e-5, atol=1e-5)
+
+    assert "needs no registers" in json.loads(said[4])["reason"]
+    assert not [name for name in ("nothing", "broken") if (tmp_path / name).exists()]

@@ -1,11 +1,12 @@
-"""An audit over several processes: each sums over its share of the images, and all end with the same sums."""
+"""Work over several processes: each sums over its share of the images, and all end with the same sums."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -16,7 +17,9 @@ from ..data.batches import is_batch, list_images
 from ..data.images import ImageFileError
 from .statistics import Statistics
 
-__all__ = ["run_shared", "share_of"]
+__all__ = ["run_shared", "share_of", "together"]
+
+T = TypeVar("T")
 
 
 def share_of(images: Any, max_images: int | None, index: int, count: int) -> Any:
@@ -54,6 +57,40 @@ def share_of(images: Any, max_images: int | None, index: int, count: int) -> Any
     return None if own is None else chain([own], share_left)
 
 
+def together(work: Callable[[], T]) -> list[T]:
+    """Run one process's part of a work that all of them do, and give all of them the results.
+
+    Args:
+        work: Gives what can be pickled, tensors on the CPU.
+
+    Returns:
+        The results of all processes, in their order.
+
+    Raises:
+        Exception: What a process raised, in all of them: the others would wait for it.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = _portable(error)
+    outcomes: list[tuple[Exception | None, Any]] = gather_object([(failure, result)])
+    for failed, _ in outcomes:
+        if failed is not None:
+            raise failed
+    return [given for _, given in outcomes]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or what it says, if it cannot go to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def run_shared(
     statistics: Statistics, run: Callable[[], None], skipped: Callable[[], list[str]], strict: bool
 ) -> list[str]:
@@ -71,23 +108,20 @@ def run_shared(
     Raises:
         ImageFileError, RegisterAdapterError, ValueError: What a process raised, in all of them.
     """
-    failure: Exception | None = None
-    try:
-        run()
-    except ImageFileError as error:
-        # A share without a good image is none without the others' being so.
-        failure = error if strict else None
-    except Exception as error:  # told to the others, which would wait for this process
-        failure = error
-    outcomes: list[tuple[Exception | None, Any, list[str]]] = gather_object(
-        [(failure, statistics.sums(torch.device("cpu")), skipped())]
-    )
-    for failed, _, _ in outcomes:
-        if failed is not None:
-            raise failed
-    lines = [line for _, _, own in outcomes for line in own]
+
+    def work() -> tuple[Any, list[str]]:
+        try:
+            run()
+        except ImageFileError:
+            # A share without a good image is none without the others' being so.
+            if strict:
+                raise
+        return statistics.sums(torch.device("cpu")), skipped()
+
+    outcomes = together(work)
+    lines = [line for _, own in outcomes for line in own]
     own = PartialState().process_index
-    for place, (_, sums, _) in enumerate(outcomes):
+    for place, (sums, _) in enumerate(outcomes):
         if place != own:
             statistics.add_sums(sums)
     if not statistics.num_images and lines:

@@ -64,6 +64,7 @@ def fit_command(
     silence_libraries(quiet)
     from ..errors import NoArtifactsError
     from .runs.fit import FitArguments, how_to_load, run_fit, write_skipped
+    from .runs.launched import is_main_process
 
     arguments = FitArguments(
         model=model,
@@ -88,10 +89,14 @@ def fit_command(
         with collect_skipped() as skipped:
             neurons, fit = run_fit(arguments)
     except NoArtifactsError as error:  # good news, and no failure
+        if not is_main_process():
+            return
         reason = name_flags(str(error), fit_command)
         print_skipped(skipped, None)
         nothing: dict[str, Any] = {"register_neurons": {}, "test_time_fit": None, "reason": reason}
         print_result({**nothing, "skipped": skipped}, lambda: echo(reason), as_json=as_json, quiet=quiet)
+        return
+    if not is_main_process():
         return
     print_skipped(skipped, write_skipped(skipped, output_dir))
     print_result(

@@ -21,7 +21,16 @@ from .images import ImageFileError, image_name, load_image, named_folder, walk_f
 from .processing import Batch, Processing
 from .processors import find_image_processor
 
-__all__ = ["Batch", "ImageBatches", "Labelled", "batch_length", "is_batch", "list_images", "slice_batch"]
+__all__ = [
+    "Batch",
+    "ImageBatches",
+    "Labelled",
+    "batch_length",
+    "is_batch",
+    "list_images",
+    "slice_batch",
+    "warn_of_skipped",
+]
 
 logger = logging.getLogger(__name__)
 _LABELS = ("labels", "label")
@@ -250,8 +259,7 @@ class ImageBatches:
     def report_skipped(self) -> None:
         """Warn of the images that were left out since the last call; the log record has all of them as ``skipped``."""
         lines, self._named = self.skipped[self._named :], len(self.skipped)
-        if lines:
-            logger.warning("%s and skipped: %s", _counted(lines), first_few(lines), extra={"skipped": lines})
+        warn_of_skipped(lines)
 
     def _make(self, items: list[tuple[int, Any]]) -> _Made:
         """One batch, in a thread: the processed images, and what is wrong with the others."""
@@ -285,6 +293,12 @@ class ImageBatches:
         batch = self._processing.joined(singles, lambda: map(load_image, sources))
         given = None if any(label is None for label in labels) else labels
         return _Made(Labelled(batch, numbers, given), faults, failures)
+
+
+def warn_of_skipped(lines: Sequence[str]) -> None:
+    """Warn of images that were left out, a line for each, if there are any; the record has all as ``skipped``."""
+    if lines:
+        logger.warning("%s and skipped: %s", _counted(lines), first_few(lines), extra={"skipped": list(lines)})
 
 
 class _Made(NamedTuple):

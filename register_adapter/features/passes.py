@@ -58,6 +58,7 @@ class PassOptions:
         strict: Refuse bad images instead of skipping them with a warning.
         progress: Show a progress bar.
         dtype: Of floating point inputs; ``None`` takes that of the tower's weights.
+        report: Warn of skipped images at the end.
     """
 
     image_processor: Any = None
@@ -67,6 +68,7 @@ class PassOptions:
     strict: bool = False
     progress: bool = False
     dtype: torch.dtype | None = None
+    report: bool = True
 
 
 class Batch(NamedTuple):
@@ -126,7 +128,7 @@ class ImagePass:
         self.dtype = options.dtype or dtype
         self._images = images
         self._labels, self._with_labels = labels, with_labels
-        self._title, self._progress = title, options.progress
+        self._title, self._progress, self._report = title, options.progress, options.report
         self._batches: Generator[Batch, None, None] = self._read()
 
     @property
@@ -181,7 +183,8 @@ class ImagePass:
                     yield Batch(inputs, len(numbers), labels, numbers)
                     bar.update(len(numbers))
         finally:
-            self._images.report_skipped()  # behind the bar, which it would break
+            if self._report:  # behind the bar, which it would break
+                self._images.report_skipped()
 
     def _labels_of(self, numbers: range | list[int], own: Any) -> _Labels | None:
         """The labels of one batch: those given for all images, or those that came with it."""

@@ -9,7 +9,7 @@ chosen on others, so that it is not chosen on what they were found on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import nn
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
 from ..artifacts.rules.threshold import Threshold
 from ..errors import UnsupportedModelError
-from ..features.passes import PassOptions, open_pass, place_of
+from ..features.passes import PassOptions, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
 from ..tuner.fields import check_name
@@ -34,6 +34,7 @@ from .parts import Parts
 from .repair import Repair, order_by_block
 from .scores import Neuron
 from .search import Search
+from .team import ImageSource, Team
 from .views import View
 
 __all__ = ["fit_test_time_registers"]
@@ -64,6 +65,7 @@ def fit_test_time_registers(
     target_modules: str | None = None,
     strict: bool = False,
     progress: bool = True,
+    shared: bool = False,
 ) -> RegisterPeftModel:
     """Repair a model with artifacts in seconds, without a gradient.
 
@@ -95,6 +97,9 @@ def fit_test_time_registers(
         target_modules: Name of the vision tower, needed only where a model has several.
         strict: Refuse bad images instead of skipping them with a warning.
         progress: Show a progress bar.
+        shared: Called in every process of ``accelerate launch`` with the same model and images: each looks at a part of
+            them, and all end with the same registers, which are one process's to the rounding of batches of another
+            size. The first 88 images, which are kept, are read by all. Bars and warnings are the main one's.
 
     Returns:
         The model with the adapter; ``model.peft_config[adapter_name].test_time_fit`` says what was found: the block,
@@ -114,29 +119,32 @@ def fit_test_time_registers(
         >>> model = fit_test_time_registers(AutoModel.from_pretrained("facebook/dinov2-large"), "my_images")
         >>> model.save_pretrained("registers")
     """
-    check_name(adapter_name)
-    _check(model, num_neurons, max_neurons, threshold, top_block)
-    tower = find_tower(model, target_modules)
-    forms = {"attention_bias": attention_bias, "gate": gate is not None}
-    _check_tower(tower, top_block, [name for name, wanted in forms.items() if wanted])
-    _check_sizes(tower, image_sizes or ())
-    resolved = resolve_rule(rule)
-    given = {}
+    team = Team.of_all() if shared else Team()
+    resolved, given = resolve_rule(rule), {}
     if threshold is not None and top_block is not None:
         given = {top_block + 1: Threshold("fixed", threshold, 0.0, True)}
-    options = PassOptions(
-        image_processor=image_processor,
-        batch_size=batch_size or (8 if place_of(tower)[0].type == "cpu" else 32),
-        max_images=max_images,
-        strict=strict,
-        progress=progress,
-    )
-    opened = open_pass(model, images, options, target_modules=target_modules, title="fitting registers")
-    with closing(opened), opened.attached():
-        parts = Parts(batch.inputs for batch in opened)
-        search = Search(
-            tower, image_sizes or (None,), resolved, rule_name(rule), given, top_block, num_neurons or max_neurons
+
+    def open_source() -> ImageSource:
+        check_name(adapter_name)
+        _check(model, num_neurons, max_neurons, threshold, top_block)
+        tower = find_tower(model, target_modules)
+        forms = {"attention_bias": attention_bias, "gate": gate is not None}
+        _check_tower(tower, top_block, [name for name, wanted in forms.items() if wanted])
+        _check_sizes(tower, image_sizes or ())
+        options = PassOptions(
+            image_processor=image_processor,
+            batch_size=batch_size or (8 if place_of(tower)[0].type == "cpu" else 32),
+            max_images=max_images,
+            strict=strict,
+            progress=progress,
         )
+        return ImageSource(model, images, options, team, target_modules)
+
+    source = team.each(open_source)
+    sizes, most = image_sizes or (None,), num_neurons or max_neurons
+    with closing(source.opened) as opened, opened.attached():
+        parts = team.each(lambda: Parts(source))
+        search = Search(opened.tower, sizes, resolved, rule_name(rule), given, top_block, most, team)
         views, top, candidates = search.run(parts)
     adapter = _Adapter(
         model,
@@ -146,7 +154,9 @@ def fit_test_time_registers(
     )
     trial = _try(adapter, candidates, views, parts, num_neurons, attention_bias)
     record = _record(trial, views, parts, search.num_ranked, top, "fixed" if given else rule_name(rule))
-    return adapter.attach(trial.chosen, trial.pairs, train_removal=train_removal, test_time_fit=record)
+    return team.each(
+        lambda: adapter.attach(trial.chosen, trial.pairs, train_removal=train_removal, test_time_fit=record)
+    )
 
 
 def _check(
@@ -231,8 +241,11 @@ def _try(
     """Third phase: how many neurons it takes, with all candidates on the model for as long as that is measured."""
     _, ranks = order_by_block(candidates)
     held_out = [(view.thresholds, [view.resized(batch) for batch in parts.held_out]) for view in views]
-    with adapter.attached(candidates) as layer, evaluating(layer.tower.module):
-        repair = Repair(layer, adapter.name, ranks, held_out)
+    team = parts.source.team
+    with ExitStack() as stack:
+        layer = team.each(lambda: stack.enter_context(adapter.attached(candidates)))
+        stack.enter_context(evaluating(layer.tower.module))
+        repair = Repair(layer, adapter.name, ranks, held_out, team)
         number = len(candidates)
         if num_neurons is None:
             number = repair.choose(ENOUGH, [neuron.score for neuron in candidates])
@@ -240,7 +253,7 @@ def _try(
         pairs = None
         if attention_bias:
             repair.shift(number)
-            pairs = constant_pairs(layer, adapter.name, [batch for _, batches in held_out for batch in batches])
+            pairs = constant_pairs(layer, adapter.name, [batch for _, batches in held_out for batch in batches], team)
     return _Trial(candidates[:number], before, after, repair.curve, pairs)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..data.batches import Batch, batch_length, slice_batch
+from .team import ImageSource
 
 __all__ = ["NUM_FIRST", "NUM_HELD_OUT", "Parts"]
 
@@ -21,29 +22,31 @@ class Parts:
     Where there are few images, a quarter is held out, and the rest serves twice.
 
     Args:
-        batches: Batches on the model's device.
+        source: The images.
 
     Attributes:
-        first: Batches of the images that say where outliers may be.
-        held_out: Batches of those that the number of neurons is chosen on.
+        first: Batches of the images that say where outliers may be, this process's part of them.
+        held_out: The same of those that the number of neurons is chosen on.
         num_first: Number of the former.
         num_held_out: Number of the latter.
-        num_others: Number of all others that were streamed so far.
+        num_others: Number of all others that were streamed so far; of this process, until :meth:`add_up`.
     """
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
         self.first: list[Batch] = []
         self.held_out: list[Batch] = []
         self.num_first = self.num_held_out = self.num_others = 0
-        self._batches = batches
         #: What is over of the batch in which the first two parts end.
         self._rest: list[Batch] = []
-        for batch in batches:
+        for batch in source.first():
             self._take(batch)
             if self.num_held_out >= NUM_HELD_OUT:
                 break
         if self.num_held_out < NUM_HELD_OUT:
             self._share()
+        for name in ("first", "held_out", "_rest"):
+            setattr(self, name, list(source.team.own(getattr(self, name))))
 
     @property
     def num_images(self) -> int:
@@ -73,9 +76,14 @@ class Parts:
         for batch in self._rest:
             self.num_others += batch_length(batch)
             yield batch
-        for batch in self._batches:
+        for batch in self.source.others():
             self.num_others += batch_length(batch)
             yield batch
+
+    def add_up(self) -> None:
+        """Count the others of all processes, and name what was left out."""
+        self.num_others = sum(self.source.team.run(lambda: self.num_others))
+        self.source.report_skipped()
 
 
 def _divided(batch: Batch, number: int) -> tuple[Batch, Batch]:

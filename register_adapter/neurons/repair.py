@@ -19,6 +19,7 @@ from ..towers.calls import first_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from .scores import run_up_to
+from .team import Team
 
 __all__ = ["Repair", "order_by_block"]
 
@@ -44,7 +45,8 @@ class Repair:
         layer: The registers, with all candidates.
         adapter_name: Name of the adapter.
         ranks: ``(K,)``: place of each candidate, the best first.
-        held_out: For every view: its thresholds by layer, and batches.
+        held_out: For every view: its thresholds by layer, and this process's batches.
+        team: The processes of the fit.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Repair:
         adapter_name: str,
         ranks: torch.Tensor,
         held_out: list[tuple[dict[int, Threshold], list[Batch]]],
+        team: Team,
     ) -> None:
-        self.layer, self.ranks, self.held_out = layer, ranks, held_out
+        self.layer, self.ranks, self.held_out, self.team = layer, ranks, held_out, team
         self.tokens = layer.tokens(adapter_name)
         #: Number of neurons to the share of patches that are still outliers, behind the block where they appear.
         self.curve: dict[int, float] = {}
@@ -90,12 +93,18 @@ class Repair:
         first, largest = 0.0, 0.0
         for thresholds, batches in self.held_out:
             start = min(thresholds)
-            shares, patches = _shares(self.layer, thresholds if whole else {start: thresholds[start]}, batches)
+            shares, patches = self._shares(thresholds if whole else {start: thresholds[start]}, batches)
             first, largest = max(first, shares[start]), max(largest, *shares.values())
             self.patches = min(self.patches or patches, patches)
         self.curve[number] = first
         if whole:
             self._whole[number] = largest
+
+    def _shares(self, thresholds: dict[int, Threshold], batches: list[Batch]) -> tuple[dict[int, float], int]:
+        """Share of outlier patches at every layer of ``thresholds``, and the number of patches, over all processes."""
+        parts = self.team.run(lambda: _counts(self.layer, thresholds, batches))
+        patches = sum(seen for _, seen in parts)
+        return {index: sum(counts[index] for counts, _ in parts) / max(patches, 1) for index in thresholds}, patches
 
     def choose(self, enough: float, scores: Sequence[float]) -> int:
         """The fewest candidates that leave at most ``enough`` of the outliers; else those that leave fewest.
@@ -161,10 +170,8 @@ def _steepest(scores: Sequence[float]) -> int:
 
 
 @torch.no_grad()
-def _shares(
-    layer: RegisterLayer, thresholds: dict[int, Threshold], batches: list[Batch]
-) -> tuple[dict[int, float], int]:
-    """Share of outlier patches at every layer of ``thresholds``, and the number of patches."""
+def _counts(layer: RegisterLayer, thresholds: dict[int, Threshold], batches: list[Batch]) -> tuple[dict[int, int], int]:
+    """Number of outlier patches at every layer of ``thresholds``, and of all patches."""
     tower: Tower = layer.tower
     counts: dict[int, Any] = dict.fromkeys(thresholds, 0)
     patches = 0
@@ -183,4 +190,4 @@ def _shares(
             stack.callback(blocks[index - 1].register_forward_hook(in_this_thread(hook), prepend=True).remove)
         for batch in batches:
             run_up_to(tower, max(thresholds) - 1, batch)
-    return {index: float(number) / max(patches, 1) for index, number in counts.items()}, patches
+    return {index: int(number) for index, number in counts.items()}, patches

@@ -8,9 +8,9 @@ patches, times what it writes along the direction in which outliers differ from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from ..towers.calls import first_of
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 
-__all__ = ["Neuron", "NeuronScores", "pool", "run_up_to"]
+__all__ = ["Neuron", "NeuronScores", "ScoreSums", "pool", "run_up_to"]
 
 
 class Neuron(NamedTuple):
@@ -82,16 +82,20 @@ class _Sums:
     def __init__(self, count: Any = 0, first: Any = 0, second: Any = 0) -> None:
         self.count, self.first, self.second = count, first, second
 
-    def add(self, values: torch.Tensor) -> None:
-        """Add tokens ``(…, M)``."""
+    def add(self, values: torch.Tensor, zeros: int = 0) -> None:
+        """Add tokens ``(…, M)``, of which so many are zeros that stand for none."""
         kind = torch.float32 if values.device.type == "mps" else torch.float64
-        self.count = self.count + values.shape[:-1].numel()
+        self.count = self.count + values.shape[:-1].numel() - zeros
         self.first = self.first + _total(values).to(kind)
         self.second = self.second + _total(values.square()).to(kind)
 
-    def without(self, others: _Sums) -> _Sums:
-        """The sums over the tokens that are not among ``others``."""
-        return _Sums(self.count - others.count, self.first - others.first, self.second - others.second)
+    def moved(self) -> _Sums:
+        """The same on the CPU."""
+        return _Sums(self.count, *(v.cpu() if isinstance(v, torch.Tensor) else v for v in (self.first, self.second)))
+
+    def plus(self, other: _Sums) -> _Sums:
+        """The sums over both."""
+        return _Sums(self.count + other.count, self.first + other.first, self.second + other.second)
 
     @property
     def mean(self) -> torch.Tensor:
@@ -102,6 +106,14 @@ class _Sums:
     def std(self) -> torch.Tensor:
         """``(M,)``."""
         return torch.as_tensor((self.second / max(self.count, 1) - self.mean.square()).clamp_min(0).sqrt())
+
+
+class ScoreSums(NamedTuple):
+    """Number of images, and sums by block over outliers and over the others; block -1 is the top block's output."""
+
+    num_images: int
+    outliers: dict[int, _Sums]
+    others: dict[int, _Sums]
 
 
 class NeuronScores:
@@ -118,7 +130,7 @@ class NeuronScores:
         self.tower, self.threshold, self.top = tower, threshold, top
         self.blocks = [block for block in range(first, top + 1) if tower.block_part(block, "mlp_out") is not None]
         self._outliers = {block: _Sums() for block in [*self.blocks, -1]}
-        self._all = {block: _Sums() for block in [*self.blocks, -1]}
+        self._others = {block: _Sums() for block in [*self.blocks, -1]}
         self._seen: dict[int, torch.Tensor] = {}
         registers = getattr(tower.module, "registers", None)
         self._layer = registers if isinstance(registers, RegisterLayer) else None
@@ -156,9 +168,24 @@ class NeuronScores:
         self.num_images += len(hidden)
         for block, values in [*self._seen.items(), (-1, hidden)]:
             tokens = self._patches(block, values).float() if block >= 0 else values
-            self._all[block].add(tokens)
-            self._outliers[block].add(tokens[images.to(tokens.device), places.to(tokens.device)])
+            where = images.to(tokens.device), places.to(tokens.device)
+            self._outliers[block].add(tokens[where])
+            # Not all less the outliers: next to those, what the others do is less than a rounding error.
+            others = tokens.index_put(where, tokens.new_zeros(())) if len(images) else tokens
+            self._others[block].add(others, zeros=len(images))
         self._seen.clear()
+
+    def sums(self) -> ScoreSums:
+        """All that was summed, on the CPU, as :meth:`set_sums` takes it."""
+        outliers, others = ({k: v.moved() for k, v in table.items()} for table in (self._outliers, self._others))
+        return ScoreSums(self.num_images, outliers, others)
+
+    def set_sums(self, parts: Sequence[ScoreSums]) -> None:
+        """Have the sums of several processes, in place of those of this one."""
+        self.num_images = sum(part.num_images for part in parts)
+        for block in self._others:
+            self._outliers[block] = reduce(_Sums.plus, (part.outliers[block] for part in parts))
+            self._others[block] = reduce(_Sums.plus, (part.others[block] for part in parts))
 
     @property
     def num_outliers(self) -> int:
@@ -167,12 +194,11 @@ class NeuronScores:
 
     def ranked(self, most: int) -> list[Neuron]:
         """The ``most`` units that add most to the outliers, the first first."""
-        others = self._all[-1].without(self._outliers[-1])
-        direction = (self._outliers[-1].mean - others.mean).double().cpu()
+        direction = (self._outliers[-1].mean - self._others[-1].mean).double().cpu()
         length = direction.norm().clamp_min(1e-12)
         neurons: list[Neuron] = []
         for block in self.blocks:
-            outliers, others = self._outliers[block], self._all[block].without(self._outliers[block])
+            outliers, others = self._outliers[block], self._others[block]
             usual, spread = others.mean.double().cpu(), others.std.double().cpu()
             more = outliers.mean.double().cpu() - usual
             score = (more * self._written(block, direction / length)).abs() / length

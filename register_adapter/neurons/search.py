@@ -10,7 +10,10 @@ and all images do not, it is that of the images that were kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
 
 from ..artifacts.auditing import build_report
 from ..artifacts.rules.rules import Rule
@@ -20,13 +23,15 @@ from ..data.batches import Batch
 from ..errors import NoArtifactsError, RegisterAdapterError
 from ..towers.tower import Tower
 from .parts import Parts
-from .scores import Neuron, NeuronScores, pool
+from .scores import Neuron, NeuronScores, ScoreSums, pool
+from .team import Team
 from .views import View
 
 __all__ = ["Search"]
 
 #: Lines that differ by less than this factor lie in the same gap between norms.
 _NEAR = 1.2
+_CPU = torch.device("cpu")
 
 
 class Search:
@@ -40,6 +45,7 @@ class Search:
         by_hand: Layer to a threshold that is given and not found.
         top_block: Index of the last block to look at; ``None``: the one behind which outliers appear.
         most: Number of units to find.
+        team: The processes of the fit.
     """
 
     def __init__(
@@ -51,9 +57,10 @@ class Search:
         by_hand: dict[int, Threshold],
         top_block: int | None,
         most: int,
+        team: Team,
     ) -> None:
         self.tower, self.rule, self.rule_called = tower, rule, rule_called
-        self.by_hand, self.top_block, self.most = by_hand, top_block, most
+        self.by_hand, self.top_block, self.most, self.team = by_hand, top_block, most, team
         #: Number of images on which units are ranked, and why the first size has outliers or none.
         self.num_ranked, self._reason = 0, ""
         self._views = [View(tower, size, Statistics(tower, attentions=False)) for size in sizes]
@@ -72,15 +79,12 @@ class Search:
             ValueError: Outliers do not separate behind the block that was chosen.
         """
         kept = [*parts.first, *parts.held_out]
-        for batch in kept:
-            for view in self._views:
-                view.look(batch)
+        self._look(kept, {})
         self._attend(kept)
         expected = self._separating()
         scores = self._scores(expected)
-        for batch in parts.others():
-            for view in self._views:
-                view.look(batch, scores.get(view.size))
+        self._look(parts.others(), scores)
+        parts.add_up()
         self._attend(kept)
         views = self._separating()
         if not views:
@@ -88,9 +92,7 @@ class Search:
         top = self._top(views)
         if not parts.num_others or not _as_expected(scores, views, top):
             scores = {view.size: NeuronScores(self.tower, view.threshold_behind(top), top) for view in views}
-            for batch in parts.first:
-                for view in views:
-                    scores[view.size].add(view.resized(batch))
+            self._rank(parts.first, views, scores)
         self.num_ranked = scores[views[0].size].num_images
         ranking = [view_scores for view_scores in scores.values() if view_scores.num_outliers]
         if not ranking:
@@ -120,12 +122,45 @@ class Search:
             if top + 1 in view.thresholds
         }
 
+    def _look(self, batches: Iterable[Batch], scores: dict[int | None, NeuronScores]) -> None:
+        """Run the tower over batches; what the other processes see in theirs is added."""
+        alone = self.team.count == 1
+        views = self._views if alone else [view.fresh() for view in self._views]
+
+        def work() -> tuple[list[Any], dict[int | None, ScoreSums]]:
+            for batch in batches:
+                for view in views:
+                    view.look(batch, scores.get(view.size))
+            if alone:
+                return [], {}
+            return [view.statistics.sums(_CPU) for view in views], {size: own.sums() for size, own in scores.items()}
+
+        outcomes = self.team.run(work)
+        for sums, _ in outcomes:
+            for view, added in zip(self._views, sums, strict=not alone):
+                view.statistics.add_sums(added)
+        _add_up(scores, [summed for _, summed in outcomes])
+
+    def _rank(self, batches: list[Batch], views: list[View], scores: dict[int | None, NeuronScores]) -> None:
+        """Rank units by these batches, which were looked at before."""
+
+        def work() -> dict[int | None, ScoreSums]:
+            for batch in batches:
+                for view in views:
+                    scores[view.size].add(view.resized(batch))
+            return {size: own.sums() for size, own in scores.items()}
+
+        _add_up(scores, self.team.run(work))
+
     def _attend(self, kept: Sequence[Batch]) -> None:
         """Where norms show nothing, as the audit does: look at the attention too."""
         if not self._separating():
             for view in self._views:
                 if not view.statistics.attends:
-                    view.attend(kept)
+                    seen = self.team.run(lambda view=view: view.attention(kept))  # type: ignore[misc]
+                    known = [sums for sums in seen if sums is not None]
+                    if len(known) == len(seen):
+                        view.attend(known)
 
     def _nothing(self, parts: Parts) -> RegisterAdapterError:
         """Why there is nothing to fit: no artifacts, or none that norms tell from other patches."""
@@ -144,6 +179,13 @@ class Search:
             else f"{who} needs no registers: the rule {self.rule_called!r} finds no artifacts"
         )
         return NoArtifactsError(f"{said} on {parts.num_images} images. {report.reason} {rest}top_block=.")
+
+
+def _add_up(scores: dict[int | None, NeuronScores], parts: list[dict[int | None, ScoreSums]]) -> None:
+    """Have what all processes have summed."""
+    for size, own in scores.items():
+        if summed := [part[size] for part in parts if part]:
+            own.set_sums(summed)
 
 
 def _as_expected(scores: dict[int | None, NeuronScores], views: list[View], top: int) -> bool:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..artifacts.rules.rules import Rule
 from ..artifacts.rules.threshold import Threshold
-from ..artifacts.statistics import Statistics
+from ..artifacts.statistics import Statistics, Sums
 from ..artifacts.verdicts import judge
 from ..data.batches import Batch
 from ..errors import UnsupportedModelError
@@ -83,8 +83,12 @@ class View:
                     f" in this batch size ({said})"
                 ) from error
 
-    def attend(self, batches: Sequence[Batch]) -> None:
-        """Look at the attention too from here on, and once more at these batches, which were looked at without.
+    def fresh(self) -> View:
+        """The same with nothing summed yet."""
+        return replace(self, statistics=Statistics(self.tower, attentions=self.statistics.attends))
+
+    def attention(self, batches: Sequence[Batch]) -> Sums | None:
+        """What an audit with attention sums over batches, on the CPU; ``None`` where attention returns no maps.
 
         Args:
             batches: Those so far, or the part of them that was kept.
@@ -94,8 +98,15 @@ class View:
             with seen.attach():
                 for batch in batches:
                     self.tower.run(self.resized(batch))
-        except UnsupportedModelError:  # an attention that returns no maps: norms alone decide
-            return
+        except UnsupportedModelError:  # norms alone decide
+            return None
+        return seen.sums(torch.device("cpu"))
+
+    def attend(self, parts: Sequence[Sums]) -> None:
+        """Look at the attention too from here on, in addition to what was seen of it in :meth:`attention`."""
+        seen = Statistics(self.tower)
+        for sums in parts:
+            seen.add_sums(sums)
         self.statistics.attentions, self.statistics.attends = seen.attentions, True
 
     def judged(self, rule: Rule, by_hand: dict[int, Threshold]) -> View:

@@ -278,7 +278,12 @@ def _fitted_start(args: ModelArguments, base: nn.Module, images: ProcessedDatase
         source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
     else:
         source = fit_test_time_registers(
-            base, PixelBatches(images), num_registers=args.num_registers, max_images=_LOOKED_AT, progress=progress
+            base,
+            PixelBatches(images),
+            num_registers=args.num_registers,
+            max_images=_LOOKED_AT,
+            progress=progress,
+            shared=True,
         )
     few, dropped = range(min(len(images), 64)), args.neurons == "drop"
     batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []

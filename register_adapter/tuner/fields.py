@@ -172,6 +172,8 @@ def check_known(names: Any, known: Collection[str]) -> list[str]:
     if unknown := [name for name in listed if name not in known]:
         raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(known)}")
     return listed
+
+
 def one_name(target_modules: str | Iterable[str] | None) -> str | None:
     """``target_modules`` as the name of one tower.
 

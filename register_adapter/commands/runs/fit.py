@@ -10,6 +10,7 @@ from typing import Any
 from ...neurons import fit_test_time_registers
 from ...utils.staging import check_target, write_text
 from .inputs import choose_device, load_base, load_images, load_processor
+from .launched import is_main_process, num_processes, own_device
 from .open_clip_models import is_open_clip
 
 __all__ = ["FitArguments", "how_to_load", "run_fit", "write_skipped"]
@@ -50,6 +51,8 @@ class FitArguments:
 def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
     """Fit, and save the adapter.
 
+    The processes of ``accelerate launch -m register_adapter fit`` share the images, and the main one writes.
+
     Returns:
         Block to its register neurons, and how they were found.
 
@@ -59,7 +62,8 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
     """
     check_target(args.output_dir)
     images = load_images(args.images, args.max_images)
-    model = load_base(args.model).to(choose_device(args.device))
+    shared = num_processes() > 1
+    model = load_base(args.model).to(own_device(args.device) if shared else choose_device(args.device))
     fitted = fit_test_time_registers(
         model,
         images,
@@ -77,8 +81,10 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         batch_size=args.batch_size,
         strict=args.strict,
         progress=args.progress,
+        shared=shared,
     )
-    fitted.save_pretrained(args.output_dir)
+    if is_main_process():
+        fitted.save_pretrained(args.output_dir)
     config = fitted.peft_config["default"]
     return config.register_neurons, config.test_time_fit
 
