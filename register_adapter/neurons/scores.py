@@ -83,11 +83,11 @@ class _Sums:
         self.count, self.first, self.second = count, first, second
 
     def add(self, values: torch.Tensor, zeros: int = 0) -> None:
-        """Add tokens ``(…, M)``, of which so many are zeros that stand for none."""
+        """Add tokens ``(…, M)``; with some zeros among them that stand for none, they are overwritten."""
         kind = torch.float32 if values.device.type == "mps" else torch.float64
         self.count = self.count + values.shape[:-1].numel() - zeros
         self.first = self.first + _total(values).to(kind)
-        self.second = self.second + _total(values.square()).to(kind)
+        self.second = self.second + _total(values.square_() if zeros else values.square()).to(kind)
 
     def moved(self) -> _Sums:
         """The same on the CPU."""
@@ -171,8 +171,10 @@ class NeuronScores:
             where = images.to(tokens.device), places.to(tokens.device)
             self._outliers[block].add(tokens[where])
             # Not all less the outliers: next to those, what the others do is less than a rounding error.
-            others = tokens.index_put(where, tokens.new_zeros(())) if len(images) else tokens
-            self._others[block].add(others, zeros=len(images))
+            if len(images):
+                tokens = tokens.clone()
+                tokens[where] = 0.0
+            self._others[block].add(tokens, zeros=len(images))
         self._seen.clear()
 
     def sums(self) -> ScoreSums:
