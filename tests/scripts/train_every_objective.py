@@ -8,7 +8,6 @@ import transformers as tf
 from accelerate.state import PartialState
 from safetensors.torch import save_file
 
-from register_adapter import add_registers
 from register_adapter.artifacts.rules import Threshold
 from register_adapter.training import (
     DistillationObjective,
@@ -19,6 +18,7 @@ from register_adapter.training import (
     TrainArguments,
     train,
 )
+from register_adapter.training.moving import Moving, put_on
 from register_adapter.training.objectives.outliers import Outliers
 
 STEPS, BATCH = 20, 8
@@ -51,18 +51,21 @@ class Images(torch.utils.data.Dataset):
 
 
 def train_all(batch_size):
-    """Name of an objective to the registers that it has learned."""
+    """Name of an objective to what it has learned."""
     learned = {}
     for objective in OBJECTIVES:
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         base = tf.ViTModel(tf.ViTConfig(**sizes, image_size=32, patch_size=8)).eval()
-        model = add_registers(base, 2, init_std=0.5)
+        moving = "registers+positions" if objective.name == "smooth" else "registers"
+        model = put_on(base, Moving.parse(moving), {"num_registers": 2, "init_std": 0.5})
         args = TrainArguments(
             max_train_steps=STEPS, per_device_train_batch_size=batch_size, learning_rate=1e-2, use_cpu=True, quiet=True
         )
         train(model, objective, Images(), args)
-        learned[objective.name] = next(value for value in model.parameters() if value.requires_grad).detach()
+        learned[objective.name] = torch.cat(
+            [value.detach().flatten() for value in model.parameters() if value.requires_grad]
+        )
     return learned
 
 

@@ -116,7 +116,7 @@ def heads_of(
     return heads, lacking, layout
 
 
-def checked_identity(identity: TowerIdentity, config: RegisterConfig) -> TowerIdentity:
+def checked_identity(identity: TowerIdentity, config: Any) -> TowerIdentity:
     """A tower's identity, after comparing it with the one that the config was saved with, which an override keeps."""
     saved = config.identity
     if saved is None or not config.from_file:  # a new one, or one in use on another base too
@@ -124,9 +124,9 @@ def checked_identity(identity: TowerIdentity, config: RegisterConfig) -> TowerId
     differences = identity.differences(saved)
     if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):
         advice = (
-            "Registers of another width can never fit."
+            "An adapter of another width can never fit."
             if "hidden_size" in differences
-            else "If you know that the registers fit this base all the same, say so: "
+            else "If you know that it fits this base all the same, say so: "
             "PeftModel.from_pretrained(base, adapter, ignore_base_mismatch=True)."
         )
         name = shipped_name(config.base_model_name_or_path)

@@ -56,6 +56,13 @@ class PositionConfig(PeftConfig):
             # A file cannot waive the check of its own base; the loaders do, where their caller says so.
             self.ignore_base_mismatch = False
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, ignore_base_mismatch: bool = False, **kwargs: Any) -> PositionConfig:
+        """As in PEFT; with ``ignore_base_mismatch`` the adapter may be put on another base."""
+        config: PositionConfig = super().from_pretrained(*args, **kwargs)
+        config.ignore_base_mismatch = ignore_base_mismatch
+        return config
+
     @property
     def identity(self) -> TowerIdentity | None:
         """The base tower's identity, ``None`` before the adapter was attached."""
