@@ -603,7 +603,7 @@ def test_what_is_kept_does_not_grow_with_the_images() -> None:
     scores = NeuronScores(find_tower(planted.model), Threshold("fixed", 150.0, 0.0, True), planted.block)
 
     def size() -> int:
-        sums = [*scores._outliers.values(), *scores._all.values()]
+        sums = [*scores._outliers.values(), *scores._others.values()]
         return sum(part.nbytes for pair in sums for part in (pair.first, pair.second))
 
     scores.add(pixels[:8])
