@@ -44,8 +44,7 @@ class ComposedTuner(BaseTuner):
     tuner_layer_cls = BaseTunerLayer
 
     def __init__(self, model: nn.Module, tuners: Iterable[BaseTuner] = ()) -> None:
-        # Not BaseTuner's own, which injects an adapter.
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not BaseTuner's own, which injects an adapter
         self.model = model
         if not hasattr(model, "peft_config"):
             self.model.peft_config = {}
@@ -58,10 +57,8 @@ class ComposedTuner(BaseTuner):
                 self._keep(member)
 
     def _keep(self, tuner: BaseTuner) -> None:
-        method = next(
-            (method for method, kind in PEFT_TYPE_TO_TUNER_MAPPING.items() if type(tuner) is kind and self._of(method)),
-            None,
-        )
+        kinds = PEFT_TYPE_TO_TUNER_MAPPING.items()
+        method = next((method for method, kind in kinds if type(tuner) is kind and self._of(method)), None)
         if method is not None:
             self._tuners[method] = tuner
             # What a method shares between its layers (VeRA's projections) is saved from here.
@@ -309,14 +306,11 @@ class ComposedTuner(BaseTuner):
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         """Names of all adapters that are no registers, after a check of those that are to be merged."""
         check_known(adapter_names or (), self.peft_config)
-        registers = [name for name, config in self.peft_config.items() if isinstance(config, RegisterConfig)]
-        others = [name for name in self.peft_config if name not in registers]
-        if not others or not set(registers).isdisjoint(adapter_names or ()):
+        others = [name for name, config in self.peft_config.items() if not isinstance(config, RegisterConfig)]
+        if not others or not set(adapter_names or ()) <= set(others):
             refuse_merging()
-        for name in others:
-            tuner = self._tuners.get(self.peft_config[name].peft_type)
-            if tuner is not None:
-                tuner._check_merge_allowed()
+        for method in {self.peft_config[name].peft_type for name in others} & self._tuners.keys():
+            self._tuners[method]._check_merge_allowed()
         return others
 
     def _unload_and_optionally_merge(
