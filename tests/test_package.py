@@ -47,6 +47,7 @@ LAYERS = (
     ("neurons",),
     ("testbed",),
     ("training",),
+    ("studies",),
     ("train", "commands", "__main__"),
 )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "build_app", "main"]
 
 #: Modules of this package with a command each, in the order of the help.
-COMMANDS = ("audit", "probe", "eval", "features", "fit", "train", "export", "demo", "families")
+COMMANDS = ("audit", "probe", "eval", "features", "fit", "train", "study", "export", "demo", "families")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from .tables import (
     sink_table,
 )
 
-__all__ = ["write_page"]
+__all__ = ["image_section", "report_card", "write_page"]
 
 #: Verdict -> class of its badge, the sign on it, and what it says.
 _BADGES = {
@@ -76,7 +76,7 @@ def write_page(
     models = (_model(number, report) for number, report in enumerate(several, 1))
     sections = [_verdicts(several, origin or Origin()), *models]
     if examples:
-        sections.append(_images(examples))
+        sections.append(image_section(examples))
     if tables:
         sections.append(section("tables", "Further tables", [show_table(table) for table in tables]))
     sections.append(_definitions(several))
@@ -95,12 +95,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def _verdicts(reports: Sequence[ArtifactReport], origin: Origin) -> Markup:
-    cards = element("div", [_card(report, origin) for report in reports], class_="cards")
+    cards = element("div", [report_card(report, origin) for report in reports], class_="cards")
     side_by_side = show_table(model_table(reports)) if len(reports) > 1 else None
     return section("verdict", "Verdict", cards, side_by_side)
 
 
-def _card(report: ArtifactReport, origin: Origin) -> Markup:
+def report_card(report: ArtifactReport, origin: Origin | None = None) -> Markup:
+    """The verdict of a report with its figures, and what to do next if it is said what the report was made of."""
     kind, sign, words = _UNEXPLAINED if report.unexplained else _BADGES[report.verdict]
     badge = element("p", element("span", sign, aria_hidden="true"), f" {words}", class_="badge")
     last, largest = report.layers[-1], over_median(report.layers[-1])
@@ -122,7 +123,7 @@ def _card(report: ArtifactReport, origin: Origin) -> Markup:
         badge,
         element("p", report.reason, class_="reason"),
         element("dl", listed, class_="figures"),
-        next_step(report, origin),
+        next_step(report, origin) if origin is not None else None,
         class_=f"card {kind}",
     )
 
@@ -214,7 +215,8 @@ def _key(entries: Sequence[tuple[str, str]]) -> Markup:
     )
 
 
-def _images(examples: Sequence[Example]) -> Markup:
+def image_section(examples: Sequence[Example]) -> Markup:
+    """A few images with their maps."""
     highest = highest_norms(examples)
     articles = [image_article(example, highest) for example in examples]
     return section("images", "Images", images_note(examples), articles)

@@ -1,0 +1,117 @@
+"""The images of a study, in three parts: to make arms with, to choose by, and to report on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.batches import list_images
+from ..data.images import ImageFileError, check_image, image_name
+from ..utils.text import first_few
+from .ruler import Part
+
+__all__ = ["LEAST", "Images", "read_images"]
+
+#: Fewer images than this cannot be shared out.
+LEAST = 12
+#: Of all images, the part that arms are made with; half of the rest is chosen by, half reported on.
+_MADE_WITH = 0.5
+# Whose record of bad images the command line collects.
+logger = logging.getLogger("register_adapter.data.batches")
+
+
+class Images:
+    """Good images, shared out at random, always in the same way.
+
+    Args:
+        items: ``{"image": ...}`` each.
+        numbers: Their places among all that were given.
+        skipped: A line for each bad one.
+
+    Attributes:
+        make: Part that arms are made with.
+        choose: Part that one is chosen by.
+        report: Part that is reported on.
+    """
+
+    def __init__(self, items: Sequence[dict[str, Any]], numbers: Sequence[int], skipped: Sequence[str]) -> None:
+        self.items, self.skipped = list(items), list(skipped)
+        order = np.random.default_rng(0).permutation(len(items))
+        first = round(_MADE_WITH * len(items))
+        second = first + (len(items) - first) // 2
+
+        def part(start: int, end: int) -> Part:
+            chosen = sorted(order[start:end].tolist())
+            return Part([self.items[place] for place in chosen], [numbers[place] for place in chosen])
+
+        self.make, self.choose, self.report = part(0, first), part(first, second), part(second, len(items))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether every image is a file that a command could read."""
+        return all(isinstance(item["image"], str | Path) for item in self.items)
+
+    def digest(self) -> str:
+        """Of which images they are: names and sizes of files, pixels of others."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            source = item["image"]
+            if isinstance(source, str | Path):
+                digest.update(f"{source} {Path(source).stat().st_size}\n".encode(errors="surrogateescape"))
+            elif isinstance(source, Image.Image):
+                digest.update(source.tobytes())
+            else:
+                digest.update(repr(image_name(source)).encode())
+        return digest.hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Write the images that arms are made with as files, for a command to read."""
+        for number, item in zip(self.make.numbers, self.make.items, strict=True):
+            item["image"].save(folder / f"{number:06d}.png")
+
+
+def read_images(images: Any, max_images: int | None, strict: bool) -> Images:
+    """Share out what a folder, a list or a data set has.
+
+    Args:
+        images: A folder, or a sequence of paths, PIL images, or ``{"image": ...}`` items.
+        max_images: At most so many, at random.
+        strict: Refuse bad images.
+
+    Raises:
+        ImageFileError: ``strict`` and an image is bad.
+        ValueError: There are too few good ones.
+    """
+    sources = list_images(images) if isinstance(images, str | Path) else images
+    count = len(sources)
+    numbers = list(range(count))
+    if max_images is not None and max_images < count:
+        numbers = sorted(np.random.default_rng(0).permutation(count)[:max_images].tolist())
+    given = (sources[number] for number in numbers)
+    items = [item if isinstance(item, dict) and "image" in item else {"image": item} for item in given]
+    items = [{"image": item["image"]} for item in items]
+    with ThreadPoolExecutor(4) as pool:
+        faults = list(pool.map(lambda item: check_image(item["image"]), items))
+    skipped = [
+        f"{image_name(item['image'])}: {fault}" for item, fault in zip(items, faults, strict=True) if fault is not None
+    ]
+    if skipped and strict:
+        raise ImageFileError(f"{len(skipped)} images are bad, and none may be (strict): {first_few(skipped)}")
+    if skipped:
+        logger.warning(
+            "%d images are bad and skipped: %s", len(skipped), first_few(skipped), extra={"skipped": skipped}
+        )
+    good = [place for place, fault in enumerate(faults) if fault is None]
+    if len(good) < LEAST:
+        raise ValueError(
+            f"{len(good)} good images are too few for a study, which needs {LEAST}: half of them to repair the model "
+            "with, the rest to choose by and to report on"
+        )
+    return Images([items[place] for place in good], [numbers[place] for place in good], skipped)

@@ -1,0 +1,107 @@
+"""What a study leaves in its folder on the way, so that one that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..artifacts import ArtifactReport
+from ..utils.files import read_text
+from ..utils.staging import staged, write_text
+from .arms import Arm
+from .ruler import Figures
+
+__all__ = ["ADAPTER", "Record", "Records"]
+
+_SETTINGS, _AUDIT, _FIGURES, _TIMES = "settings.json", "audit.json", "figures.json", "times.json"
+#: Folder of an arm's adapter, in that of the arm and its seed.
+ADAPTER = "adapter"
+
+
+class Record(NamedTuple):
+    """One arm with one seed.
+
+    Attributes:
+        choose: Figures on the images that one is chosen by; ``None`` if the arm could not be made.
+        report: Figures on the images that are reported on.
+        why_not: Why it could not be made.
+        seconds: How long making it took.
+    """
+
+    choose: Figures | None
+    report: Figures | None
+    why_not: str | None = None
+    seconds: float = 0.0
+
+
+class Records:
+    """The files of a study.
+
+    Args:
+        folder: Where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Say what this study is, or see that the folder's is the same.
+
+        Raises:
+            ValueError: The folder has a study with other settings.
+        """
+        path = self.folder / _SETTINGS
+        if not path.is_file():
+            write_text(path, json.dumps(settings, indent=1) + "\n")
+            return
+        try:
+            there = json.loads(read_text(path))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged; remove {self.folder}, or name another folder") from error
+        differ = [name for name in {**settings, **there} if there.get(name) != settings.get(name)]
+        if differ:
+            said = ", ".join(f"{name} {there.get(name)!r} there, {settings.get(name)!r} here" for name in differ)
+            raise ValueError(f"{self.folder} has a study with other settings ({said}); name another folder with --out")
+
+    def audit(self) -> ArtifactReport | None:
+        """The audit of the base, if it is there."""
+        path = self.folder / _AUDIT
+        return ArtifactReport.load(path) if path.is_file() else None
+
+    def keep_audit(self, report: ArtifactReport) -> None:
+        """Write it."""
+        report.save(self.folder / _AUDIT)
+
+    def place(self, arm: Arm, seed: int) -> Path:
+        """The folder of an arm with a seed."""
+        folder = self.folder / "arms" / arm.slug
+        return folder / f"seed-{seed}" if arm.seeded else folder
+
+    def read(self, arm: Arm, seed: int) -> Record | None:
+        """What is there of an arm with a seed, ``None`` if it is not whole."""
+        place = self.place(arm, seed)
+        if not (place / _FIGURES).is_file():
+            return None
+        figures, times = (json.loads(read_text(place / name)) for name in (_FIGURES, _TIMES))
+        parts = [None if figures[name] is None else Figures(**figures[name]) for name in ("choose", "report")]
+        return Record(*parts, figures["why_not"], times["seconds"])
+
+    def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None) -> None:
+        """Write an arm, its figures last; an adapter of ``model`` is saved beside them."""
+        figures = {
+            "arm": arm.name,
+            "seed": seed if arm.seeded else None,
+            "choose": record.choose.to_dict() if record.choose else None,
+            "report": record.report.to_dict() if record.report else None,
+            "why_not": record.why_not,
+        }
+        with staged(self.place(arm, seed), last=[_FIGURES]) as scratch:
+            if model is not None and hasattr(model, "peft_config"):
+                saved: Any = model
+                saved.save_pretrained(str(scratch / ADAPTER))
+            (scratch / _TIMES).write_text(json.dumps({"seconds": round(record.seconds, 1)}) + "\n", "utf-8")
+            (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
