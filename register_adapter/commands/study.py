@@ -99,8 +99,8 @@ def print_study(result: StudyResult, output_dir: str) -> None:
     if result.adapter is not None:
         console.print(f"The adapter of this study is in {result.adapter}")
     console.print(
-        "Outliers: patches, by L2 norms before the final LayerNorm, in the block with most; attention: to where the model "
-        "as it is has them; clean kept: cosine of the other patches to that model's. The page has more, and definitions.",
+        "Outliers: patches, by L2 norms before the final LayerNorm, in the block with most; attention: to where the "
+        "model as it is has them; clean kept: cosine of its other patches. The page has more, and definitions.",
         style="dim",
     )
     console.print(f"Written to {output_dir}: study.json, index.html, arms/")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -131,28 +131,31 @@ class Arm:
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            if self.kind == "base":
-                return base.eval()
-            if self.objective is not None:
-                return self._trained(base, bench, seed)
-            if self.kind == "control":
-                with warnings.catch_warnings():  # of zeros, which nothing trains here
-                    warnings.simplefilter("ignore")
-                    return add_registers(base, **self.options).eval()
-            images = list(bench.batches)
-            fitted = fit_test_time_registers(base, images, rule=bench.rule, progress=False, **self.options)
-            bench.tick(self.cost(bench))
-            return fitted.eval()
+            return self._made(base, bench, seed).eval()
+
+    def _made(self, base: nn.Module, bench: Bench, seed: int) -> nn.Module:
+        if self.kind == "base":
+            return base
+        if self.objective is not None:
+            return self._trained(base, bench, seed)
+        if self.kind == "control":
+            with warnings.catch_warnings():  # of zeros, which nothing trains here
+                warnings.simplefilter("ignore")
+                return add_registers(base, **self.options)
+        images = list(bench.batches)
+        fitted = fit_test_time_registers(base, images, rule=bench.rule, progress=False, **self.options)
+        bench.tick(self.cost(bench))
+        return fitted
 
     def _trained(self, base: nn.Module, bench: Bench, seed: int) -> nn.Module:
         assert self.objective is not None
         objective = _OBJECTIVES[self.objective](bench)
-        model = wrap(base, objective, **self.options)
+        model: Any = wrap(base, objective, **self.options)
         on_cpu = next(base.parameters()).device.type == "cpu"
         arguments = TrainArguments(**self._settings(bench.steps, seed), quiet=True, use_cpu=on_cpu)
         dataset = ProcessedDataset(bench.part.items, bench.image_processor)
         train(model, objective, dataset, arguments, image_processor=bench.image_processor, callbacks=[_Ticks(bench)])
-        return model.eval()
+        return cast(nn.Module, model)
 
     def _settings(self, steps: int, seed: int) -> dict[str, Any]:
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -100,12 +100,12 @@ def choose(arms: Sequence[Arm], runs: _Runs, base: Figures, task: Task | None) -
     repairing = [arm for arm in wanted if judged[arm.name].repairs]
     also = [name for name, verdict in judged.items() if verdict.repairs and name not in {arm.name for arm in wanted}]
     if not repairing:
-        reasons = ["No arm that could be recommended repairs the model by the rule."]
-        if wanted:
-            closest = min(wanted, key=lambda arm: (len(judged[arm.name].missing), runs[arm.name][0].outlier_share))
-            reasons.append(f"Closest is “{closest.name}”: {' and '.join(judged[closest.name].missing)}.")
-        reasons += _controls(also)
-        return Choice(NOTHING, closest.name if wanted else None, tuple(reasons), tuple(judged.values()))
+        # What is trained may get there with more steps; a fit will not.
+        tried = [arm for arm in wanted if arm.kind == "train"] or wanted
+        closest = min(tried, key=lambda arm: len(judged[arm.name].missing), default=None)
+        reasons = ["No arm that could be recommended repairs the model by the rule.", *_near(closest, judged)]
+        name = closest.name if closest is not None else None
+        return Choice(NOTHING, name, (*reasons, *_controls(also)), tuple(judged.values()))
     chosen = repairing[0]
     if task is not None:
         means = {arm.name: _mean(runs[arm.name], lambda figures: figures.task) for arm in repairing}
@@ -116,6 +116,13 @@ def choose(arms: Sequence[Arm], runs: _Runs, base: Figures, task: Task | None) -
     if others:
         reasons.append(f"By the rule these repair it too: {', '.join(others)}.")
     return Choice(chosen.does, chosen.name, (*reasons, *_controls(also)), tuple(judged.values()))
+
+
+def _near(closest: Arm | None, judged: Mapping[str, Judged]) -> Iterator[str]:
+    if closest is not None:
+        yield f"Closest is “{closest.name}”: {' and '.join(judged[closest.name].missing)}."
+    if closest is not None and closest.kind == "train":
+        yield "The command below trains it for longer, on all of the images."
 
 
 def _controls(also: Sequence[str]) -> list[str]:

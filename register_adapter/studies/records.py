@@ -87,8 +87,8 @@ class Records:
         if not (place / _FIGURES).is_file():
             return None
         figures, times = (json.loads(read_text(place / name)) for name in (_FIGURES, _TIMES))
-        parts = [None if figures[name] is None else Figures(**figures[name]) for name in ("choose", "report")]
-        return Record(*parts, figures["why_not"], times["seconds"])
+        choose, report = (None if figures[name] is None else Figures(**figures[name]) for name in ("choose", "report"))
+        return Record(choose, report, figures["why_not"], times["seconds"])
 
     def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None) -> None:
         """Write an arm, its figures last; an adapter of ``model`` is saved beside them."""

@@ -146,19 +146,27 @@ def write_result(
         *(tuple(rows), task.name if task is not None else None),
     )
     values = {
-        **{"model": origin.model, "images": origin.images, "verdict": outcome.audit.verdict},
-        **{"summary": result.verdict, "reason": outcome.audit.reason, "kind": outcome.audit.kind},
+        "model": origin.model,
+        "images": origin.images,
+        "verdict": outcome.audit.verdict,
+        "summary": result.verdict,
+        "reason": outcome.audit.reason,
+        "kind": outcome.audit.kind,
         "recommendation": {
             **{"headline": result.headline, "arm": result.arm, "adapter": result.adapter, "reasons": result.reasons},
             **{"commands": lines, "rule": RULE, "judged": [{**asdict(j), "repairs": j.repairs} for j in choice.judged]},
         },
         "rows": rows,
         "runs": [_run(arm, seed, record) for arm in outcome.arms for seed, record in _seeded(arm, seeds, outcome)],
-        "definitions": {**DEFINITIONS, "factor": outcome.factor},
+        "definitions": {**DEFINITIONS, "factor": f"{outcome.factor:g}"},
         "task": result.task,
         "parts": {name: len(getattr(images, name).items) for name in ("make", "choose", "report")},
-        **{"settings": dict(origin.settings), "seeds": list(seeds), "skipped": images.skipped},
-        **{"versions": versions(), "hardware": machine(next(model.parameters()).device), "commit": git_commit()},
+        "settings": dict(origin.settings),
+        "seeds": list(seeds),
+        "skipped": images.skipped,
+        "versions": versions(),
+        "hardware": machine(next(model.parameters()).device),
+        "commit": git_commit(),
     }
     result.values.update(json.loads(json.dumps(values)))
     repaired = load_onto(copy.deepcopy(model), place).eval() if place is not None else None
@@ -224,8 +232,7 @@ def _pictures(
     if repaired is not None and outcome.choice.arm is not None:
         models[outcome.choice.arm] = repaired
         batches = PixelBatches(ProcessedDataset(images.report.items, image_processor))
-        options = {"rule": outcome.audit.rule, "name": outcome.choice.arm, "progress": False}
-        after = audit(repaired, batches, **options)
+        after = audit(repaired, batches, rule=outcome.audit.rule, name=outcome.choice.arm, progress=False)
     names = [f"image {images.report.numbers[place]}" for place in order.tolist()]
     try:
         return read_examples(models, shown, image_processor=image_processor, names=names), after
@@ -274,7 +281,9 @@ def _page(
         ],
         *(kind, result.headline, [*choice.reasons, *(made if result.adapter else [])], list(result.commands)),
         *([outcome.audit, *([after] if after else [])], [arms, *([rule] if choice.judged else [])]),
-        *(examples, definitions, settings),
+        examples,
+        definitions,
+        settings,
     )
 
 

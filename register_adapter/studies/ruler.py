@@ -181,11 +181,10 @@ class Ruler:
                 scores = self.task.score(tokens, numbers).cpu() if self.task is not None else torch.zeros(len(pixels))
                 kept.append((norms, received, tokens.patches.float().cpu(), tokens.summary.float().cpu(), scores))
                 self.tick(len(pixels))
-        norms, received, patches, summary, scores = zip(*kept, strict=True)
-        return _Read(
-            *(torch.cat(norms, 1), torch.cat(received, 1), even, torch.cat(patches), torch.cat(summary)),
-            torch.cat(scores) if self.task is not None else None,
-        )
+        parts = list(zip(*kept, strict=True))
+        norms, received = (torch.cat(part, 1) for part in parts[:2])
+        patches, summary, scores = (torch.cat(part) for part in parts[2:])
+        return _Read(norms, received, even, patches, summary, scores if self.task is not None else None)
 
     def _numbered(self) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
         start = 0

@@ -239,8 +239,13 @@ class _Rulers:
 
     def _of(self, part: Part) -> Ruler:
         run = self._run
-        options = {"factor": self._factor, "task": run.task, "batch_size": run.batch_size, "tick": run._tick}
-        return Ruler(run.model, part, run.image_processor, **options)
+        return Ruler(
+            *(run.model, part, run.image_processor),
+            factor=self._factor,
+            task=run.task,
+            batch_size=run.batch_size,
+            tick=run._tick,
+        )
 
     @cached_property
     def choose(self) -> Ruler:

@@ -1,0 +1,281 @@
+"""A study: what it recommends and writes, that it goes on where it stopped, and that its command works when pasted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import call, run_here
+
+from register_adapter import add_registers
+from register_adapter.commands.runs.inputs import load_base, load_images, load_processor
+from register_adapter.commands.runs.study import StudyArguments, run_study
+from register_adapter.studies import ARMS, Accuracy, Figures, study
+from register_adapter.studies.choice import LEAVE, NOTHING, choose
+from register_adapter.studies.records import Records
+from register_adapter.testbed import LABELS, SceneDataset, load_grown
+
+MADE = ("1 random register", "fit: 1 register", "train: 4 registers")
+GIVEN = ("grown-tiles", "tiles", "--steps", "2", "--max-images", "24", "--seeds", "2", "--batch-size", "32")
+CHOSEN = tuple(word for arm in MADE for word in ("--arm", arm))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study of a small model whose artifacts grew."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    said = run_here("study", *GIVEN, *CHOSEN, "--out", str(out), "--quiet")
+    assert said == ""
+    return out
+
+
+@pytest.fixture(scope="module")
+def values(done: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((done / "study.json").read_text("utf-8"))
+    return values
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """What must be the same however often a study was interrupted."""
+    files = [*folder.rglob("*.safetensors"), *folder.rglob("figures.json")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# What it writes
+
+
+def test_every_arm_is_measured_with_every_seed_on_images_of_its_own(values: dict[str, Any]) -> None:
+    assert [row["name"] for row in values["rows"]] == ["as it is", *MADE]
+    assert [row["seeds"] for row in values["rows"]] == [1, 2, 1, 2]
+    assert values["parts"] == {"make": 12, "choose": 6, "report": 6}
+    base, random, fitted, _ = values["rows"]
+    assert base["outlier_share"] == random["outlier_share"] > 0.03
+    assert fitted["outlier_share"] == 0
+    assert (base["clean_kept"], base["drift"]) == pytest.approx((1, 0), abs=1e-5)
+    assert base["attention_on_outliers"] > 0.7
+    assert fitted["task"] > base["task"] > 0
+
+
+@pytest.mark.parametrize("name", ["settings", "seeds", "versions", "hardware", "commit", "definitions", "task"])
+def test_it_says_how_it_was_made(name: str, values: dict[str, Any]) -> None:
+    assert values[name] is not None or name == "commit"
+
+
+def test_the_page_has_the_arms_the_rule_and_the_command(done: Path, values: dict[str, Any]) -> None:
+    page = (done / "index.html").read_text("utf-8")
+    recommended = values["recommendation"]
+    for words in (*MADE, "What to do", "An arm repairs if", recommended["commands"][0].split(" --")[0]):
+        assert words in page
+    assert page.count("<img") > 8
+
+
+def test_it_prints_a_table_and_what_to_do(done: Path) -> None:
+    said = run_here("study", *GIVEN, *CHOSEN, "--out", str(done))
+    for words in (*MADE, "What to do", "Verdict: present", "register-adapter "):
+        assert words in said
+
+
+@pytest.mark.parametrize("arm", MADE[1:])
+def test_the_command_it_recommends_works_when_pasted(
+    arm: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    run_here("study", *GIVEN, "--arm", arm, "--out", "out", "--quiet")
+    make, look = json.loads(Path("out/study.json").read_text("utf-8"))["recommendation"]["commands"]
+    assert make.split()[1] == arm.partition(":")[0]
+    run_here(*shlex.split(make)[1:], "--quiet")
+    monkeypatch.setattr("register_adapter.commands.runs.audit._read_examples", lambda *_: ((), None))
+    assert "repaired" in run_here(*shlex.split(look)[1:], "--no-attentions", "--max-images", "16")
+
+
+def test_every_arm_that_can_be_recommended_has_a_command_that_parses(tmp_path: Path) -> None:
+    from typer.main import get_command
+
+    from register_adapter.commands.cli import build_app
+    from register_adapter.training.launch import _make_parser, _parse
+
+    app: Any = get_command(build_app())
+    for arm in (arm for arm in ARMS if arm.recommended):
+        words = arm.command("planted", str(tmp_path), steps=3, seed=1, rule="auto", teacher="hidden")
+        if words[1] == "fit":
+            app.commands["fit"].make_context("fit", words[2:])
+        else:
+            _parse(_make_parser("train", arm.objective or "", ["norm"]), words[2:])
+
+
+# It goes on where it stopped
+
+
+def test_a_study_that_was_killed_ends_with_the_same_files_also_with_more_seeds(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, keep = tmp_path / "out", Records.keep
+    made: list[str] = []
+
+    def counted(records: Records, arm: Any, *given: Any) -> None:
+        made.append(arm.name)
+        keep(records, arm, *given)
+
+    def killed(records: Records, arm: Any, *given: Any) -> None:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        counted(records, arm, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "keep", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(_arguments(out, seeds=1))
+    assert not (out / "study.json").exists()
+    monkeypatch.setattr(
+        Records, "keep", lambda records, arm, *given: made.append(arm.name) or keep(records, arm, *given)
+    )
+    run_study(_arguments(out, seeds=2))
+    assert sorted(made) == sorted(["as it is", "1 random register", *MADE, "train: 4 registers"])
+    assert bytes_of(out) == bytes_of(done)
+
+
+def _arguments(out: Path, seeds: int) -> StudyArguments:
+    settings = {"steps": 2, "max_images": 24, "batch_size": 32, "progress": False}
+    return StudyArguments("grown-tiles", "tiles", str(out), arms=MADE, seeds=seeds, **settings)  # type: ignore[arg-type]
+
+
+def test_a_folder_with_another_study_is_refused(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = bytes_of(done)
+    said = call(monkeypatch, "study", "grown-tiles", "tiles", "--steps", "3", "--max-images", "24", "--out", str(done))
+    assert "other settings" in str(said)
+    assert "steps 2 there, 3 here" in str(said)
+    assert bytes_of(done) == before
+
+
+# Models to leave as they are, and what is refused
+
+
+@pytest.mark.parametrize("name", ["clean", "registers from the start"])
+def test_a_clean_model_is_left_as_it_is(name: str, tmp_path: Path) -> None:
+    if name == "clean":
+        model, images, processor = load_base("clean"), list(load_images("scenes", 16)), load_processor("clean")
+    else:
+        model, images, processor = load_grown("tiles", "registers").backbone, list(load_images("tiles", 32)), None
+        processor = load_processor("grown-tiles")
+    result = study(model, images, tmp_path / "out", image_processor=processor, progress=False)
+    assert (result.verdict, result.headline, result.command) == ("none", LEAVE, None)
+    assert [row["name"] for row in result.rows] == ["as it is"]
+    assert "Leave it" in (tmp_path / "out" / "index.html").read_text("utf-8")
+    assert not (tmp_path / "out" / "arms").exists()
+
+
+def _grown(**options: Any) -> dict[str, Any]:
+    return {"model": load_grown("tiles").backbone, "images": list(load_images("tiles", 32)), **options}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"images": list(load_images("tiles", 11))}, "11 good images are too few"),
+        ({"arms": ["train: 5 registers"]}, "there is no arm 'train: 5 registers'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"rule": "nonsense"}, "nonsense"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_before_anything_is_written(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    given = _grown(**options)
+    processor = load_processor("grown-tiles")
+    with pytest.raises(ValueError, match=words):
+        study(given.pop("model"), given.pop("images"), tmp_path / "out", image_processor=processor, **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    said = call(monkeypatch, "study", "no/such/model", "tiles", "--out", str(tmp_path / "file"))
+    assert "is a file" in str(said)
+
+
+def test_models_of_open_clip_are_refused_with_what_takes_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = call(monkeypatch, "study", "hf-hub:somebody/something", "tiles", "--out", str(tmp_path / "out"))
+    assert "audit" in str(said)
+
+
+def test_a_model_with_adapters_and_artifacts_is_refused(tmp_path: Path) -> None:
+    given = _grown()
+    model = add_registers(given["model"], 1, init="zeros")
+    with pytest.raises(ValueError, match="give the base without adapters"):
+        study(model, given["images"], tmp_path, image_processor=load_processor("grown-tiles"), progress=False)
+
+
+def test_bad_images_are_skipped_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, item in enumerate(load_images("tiles", 32)):
+        item["image"].save(folder / f"{number:02}.png")
+    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:100])
+    model = load_grown("tiles", "registers").backbone
+    result = study(model, folder, tmp_path / "out", image_processor=load_processor("grown-tiles"), progress=False)
+    assert [Path(line.partition(":")[0]).name for line in result.values["skipped"]] == ["07.png"]
+    assert sum(result.values["parts"].values()) == 31
+
+
+# The task, and the rule
+
+
+def test_class_folders_that_the_models_head_knows_are_its_task(tmp_path: Path) -> None:
+    from register_adapter.commands.runs.study import _task
+
+    SceneDataset(12, seed=3, split=None).write(tmp_path)
+    paths = load_images(str(tmp_path))
+    task = _task("planted", load_base("planted"), paths)
+    assert isinstance(task, Accuracy)
+    assert [LABELS[label].replace(" ", "_") for label in task.labels] == [path.parent.name for path in paths]
+    assert _task("grown", load_grown("mosaics").backbone, paths) is None
+
+
+BASE = Figures(0.04, 8.0, 0.8, 0.8, 0.0, 1.0, 0.9)
+GOOD = Figures(0.0, 2.0, 0.1, 0.1, 0.1, 0.98, 0.9)
+
+
+def _with(**changes: float) -> Figures:
+    return Figures(**{**GOOD.to_dict(), **changes})  # type: ignore[arg-type]
+
+
+CASES = {
+    "the cheapest that repairs": ({"fit: 1 register": [GOOD], "train: 4 registers": [GOOD]}, "fit: 1 register"),
+    "not in every seed": ({"fit: 1 register": [GOOD, BASE], "train: 4 registers": [GOOD]}, "train: 4 registers"),
+    "outliers left": (
+        {"fit: 1 register": [_with(outlier_share=0.01)], "train: 4 registers": [GOOD]},
+        "train: 4 registers",
+    ),
+    "attention stays": (
+        {"fit: 1 register": [_with(attention_on_outliers=0.5)], "train: 4 registers": [GOOD]},
+        "train: 4 registers",
+    ),
+    "clean patches change": (
+        {"fit: 1 register": [_with(clean_kept=0.8)], "train: 4 registers": [GOOD]},
+        "train: 4 registers",
+    ),
+    "the task suffers": ({"fit: 1 register": [_with(task=0.87)], "train: 4 registers": [GOOD]}, "train: 4 registers"),
+    "far better at the task": (
+        {"fit: 1 register": [GOOD], "train: 4 registers": [_with(task=0.95)]},
+        "train: 4 registers",
+    ),
+    "a control repairs": ({"1 random register": [GOOD], "fit: 1 register": [BASE]}, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_rule_recommends(case: str) -> None:
+    runs, wanted = CASES[case]
+    arms = [arm for arm in ARMS if arm.name in runs or arm.kind == "base"]
+    choice = choose(arms, {"as it is": [BASE], **runs}, BASE, Accuracy([]))
+    if wanted is None:
+        assert choice.headline == NOTHING
+        assert any("controls" in reason and "1 random register" in reason for reason in choice.reasons)
+    else:
+        assert choice.arm == wanted
+        assert "from 4.00%" in choice.reasons[0]
