@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train registers for the packaged model, and show what they change"
+	@echo "make demo    study two packaged models with artifacts: what repairs them, and at what cost"
 	@echo "make test    run the tests (PYTEST_ARGS='-k layer' for some of them, WORKERS=1 for one process)"
 	@echo "make test-fast  one case of each test, without the slow ones: two to three minutes"
 	@echo "make test-oldest  the same with the oldest versions that are supported (docs/versions.md)"
@@ -56,8 +56,10 @@ $(VENV)/.installed-docs: $(REQUIREMENTS) | $(BIN)/python
 	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
+# Each goes on where it was stopped; remove the folder demo to begin anew.
 demo: $(VENV)/.installed-demo
-	$(BIN)/register-adapter demo $(DEMO_ARGS)
+	$(BIN)/register-adapter study grown-tiles tiles --seeds 3 --out demo/grown $(DEMO_ARGS)
+	$(BIN)/register-adapter study planted scenes --max-images 256 --no-training --out demo/planted
 
 # One thread per process: the processes already take the cores. Worksteal keeps a file's tests together, so that what
 # they share is made once. No test needs a network beyond loopback.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from command_line import call, run_here
 
-from register_adapter import add_registers
+from register_adapter import UnsupportedModelError, add_registers
 from register_adapter.commands.runs.inputs import load_base, load_images, load_processor
 from register_adapter.commands.runs.study import StudyArguments, run_study
 from register_adapter.studies import ARMS, Accuracy, Figures, study
@@ -279,3 +279,11 @@ def test_the_rule_recommends(case: str) -> None:
     else:
         assert choice.arm == wanted
         assert "from 4.00%" in choice.reasons[0]
+
+
+def test_models_that_training_cannot_call_are_refused(tmp_path: Path) -> None:
+    model = load_grown("tiles").backbone
+    model.forward = lambda image: image
+    with pytest.raises(UnsupportedModelError, match="as model\\(pixel_values"):
+        study(model, list(load_images("tiles", 12)), tmp_path / "out", image_processor=load_processor("grown-tiles"))
+    assert not (tmp_path / "out").exists()

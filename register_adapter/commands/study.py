@@ -34,6 +34,7 @@ def study_command(
     arms: Annotated[
         list[str] | None, typer.Option("--arm", help="Make this arm only; may be given several times. Default: all.")
     ] = None,
+    training: Annotated[bool, typer.Option(help="Make the arms that are trained, too.")] = True,
     rule: options.Rule = "auto",
     max_images: Annotated[int, typer.Option(min=12, help="Use at most this many images, at random.")] = 512,
     batch_size: options.BatchSize = 16,
@@ -60,6 +61,7 @@ def study_command(
         seed=seed,
         seeds=seeds,
         arms=arms,
+        training=training,
         rule=rule,
         max_images=max_images,
         batch_size=batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..artifacts import ArtifactReport, audit, resolve_rule
 from ..data.processors import find_image_processor, source_of
-from ..errors import RegisterAdapterError
+from ..errors import RegisterAdapterError, UnsupportedModelError
 from ..towers.identity import TowerIdentity
 from ..towers.tower import find_tower
 from ..training.run_lock import folder_lock
@@ -105,6 +106,7 @@ def study(
     chosen = _chosen(arms)
     resolve_rule(rule)
     tower = find_tower(model)
+    _check_call(model)
     out = Path(output_dir)
     check_target(out)
     image_processor = image_processor or find_image_processor(source_of(model))
@@ -129,6 +131,20 @@ def study(
             settings,
         )
         return write_result(outcome, origin, model, shared, image_processor, task, run.seeds, records)
+
+
+def _check_call(model: nn.Module) -> None:
+    """Refuse models that are called in another way than training calls them.
+
+    Raises:
+        UnsupportedModelError: It is one.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "pixel_values" not in inspect.signature(inner.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is not called as model(pixel_values=...), as models of transformers are, so "
+            "that a study cannot train it; audit() and fit_test_time_registers() take it"
+        )
 
 
 def _chosen(names: Sequence[str] | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from ...studies import Accuracy, MosaicError, StudyResult, Task, study
+from ...studies import ARMS, Accuracy, MosaicError, StudyResult, Task, study
 from ...testbed import MosaicDataset, SceneDataset
 from ...testbed.grown import RECIPES, load_grown
 from ...utils.shipped import CLEAN, GROWN, GROWN_TILES, PLANTED, full_name
@@ -34,6 +34,7 @@ class StudyArguments:
         model: Name or folder of a model of transformers, or a word for what is packaged, such as ``"grown"``.
         images: Folder of images; ``"scenes"``, ``"mosaics"`` or ``"tiles"`` for images that the package draws.
         output_dir: Folder for what is made.
+        training: Make the arms that are trained, too.
         device: Where to run; default: a GPU if there is one.
     """
 
@@ -44,6 +45,7 @@ class StudyArguments:
     seed: int = 0
     seeds: int = 1
     arms: Sequence[str] | None = None
+    training: bool = True
     rule: str = "auto"
     max_images: int = _IMAGES
     batch_size: int = 16
@@ -74,7 +76,7 @@ def run_study(args: StudyArguments) -> StudyResult:
         steps=args.steps,
         seed=args.seed,
         seeds=args.seeds,
-        arms=args.arms,
+        arms=args.arms if args.training else _untrained(args.arms),
         rule=args.rule,
         max_images=args.max_images,
         batch_size=args.batch_size,
@@ -83,6 +85,12 @@ def run_study(args: StudyArguments) -> StudyResult:
         model_name=args.model,
         images_name=args.images,
     )
+
+
+def _untrained(arms: Sequence[str] | None) -> list[str]:
+    """Names of the arms in which nothing is trained, of those that are wanted."""
+    trained = {arm.name for arm in ARMS if arm.objective is not None}
+    return [name for name in (arms or [arm.name for arm in ARMS]) if name not in trained]
 
 
 def _task(name: str, model: nn.Module, images: Any) -> Task | None:
