@@ -55,6 +55,7 @@ def test_every_arm_is_measured_with_every_seed_on_images_of_its_own(values: dict
     base, random, fitted, _ = values["rows"]
     assert base["outlier_share"] == random["outlier_share"] > 0.03
     assert fitted["outlier_share"] == 0
+    assert (base["verdict"], fitted["verdict"]) == ("present", "present")
     assert (base["clean_kept"], base["drift"]) == pytest.approx((1, 0), abs=1e-5)
     assert base["attention_on_outliers"] > 0.7
     assert fitted["task"] > base["task"] > 0
@@ -236,17 +237,21 @@ def test_class_folders_that_the_models_head_knows_are_its_task(tmp_path: Path) -
     assert _task("grown", load_grown("mosaics").backbone, paths) is None
 
 
-BASE = Figures(0.04, 8.0, 0.8, 0.8, 0.0, 1.0, 0.9)
-GOOD = Figures(0.0, 2.0, 0.1, 0.1, 0.1, 0.98, 0.9)
+BASE = Figures("present", 0.04, 8.0, 0.8, 0.8, 0.0, 1.0, 0.9)
+GOOD = Figures("none", 0.0, 2.0, 0.1, 0.1, 0.1, 0.98, 0.9)
 
 
-def _with(**changes: float) -> Figures:
-    return Figures(**{**GOOD.to_dict(), **changes})  # type: ignore[arg-type]
+def _with(**changes: Any) -> Figures:
+    return Figures(**{**GOOD.to_dict(), **changes})
 
 
 CASES = {
     "the cheapest that repairs": ({"fit: 1 register": [GOOD], "train: 4 registers": [GOOD]}, "fit: 1 register"),
     "not in every seed": ({"fit: 1 register": [GOOD, BASE], "train: 4 registers": [GOOD]}, "train: 4 registers"),
+    "artifacts inside": (
+        {"fit: 1 register": [_with(verdict="present inside only")], "train: 4 registers": [GOOD]},
+        "train: 4 registers",
+    ),
     "outliers left": (
         {"fit: 1 register": [_with(outlier_share=0.01)], "train: 4 registers": [GOOD]},
         "train: 4 registers",

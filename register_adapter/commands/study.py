@@ -16,7 +16,7 @@ __all__ = ["print_study", "register", "study_command"]
 
 
 #: Figures of the table and their headings; the page has all of them.
-_SHOWN = {"outlier_share": "outliers", "attention_on_outliers": "attention\non them", "clean_kept": "clean\nkept"}
+_SHOWN = {"verdict": "audit", "outlier_share": "outliers", "attention_on_outliers": "attention\non them"}
 
 
 def register(app: typer.Typer) -> None:
@@ -102,7 +102,7 @@ def print_study(result: StudyResult, output_dir: str) -> None:
         console.print(f"The adapter of this study is in {result.adapter}")
     console.print(
         "Outliers: patches, by L2 norms before the final LayerNorm, in the block with most; attention: to where the "
-        "model as it is has them; clean kept: cosine of its other patches. The page has more, and definitions.",
+        "model as it is has them. The page has more figures, and definitions.",
         style="dim",
     )
     console.print(f"Written to {output_dir}: study.json, index.html, arms/")

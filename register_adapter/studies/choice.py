@@ -19,12 +19,12 @@ __all__ = ["LEAVE", "NOTHING", "RULE", "Choice", "Judged", "choose", "leave"]
 _LEFT, _ATTENTION, _KEPT = 0.2, 0.5, 0.9
 LEAVE, NOTHING = "leave it", "no repair found"
 RULE = (
-    "An arm repairs if on the validation images, in every seed, it leaves at most a fifth of the base's outliers and "
-    "at most half of the attention on them, keeps clean patches at a mean cosine of 0.9 or more, and, where a task is "
-    "known, keeps the task's figure (accuracy: at most 2 points below the base's; a loss: at most a quarter above). "
-    "Of the arms that repair, the first in the order of the table, which is that of their cost, is recommended; where "
-    "a task is known, the first that is no worse than the best of them by more than those limits. Controls are never "
-    "recommended; what they repair is said."
+    "An arm repairs if on the validation images, in every seed, the audit's verdict on it is none, it leaves at most a "
+    "fifth of the base's outliers and at most half of the attention on them, keeps clean patches at a mean cosine of "
+    "0.9 or more, and, where a task is known, keeps the task's figure (accuracy: at most 2 points below the base's; a "
+    "loss: at most a quarter above). Of the arms that repair, the first in the order of the table, which is that of "
+    "their cost, is recommended; where a task is known, the first that is no worse than the best of them by more than "
+    "those limits. Controls are never recommended; what they repair is said."
 )
 
 
@@ -34,13 +34,15 @@ class Judged:
 
     Attributes:
         arm: Its name.
-        outliers: Whether it leaves few enough outliers, as all below: in every seed.
+        clean: Whether the audit finds no artifacts, as all below: in every seed.
+        outliers: Whether it leaves few enough outliers.
         attention: Whether it takes enough attention off them.
         kept: Whether clean patches are kept.
         task: Whether the task's figure is; ``None`` where no task is known.
     """
 
     arm: str
+    clean: bool
     outliers: bool
     attention: bool
     kept: bool
@@ -49,12 +51,13 @@ class Judged:
     @property
     def repairs(self) -> bool:
         """Whether all of it holds."""
-        return self.outliers and self.attention and self.kept and self.task is not False
+        return self.clean and self.outliers and self.attention and self.kept and self.task is not False
 
     @property
     def missing(self) -> list[str]:
         """What does not hold, in words."""
-        said = {"outliers": "outliers are left", "attention": "attention stays where it was"}
+        said = {"clean": "the audit still sees artifacts", "outliers": "outliers are left"}
+        said["attention"] = "attention stays where it was"
         said |= {"kept": "clean patches change", "task": "the task suffers"}
         return [words for name, words in said.items() if getattr(self, name) is False]
 
@@ -137,6 +140,7 @@ def _judge(name: str, runs: Sequence[Figures], base: Figures, task: Task | None)
     before = base.attention_on_outliers
     return Judged(
         name,
+        holds(lambda figures: figures.verdict == "none"),
         holds(lambda figures: figures.outlier_share <= _LEFT * base.outlier_share),
         holds(lambda figures: before is None or (figures.attention_on_outliers or 0.0) <= _ATTENTION * before),
         holds(lambda figures: figures.clean_kept >= _KEPT),

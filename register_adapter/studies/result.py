@@ -38,6 +38,7 @@ _LONGER = 4
 _SHOWN = 4
 #: Figure to its heading and how it is written.
 COLUMNS = {
+    "verdict": ("audit", ""),
     "outlier_share": ("outliers", ".2%"),
     "largest_ratio": ("largest / median", ".1f"),
     "attention_on_outliers": ("attention on outliers", ".0%"),
@@ -87,7 +88,8 @@ class StudyResult:
         adapter: Folder of its adapter, of the first seed.
         reasons: Why, in sentences.
         commands: Command lines that follow, the first one first.
-        rows: A row an arm: ``name``, ``seeds``, ``why_not``, and for each of :data:`COLUMNS` the mean and ``ranges``.
+        rows: A row an arm: ``name``, ``seeds``, ``why_not``, ``verdict``, and for each other one of :data:`COLUMNS` the
+            mean and ``ranges``.
         task: Name of the task's figure, if a task is known.
         values: All of it, as in ``study.json``.
     """
@@ -117,8 +119,8 @@ class StudyResult:
 
     def cell(self, row: Mapping[str, Any], name: str) -> str:
         """A figure of a row in words: the mean over the seeds, and the range if there is one; ``-`` without any."""
-        if row.get(name) is None:
-            return "-"
+        if name == "verdict" or row.get(name) is None:
+            return str(row.get(name) or "-")
         form = ".1%" if name == "task" and self.task == "accuracy" else COLUMNS[name][1]
         mean, least, largest = (f"{value:{form}}" for value in (row[name], *row["ranges"][name]))
         return mean if least == largest else f"{mean} ({least} to {largest})"
@@ -197,7 +199,8 @@ def _row(arm: Arm, given: Sequence[Record]) -> dict[str, Any]:
     measured = [record.report.to_dict() for record in given if record.report is not None]
     why_not = next((record.why_not for record in given if record.why_not), None)
     row: dict[str, Any] = {"name": arm.name, "seeds": len(measured), "why_not": why_not, "ranges": {}}
-    for name in COLUMNS:
+    row["verdict"] = " or ".join(sorted({figures["verdict"] for figures in measured})) or None
+    for name in list(COLUMNS)[1:]:
         values = [value for figures in measured if (value := figures[name]) is not None]
         row[name] = fmean(values) if values else None
         if values:
@@ -266,8 +269,8 @@ def _page(
     )
     rule = Table(
         f"The rule, on {parts['choose']} other images",
-        ["arm", "few outliers left", "attention off them", "clean patches kept", "task kept", "repairs"],
-        [[j.arm, *map(_yes, (j.outliers, j.attention, j.kept, j.task, j.repairs))] for j in choice.judged],
+        ["arm", "audit: none", "few outliers left", "attention off them", "clean patches kept", "task kept", "repairs"],
+        [[j.arm, *map(_yes, (j.clean, j.outliers, j.attention, j.kept, j.task, j.repairs))] for j in choice.judged],
         RULE,
     )
     definitions = {**DEFINITIONS, "factor": f"{outcome.factor:g}"}

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..artifacts import ArtifactReport, summarise_norms
+from ..artifacts import ArtifactReport, audit, summarise_norms
+from ..artifacts.report import Verdict
 from ..data.datasets import PixelBatches, ProcessedDataset
 from ..features.trace import capture
 from ..towers.modes import evaluating
@@ -24,6 +25,7 @@ _FACTOR = 3.0
 #: A patch draws attention where it receives so many times an even share, as in the audit.
 _DRAWS = 5.0
 DEFINITIONS = {
+    "audit": "the audit's verdict on the arm",
     "outliers": "share of patch tokens whose L2 norm is over the factor times the block's median, in the block with "
     "most of them, before the final LayerNorm",
     "largest / median": "largest such norm over the median, in the block where that is largest",
@@ -42,6 +44,7 @@ class Figures:
     """What is measured of an arm; :data:`DEFINITIONS` says how.
 
     Attributes:
+        verdict: The audit's.
         outlier_share: Outliers.
         largest_ratio: Largest norm over the median.
         attention_on_outliers: Attention that the base's outlier places receive; ``None`` where it has none.
@@ -51,6 +54,7 @@ class Figures:
         task: The task's figure; ``None`` where no task is known.
     """
 
+    verdict: Verdict
     outlier_share: float
     largest_ratio: float
     attention_on_outliers: float | None
@@ -59,9 +63,10 @@ class Figures:
     clean_kept: float
     task: float | None
 
-    def to_dict(self) -> dict[str, float | None]:
+    def to_dict(self) -> dict[str, Any]:
         """Rounded, ready for JSON."""
-        return {name: value if value is None else float(f"{value:.6g}") for name, value in asdict(self).items()}
+        values = asdict(self).items()
+        return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values}
 
 
 class Part(NamedTuple):
@@ -102,6 +107,7 @@ class Ruler:
         base: The model as it is.
         part: The images.
         image_processor: Of the model.
+        rule: The audit's, for verdicts.
         factor: Outliers are over so many medians.
         task: What the model is for, if that is known.
         batch_size: Images in a pass.
@@ -114,14 +120,15 @@ class Ruler:
         part: Part,
         image_processor: Any,
         *,
+        rule: str,
         factor: float,
         task: Task | None,
         batch_size: int,
         tick: Callable[[int], None],
     ) -> None:
-        self.part, self.factor, self.task, self.tick = part, factor, task, tick
+        self.part, self.rule, self.factor, self.task, self.tick = part, rule, factor, task, tick
         self._batches = PixelBatches(ProcessedDataset(part.items, image_processor), batch_size)
-        self._base = self._read(base)
+        self._model, self._base = base, self._read(base)
         shares = [summarise_norms(norms, factor).share for norms in self._base.norms]
         worst = self._base.norms[max(range(len(shares)), key=shares.__getitem__)]
         #: Where the base has its outliers, ``(N, P)`` bool: those of the worst block, or what draws attention if that
@@ -134,23 +141,29 @@ class Ruler:
     @property
     def base(self) -> Figures:
         """The base's own figures."""
-        return self._summarise(self._base)
+        return self._summarise(self._base, self._audited(self._model))
 
     def measure(self, model: nn.Module) -> Figures:
         """The figures of an arm, with its adapters as they are."""
-        return self._summarise(self._read(model))
+        return self._summarise(self._read(model), self._audited(model))
+
+    def _audited(self, model: nn.Module) -> Verdict:
+        verdict = audit(model, self._batches, rule=self.rule, progress=False).verdict
+        self.tick(len(self.part.items))
+        return verdict
 
     def _drawn(self, read: _Read) -> torch.Tensor:
         """Patches that draw attention ``(L, N, P)`` bool."""
         return read.received >= _DRAWS * read.even[:, None, None]
 
-    def _summarise(self, read: _Read) -> Figures:
+    def _summarise(self, read: _Read, verdict: Verdict) -> Figures:
         summaries = [summarise_norms(norms, self.factor) for norms in read.norms]
         on_places = (read.received * self.places).sum(-1).mean(1)
         gathered = torch.where(self._drawn(read), read.received, 0).sum(-1).mean(1)
         cosine = F.cosine_similarity(read.patches, self._base.patches, dim=-1)
         drift = 1 - F.cosine_similarity(read.summary, self._base.summary, dim=-1)
         return Figures(
+            verdict,
             max(summary.share for summary in summaries),
             max(summary.largest for summary in summaries),
             float(on_places.max()) if bool(self.places.any()) else None,

@@ -184,7 +184,7 @@ class _Run:
         )
         runs = {arm.name: list(self.seeds if arm.seeded else self.seeds[:1]) for arm in arms}
         audited = len(self.images.make.items)
-        measured = len(self.images.choose.items) + len(self.images.report.items)
+        measured = 2 * (len(self.images.choose.items) + len(self.images.report.items))
         work = sum(len(runs[arm.name]) * (arm.cost(bench) + measured) for arm in arms)
         bar = tqdm(total=audited + work, unit="pass", disable=not self.progress, bar_format=_BAR)
         with closing(bar):
@@ -257,6 +257,7 @@ class _Rulers:
         run = self._run
         return Ruler(
             *(run.model, part, run.image_processor),
+            rule=run.rule,
             factor=self._factor,
             task=run.task,
             batch_size=run.batch_size,
