@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from ..data.datasets import PixelBatches, ProcessedDataset
+from ..data.datasets import PixelBatches
 from ..neurons import fit_test_time_registers
 from ..towers.tower import find_tower
 from ..training import (
@@ -28,7 +28,7 @@ from ..training import (
 )
 from ..tuner.hooks.attention import reads_implementation
 from ..tuner.peft_model import add_registers
-from .ruler import Part
+from .images import Part
 
 __all__ = ["ARMS", "BATCH", "TEACHER", "Arm", "Bench"]
 
@@ -70,7 +70,7 @@ class Bench:
     @property
     def batches(self) -> PixelBatches:
         """The images in batches."""
-        return PixelBatches(ProcessedDataset(self.part.items, self.image_processor), self.batch_size)
+        return self.part.batches(self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Arm:
         """How long it takes, about, in forward passes of one image."""
         if self.objective is not None:
             return _PASSES * BATCH * bench.steps
-        return 3 * len(bench.part.items) if self.kind == "fit" else 0
+        return 3 * len(bench.part) if self.kind == "fit" else 0
 
     def make(self, bench: Bench, seed: int) -> nn.Module:
         """The model, in ``eval()`` mode, on a copy of the base.
@@ -153,8 +153,11 @@ class Arm:
         model: Any = wrap(base, objective, **self.options)
         on_cpu = next(base.parameters()).device.type == "cpu"
         arguments = TrainArguments(**self._settings(bench.steps, seed), quiet=True, use_cpu=on_cpu)
-        dataset = ProcessedDataset(bench.part.items, bench.image_processor)
-        train(model, objective, dataset, arguments, image_processor=bench.image_processor, callbacks=[_Ticks(bench)])
+        train(
+            *(model, objective, bench.part.data, arguments),
+            image_processor=bench.image_processor,
+            callbacks=[_Ticks(bench)],
+        )
         return cast(nn.Module, model)
 
     def _settings(self, steps: int, seed: int) -> dict[str, Any]:

@@ -16,12 +16,12 @@ __all__ = ["LEAVE", "NOTHING", "RULE", "Choice", "Judged", "choose", "leave"]
 
 #: Parts of the base's outliers, and of the attention on them, that a repair leaves at most; and the least cosine of
 #: clean patches.
-_LEFT, _ATTENTION, _KEPT = 0.2, 0.5, 0.9
+_LEFT, _ATTENTION, _KEPT = 0.2, 0.5, 0.85
 LEAVE, NOTHING = "leave it", "no repair found"
 RULE = (
     "An arm repairs if on the validation images, in every seed, the audit's verdict on it is none, it leaves at most a "
     "fifth of the base's outliers and at most half of the attention on them, keeps clean patches at a mean cosine of "
-    "0.9 or more, and, where a task is known, keeps the task's figure (accuracy: at most 2 points below the base's; a "
+    "0.85 or more, and, where a task is known, keeps the task's figure (accuracy: at most 2 points below the base's; a "
     "loss: at most a quarter above). Of the arms that repair, the first in the order of the table, which is that of "
     "their cost, is recommended; where a task is known, the first that is no worse than the best of them by more than "
     "those limits. Controls are never recommended; what they repair is said."

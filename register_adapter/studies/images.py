@@ -6,25 +6,58 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..data.batches import list_images
+from ..data.datasets import PixelBatches, ProcessedDataset
 from ..data.images import ImageFileError, check_image, image_name
 from ..utils.text import first_few
-from .ruler import Part
 
-__all__ = ["LEAST", "Images", "read_images"]
+__all__ = ["LEAST", "Images", "Part", "read_images"]
 
 #: Fewer images than this cannot be shared out.
 LEAST = 12
 #: Of all images, the part that arms are made with; half of the rest is chosen by, half reported on.
 _MADE_WITH = 0.5
+#: Bytes of pixel values that a part keeps in memory, at most: every arm looks at them.
+_HELD = 2**28
 # Whose record of bad images the command line collects.
 logger = logging.getLogger("register_adapter.data.batches")
+
+
+class Part:
+    """Some of the study's images.
+
+    Args:
+        items: ``{"image": ...}`` each.
+        numbers: Their places among all images.
+        image_processor: Of the model.
+    """
+
+    def __init__(self, items: Sequence[dict[str, Any]], numbers: Sequence[int], image_processor: Any) -> None:
+        self.items, self.numbers = list(items), list(numbers)
+        self._processed = ProcessedDataset(self.items, image_processor)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.items)
+
+    @cached_property
+    def data(self) -> Any:
+        """Items with ``pixel_values``, for a training; made once if they are not too large."""
+        pixels: torch.Tensor = self._processed[0]["pixel_values"]
+        small = pixels.nbytes * len(self) <= _HELD
+        return [self._processed[index] for index in range(len(self))] if small else self._processed
+
+    def batches(self, batch_size: int) -> PixelBatches:
+        """Their pixel values in batches."""
+        return PixelBatches(self.data, batch_size)
 
 
 class Images:
@@ -34,6 +67,7 @@ class Images:
         items: ``{"image": ...}`` each.
         numbers: Their places among all that were given.
         skipped: A line for each bad one.
+        image_processor: Of the model.
 
     Attributes:
         make: Part that arms are made with.
@@ -41,7 +75,9 @@ class Images:
         report: Part that is reported on.
     """
 
-    def __init__(self, items: Sequence[dict[str, Any]], numbers: Sequence[int], skipped: Sequence[str]) -> None:
+    def __init__(
+        self, items: Sequence[dict[str, Any]], numbers: Sequence[int], skipped: Sequence[str], image_processor: Any
+    ) -> None:
         self.items, self.skipped = list(items), list(skipped)
         order = np.random.default_rng(0).permutation(len(items))
         first = round(_MADE_WITH * len(items))
@@ -49,7 +85,7 @@ class Images:
 
         def part(start: int, end: int) -> Part:
             chosen = sorted(order[start:end].tolist())
-            return Part([self.items[place] for place in chosen], [numbers[place] for place in chosen])
+            return Part([self.items[place] for place in chosen], [numbers[place] for place in chosen], image_processor)
 
         self.make, self.choose, self.report = part(0, first), part(first, second), part(second, len(items))
 
@@ -77,11 +113,12 @@ class Images:
             item["image"].save(folder / f"{number:06d}.png")
 
 
-def read_images(images: Any, max_images: int | None, strict: bool) -> Images:
+def read_images(images: Any, image_processor: Any, max_images: int | None, strict: bool) -> Images:
     """Share out what a folder, a list or a data set has.
 
     Args:
         images: A folder, or a sequence of paths, PIL images, or ``{"image": ...}`` items.
+        image_processor: Of the model.
         max_images: At most so many, at random.
         strict: Refuse bad images.
 
@@ -114,4 +151,4 @@ def read_images(images: Any, max_images: int | None, strict: bool) -> Images:
             f"{len(good)} good images are too few for a study, which needs {LEAST}: half of them to repair the model "
             "with, the rest to choose by and to report on"
         )
-    return Images([items[place] for place in good], [numbers[place] for place in good], skipped)
+    return Images([items[place] for place in good], [numbers[place] for place in good], skipped, image_processor)

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..artifacts import ArtifactReport, audit
-from ..data.datasets import PixelBatches, ProcessedDataset
 from ..errors import UnsupportedModelError
 from ..tuner.composed import load_onto
 from ..utils.environment import git_commit, machine, versions
@@ -35,7 +34,7 @@ __all__ = ["COLUMNS", "Origin", "Outcome", "StudyResult", "write_result"]
 _RESULT, _PAGE, _IMAGES = "study.json", "index.html", "images"
 #: Training steps of what is tried next, where nothing repairs, times those of the study.
 _LONGER = 4
-_SHOWN = 4
+_SHOWN, _BATCH = 4, 16
 #: Figure to its heading and how it is written.
 COLUMNS = {
     "verdict": ("audit", ""),
@@ -162,7 +161,7 @@ def write_result(
         "runs": [_run(arm, seed, record) for arm in outcome.arms for seed, record in _seeded(arm, seeds, outcome)],
         "definitions": {**DEFINITIONS, "factor": f"{outcome.factor:g}"},
         "task": result.task,
-        "parts": {name: len(getattr(images, name).items) for name in ("make", "choose", "report")},
+        "parts": {name: len(getattr(images, name)) for name in ("make", "choose", "report")},
         "settings": dict(origin.settings),
         "seeds": list(seeds),
         "skipped": images.skipped,
@@ -234,7 +233,7 @@ def _pictures(
     after = None
     if repaired is not None and outcome.choice.arm is not None:
         models[outcome.choice.arm] = repaired
-        batches = PixelBatches(ProcessedDataset(images.report.items, image_processor))
+        batches = images.report.batches(_BATCH)
         after = audit(repaired, batches, rule=outcome.audit.rule, name=outcome.choice.arm, progress=False)
     names = [f"image {images.report.numbers[place]}" for place in order.tolist()]
     try:

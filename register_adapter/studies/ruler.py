@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from ..artifacts import ArtifactReport, audit, summarise_norms
 from ..artifacts.report import Verdict
-from ..data.datasets import PixelBatches, ProcessedDataset
 from ..features.trace import capture
 from ..towers.modes import evaluating
 from ..training.objectives.tokens import read_tokens
+from .images import Part
 from .tasks import Task
 
-__all__ = ["DEFINITIONS", "Figures", "Part", "Ruler", "outlier_factor"]
+__all__ = ["DEFINITIONS", "Figures", "Ruler", "outlier_factor"]
 
 #: Norms over so many medians are outliers, at most: where the audit draws its line lower, that one is taken.
 _FACTOR = 3.0
@@ -69,18 +69,6 @@ class Figures:
         return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values}
 
 
-class Part(NamedTuple):
-    """Some of the study's images.
-
-    Attributes:
-        items: ``{"image": ...}`` each.
-        numbers: Their places among all images.
-    """
-
-    items: Sequence[dict[str, Any]]
-    numbers: Sequence[int]
-
-
 def outlier_factor(report: ArtifactReport) -> float:
     """How many medians an outlier's norm is over: 3, or where the audit draws its line, if that is lower."""
     layer = report.most_outlying
@@ -106,7 +94,6 @@ class Ruler:
     Args:
         base: The model as it is.
         part: The images.
-        image_processor: Of the model.
         rule: The audit's, for verdicts.
         factor: Outliers are over so many medians.
         task: What the model is for, if that is known.
@@ -118,7 +105,6 @@ class Ruler:
         self,
         base: nn.Module,
         part: Part,
-        image_processor: Any,
         *,
         rule: str,
         factor: float,
@@ -127,7 +113,7 @@ class Ruler:
         tick: Callable[[int], None],
     ) -> None:
         self.part, self.rule, self.factor, self.task, self.tick = part, rule, factor, task, tick
-        self._batches = PixelBatches(ProcessedDataset(part.items, image_processor), batch_size)
+        self._batches = part.batches(batch_size)
         self._model, self._base = base, self._read(base)
         shares = [summarise_norms(norms, factor).share for norms in self._base.norms]
         worst = self._base.norms[max(range(len(shares)), key=shares.__getitem__)]
@@ -149,7 +135,7 @@ class Ruler:
 
     def _audited(self, model: nn.Module) -> Verdict:
         verdict = audit(model, self._batches, rule=self.rule, progress=False).verdict
-        self.tick(len(self.part.items))
+        self.tick(len(self.part))
         return verdict
 
     def _drawn(self, read: _Read) -> torch.Tensor:

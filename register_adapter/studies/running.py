@@ -25,10 +25,10 @@ from ..utils.environment import version
 from ..utils.staging import check_target
 from .arms import ARMS, TEACHER, Arm, Bench
 from .choice import choose, leave
-from .images import Images, read_images
+from .images import Images, Part, read_images
 from .records import ADAPTER, Record, Records
 from .result import Origin, Outcome, StudyResult, write_result
-from .ruler import Part, Ruler, outlier_factor
+from .ruler import Ruler, outlier_factor
 from .tasks import Task
 
 __all__ = ["study"]
@@ -110,7 +110,7 @@ def study(
     out = Path(output_dir)
     check_target(out)
     image_processor = image_processor or find_image_processor(source_of(model))
-    shared = read_images(images, max_images, strict)
+    shared = read_images(images, image_processor, max_images, strict)
     settings = {
         "model": TowerIdentity.of(tower).to_dict(),
         "images": [len(shared.items), shared.digest()],
@@ -183,8 +183,8 @@ class _Run:
             self._tick,
         )
         runs = {arm.name: list(self.seeds if arm.seeded else self.seeds[:1]) for arm in arms}
-        audited = len(self.images.make.items)
-        measured = 2 * (len(self.images.choose.items) + len(self.images.report.items))
+        audited = len(self.images.make)
+        measured = 2 * (len(self.images.choose) + len(self.images.report))
         work = sum(len(runs[arm.name]) * (arm.cost(bench) + measured) for arm in arms)
         bar = tqdm(total=audited + work, unit="pass", disable=not self.progress, bar_format=_BAR)
         with closing(bar):
@@ -256,7 +256,7 @@ class _Rulers:
     def _of(self, part: Part) -> Ruler:
         run = self._run
         return Ruler(
-            *(run.model, part, run.image_processor),
+            *(run.model, part),
             rule=run.rule,
             factor=self._factor,
             task=run.task,
