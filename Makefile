@@ -56,10 +56,12 @@ $(VENV)/.installed-docs: $(REQUIREMENTS) | $(BIN)/python
 	@$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
-# Each goes on where it was stopped; remove the folder demo to begin anew.
+# Each study goes on where it was stopped; remove the folder demo to begin anew. One thread is as fast for such models.
 demo: $(VENV)/.installed-demo
-	$(BIN)/register-adapter study grown-tiles tiles --seeds 3 --out demo/grown $(DEMO_ARGS)
-	$(BIN)/register-adapter study planted scenes --max-images 256 --no-training --out demo/planted
+	OMP_NUM_THREADS=1 $(BIN)/register-adapter study grown-tiles tiles --seeds 3 --out demo/grown \
+		--arm "4 random registers" --arm "1 zero register" --arm "fit: 1 register" --arm "train: 4 registers" \
+		--arm "train: 4 registers + LoRA" --arm "train: LoRA alone" $(DEMO_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/register-adapter study planted scenes --no-training --max-images 256 --out demo/planted
 
 # One thread per process: the processes already take the cores. Worksteal keeps a file's tests together, so that what
 # they share is made once. No test needs a network beyond loopback.
