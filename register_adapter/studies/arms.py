@@ -212,8 +212,12 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
     """Arguments of Python as flags of a command."""
     words: list[str] = []
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [_word(value)])]
     return words
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 _FOUR, _BOTH, _LORA = {"num_registers": 4}, {"train": "registers+lora", "num_registers": 4}, {"train": "lora"}

@@ -251,7 +251,7 @@ def _page(
     folder: Path,
 ) -> StudyPage:
     parts, choice = result.values["parts"], outcome.choice
-    made = [f"Made already, by {origin.settings['steps']} steps or a fit on half of the images: {result.adapter}"]
+    made = [f"The adapter of this study, made with half of the images, is in {result.adapter}"]
     kind = {LEAVE: "good", NOTHING: "bad"}.get(result.headline, "warn")
     headings = [heading if name != "task" else (result.task or "task") for name, (heading, _) in COLUMNS.items()]
     names = [name for name in COLUMNS if name != "task" or result.task]
