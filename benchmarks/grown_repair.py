@@ -45,7 +45,18 @@ from register_adapter.training import (
 )
 from register_adapter.tuner.layer import require_register_layer
 
-__all__ = ["ARMS", "main"]
+__all__ = [
+    "ARMS",
+    "FIT_IMAGES",
+    "FIT_SEED",
+    "LABEL_FREE",
+    "TEST_SEED",
+    "TRAIN_SEED",
+    "Images",
+    "Ruler",
+    "load_pair",
+    "main",
+]
 
 #: Seeds of the images that are trained on (plus the run's), fitted on, probed on, and measured on.
 TRAIN_SEED, FIT_SEED, PROBE_SEED, TEST_SEED = 50_000, 60_001, 60_002, 60_003
@@ -144,7 +155,7 @@ def _own(model: GrownModel) -> Any:
 
 _FOUR = {"num_registers": 4}
 _LORA = {"train": "registers+lora", **_FOUR}
-_LABEL_FREE: dict[str, Callable[[GrownModel], Any]] = {
+LABEL_FREE: dict[str, Callable[[GrownModel], Any]] = {
     "distillation": lambda model: DistillationObjective(num_views=4),
     "refine": lambda model: RefinementObjective(),
     "smooth": lambda model: SmoothObjective(),
@@ -160,9 +171,9 @@ ARMS: dict[str, Callable[[GrownModel, MosaicTask, int, int], Any]] = {
     "test-time: 1 register": _fit(),
     "test-time: 4 registers": _fit(num_registers=4),
     "test-time: attention bias": _fit(attention_bias=True),
-    **{f"{name}: registers": _trained(aim, 2e-2, _FOUR) for name, aim in _LABEL_FREE.items()},
-    **{f"{name}: registers + LoRA": _trained(aim, 1e-3, _LORA) for name, aim in _LABEL_FREE.items()},
-    "smooth: LoRA alone": _trained(_LABEL_FREE["smooth"], 1e-3, {"train": "lora"}),
+    **{f"{name}: registers": _trained(aim, 2e-2, _FOUR) for name, aim in LABEL_FREE.items()},
+    **{f"{name}: registers + LoRA": _trained(aim, 1e-3, _LORA) for name, aim in LABEL_FREE.items()},
+    "smooth: LoRA alone": _trained(LABEL_FREE["smooth"], 1e-3, {"train": "lora"}),
     "own task: registers": _trained(_own, 2e-2, _FOUR),
     "own task: registers from outliers": _trained(_own, 2e-2, from_outliers=True),
     "own task: deep registers": _trained(_own, 2e-2, {**_FOUR, "deep": True}),
@@ -193,7 +204,14 @@ class Ruler:
             with capture(model) as trace:
                 last.append(model(pixel_values=batch).last_hidden_state[:, -tiles:])
             norms.append([hidden[:, -tiles:].norm(dim=-1) for hidden in trace.hidden_states[1:]])
-            seen.append([maps[:, :, -tiles:, -tiles:].mean((1, 2)) for maps in trace.attentions])
+            # Columns of key/value pairs stand behind those of the sequence.
+            ends = [maps.shape[2] for maps in trace.attentions]
+            seen.append(
+                [
+                    m[:, :, end - tiles :, end - tiles : end].mean((1, 2))
+                    for m, end in zip(trace.attentions, ends, strict=True)
+                ]
+            )
         first, second = ([torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in (norms, seen))
         return torch.cat(last), first, second
 
@@ -236,7 +254,7 @@ class Ruler:
         }
 
 
-def _models(recipe: str, seed: int, grown: Path | None) -> tuple[GrownModel, GrownModel]:
+def load_pair(recipe: str, seed: int, grown: Path | None) -> tuple[GrownModel, GrownModel]:
     """A grown model and its twin with registers."""
     if seed == 0 and grown is None:
         return load_grown(recipe), load_grown(recipe, "registers")
@@ -305,7 +323,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 bar.update(make is not None)
                 if (arm, recipe, seed) in done:
                     continue
-                base, twin = _models(recipe, seed, args.grown)
+                base, twin = load_pair(recipe, seed, args.grown)
                 ruler = ruler or Ruler(base, twin, task, args.images)
                 torch.manual_seed(seed)
                 started = time.perf_counter()
