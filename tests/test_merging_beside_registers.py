@@ -68,7 +68,7 @@ def test_a_merge_that_is_refused_changes_nothing() -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     with pytest.raises(NotImplementedError, match="not weight deltas"):
         model.merge_adapter(["lora", "registers"])
-    with pytest.raises(ValueError, match=r"no adapters \['lorra'\]"):
+    with pytest.raises(ValueError, match="no adapter 'lorra'"):
         model.merge_adapter(["lorra"])
     with pytest.raises(NotImplementedError, match="not weight deltas"):
         add_registers(build("vit"), 2).merge_adapter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from torch import nn
 
 from ...artifacts import audit, resolve_rule
 from ...data.folders import read_image_folder
-from ...data.images import named_folder
 from ...errors import UnsupportedModelError
 from ...evaluation import ProbeReport, RegisterReport, analyse_registers, probe_tokens
 from ...testbed import LABELS, SceneDataset
@@ -157,9 +157,10 @@ def _probe(name: str, model: nn.Module, data: _Data, processor: Any, args: Probe
 
 def _draw(args: ProbeArguments) -> _Data:
     """The images in random order, and the names of their classes if they have any."""
-    folder = named_folder(args.images)
+    folder = Path(args.images)
     classes: Sequence[str] = ()
-    if folder.is_dir() and sum(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()) > 1:
+    inside = folder.iterdir() if args.images and folder.is_dir() else ()
+    if sum(path.is_dir() and not path.name.startswith(".") for path in inside) > 1:
         source: Any = read_image_folder(folder)
         classes = source.features["label"].names
     else:
