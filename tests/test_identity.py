@@ -17,7 +17,7 @@ from torch import nn
 
 from register_adapter import BaseModelMismatchError, RegisterConfig, add_registers, find_tower
 from register_adapter.towers import TowerIdentity
-from register_adapter.towers.identity import TOLERANCE, fingerprint
+from register_adapter.towers.identity import TOLERANCE, _biases, fingerprint
 
 
 def distance(model: nn.Module, other: nn.Module) -> float:
@@ -203,3 +203,15 @@ def test_the_config_of_an_attached_adapter_makes_fresh_registers() -> None:
     model.set_adapter("second")
     model.train()
     assert model(**make_inputs("vit")).last_hidden_state.requires_grad
+
+
+def test_the_fingerprint_is_the_same_where_transformers_4_lists_the_mlp_before_the_norms() -> None:
+    parts = {"attention": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "first": nn.Linear(4, 8), "second": nn.Linear(8, 4)}
+    newer, older = nn.Module(), nn.Module()
+    newer.attention, newer.layernorm_before, newer.mlp = parts["attention"], parts["norm"], nn.Module()
+    newer.mlp.fc1, newer.mlp.fc2 = parts["first"], parts["second"]
+    older.attention, older.intermediate, older.output = parts["attention"], nn.Module(), nn.Module()
+    older.intermediate.dense, older.output.dense = parts["first"], parts["second"]
+    older.layernorm_before = parts["norm"]
+    listed = [[id(bias) for bias in _biases(nn.ModuleList([block]))] for block in (newer, older)]
+    assert listed[0] == listed[1] == [id(part.bias) for part in parts.values()]

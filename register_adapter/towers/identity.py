@@ -63,11 +63,18 @@ def _sketch(values: torch.Tensor) -> list[float]:
     return [round(value, 4) for value in buckets.tolist()]
 
 
+def _parts(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, in one order: transformers 4 has the MLP of ViT and its kin before the norms, 5 behind."""
+    for block, module in blocks.named_children():
+        inside = module.named_modules(prefix=block)
+        yield from sorted(inside, key=lambda part: part[0].split(".")[1:2] in (["intermediate"], ["output"]))
+
+
 def _biases(blocks: nn.Module) -> Iterator[torch.Tensor]:
     """The biases of the base's own layers: wrapped by an adapter, or held by a quantised layer, they stay the same."""
     inside_adapter: tuple[str, ...] = ()
     seen: set[int] = set()
-    for name, module in blocks.named_modules():
+    for name, module in _parts(blocks):
         if isinstance(module, BaseTunerLayer):
             inside_adapter += tuple(f"{name}.{child}" for child, _ in module.named_children() if child != "base_layer")
         if isinstance(module, AuxiliaryTrainingWrapper):
