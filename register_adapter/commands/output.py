@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import typer
 
@@ -205,6 +205,8 @@ def _flags(command: Callable[..., Any]) -> tuple[dict[str, str], set[str]]:
     flags: dict[str, str] = {}
     negated: set[str] = set()
     for name, hint in get_type_hints(command, include_extras=True).items():
+        # Python 3.10 makes a union with None of what has the default None.
+        hint = next((part for part in get_args(hint) if hasattr(part, "__metadata__")), hint)
         for option in getattr(hint, "__metadata__", ()):
             if isinstance(option, typer.models.OptionInfo):
                 # typer takes the first name for a default until the command is built.
