@@ -48,6 +48,9 @@ def eval_command(
     ] = None,
     annotations: Annotated[str | None, typer.Option(help="discovery: COCO annotation file.")] = None,
     split: Annotated[str, typer.Option(help="discovery: list of images of a VOC devkit.")] = "trainval",
+    features: Annotated[
+        str, typer.Option(help="discovery: keys, queries, values or tokens, in the rows of reference settings.")
+    ] = "keys",
     sweep: Annotated[
         bool, typer.Option("--sweep/--no-sweep", help="discovery: settings chosen on held-out images too.")
     ] = True,
@@ -88,6 +91,7 @@ def eval_command(
         tokenizer=tokenizer,
         annotations=annotations,
         split=split,
+        features=features,
         sweep=sweep,
         store=store,
         max_images=max_images,

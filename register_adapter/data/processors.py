@@ -71,7 +71,8 @@ def normalisation_of(processor: Any) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation that a processor or a transform normalises with, ``None`` if it does not say."""
     if getattr(processor, "do_normalize", False):
         return _list(processor.image_mean), _list(processor.image_std)
-    for step in getattr(processor, "transforms", []):
+    steps = getattr(processor, "val_transforms", processor)  # transformers' wrapper of timm's transforms
+    for step in getattr(steps, "transforms", []):
         if type(step).__name__ == "Normalize":
             return _list(step.mean), _list(step.std)
     mean, std = getattr(processor, "mean", None), getattr(processor, "std", None)  # torchvision's presets

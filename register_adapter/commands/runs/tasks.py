@@ -64,6 +64,7 @@ class EvalArguments:
         tokenizer: Folder or name of a tokenizer, for zero-shot, where the model's own has none.
         annotations: COCO annotation file, for discovery.
         split: List of images of a VOC devkit, for discovery.
+        features: Of the rows at reference settings, for discovery.
         sweep: Discovery at settings chosen on held-out images too.
         store: Folder for features.
         max_images: At most so many images of each set, at random.
@@ -89,6 +90,7 @@ class EvalArguments:
     tokenizer: str | None = None
     annotations: str | None = None
     split: str = "trainval"
+    features: str = "keys"
     sweep: bool = True
     store: str | None = None
     max_images: int | None = None
@@ -246,7 +248,7 @@ TASKS: dict[str, _Task] = {
     "segmentation": _Task(evaluate_segmentation, takes=("size", "store"), named=("classes",)),
     "depth": _Task(evaluate_depth, takes=("head", "size", "store")),
     "zero-shot": _Task(_zero_shot, ("test",), takes=("classes", "templates", "tokenizer")),
-    "discovery": _Task(_discovery, ("test",), takes=("size", "sweep"), reads=("annotations", "split")),
+    "discovery": _Task(_discovery, ("test",), takes=("size", "features", "sweep"), reads=("annotations", "split")),
 }
 
 

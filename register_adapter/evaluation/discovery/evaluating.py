@@ -53,6 +53,7 @@ def evaluate_discovery(
     images: Any,
     *,
     methods: Sequence[Method] = ("lost", "tokencut"),
+    features: Features = "keys",
     held_out: Any = None,
     held_out_share: float = 0.2,
     sweep: Sweep | None = Sweep(),
@@ -65,8 +66,8 @@ def evaluate_discovery(
 ) -> DiscoveryReport:
     """CorLoc of LOST and TokenCut, for a model or for several, the first of which is the base of the comparison.
 
-    Each model has two rows a method: one at the settings of the authors' code (keys of the last block), and one at the
-    settings with the best CorLoc on held-out images, which are those of no row; both rows are of the same images.
+    Each model has two rows a method: one at the settings of the authors' code (``features`` of the last block), and one
+    at the settings with the best CorLoc on held-out images, which are those of no row; both rows are of the same images.
 
     Args:
         models: One model, or several by name: ``{"base": model, ...}``. One adapter of a PEFT model is the pair
@@ -76,6 +77,8 @@ def evaluate_discovery(
             :class:`~register_adapter.testbed.SceneDataset`, or pairs of an image and its boxes ``(n, 4)``. Those
             without a box are left out.
         methods: ``"lost"``, ``"tokencut"``, or both.
+        features: Of the rows at the reference's settings: ``"keys"``, as in the authors' code, ``"queries"``,
+            ``"values"`` (arXiv 2309.16588 takes them for OpenCLIP and DeiT-III) or ``"tokens"``.
         held_out: Images with boxes to choose settings on; ``None`` takes ``held_out_share`` of ``images``.
         held_out_share: Which share, drawn at random.
         sweep: What is tried on them; ``None`` makes the rows of the reference's settings alone, of all images.
@@ -98,7 +101,9 @@ def evaluate_discovery(
         >>> print(evaluate_discovery({"base": (model, None), "repaired": (model, "default")}, read_voc("VOC2007")))
     """
     subjects = named_subjects(models)
-    plans = [Plan(method) for method in methods]
+    if features not in FEATURES:
+        raise ValueError(f"features={features!r}, expected one of {', '.join(FEATURES)}")
+    plans = [Plan(method, features) for method in methods]
     if not plans:
         raise ValueError(f"methods is empty; it can have {', '.join(METHODS)}")
     reading = Reading(image_processor, size, batch_size, antialias, progress)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...tuner.composed import load_onto
 from ...utils.parameters import part_of
+from ...data.processors import normalisation_of
 from .base import Batch
 from .similarity import feature_loss
 from .terms import Targets, Teacher, Term
@@ -24,11 +25,9 @@ _NO_PROCESSOR = [1.0, 1.0, 1.0]
 
 
 def _white_of(processor: Any) -> list[float]:
-    """What an image processor of transformers makes of a white pixel."""
-    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-    if mean is None or std is None or not getattr(processor, "do_normalize", False):
-        return _NO_PROCESSOR
-    return [(1.0 - float(m)) / float(s) for m, s in zip(mean, std, strict=True)]
+    """What an image processor makes of a white pixel."""
+    known = normalisation_of(processor)
+    return _NO_PROCESSOR if known is None else [(1.0 - mean) / std for mean, std in zip(*known, strict=True)]
 
 
 class DistillationObjective(Term):
