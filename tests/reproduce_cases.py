@@ -41,7 +41,7 @@ MODELS = {
     "google/siglip2-base-patch16-224": "models/siglip2",
 }
 SMALLER = {
-    "--size": {"518": "70", "224": "32"},
+    "--size": {"518": "70", "224": "32", "224x224": "32x32"},
     "--image-sizes": {"518": "70", "224": "56"},
     "--k": {"20": "3"},
     "--num-views": {"10": "2"},
@@ -63,7 +63,10 @@ def commands() -> list[list[str]]:
 def python_blocks() -> list[str]:
     """The document's Python, with the models and sizes of the test."""
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", DOCUMENT.read_text("utf-8"))
-    return [block.replace("facebook/dinov2-large", MODELS["facebook/dinov2-large"]).replace("518}", "70}") for block in blocks]
+    return [
+        block.replace("facebook/dinov2-large", MODELS["facebook/dinov2-large"]).replace("518}", "70}")
+        for block in blocks
+    ]
 
 
 def made_small(words: list[str]) -> list[str]:
@@ -152,7 +155,10 @@ def _write_voc(root: Path, scenes: list[Scene]) -> None:
     names = [f"2007_{number:06}" for number in range(len(scenes))]
     for name, scene in zip(names, scenes, strict=True):
         _save(scene.pil, root / "JPEGImages" / f"{name}.jpg")
-        _save(np.where(scene.mask > 0, scene.mask % 20 + 1, 0).astype(np.uint8), root / "SegmentationClass" / f"{name}.png")
+        _save(
+            np.where(scene.mask > 0, scene.mask % 20 + 1, 0).astype(np.uint8),
+            root / "SegmentationClass" / f"{name}.png",
+        )
         (root / "Annotations" / f"{name}.xml").write_text(_XML.format(*map(int, scene.objects[0].box)))
     (root / "ImageSets" / "Main" / "trainval.txt").write_text("\n".join(names))
     for split, part in (("train", names[:6]), ("val", names[6:])):
@@ -188,7 +194,9 @@ def write_data(root: Path) -> None:
     for part, count, seed in (("training", 8, 4), ("validation", 4, 5)):
         for number, scene in enumerate(_draw(count, seed)):
             _save(scene.pil, root / "ADEChallengeData2016" / "images" / part / f"{number}.jpg")
-            _save(scene.mask.astype(np.uint8) + 1, root / "ADEChallengeData2016" / "annotations" / part / f"{number}.png")
+            _save(
+                scene.mask.astype(np.uint8) + 1, root / "ADEChallengeData2016" / "annotations" / part / f"{number}.png"
+            )
     for part, count, seed in (("train", 8, 6), ("test", 4, 7)):
         for number, scene in enumerate(_draw(count, seed)):
             depth = 1000 + 50 * scene.mask.astype(np.uint16)

@@ -92,9 +92,14 @@ def _trained(words: list[str], out: Path) -> None:
 def _evaluated(words: list[str], out: Path) -> None:
     written = json.loads((out / "eval.json").read_text("utf-8"))
     task, model = words[1:3]
-    names = [MODELS[model], *(Path(name).name for flag, name in zip(words, words[1:], strict=False) if flag == "--adapter")]
+    names = [
+        MODELS[model],
+        *(Path(name).name for flag, name in zip(words, words[1:], strict=False) if flag == "--adapter"),
+    ]
     settings = SETTINGS[task] or [written["rows"][0]["setting"]]
-    assert [(row["setting"], row["model"]) for row in written["rows"]] == [(s, name) for s in settings for name in names]
+    assert [(row["setting"], row["model"]) for row in written["rows"]] == [
+        (s, name) for s in settings for name in names
+    ]
     assert all(math.isfinite(row["score"]["value"]) for row in written["rows"])
     assert "index.html" in {path.name for path in out.iterdir()}
     if task == "discovery":

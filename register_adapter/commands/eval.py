@@ -38,9 +38,7 @@ def eval_command(
     temperature: Annotated[float, typer.Option(help="knn: temperature of the votes.")] = 0.07,
     feature: Annotated[str, typer.Option(help="knn: cls, mean, cls+mean, or auto.")] = "auto",
     head: Annotated[str, typer.Option(help="depth: bins or ridge.")] = "bins",
-    size: Annotated[
-        int | None, typer.Option(min=1, help="segmentation, depth, discovery: side that images are resized to.")
-    ] = None,
+    size: options.ImageSize = None,
     classes: Annotated[str | None, typer.Option(help="zero-shot: JSON, from folders to names of classes.")] = None,
     templates: Annotated[str | None, typer.Option(help="zero-shot: file of prompts with {} for the name.")] = None,
     tokenizer: Annotated[

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +11,7 @@ __all__ = [
     "AsJson",
     "BatchSize",
     "Device",
+    "ImageSize",
     "Images",
     "LabelledImages",
     "MaxImages",
@@ -21,6 +23,15 @@ __all__ = [
     "Seed",
     "Strict",
 ]
+
+
+def _image_size(given: str) -> int | tuple[int, int]:
+    """``"224"`` or ``"224x336"``, height before width."""
+    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", given) is None:
+        raise typer.BadParameter(f"{given!r} is no size; give a side, such as 224, or a height and a width, 224x336")
+    sides = tuple(map(int, given.split("x")))
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
 
 Model = Annotated[
     str,
@@ -37,6 +48,15 @@ LabelledImages = Annotated[
     typer.Argument(help="Folder of images, one sub-folder per class; scenes for images that the package draws."),
 ]
 OutputDir = Annotated[str, typer.Option("--output-dir", "--out", help="Folder to write into.")]
+ImageSize = Annotated[
+    Any,
+    typer.Option(
+        parser=_image_size,
+        metavar="<int or HxW>",
+        help="segmentation, depth, discovery: side that images are resized to (discovery: the shorter one), or height "
+        "and width, such as 224x224.",
+    ),
+]
 Rule = Annotated[
     str, typer.Option(help="Which patch tokens are outliers: auto, mixture, fixed:150, sigma:3, mad:6, and others.")
 ]

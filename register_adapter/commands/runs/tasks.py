@@ -84,7 +84,7 @@ class EvalArguments:
     temperature: float = 0.07
     feature: str = "auto"
     head: str = "bins"
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     classes: str | None = None
     templates: str | None = None
     tokenizer: str | None = None

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...data.processors import normalisation_of
 from ...tuner.composed import load_onto
 from ...utils.parameters import part_of
-from ...data.processors import normalisation_of
 from .base import Batch
 from .similarity import feature_loss
 from .terms import Targets, Teacher, Term
