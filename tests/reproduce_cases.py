@@ -1,10 +1,11 @@
-"""Tiny models of the classes that ``docs/reproduce.md`` names, data in the same layouts, and its commands made small."""
+"""Tiny models of the classes that ``docs/reproduce.md`` names, data in the same layouts, its commands made small."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
+from register_adapter.evaluation import evaluate_depth, evaluate_linear, evaluate_segmentation
+from register_adapter.evaluation.discovery import Sweep
 from register_adapter.testbed import SceneDataset, plant_artifacts
 from register_adapter.testbed.scenes import Scene
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reproduce.md"
 #: Images are wider than high, and larger than what the models take.
 WIDTH, HEIGHT = 64, 56
-BLOCKS, PATCH, SIDE = 3, 8, 32
+BLOCKS, PATCH, SIDE = 2, 8, 32
 _SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 _VISION = {**_SHAPE, "num_hidden_layers": BLOCKS, "image_size": SIDE, "patch_size": PATCH}
 _TEXT = {**_SHAPE, "num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 16}
@@ -50,7 +53,19 @@ SMALLER = {
     "--dataloader-num-workers": {"8": "0"},
     "--checkpointing-steps": {"epoch": "epoch"},
 }
-SHORT = {"train": ("--max-train-steps", "1", "--use-cpu"), "eval": ("--device", "cpu"), "": ("--device", "cpu")}
+SHORT = {
+    "train": ("--max-train-steps", "1", "--use-cpu"),
+    "discovery": ("--max-images", "5", "--device", "cpu"),
+    "": ("--device", "cpu"),
+}
+#: What is tried on held-out images.
+SWEEP = Sweep(("keys", "tokens"), 1, {"lost": [{"normalize": True, "bias": -0.1}]})
+#: Tasks that try one penalty in place of many, in few steps.
+QUICK = {
+    "linear": partial(evaluate_linear, inverse_penalties=(1.0,), max_iter=6),
+    "segmentation": partial(evaluate_segmentation, inverse_penalties=(1.0,), max_iter=6),
+    "depth": partial(evaluate_depth, penalties=(0.01,), max_iter=2),
+}
 
 
 def commands() -> list[list[str]]:
@@ -63,17 +78,16 @@ def commands() -> list[list[str]]:
 def python_blocks() -> list[str]:
     """The document's Python, with the models and sizes of the test."""
     blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", DOCUMENT.read_text("utf-8"))
-    return [
-        block.replace("facebook/dinov2-large", MODELS["facebook/dinov2-large"]).replace("518}", "70}")
-        for block in blocks
-    ]
+    small = {"facebook/dinov2-large": MODELS["facebook/dinov2-large"], ": 518": ": 70"}
+    return [reduce(lambda code, pair: code.replace(*pair), small.items(), block) for block in blocks]
 
 
 def made_small(words: list[str]) -> list[str]:
     """A command of the document on the models of :func:`write_models`, in a few steps."""
     flags = ["", *words[:-1]]
     small = [MODELS.get(word, SMALLER.get(flag, {}).get(word, word)) for flag, word in zip(flags, words, strict=True)]
-    return [*small, *SHORT.get(words[0], SHORT[""]), "--quiet"]
+    (more,) = [SHORT[word] for word in words[:2] if word in SHORT] or [SHORT[""]]
+    return [*small, *more, "--quiet"]
 
 
 # Models
@@ -87,7 +101,7 @@ def _scenes(count: int, size: int, seed: int) -> torch.Tensor:
 
 def _planted(model: nn.Module, size: int = SIDE) -> Any:
     """With outliers, which the refinement and the fit ask for."""
-    return plant_artifacts(model.eval(), 1, _scenes(64, size, 0), share=0.08, attraction_steps=0).model
+    return plant_artifacts(model.eval(), 0, _scenes(64, size, 0), share=0.08, attraction_steps=0).model
 
 
 def _processor(size: int = SIDE, **options: Any) -> Any:
@@ -155,10 +169,7 @@ def _write_voc(root: Path, scenes: list[Scene]) -> None:
     names = [f"2007_{number:06}" for number in range(len(scenes))]
     for name, scene in zip(names, scenes, strict=True):
         _save(scene.pil, root / "JPEGImages" / f"{name}.jpg")
-        _save(
-            np.where(scene.mask > 0, scene.mask % 20 + 1, 0).astype(np.uint8),
-            root / "SegmentationClass" / f"{name}.png",
-        )
+        _save(scene.mask.astype(np.uint8), root / "SegmentationClass" / f"{name}.png")
         (root / "Annotations" / f"{name}.xml").write_text(_XML.format(*map(int, scene.objects[0].box)))
     (root / "ImageSets" / "Main" / "trainval.txt").write_text("\n".join(names))
     for split, part in (("train", names[:6]), ("val", names[6:])):
@@ -191,13 +202,12 @@ def write_data(root: Path) -> None:
     for name, kinds in (("names", ("red circle", ["blue star", "star"])), ("names-lower", ("red circle", "blue star"))):
         (root / "imagenet" / f"{name}.json").write_text(json.dumps(dict(zip(("n01", "n02"), kinds, strict=True))))
     (root / "imagenet" / "templates-lower.txt").write_text("a photo of a {}\nthe {}\n")
-    for part, count, seed in (("training", 8, 4), ("validation", 4, 5)):
+    ade = root / "ADEChallengeData2016"
+    for part, count, seed in (("training", 6, 4), ("validation", 3, 5)):
         for number, scene in enumerate(_draw(count, seed)):
-            _save(scene.pil, root / "ADEChallengeData2016" / "images" / part / f"{number}.jpg")
-            _save(
-                scene.mask.astype(np.uint8) + 1, root / "ADEChallengeData2016" / "annotations" / part / f"{number}.png"
-            )
-    for part, count, seed in (("train", 8, 6), ("test", 4, 7)):
+            _save(scene.pil, ade / "images" / part / f"{number}.jpg")
+            _save(scene.mask.astype(np.uint8) + 1, ade / "annotations" / part / f"{number}.png")
+    for part, count, seed in (("train", 6, 6), ("test", 3, 7)):
         for number, scene in enumerate(_draw(count, seed)):
             depth = 1000 + 50 * scene.mask.astype(np.uint16)
             _save(scene.pil, root / "nyu" / part / "kitchen" / f"rgb_{number:05}.jpg")

@@ -67,7 +67,7 @@ def evaluate_discovery(
     """CorLoc of LOST and TokenCut, for a model or for several, the first of which is the base of the comparison.
 
     Each model has two rows a method: one at the settings of the authors' code (``features`` of the last block), and one
-    at the settings with the best CorLoc on held-out images, which are those of no row; both rows are of the same images.
+    at the settings with the best CorLoc on held-out images, which are in no row; both rows are of the same images.
 
     Args:
         models: One model, or several by name: ``{"base": model, ...}``. One adapter of a PEFT model is the pair
