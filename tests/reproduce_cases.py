@@ -50,8 +50,8 @@ SMALLER = {
     "--num-views": {"10": "2"},
     "--num-train-epochs": {"100": "1", "2": "1"},
     "--per-device-train-batch-size": {"8": "8", "16": "8"},
+    "--train-val-split": {"0.02": "0.2", "0.05": "0.2"},
     "--dataloader-num-workers": {"8": "0"},
-    "--checkpointing-steps": {"epoch": "epoch"},
 }
 SHORT = {
     "train": ("--max-train-steps", "1", "--use-cpu"),
