@@ -197,12 +197,24 @@ def test_zero_shot_of_open_clip_and_with_a_tokenizer_from_elsewhere(folder: Path
         ("zero-shot", ("--store", "features"), "--store is for knn, linear, segmentation, depth"),
         ("depth", ("--no-sweep",), "sweep is for discovery"),
         ("knn", ("--split", "val"), "--split is for discovery"),
+        ("depth", ("--features", "values"), "--features is for discovery"),
     ],
 )
 def test_flags_of_other_tasks_are_refused(
     folder: Path, task: str, flags: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert said in str(call(monkeypatch, "eval", task, str(folder / "model"), str(folder / "classes"), *flags))
+
+
+def test_a_wrong_size_or_kind_of_features_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ("eval", "discovery", str(folder / "model"), "scenes", "--max-images", "4")
+    for size in ("0x32", "32x", "-3", "big"):
+        assert call(monkeypatch, *command, f"--size={size}") == 2
+        assert f"'{size}' is no size" in " ".join(capfd.readouterr().err.split())
+    wrong = str(call(monkeypatch, *command, "--features", "norms"))
+    assert "--features 'norms', expected one of keys, queries, values, tokens" in wrong
 
 
 @pytest.mark.slow
