@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,22 @@ def run(model: nn.Module, inputs: dict[str, Any], **options: Any) -> dict[str, t
     """The flat outputs of a forward pass without gradients."""
     with torch.no_grad():
         return flatten(model(**inputs, **options))
+
+
+#: The layers of a ViT's attention in a block, in transformers 5 and in 4.
+ATTENTION_LAYERS = {
+    "q_proj": ("attention.q_proj", "attention.attention.query"),
+    "k_proj": ("attention.k_proj", "attention.attention.key"),
+    "v_proj": ("attention.v_proj", "attention.attention.value"),
+    "o_proj": ("attention.o_proj", "attention.output.dense"),
+}
+
+
+def attention_layers(block: nn.Module) -> SimpleNamespace:
+    parts = dict(block.named_modules())
+    return SimpleNamespace(
+        **{name: next(parts[path] for path in paths if path in parts) for name, paths in ATTENTION_LAYERS.items()}
+    )
 
 
 def shapes(outputs: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

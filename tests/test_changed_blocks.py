@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import build, make_inputs
 from helpers import assert_identical, run
 from stacks_cases import build_stack, images
@@ -37,6 +38,8 @@ def share(encoder: Any) -> None:
 
 
 def append(encoder: Any) -> None:
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 has one entry of a head mask for each block of the config")
     encoder.layer.append(copy.deepcopy(build("dinov2").encoder.layer[0]))
 
 

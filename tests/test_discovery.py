@@ -94,7 +94,9 @@ def test_what_leaves_the_attention_is_made_of_the_values(name: str) -> None:
     model = families.build(name)
     part = find_tower(model).block_part(0, "attention")
     seen: list[torch.Tensor] = []
-    layer = next(getattr(part, output) for output in OUTPUTS if hasattr(part, output))
+    layer = next((getattr(part, output) for output in OUTPUTS if hasattr(part, output)), None)
+    if layer is None:  # transformers 4 has the output's layer beside the attention
+        layer = find_tower(model).part("blocks")[0].attention.output.dense
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     kept, attention = _recorded(model, lambda: model(**families.make_inputs(name)))
     handle.remove()

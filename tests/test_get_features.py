@@ -116,7 +116,7 @@ def test_other_libraries(name: str) -> None:
 
 
 def test_adapters_are_chosen_and_composed_models_are_read(pixels: torch.Tensor) -> None:
-    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    lora = peft.LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)
     model = peft.get_peft_model(load_vit(), lora)
     plain, changed = (get_features(subject, pixels)["patch"] for subject in ((model, None), model))
     torch.testing.assert_close(plain, get_features(load_vit(), pixels)["patch"])

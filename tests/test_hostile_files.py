@@ -99,7 +99,10 @@ def test_a_head_has_finite_floats(tmp_path: Path, weight: torch.Tensor) -> None:
     tensors = {KEY: torch.zeros(4, 8), "base_model.model.classifier.weight": torch.zeros(2, 8)}
     save_file(tensors, tmp_path / "good.safetensors")
     check_adapter_file(tmp_path / "good.safetensors", SHAPES, ["classifier"])
-    save_file({**tensors, "base_model.model.classifier.weight": weight}, tmp_path / "bad.safetensors")
+    try:
+        save_file({**tensors, "base_model.model.classifier.weight": weight}, tmp_path / "bad.safetensors")
+    except KeyError:
+        pytest.skip(f"this safetensors cannot write {weight.dtype}")
     with pytest.raises(AdapterFileError, match=r"bad\.safetensors cannot be loaded: .*classifier\.weight"):
         check_adapter_file(tmp_path / "bad.safetensors", SHAPES, ["classifier"])
 

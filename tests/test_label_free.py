@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from training_helpers import adapter_bytes, write_planted
 from transformers import ViTImageProcessor
 
-from register_adapter import NoArtifactsError, add_registers
+from register_adapter import NoArtifactsError, add_registers, capture
 from register_adapter.artifacts.rules import Threshold
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 from register_adapter.training import (
@@ -75,12 +75,13 @@ def test_tokens_are_those_of_the_model(model: Any, items: list[dict[str, Any]]) 
     batch = batch_of(items, 0, 1)
     with torch.no_grad():
         tokens = read_tokens(model.eval(), batch, layers=[4])
-        output = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
+        with capture(model) as trace:
+            model(pixel_values=batch["pixel_values"])
     assert tokens.grid == (10, 10)
     assert tokens.registers.shape == (2, 4, 128)
     assert tokens.cls.shape == (2, 1, 128)
-    assert torch.equal(tokens.inside[4], output.hidden_states[4][:, 1:])
-    assert torch.equal(tokens.before_norm, output.hidden_states[8][:, 1:])
+    torch.testing.assert_close(tokens.inside[4], trace.patches(4))
+    torch.testing.assert_close(tokens.before_norm, trace.patches(8))
     tower = model.get_base_model().vit
     torch.testing.assert_close(tokens.patches, tower.layernorm.forward(tokens.before_norm))
 

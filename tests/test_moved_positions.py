@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, make_inputs
+from families import CASES, build, make_inputs
 from helpers import run
 from peft import LoraConfig, PeftModel, get_peft_model
 from stacks_cases import build_stack, images
@@ -97,7 +97,7 @@ def test_they_start_as_the_base_move_come_back_and_merge(name: str, tmp_path: Pa
     ("name", "message"),
     [
         ("dinov3", "DINOv3ViTModel .* has no learned position embeddings that could move"),
-        ("mlcd-vision", "MLCDVisionModel .* has no learned position embeddings"),
+        ("mlcd-vision", "MLCDVision.* has no learned position embeddings"),
         ("videomae", "VideoMAEModel .* are fixed or quantised"),
     ],
 )
@@ -194,7 +194,7 @@ def test_the_tower_may_lie_elsewhere(under_a_head: bool, whole_folder: bool, tmp
 def test_a_refusal_leaves_no_class_behind() -> None:
     base = fresh("vit")
     kinds, keys = [type(part) for part in base.modules()], list(base.state_dict())
-    with pytest.raises(ValueError, match="no_such_layer"):
+    with pytest.raises(ValueError, match=r"no_such_layer|No modules were targeted|not found"):
         compose(base, {"positions": PositionConfig(), "lora": LoraConfig(target_modules=["no_such_layer"])})
     assert ([type(part) for part in base.modules()], list(base.state_dict())) == (kinds, keys)
 
@@ -264,6 +264,7 @@ def test_half_precision_starts_as_the_base_and_trains_in_float32() -> None:
     assert weight.dtype == torch.float32
 
 
+@pytest.mark.skipif("molmo2-vision" not in CASES, reason="transformers 4 has no Molmo2")
 def test_the_base_under_them_says_who_it_is(tmp_path: Path) -> None:
     # Position embeddings decide where a tower has neither patch embedding nor biases that tell it.
     model = put_on(fresh("molmo2-vision"), Moving.parse("registers+positions"), {"num_registers": 1})

@@ -196,6 +196,7 @@ def test_whatever_fails_while_the_values_go_in_is_undone(
     check()
 
 
+@pytest.mark.skipif(not NEW_NAMES, reason="transformers 4 puts adapters in by another function")
 def test_an_adapter_that_transformers_cannot_put_in_leaves_no_name(
     base: Any, adapter: Path, untouched: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from families import build, make_inputs
 from helpers import assert_identical, flatten, run
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -157,6 +158,7 @@ def test_a_method_that_uses_the_tower_refuses_another_one(copied: bool) -> None:
     assert "get_image_features" not in vars(model.unload())
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="the loader of transformers 4 finds this tower")
 def test_the_loader_of_transformers_says_where_it_looks_for_a_tower(tmp_path: Path) -> None:
     base, dual = build("metaclip2-vision"), build("metaclip2")
     find_tower(base).module.load_state_dict(find_tower(dual).module.state_dict())

@@ -24,6 +24,7 @@ __all__ = [
     "METHOD",
     "POSITIONS",
     "PREFIX",
+    "REMAPS",
     "member",
     "peft_type",
     "register",
@@ -134,40 +135,45 @@ def renamed_by_transformers(model: nn.Module) -> Callable[[str], str]:
     return lambda key: str(rename_source_key(key, renamings, [])[0])
 
 
-def remap_on_load(tuner: nn.Module, remap: Callable[..., dict[str, Any]]) -> None:
+#: Whether PEFT asks a tuner where the keys of an adapter go that is loaded (not 0.18).
+REMAPS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
+
+
+def remap_on_load(tuner: nn.Module, remap: Callable[..., dict[str, Any]], begin: str = PREFIX) -> None:
     """Have ``remap`` called when an adapter is loaded, also by a PEFT without a hook for it (0.18).
 
     Args:
         tuner: The module that holds the base as ``tuner.model``, and configs by name as ``tuner.peft_config``.
         remap: Takes the arguments of ``BaseTuner._remap_adapter_state_dict_for_load``, by keyword.
+        begin: How the part of the method's keys begins that an adapter's name follows.
     """
-    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
-        tuner.register_load_state_dict_pre_hook(partial(_before_load, remap))  # type: ignore[no-untyped-call]
+    if not REMAPS:
+        tuner.register_load_state_dict_pre_hook(partial(_before_load, remap, begin))  # type: ignore[no-untyped-call]
 
 
-def renew_on_save(layer: nn.Module) -> None:
-    """Have ``layer.renew_bases()`` called before a save, also by a PEFT that has no hook for it (0.18)."""
+def renew_on_save(holder: nn.Module) -> None:
+    """Have ``holder.renew_bases()`` called before a save, also by a PEFT that has no hook for it (0.18)."""
     if not hasattr(BaseTuner, "_get_adapter_state_dict"):
-        layer.register_state_dict_pre_hook(_before_save)  # type: ignore[no-untyped-call]
+        holder.register_state_dict_pre_hook(_before_save)  # type: ignore[no-untyped-call]
 
 
-def _before_save(layer: Any, *_: Any) -> None:
-    layer.renew_bases()
+def _before_save(holder: Any, *_: Any) -> None:
+    holder.renew_bases()
 
 
 def _before_load(
-    remap: Callable[..., dict[str, Any]], tuner: Any, state_dict: dict[str, Any], prefix: str, *_: Any
+    remap: Callable[..., dict[str, Any]], begin: str, tuner: Any, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Undo what PEFT 0.18 did to the keys of a register adapter, and do what ``remap`` says."""
+    """Undo what PEFT 0.18 did to the keys of an adapter, and do what ``remap`` says."""
     given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    named = {key: key.rpartition(f".{PREFIX}")[2].split(".") for key in given if f".{PREFIX}" in key}
+    named = {key: key.rpartition(f".{begin}")[2].split(".") for key in given if f".{begin}" in key}
     names = {parts[1] for parts in named.values() if len(parts) > 1}
     if len(names) != 1 or not all(key in named or ".modules_to_save." in key for key in given):
         return  # the state of a whole model, or an adapter of another method
     (name,) = names
     bare = {}
     for key, value in given.items():
-        place, mark, end = key.rpartition(f".{PREFIX}")
+        place, mark, end = key.rpartition(f".{begin}")
         bare[f"{place}{mark}{end.replace(f'.{name}.', '.', 1)}" if mark else key] = value
     placed = remap(model=tuner, config=tuner.peft_config[name], adapter_name=name, state_dict=bare)
     for key in given:

@@ -16,7 +16,7 @@ from ...errors import UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.identity import TowerIdentity, check_finite_base, identity_now
 from ...towers.tower import Tower, find_tower
-from .._peft_compat import POSITIONS
+from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
 from ..checks.placing import checked_identity
 from ..fields import check_name
 from ..undo import unchanged_if_refused
@@ -42,6 +42,11 @@ class PositionModel(BaseTuner):
 
     prefix: str = f"{POSITIONS}_"
     tuner_layer_cls = PositionLayer
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        remap_on_load(self, self._remap_adapter_state_dict_for_load, self.prefix)
+        renew_on_save(self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the offsets of ``adapter_name`` on the model's tower; see the class for what is raised."""
@@ -120,7 +125,14 @@ class PositionModel(BaseTuner):
             here.removesuffix(own) + end if here is not None and key.endswith(end) else key: value
             for key, value in state_dict.items()
         }
+        if not REMAPS:  # PEFT 0.18 has the names in the keys by now
+            return {f"{key.removesuffix(end)}{own}" if key.endswith(end) else key: moved[key] for key in moved}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, moved)
+
+    def renew_bases(self) -> None:
+        """Write down the base as it is now; of PEFT 0.18, which saves without asking the tuner."""
+        for config in self.peft_config.values():
+            renew_base(self.model, config)
 
 
 def renew_base(model: nn.Module, config: PeftConfig) -> None:
