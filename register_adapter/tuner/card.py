@@ -7,20 +7,21 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import EvalResult, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from peft import PeftConfig
 from transformers.models.auto import modeling_auto
 
 from ..utils.hub import WEIGHTS_NAME
 from .card_text import OFF, base_name, body, is_hub_name, line, mend_trainers_card, named, plain, transformers_class
 from .config import RegisterConfig
 
-__all__ = ["is_hub_name", "update_model_card"]
+__all__ = ["is_hub_name", "update_model_card", "warn_of_local_base"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,20 @@ def update_model_card(
         block = block.replace("\n", "\r\n")
     card.text = card.text[:start] + block + card.text[end:]
     card.save(path)
+
+
+def warn_of_local_base(configs: Mapping[str, PeftConfig]) -> None:
+    """Warn of adapters, by name, whose config names a base that others cannot find."""
+    for name, config in configs.items():
+        if not is_hub_name(config.base_model_name_or_path):
+            logger.warning(
+                "the config of adapter %r names the base model %r, which is not a repository on the Hub: others "
+                "cannot tell by it which model to load. Set "
+                "model.peft_config[%r].base_model_name_or_path before pushing",
+                name,
+                config.base_model_name_or_path,
+                name,
+            )
 
 
 def _read_record(text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity, check_finite_base
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
-from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
+from ..utils.adapter_file import UNITS_KEY, check_range, check_savable, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
@@ -272,13 +272,14 @@ class RegisterModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """One adapter's registers, from the state that the caller gave."""
+        """One adapter's registers, from the state that the caller gave; ``ValueError`` for values that no loader takes."""
         own = f".register_adapter_tokens.{adapter_name}."
         if not any(own in key for key in state_dict):
             # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
             state_dict = model.state_dict()
         if not getattr(model, "renews_bases", False):
             renew_bases(model)
+        check_savable(state_dict, adapter_name)
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,11 +14,12 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
+from ..utils.adapter_file import check_savable
 from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
 from ..utils.parameters import check_module, trainable_in_words
 from ..utils.staging import staged
-from .card import is_hub_name, update_model_card
+from .card import update_model_card, warn_of_local_base
 from .config import RegisterConfig
 from .fields import check_name, check_string
 from .heads import heads_aside
@@ -30,8 +30,6 @@ from .reading import note_checksums
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterPeftModel", "add_registers"]
-
-logger = logging.getLogger(__name__)
 
 
 class RegisterPeftModel(PeftModel):
@@ -160,7 +158,8 @@ class RegisterPeftModel(PeftModel):
             **kwargs: ``selected_adapters`` and ``state_dict`` as in PEFT.
 
         Raises:
-            ValueError: ``safe_serialization=False``, the path is a file, or the last adapter was deleted.
+            ValueError: ``safe_serialization=False``, the path is a file, the last adapter was deleted, or a value is
+                not finite, which no loader takes; nothing was written.
             OSError: The files could not be written; what was in the folder is as before.
         """
         if not safe_serialization:
@@ -170,6 +169,8 @@ class RegisterPeftModel(PeftModel):
             raise ValueError(f"{target} is a file; save_pretrained needs a folder")
         if not self.peft_config:
             raise ValueError("the model has no adapters, so there is nothing to save; add one with add_adapter")
+        if is_main_process:
+            self._check_values(**kwargs)
         try:
             # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.
             with staged(target, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
@@ -184,6 +185,13 @@ class RegisterPeftModel(PeftModel):
             raise OSError(
                 f"the adapter could not be saved to {target} ({error}); what was there before is untouched"
             ) from error
+
+    def _check_values(
+        self, selected_adapters: list[str] | None = None, state_dict: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        state = self.state_dict() if state_dict is None else state_dict
+        for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
+            check_savable(state, name)
 
     def _save_each(
         self,
@@ -284,7 +292,7 @@ class RegisterPeftModel(PeftModel):
             facts = {"training_data": training_data, "metrics": metrics, "license": license, "tags": tags or ()}
             facts |= {"evaluation_data": evaluation_data, "run": run}
             self._write_card(folder, adapter=repo_id, names=kwargs.get("selected_adapters"), **facts)
-            self._warn_of_local_base()
+            warn_of_local_base(self.peft_config)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             return api.create_commit(
                 repo_id,
@@ -295,18 +303,6 @@ class RegisterPeftModel(PeftModel):
                 create_pr=create_pr,
                 parent_commit=head,
             )
-
-    def _warn_of_local_base(self) -> None:
-        for name, config in self.peft_config.items():
-            if not is_hub_name(config.base_model_name_or_path):
-                logger.warning(
-                    "the config of adapter %r names the base model %r, which is not a repository on the Hub: others "
-                    "cannot tell by it which model to load. Set "
-                    "model.peft_config[%r].base_model_name_or_path before pushing",
-                    name,
-                    config.base_model_name_or_path,
-                    name,
-                )
 
 
 def add_registers(

@@ -25,6 +25,8 @@ __all__ = [
     "check_adapter_file",
     "check_finite",
     "check_range",
+    "check_savable",
+    "check_savable_values",
     "check_tensors",
     "is_foreign",
     "read_header",
@@ -195,6 +197,32 @@ def check_finite(tensors: Mapping[str, torch.Tensor], source: str | Path) -> Non
         AdapterFileError: A value is not finite.
     """
     _refuse(_value_faults(tensors), source)
+
+
+def check_savable(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """Refuse to write values that no loader would take; of a whole model's values the adapter's are looked at.
+
+    Args:
+        tensors: The adapter's tensors by the keys of the model, or the whole model's.
+        adapter_name: Its name in the model.
+
+    Raises:
+        ValueError: A value is not finite, or its square is not.
+    """
+    parts = (f".register_adapter_tokens.{adapter_name}.", f".modules_to_save.{adapter_name}.")
+    check_savable_values(
+        {key: value for key, value in tensors.items() if any(part in key for part in parts)}, adapter_name
+    )
+
+
+def check_savable_values(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:
+    """The same of tensors that are all the adapter's, whatever their keys."""
+    if faults := _value_faults(tensors):
+        raise ValueError(
+            f"adapter {adapter_name!r} is not saved, since no file with such values can be loaded: "
+            f"{_first_few(faults)}. What was saved before is untouched; load that, or train again with a lower "
+            "learning rate."
+        )
 
 
 def _refuse(faults: list[str], source: str | Path) -> None:

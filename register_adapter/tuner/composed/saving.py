@@ -12,6 +12,7 @@ from peft.functional import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from ...utils.adapter_file import check_savable_values
 from ...utils.hub import check_folder
 from ...utils.parameters import trainable_by_part, trainable_in_words
 from ..fields import check_known, check_string
@@ -49,6 +50,8 @@ def write_adapters(
     for config in composed.peft_config.values():
         renew_base(composed.get_base_model(), config)
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
+    for name, (_, tensors) in adapters.items():
+        check_savable_values(tensors, name)
     active = [name for name in composed.active_adapters if name in names]
     write_folder(folder, adapters, active, tower_path(composed.get_base_model()))
 
