@@ -15,7 +15,7 @@ from torch import nn
 from register_adapter import RegisterConfig, add_registers, compose, save_adapters
 
 SIZE = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "intermediate_size": 8}
-FIRST = {0: "a", 1: "b", 2: "c"}
+FIRST, SECOND = ({0: "a", 1: "b", 2: "c"}, {0: "x", 1: "y", 2: "z"})
 
 
 def base(**changes: Any) -> tf.PreTrainedModel:
@@ -72,3 +72,62 @@ def test_of_several_adapters_only_the_selected_are_looked_at(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="adapter 'broken' is not saved"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def rename(model: Any) -> None:
+    model.get_base_model().config.id2label = dict(SECOND)
+    model.get_base_model().config.label2id = {name: number for number, name in SECOND.items()}
+
+
+def then_switch(model: Any) -> None:
+    rename(model)
+    model.add_adapter("other", RegisterConfig(num_registers=1, modules_to_save=["classifier"], id2label=FIRST))
+    model.set_adapter("other")
+
+
+def then_disable(model: Any) -> None:
+    rename(model)
+    with model.disable_adapter():
+        pass
+    model.set_adapter("default")
+
+
+def then_back(model: Any) -> None:
+    rename(model)
+    model.base_model.model.vit.registers.renew_bases()  # as a save does
+    model.get_base_model().config.id2label = dict(FIRST)
+
+
+def of_another_number(model: Any) -> None:
+    model.get_base_model().config.id2label = {0: "cat", 1: "dog"}
+
+
+CHANGES = {rename: SECOND, then_switch: SECOND, then_disable: SECOND, then_back: FIRST, of_another_number: FIRST}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+@pytest.mark.parametrize("made", ["add_registers", "get_peft_model"])
+def test_classes_are_saved_as_the_model_names_them(
+    made: str, loaded: bool, change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    model = MADE[made]()
+    model.save_pretrained(tmp_path)
+    if loaded:
+        model = type(model).from_pretrained(base(id2label={0: "no", 1: "names", 2: "here"}), tmp_path)
+    change(model)
+    model.save_pretrained(tmp_path)
+    assert RegisterConfig.from_pretrained(str(tmp_path)).id2label == CHANGES[change]
+
+
+def test_names_that_are_given_win_over_the_bases(tmp_path: Path) -> None:
+    model = add_registers(base(), 1, modules_to_save=["classifier"], id2label=SECOND)
+    model.save_pretrained(tmp_path)
+    assert RegisterConfig.from_pretrained(str(tmp_path)).id2label == SECOND
+
+
+def test_several_methods_are_saved_with_the_names_of_now(tmp_path: Path) -> None:
+    model = composed()
+    rename(model)
+    model.save_pretrained(tmp_path)
+    assert RegisterConfig.from_pretrained(str(tmp_path / "default")).id2label == SECOND

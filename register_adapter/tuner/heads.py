@@ -222,6 +222,7 @@ class HeadLabels(dict[str, dict[int, str]]):
         self._model: list[nn.Module] = []  # in a list, which is not a submodule of whoever holds this
         self._own: tuple[Any, Any] | None = None
         self._shown: dict[int, str] | None = None
+        self._name: str | None = None
 
     @property
     def model(self) -> nn.Module | None:
@@ -232,11 +233,25 @@ class HeadLabels(dict[str, dict[int, str]]):
         """Name the model whose config is to show them."""
         self._model = [model]
 
-    def show(self, labels: dict[int, str] | None) -> None:
-        """Have the config name these classes, or with ``None`` those of the base again."""
+    def renew(self) -> None:
+        """Take over the names that somebody has given to the classes of the adapter at work, in the model's config."""
+        given = _own_labels(self._model[0]) if self._model and self._shown is not None else None
+        known = self.get(self._name) if self._name is not None else None
+        if self._name is None or known is None or given is None or given == known or sorted(given) != sorted(known):
+            return  # classes of another number are not this head's
+        self[self._name] = given
+        config = getattr(self._model[0], "peft_config", {}).get(self._name)
+        if config is not None:
+            config.id2label = dict(given)
+
+    def show(self, name: str | None) -> None:
+        """Have the config name the classes of an adapter, or with ``None`` those of the base again."""
         config: Any = getattr(self._model[0], "config", None) if self._model else None
         if not hasattr(config, "id2label"):
             return
+        self.renew()
+        labels = None if name is None else self[name]
+        self._name = name
         if self._shown is not None and config.id2label != self._shown:
             self._own = self._shown = None  # somebody has set others, which stay
         if labels is not None:

@@ -214,13 +214,14 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
     def show_labels(self) -> None:
         """Have the model's config name the classes of the active adapter's head."""
         active = [] if self.disable_adapters else self.active_names
-        self.labels.show(next((self.labels[name] for name in active if name in self.labels), None))
+        self.labels.show(next((name for name in active if name in self.labels), None))
 
     def renew_bases(self) -> None:
         """Have the adapters' configs name the base as it is now, if its weights were loaded after they were attached.
 
-        What other adapters have trained or merged is no other base.
+        And the classes of a head as the model's config names them now. What other adapters have trained or merged is no other base.
         """
+        self.labels.renew()
         configs: dict[str, Any] = getattr(self.labels.model, "peft_config", {})
         trained = any(getattr(config, "bias", "none") not in ("none", None) for config in configs.values())
         parameters = self.tower.part("blocks").named_parameters()
