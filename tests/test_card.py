@@ -108,7 +108,7 @@ def test_a_new_card_has_the_metadata_of_the_hub(new_card: tuple[dict[str, Any], 
         "| Its vision tower | dinov2 (12 blocks of width 768, patch 14) |",
         "| Saved as a whole beside them | `classifier` |",
         "| eval_accuracy | 0.91 |",
-        "| loss | nan |",
+        "| loss | not finite |",
         "me/scenes",
     ],
 )

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import EvalResult, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers.models.auto import modeling_auto
 
 from ..utils.hub import WEIGHTS_NAME
-from .card_text import OFF, base_name, body, is_hub_name, line, mend_trainers_card, named, plain, transformers_class
+from .card_text import (
+    OFF,
+    base_name,
+    body,
+    checked_license,
+    checked_metrics,
+    is_hub_name,
+    line,
+    mend_trainers_card,
+    named,
+    plain,
+    transformers_class,
+)
 from .config import RegisterConfig
 
-__all__ = ["is_hub_name", "update_model_card", "warn_of_local_base"]
+__all__ = ["check_facts", "check_passed_on", "is_hub_name", "update_model_card", "warn_of_local_base"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +57,12 @@ _TASKS = {
 
 
 def update_model_card(
-    path: Path,
+    path: str | PathLike[str],
     config: RegisterConfig,
     base_class: type,
     *,
     training_data: str | None = None,
-    metrics: dict[str, float] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     license: str | None = None,
     adapter: str | None = None,
     subfolder: str | None = None,
@@ -69,7 +82,8 @@ def update_model_card(
         base_class: Class of the base model.
         training_data: What the registers were trained on: a data set's name on the Hub, a folder, or a sentence.
             ``None`` repeats what the card says, if it was written for the same weights.
-        metrics: Measured results by name; ``None`` as above.
+        metrics: Measured results by name, numbers of Python's, numpy's or torch's; one that is not finite is said to
+            be so. ``None`` as above.
         license: Licence of the adapter as the Hub spells it, such as ``"apache-2.0"``. ``None`` keeps the card's; a
             licence is never guessed.
         adapter: Name to load the adapter by, default the folder's name.
@@ -80,7 +94,9 @@ def update_model_card(
 
     Raises:
         OSError: The file cannot be read or written.
+        TypeError, ValueError: ``metrics`` are no numbers, ``license`` is not one line, or ``tags`` are a string.
     """
+    path, measured = Path(path), check_facts(metrics=metrics, license=license, tags=tags)
     try:
         card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
     except (ValueError, TypeError, yaml.YAMLError) as error:
@@ -94,28 +110,28 @@ def update_model_card(
     if weights == old.get("weights"):
         # Results describe weights: they stay in the card as long as these do.
         training_data = training_data or old.get("training_data")
-        metrics = metrics if metrics is not None else old.get("metrics")
+        measured = measured if measured is not None else checked_metrics(old.get("metrics"))
         evaluation_data, run = evaluation_data or old.get("evaluation_data"), run or old.get("run")
     if license is not None:
         card.data["license"] = license
     adapter = adapter or path.absolute().parent.name
     evaluation_data = named(evaluation_data) if evaluation_data else None
-    measured = (metrics, evaluation_data or training_data)
-    metadata = _metadata(config, base_class, training_data, measured, license or old.get("license"), adapter, tags)
+    results = (measured, evaluation_data or training_data)
+    metadata = _metadata(config, base_class, training_data, results, license or old.get("license"), adapter, tags)
     _merge(card, metadata, old.get("metadata", {}))
 
     record = {
         "weights": weights,
         "training_data": training_data,
-        "metrics": metrics,
+        "metrics": measured,
         "evaluation_data": evaluation_data,
         "run": run,
         "license": license or old.get("license"),
         "metadata": metadata,
     }
     # An escaped ">" cannot end the comment.
-    noted = json.dumps(record).replace(">", "\\u003e")
-    text = body(config, base_class, training_data, metrics, adapter, subfolder, evaluation_data, run)
+    noted = json.dumps(record, default=str).replace(">", "\\u003e")
+    text = body(config, base_class, training_data, measured, adapter, subfolder, evaluation_data, run)
     block = f"{_BEGIN} ({_NOTE}) {noted} -->\n\n{text}\n{_END}"
     start, end = generated.span() if generated else (len(card.text), len(card.text))
     if not card.text.strip():
@@ -127,6 +143,33 @@ def update_model_card(
         block = block.replace("\n", "\r\n")
     card.text = card.text[:start] + block + card.text[end:]
     card.save(path)
+
+
+def check_facts(
+    *, metrics: Mapping[str, Any] | None = None, license: str | None = None, tags: Any = (), **_: Any
+) -> dict[str, float | None] | None:
+    """What a caller wants a card to say, before anything is written or uploaded; the metrics as numbers of Python's.
+
+    Raises:
+        TypeError, ValueError: As for :func:`update_model_card`.
+    """
+    checked_license(license)
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags or ()):
+        raise TypeError(f"tags must be a list of strings, got {tags!r:.100}")
+    return checked_metrics(metrics)
+
+
+def check_passed_on(keywords: Iterable[str]) -> None:
+    """What an upload hands on is known to saving, or to transformers' own uploads.
+
+    Raises:
+        TypeError: It is not.
+    """
+    known = {*inspect.signature(PeftModel.save_pretrained).parameters, "state_dict", "max_shard_size"}
+    known -= {"self", "save_directory", "kwargs"}
+    if unknown := sorted(set(keywords) - known):
+        names = ", ".join(map(repr, unknown))
+        raise TypeError(f"push_to_hub has no argument {names}; of saving it takes {', '.join(sorted(known))}")
 
 
 def warn_of_local_base(configs: Mapping[str, PeftConfig]) -> None:
@@ -160,7 +203,7 @@ def _metadata(
     config: RegisterConfig,
     base_class: type,
     training_data: str | None,
-    measured: tuple[dict[str, float] | None, str | None],
+    measured: tuple[Mapping[str, float | None] | None, str | None],
     license: str | None,
     adapter: str,
     tags: Sequence[str],
@@ -190,7 +233,7 @@ def _metadata(
         values["base_model_relation"] = "adapter"
     metrics, evaluation_data = measured
     # The baseline is not a result of this adapter.
-    finite = {k: value for k, value in (metrics or {}).items() if math.isfinite(value) and not k.startswith(OFF)}
+    finite = {k: value for k, value in (metrics or {}).items() if value is not None and not k.startswith(OFF)}
     # The Hub wants to know what a result was measured on; without that it stays in the text alone.
     if finite and evaluation_data:
         values["metrics"] = [_metric(name) for name in finite]

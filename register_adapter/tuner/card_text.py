@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from huggingface_hub import RepoCard
 from huggingface_hub.errors import HFValidationError
@@ -25,6 +27,8 @@ __all__ = [
     "OFF",
     "base_name",
     "body",
+    "checked_license",
+    "checked_metrics",
     "code",
     "is_hub_name",
     "line",
@@ -136,6 +140,43 @@ def quoted(text: str) -> str:
     return json.dumps(text).replace("<", "\\u003c")
 
 
+def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None] | None:
+    """Measured results as numbers of Python's; ``None`` for one that is not finite, which JSON and the Hub do not have.
+
+    Raises:
+        TypeError: They are no dictionary, or one is no number.
+    """
+    if metrics is None:
+        return None
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a dictionary such as {{'accuracy': 0.5}}, got {metrics!r:.100}")
+    checked: dict[str, float | None] = {}
+    for name, given in metrics.items():
+        # A scalar of numpy's or torch's, or an array of one number.
+        value = given.item() if hasattr(given, "item") and np.prod(getattr(given, "shape", ())) == 1 else given
+        if not isinstance(name, str) or not isinstance(value, int | float | type(None)):
+            kind = type(value).__name__
+            raise TypeError(f"metrics must be numbers by name, got {value!r:.100} of type {kind} for {name!r:.100}")
+        checked[name] = value if value is not None and math.isfinite(value) else None
+    return checked
+
+
+def checked_license(license: str | None) -> str | None:
+    """A licence as the Hub spells it.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is empty, or more than one line.
+    """
+    if license is None:
+        return None
+    if not isinstance(license, str):
+        raise TypeError(f"license must be a string such as 'apache-2.0', got {license!r:.100}")
+    if not license.strip() or license != line(license):
+        raise ValueError(f"license must be one line such as 'apache-2.0', got {license!r:.100}")
+    return license
+
+
 def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
     """Python code that loads the adapter; it runs where the two names lead somewhere."""
     library = base_class.__module__.partition(".")[0]
@@ -171,7 +212,7 @@ def body(
     config: RegisterConfig,
     base_class: type,
     training_data: str | None,
-    metrics: dict[str, float] | None,
+    metrics: Mapping[str, float | None] | None,
     adapter: str,
     subfolder: str | None,
     evaluation_data: str | None = None,
@@ -222,19 +263,24 @@ def body(
     )
 
 
-def results_table(metrics: dict[str, float]) -> list[str]:
+def results_table(metrics: Mapping[str, float | None]) -> list[str]:
     """A table of the metrics; where registers were switched off for a second evaluation, beside each other."""
     if not any(name.startswith(OFF) for name in metrics):
         return [
             "| measured | value |\n|---|---|",
-            *(f"| {plain(key)} | {value:.6g} |" for key, value in metrics.items()),
+            *(f"| {plain(key)} | {_number(value)} |" for key, value in metrics.items()),
         ]
     rows = []
     for name, value in metrics.items():
-        off = metrics.get(f"{OFF}{name.removeprefix('eval_')}")
+        other = f"{OFF}{name.removeprefix('eval_')}"
+        off, there = metrics.get(other), other in metrics
         if not name.startswith(OFF):
-            rows.append(f"| {plain(name)} | {value:.6g} | {'' if off is None else f'{off:.6g}'} |")
+            rows.append(f"| {plain(name)} | {_number(value)} | {_number(off) if there else ''} |")
     return ["| measured | with the registers | registers off, the same head |\n|---|---|---|", *rows]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6g}"
 
 
 def _fit_rows(config: RegisterConfig) -> dict[str, str]:

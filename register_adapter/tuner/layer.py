@@ -219,7 +219,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
     def renew_bases(self) -> None:
         """Have the adapters' configs name the base as it is now, if its weights were loaded after they were attached.
 
-        And the classes of a head as the model's config names them now. What other adapters have trained or merged is no other base.
+        And the classes of a head as the model's config has them. What other adapters have trained or merged is no
+        other base.
         """
         self.labels.renew()
         configs: dict[str, Any] = getattr(self.labels.model, "peft_config", {})

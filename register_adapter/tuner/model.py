@@ -272,7 +272,7 @@ class RegisterModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        """One adapter's registers, from the state that the caller gave; ``ValueError`` for values that no loader takes."""
+        """One adapter's registers, from the state that the caller gave; ``ValueError`` for what no loader takes."""
         own = f".register_adapter_tokens.{adapter_name}."
         if not any(own in key for key in state_dict):
             # PEFT drops every key with another adapter's name anywhere in it, be it "registers".

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
 from ..utils.parameters import check_module, trainable_in_words
 from ..utils.staging import staged
-from .card import update_model_card, warn_of_local_base
+from .card import check_facts, check_passed_on, update_model_card, warn_of_local_base
 from .config import RegisterConfig
 from .fields import check_name, check_string
 from .heads import heads_aside
@@ -170,7 +170,8 @@ class RegisterPeftModel(PeftModel):
         if not self.peft_config:
             raise ValueError("the model has no adapters, so there is nothing to save; add one with add_adapter")
         if is_main_process:
-            self._check_values(**kwargs)
+            for name in kwargs.get("selected_adapters") or self.peft_config:
+                check_savable(kwargs.get("state_dict") or self.state_dict(), name)
         try:
             # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.
             with staged(target, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
@@ -185,13 +186,6 @@ class RegisterPeftModel(PeftModel):
             raise OSError(
                 f"the adapter could not be saved to {target} ({error}); what was there before is untouched"
             ) from error
-
-    def _check_values(
-        self, selected_adapters: list[str] | None = None, state_dict: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        state = self.state_dict() if state_dict is None else state_dict
-        for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
-            check_savable(state, name)
 
     def _save_each(
         self,
@@ -239,7 +233,7 @@ class RegisterPeftModel(PeftModel):
         tags: list[str] | None = None,
         training_data: str | None = None,
         evaluation_data: str | None = None,
-        metrics: dict[str, float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
         run: dict[str, Any] | None = None,
         license: str | None = None,
         **kwargs: Any,
@@ -271,16 +265,27 @@ class RegisterPeftModel(PeftModel):
         Raises:
             HubAccessError: The Hub refused it or cannot be reached, or somebody else has committed meanwhile; nothing,
                 or an empty new repository, is left behind then.
-            ValueError: The token has characters that no token has.
+            TypeError, ValueError: The token has characters that no token has, a keyword is unknown, a fact for the card
+                is wrong, or the adapter cannot be saved; nothing was uploaded.
         """
         token = checked_token(token)
+        check_passed_on(kwargs)
+        facts: dict[str, Any] = {
+            "training_data": training_data,
+            "metrics": metrics,
+            "license": license,
+            "tags": tags or (),
+        }
+        facts |= {"evaluation_data": evaluation_data, "run": run}
+        check_facts(**facts)
         api = HfApi(token=token, library_name="register-adapter", library_version=version())
-        with tempfile.TemporaryDirectory() as scratch, hub_errors(repo_id, revision, token):
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
+            self.save_pretrained(folder, **kwargs)  # what cannot be saved makes no repository
+            stack.enter_context(hub_errors(repo_id, revision, token))
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/pr/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            folder = Path(scratch, "adapter")
-            folder.mkdir()
             # The commit goes on top of this one or fails, so that an edit of the README meanwhile is not lost.
             head = api.repo_info(repo_id, revision=revision).sha
             # From the server and not from the cache, which may hold an older text when the server stumbles.
@@ -288,9 +293,6 @@ class RegisterPeftModel(PeftModel):
             readme = fetch(repo_id, "README.md", None, hub)
             if readme is not None:
                 shutil.copyfile(readme, folder / "README.md")
-            self.save_pretrained(folder, **kwargs)
-            facts = {"training_data": training_data, "metrics": metrics, "license": license, "tags": tags or ()}
-            facts |= {"evaluation_data": evaluation_data, "run": run}
             self._write_card(folder, adapter=repo_id, names=kwargs.get("selected_adapters"), **facts)
             warn_of_local_base(self.peft_config)
             files = sorted(path for path in folder.rglob("*") if path.is_file())

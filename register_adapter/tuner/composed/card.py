@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from peft import PeftConfig
 from ...utils.environment import version
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
-from ..card_text import INSTALL, base_name, code, is_hub_name, mend_trainers_card, plain, quoted, results_table
+from ..card_text import (
+    INSTALL,
+    base_name,
+    checked_metrics,
+    code,
+    is_hub_name,
+    mend_trainers_card,
+    plain,
+    quoted,
+    results_table,
+)
 
 __all__ = ["write_card"]
 
@@ -44,7 +55,7 @@ def write_card(
     sizes: dict[str, int] | None = None,
     training_data: str | None = None,
     evaluation_data: str | None = None,
-    metrics: dict[str, float] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     run: dict[str, Any] | None = None,
 ) -> None:
     """Write the README, or bring the generated part of one that is there up to date; other text stays.
@@ -61,6 +72,7 @@ def write_card(
         metrics: Measured results.
         run: More to say of the run.
     """
+    measured = checked_metrics(metrics)
     try:
         card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
     except (ValueError, TypeError, yaml.YAMLError):
@@ -92,8 +104,8 @@ def write_card(
             "\n## What it is\n\n| | |\n|---|---|",
             *(f"| {key} | {value} |" for key, value in rows.items()),
             f"\n## Training data\n\n{plain(training_data) if training_data else 'Not stated.'}\n\n## Results\n",
-            *([f"Measured on {plain(evaluation_data)}.\n"] if evaluation_data and metrics else []),
-            *(results_table(metrics) if metrics else ["None recorded."]),
+            *([f"Measured on {plain(evaluation_data)}.\n"] if evaluation_data and measured else []),
+            *(results_table(measured) if measured else ["None recorded."]),
         ]
         block = f"{_BEGIN} {weights} -->\n" + "\n".join(parts) + f"\n{_END}"
         start, end = written.span() if written else (len(card.text), len(card.text))
