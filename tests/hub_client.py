@@ -79,18 +79,19 @@ def author(out: Path) -> None:
     facts["pull_request"] = model.push_to_hub("author/regs", token=token, create_pr=True, tags=["pr"]).pr_url
     model.push_to_hub("author/secret", token=token, private=True)
 
-    save = model.save_pretrained
+    write = model._write_card
 
-    def edit_meanwhile(folder: Path) -> None:
-        save(folder)
-        api.upload_file(path_or_fileobj=b"Mine.", path_in_repo="README.md", repo_id="author/race")
+    def edit_meanwhile(folder: Path, **facts: Any) -> None:
+        write(folder, **facts)
+        if facts.get("adapter") == "author/race":  # the card that is uploaded, not the one of the save before
+            api.upload_file(path_or_fileobj=b"Mine.", path_in_repo="README.md", repo_id="author/race")
 
-    model.save_pretrained = edit_meanwhile
+    model._write_card = edit_meanwhile
     try:
         model.push_to_hub("author/race", token=token)
     except HubAccessError as error:
         facts["race"] = str(error)
-    model.save_pretrained = save
+    model._write_card = write
 
     model.add_adapter("extra", RegisterConfig(num_registers=2, init_std=1.0))
     model.push_to_hub("author/both", token=token)

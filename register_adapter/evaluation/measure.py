@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..artifacts import summarise_norms
+from ..features.finite import check_finite_features, subject_in_words
 from ..features.trace import capture
 
 __all__ = ["Measured", "Reference", "measure_model"]
@@ -63,12 +64,17 @@ def measure_model(
 
     Returns:
         The numbers, and the outputs as a reference for others.
+
+    Raises:
+        RegisterAdapterError: The patch tokens are not finite (NaN or infinite).
     """
     patches, cls, right = [], [], []
     for pixel_values in batches:
         with capture(model, attentions=False) as trace:
             logits = getattr(model(pixel_values=pixel_values), "logits", None)
         patches.append(trace.patches().float().cpu())
+        last = len(trace.hidden_states) - 1
+        check_finite_features({"patch tokens": patches[-1]}, subject_in_words(model), last, title=name)
         if trace.prefix:
             cls.append(trace.hidden_states[-1][:, 0].float().cpu())
         if labels is not None and logits is not None:

@@ -149,6 +149,7 @@ def attention_map(
         ImageInputError: The image cannot be given to this model.
         ImageFileError: The file is not an image.
         UnsupportedModelError: The model has no vision tower, or places of its patches are not known.
+        RegisterAdapterError: Hidden states or attention maps are not finite (NaN or infinite).
 
     Example:
         >>> attention_map(model, "cat.jpg", size=518)

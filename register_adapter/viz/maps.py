@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import RegisterAdapterError
 from ..features.attention_maps import record_attention_maps
+from ..features.finite import check_finite_features, subject_in_words
 from ..features.grid import watch_patches
 from ..features.layout import find_layout, tower_of
 from ..features.positions import antialiased_positions
@@ -91,6 +92,7 @@ def read_image_maps(model: nn.Module, image: PreparedImage, block: int = -1, ant
         ValueError: There is no such block.
         ImageInputError: The model fails on an image of this size.
         UnsupportedModelError: Places of its patches are not known.
+        RegisterAdapterError: Hidden states or attention maps are not finite (NaN or infinite).
     """
     tower, registers = tower_of(model)
     blocks = len(tower.part("blocks"))
@@ -107,6 +109,10 @@ def read_image_maps(model: nn.Module, image: PreparedImage, block: int = -1, ant
         if antialias:
             stack.enter_context(antialiased_positions(tower))
         _run(tower, image.inputs)
+    who = subject_in_words(model)
+    for index in range(blocks + 1):
+        check_finite_features({"hidden states": trace.patches(index)[:1]}, who, index)
+    check_finite_features({"attention maps": rows.mean[None]}, who, block + 1)
     grid = image.grid or patches.shape(1, trace.patches().shape[1], image.inputs)
     kept = grid[0] * grid[1]  # padding stands behind the patches
     attention = rows.rows[:, :, first : first + kept]

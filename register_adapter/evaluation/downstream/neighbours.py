@@ -186,17 +186,20 @@ def vote(
         ``(q, C)`` float32 for each k, rows that sum to 1.
 
     Raises:
-        ValueError: There are fewer training images than k, or the budget does not hold a query's neighbours.
+        ValueError: There are fewer training images than k, the budget does not hold a query's neighbours, or a feature
+            is not finite.
     """
     classes = torch.as_tensor(np.asarray(labels), dtype=torch.long)
     most = max(k)
     if most > len(train) or len(train) != len(classes):
         raise ValueError(f"k={most} of {len(train)} training images with {len(classes)} labels")
     rows, columns = chunk_sizes(len(queries), len(train), most, train.shape[1], budget)
+    _refuse_not_finite("queries", queries)
     best = torch.full((len(queries), most), -torch.inf, device=queries.device)
     nearest = torch.zeros((len(queries), most), dtype=torch.int32, device=queries.device)
     with tqdm(total=len(train), desc=title, unit="image", disable=not progress) as bar:
         for start in range(0, len(train), columns):
+            _refuse_not_finite("train", train[start : start + columns])
             part = F.normalize(train[start : start + columns].to(queries.device, torch.float32), dim=1)
             count = min(most, len(part))
             for first in range(0, len(queries), rows):
@@ -209,6 +212,12 @@ def vote(
                 nearest[here] = numbers.gather(1, order)
             bar.update(len(part))
     return _votes(best.cpu(), classes[nearest.cpu().long()], k, temperature, num_classes or int(classes.max()) + 1)
+
+
+def _refuse_not_finite(name: str, features: torch.Tensor) -> None:
+    if not bool(features.isfinite().all()):
+        broken = int((~features.isfinite().all(1)).sum())
+        raise ValueError(f"{name} has NaN or infinity in {broken} of {len(features)} rows, which are near to nothing")
 
 
 def _votes(

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ...data.images import ImageFileError
 from ...features.extraction.reading import same_size
+from ...features.finite import check_finite_features, subject_in_words
 from ...features.grid import PatchGrid, patch_tokens, watch_patches
 from ...features.layout import find_layout, tower_of
 from ...features.passes import Batch, PassOptions, keep_layer, open_pass
@@ -120,6 +121,7 @@ def read_features(
         ImageFileError: No image is good, or one is bad and may not be.
         UnsupportedModelError: The model has no vision tower, or places of its patches are not known.
         StoreError: The store is damaged, or the disk is too small.
+        RegisterAdapterError: A feature is not finite (NaN or infinite).
     """
     parts: dict[str, list[torch.Tensor]] = {}
     numbers: list[int] = []
@@ -166,7 +168,7 @@ def iterate_features(
             raise ValueError(f"blocks={blocks}, and {type(tower.module).__name__} has {total} blocks")
 
         def read(some: Any, numbers: Sequence[int], **changes: Any) -> Generator[_Read, None, None]:
-            consumer = _Reader(tower, tower_of(model)[1], blocks, patches)
+            consumer = _Reader(tower, tower_of(model)[1], blocks, patches, subject_in_words(subject), title)
             yield from _passed(model, some, numbers, consumer, options, title, **changes)
 
         if options.store is None:
@@ -215,7 +217,8 @@ def _passed(
 class _Reader:
     """Reads the features of a batch; see :class:`~register_adapter.features.passes.Consumer`."""
 
-    def __init__(self, tower: Tower, registers: Any, blocks: int, patches: bool) -> None:
+    def __init__(self, tower: Tower, registers: Any, blocks: int, patches: bool, who: str, title: str) -> None:
+        self._who, self._title = who, title
         self.tower, self._registers, self._patches = tower, registers, patches
         last = len(tower.part("blocks"))
         self._layers = range(last - blocks + 1, last + 1)
@@ -243,6 +246,9 @@ class _Reader:
             if layout.num_cls:
                 token = hidden[:, :1]
                 cls.append((token if norm is None else norm.forward(token))[:, 0].float())
+            # The mean has whatever is wrong with a patch.
+            tokens = {"patch tokens": mean[-1], "CLS tokens": cls[-1]} if cls else {"patch tokens": mean[-1]}
+            check_finite_features(tokens, self._who, layer, title=self._title)
         self.tensors = {"mean": torch.stack(mean, 1).cpu()}
         if cls:
             self.tensors["cls"] = torch.stack(cls, 1).cpu()

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ...data.texts import TextTokenizer
 from ...errors import UnsupportedModelError
+from ...features.finite import check_finite_features, subject_in_words
 from ...features.passes import PassOptions, open_pass
 from ...features.subjects import Subjects, looking_at, named_subjects
 from ...utils.files import read_text
@@ -229,6 +230,7 @@ def _classes(model: Any, texts: list[list[str]], tokenizer: Any, reading: Readin
             made = base.encode_text(tokens.to(device))
         else:
             made = _text_embeds(base, {key: value.to(device) for key, value in tokens.items()})
+        check_finite_features({"text embeddings": made}, subject_in_words(model), unit="text", title=name)
         embeds.append(F.normalize(made.float(), dim=-1))
     groups = torch.split(torch.cat(embeds), [len(of_class) for of_class in texts])
     return F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
@@ -258,4 +260,5 @@ def _images(model: Any, data: LabelledImages, reading: Reading, title: str) -> I
             else:  # the whole model, as in use: two tokens whose embedding nobody reads
                 tokens = torch.zeros(1, 2, dtype=torch.long, device=opened.device)
                 made = model(input_ids=tokens, **inputs).image_embeds
+            check_finite_features({"image embeddings": made}, subject_in_words(model), title=title)
             yield list(batch.numbers), F.normalize(made.float(), dim=-1)

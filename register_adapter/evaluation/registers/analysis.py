@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...features.finite import subject_in_words
 from ...features.passes import Batch, PassOptions, open_pass
 from ...towers.anatomy import Anatomy
 from ...towers.modes import evaluating
@@ -77,6 +78,7 @@ def analyse_registers(
     Raises:
         UnsupportedModelError: No registers, or those of an adapter with ``key_value=True``; no attention maps.
         ImageFileError: ``strict`` and an image is bad, or none is good.
+        RegisterAdapterError: Hidden states are not finite (NaN or infinite).
         ValueError: Too few images; no batch of two images to exchange registers between; a block that has no registers.
     """
     registers = find_registers(model, kind, target_modules, anatomy)
@@ -116,7 +118,7 @@ def analyse_registers(
         )
     maps = RegisterMaps(registers, index, num_maps)
     with evaluating(model):
-        means = estimate_means(registers, others)
+        means = estimate_means(registers, others, subject_in_words(model))
         runs = Runs(model, registers, means, arms, seed)
         for batch in tqdm(batches, desc="registers", unit="batch", disable=not progress):
             maps.look(batch)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...features.finite import check_finite_features, subject_in_words
 from ...features.passes import Batch, keep_layer, run_whole
 from ..estimate import Estimate, mean_over_images
 from .report import Ablation, Change
@@ -35,8 +36,12 @@ class Means(NamedTuple):
     constancy: npt.NDArray[np.float32]
 
 
-def estimate_means(registers: Registers, batches: Sequence[Batch]) -> Means:
-    """Mean states over all images, at the input of every block and behind the last."""
+def estimate_means(registers: Registers, batches: Sequence[Batch], who: str = "the model") -> Means:
+    """Mean states over all images, at the input of every block and behind the last.
+
+    Raises:
+        RegisterAdapterError: A state is not finite.
+    """
     sums: _States = {}
     squares: _States = {}
     states: _States = {}
@@ -44,6 +49,7 @@ def estimate_means(registers: Registers, batches: Sequence[Batch]) -> Means:
         for batch in batches:
             registers.tower.run(batch.inputs)
             for index, state in states.items():
+                check_finite_features({"registers": state}, who, index)
                 exact = state.double()
                 sums[index] = sums.get(index, 0) + exact.sum(0, keepdim=True)
                 squares[index] = squares.get(index, 0) + exact.square().sum(-1).sum(0)
@@ -158,6 +164,7 @@ class Runs:
             if not kept:
                 tower.run(batch.inputs)
         hidden = kept[0]
+        check_finite_features({"hidden states": hidden}, subject_in_words(self._model), last)
         return _Outputs(hidden[:, 0] if layout.num_cls else None, hidden[:, layout.first_patch :], hits)
 
     def _ablated(self, arm: Arm, states: _States, donors: torch.Tensor) -> AbstractContextManager[None]:

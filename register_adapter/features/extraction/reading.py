@@ -16,6 +16,7 @@ import torch
 from ...data.batches import list_images
 from ...towers.anatomy import Anatomy
 from ...utils.text import path_text
+from ..finite import check_finite_features, subject_in_words
 from ..passes import PassOptions, open_pass
 from ..positions import antialiased_positions
 from ..subjects import Subject, looking_at
@@ -148,6 +149,7 @@ def get_features(
         UnsupportedModelError: No single vision tower, no CLS token, places of the patches are not known (MAE shuffles
             them), or a block has no layer of a known name for keys.
         ImageFileError: ``strict`` and an image is bad, or none is good.
+        RegisterAdapterError: A feature is not finite (NaN or infinite).
 
     Example:
         >>> table = get_features(model, "photos/", what=["patch", "cls"])
@@ -200,6 +202,9 @@ def each_batch(
         target_modules: Name of the vision tower.
         anatomy: Description of the model.
         title: What the progress bar is called.
+
+    Raises:
+        RegisterAdapterError: A feature is not finite.
     """
     with looking_at(subject) as model, ExitStack() as stack:
         given = _Named(images)
@@ -210,9 +215,13 @@ def each_batch(
             stack.enter_context(antialiased_positions(opened.tower))
         stack.enter_context(opened.attached(reader))
         size: tuple[int, ...] | None = None
+        who = subject_in_words(subject)
         for batch in opened:
             size = same_size(batch.inputs, size)
             opened.feed(batch, reader)
+            check_finite_features(
+                {f"{kind} features": read for kind, read in reader.tensors.items()}, who, reader.layer
+            )
             index = list(batch.numbers)
             yield FeatureBatch(
                 dict(reader.tensors.items()),
