@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import signal
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from register_adapter.utils.staging import check_writable, staged, write_text
 
@@ -140,3 +145,46 @@ def test_a_move_that_does_not_come_to_an_end_is_named(tmp_path: Path, monkeypatc
         write_text(tmp_path / "a", "a")
     write_text(tmp_path / "a", "a")
     assert names(tmp_path) == {"a"}
+
+
+LIMITED = pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on files")
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "text": lambda folder: (folder / "big").write_text("x" * 10_000),
+    "tensors": lambda folder: save_file({"x": torch.zeros(10_000)}, folder / "big"),
+    "in a folder": lambda folder: ((folder / "below").mkdir(), (folder / "below" / "big").write_text("x" * 10_000)),
+    "in a scratch folder": lambda folder: write_text(folder / "big", "x" * 10_000),
+    "after another": lambda folder: ((folder / "a").write_text("a"), (folder / "big").write_text("x" * 10_000)),
+}
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """A limit on the size of files, which the system does not enforce by a signal meanwhile."""
+    import resource
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@LIMITED
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_that_cannot_be_written_whole_is_named(writer: str, tmp_path: Path) -> None:
+    # safetensors leaves nothing of a file, and nothing to tell its name by.
+    place = tmp_path / "out" / {"in a folder": "below/big", "tensors": ""}.get(writer, "big")
+    said = f"^{re.escape(str(place))} cannot be written: .*File too large"
+    with pytest.raises(OSError, match=said), staged(tmp_path / "out") as scratch:
+        WRITERS[writer](scratch)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_other_faults_are_left_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="elsewhere"), staged(tmp_path):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(ConnectionError, match=r"^no network$"), staged(tmp_path):
+        raise ConnectionError("no network")

@@ -48,6 +48,6 @@ def check_finite_features(
         rows = f"{broken} of {len(whole)} {unit}{'' if len(whole) == 1 else 's'}"
         raise RegisterAdapterError(
             f"{title}{title and ': '}the {name} of {who}{place} are not finite (NaN or infinite) for {rows}: the model "
-            "overflows, as in float16, or its weights, or the pixel values, are damaged. Use it in bfloat16 or float32, "
-            "load its checkpoint again, or the one before training diverged."
+            "overflows, as in float16, or its weights, or the pixel values, are damaged. Use it in bfloat16 or "
+            "float32, load its checkpoint again, or the one before training diverged."
         )

@@ -30,7 +30,7 @@ from ..utils.adapter_file import read_tensors
 from ..utils.files import open_regular, read_text
 from ..utils.parameters import trained_parameters
 from ..utils.random_states import random_state, same_random_state, set_random_state
-from ..utils.staging import scratch_folder
+from ..utils.staging import naming_files, scratch_folder
 from .callbacks import Callback
 
 __all__ = [
@@ -157,11 +157,12 @@ def save(
         with scratch_folder(output_dir) as scratch:
             # Of the checkpoint's own name, which its card tells.
             new = scratch / "new" / target.name
-            accelerator.unwrap_model(model).save_pretrained(new, state_dict=weights)
-            _write_tensors(tensors, new / _TENSORS)
-            if best is not None:
-                save_file({name: tensor.contiguous() for name, tensor in best.items()}, new / _BEST)
-            (new / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
+            with naming_files(new, target):
+                accelerator.unwrap_model(model).save_pretrained(new, state_dict=weights)
+                _write_tensors(tensors, new / _TENSORS)
+                if best is not None:
+                    save_file({name: tensor.contiguous() for name, tensor in best.items()}, new / _BEST)
+                (new / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
             if target.exists():  # a run resumed from an earlier checkpoint comes by here again
                 target.replace(scratch / "old")
             new.replace(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -11,9 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-__all__ = ["check_target", "check_writable", "scratch_folder", "staged", "write_text"]
+__all__ = ["check_target", "check_writable", "naming_files", "scratch_folder", "staged", "write_text"]
 
+#: What the system says of a full disk, a limit on files or on what a user may have, and a broken disk.
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota
 _PREFIX, _LOCK = ".register_adapter.", ".lock"
 #: Held while files are moved; its name is none of a scratch folder's.
 _MOVING, _PATIENCE = ".register_adapter-moving.lock", 60
@@ -42,7 +46,8 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
     target = Path(folder)
     check_target(target)
     with scratch_folder(target) as scratch:
-        yield scratch
+        with naming_files(scratch, target):
+            yield scratch
         files = [path for path in scratch.rglob("*") if path.is_file() and path != scratch / _LOCK]
         order = {name: place for place, name in enumerate(last, 1)}
         with _alone(target):
@@ -50,6 +55,51 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
                 place = target / file.relative_to(scratch)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(place)
+
+
+class _NotWrittenError(OSError):
+    """A write failed; ``place`` is what was to be written, as long as it lies in a scratch folder."""
+
+    def __init__(self, place: Path, why: str) -> None:
+        super().__init__(f"{place} cannot be written: {why}")
+        self.place, self.why = place, why
+
+
+@contextmanager
+def naming_files(scratch: Path, target: Path) -> Iterator[None]:
+    """Have a write that fails name its file; a full disk, or a limit, is told by the system without a name.
+
+    Args:
+        scratch: Where files are written.
+        target: Where they are to be.
+
+    Raises:
+        OSError: In the place of one without a name, or with that of a scratch folder, or of safetensors' own.
+    """
+    try:
+        yield
+    except _NotWrittenError as error:  # of a scratch folder in this one
+        raise _NotWrittenError(_moved(error.place, scratch, target), error.why) from error
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        place = _newest(scratch) if error.filename is None else Path(os.fsdecode(error.filename))
+        raise _NotWrittenError(_moved(place, scratch, target), error.strerror or str(error)) from error
+    except SafetensorError as error:
+        if not any(os.strerror(number) in str(error) for number in _FULL):
+            raise
+        # It leaves nothing of its file.
+        raise _NotWrittenError(target, str(error)) from error
+
+
+def _newest(scratch: Path) -> Path:
+    """The file that was written last."""
+    files = [path for path in scratch.rglob("*") if path.is_file() and path.name != _LOCK]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=scratch)
+
+
+def _moved(place: Path, scratch: Path, target: Path) -> Path:
+    return target / place.relative_to(scratch) if place.is_relative_to(scratch) else place
 
 
 @contextmanager
