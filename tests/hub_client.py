@@ -79,10 +79,10 @@ def author(out: Path) -> None:
     facts["pull_request"] = model.push_to_hub("author/regs", token=token, create_pr=True, tags=["pr"]).pr_url
     model.push_to_hub("author/secret", token=token, private=True)
 
-    write = model._write_card
+    write_card = model._write_card
 
     def edit_meanwhile(folder: Path, **facts: Any) -> None:
-        write(folder, **facts)
+        write_card(folder, **facts)
         if facts.get("adapter") == "author/race":  # the card that is uploaded, not the one of the save before
             api.upload_file(path_or_fileobj=b"Mine.", path_in_repo="README.md", repo_id="author/race")
 
@@ -91,7 +91,7 @@ def author(out: Path) -> None:
         model.push_to_hub("author/race", token=token)
     except HubAccessError as error:
         facts["race"] = str(error)
-    model._write_card = write
+    model._write_card = write_card
 
     model.add_adapter("extra", RegisterConfig(num_registers=2, init_std=1.0))
     model.push_to_hub("author/both", token=token)

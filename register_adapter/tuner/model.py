@@ -279,7 +279,7 @@ class RegisterModel(BaseTuner):
             state_dict = model.state_dict()
         if not getattr(model, "renews_bases", False):
             renew_bases(model)
-        check_savable(state_dict, adapter_name)
+            check_savable(state_dict, adapter_name)  # the others do so themselves, and look at what is still to come
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
