@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from register_adapter import RegisterConfig, add_registers, compose, save_adapters
+from register_adapter import AdapterFileError, RegisterConfig, RegisterPeftModel, add_registers, compose, save_adapters
 
 SIZE = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "intermediate_size": 8}
 FIRST, SECOND = ({0: "a", 1: "b", 2: "c"}, {0: "x", 1: "y", 2: "z"})
@@ -131,3 +133,18 @@ def test_several_methods_are_saved_with_the_names_of_now(tmp_path: Path) -> None
     rename(model)
     model.save_pretrained(tmp_path)
     assert RegisterConfig.from_pretrained(str(tmp_path / "default")).id2label == SECOND
+
+
+@pytest.mark.parametrize("method", ["register_adapter", "3", 3, None, ["REGISTER_ADAPTER"], {}])
+@pytest.mark.parametrize("made", ["add_registers", "compose"])
+def test_a_method_that_peft_does_not_have_is_refused_with_the_file(made: str, method: Any, tmp_path: Path) -> None:
+    add_registers(base(), 1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": method}))
+    model = MADE[made]()
+    before = set(model.peft_config)
+    with pytest.raises(AdapterFileError, match=re.escape(str(path))):
+        model.load_adapter(tmp_path, "more")
+    assert set(model.peft_config) == before
+    with pytest.raises(AdapterFileError, match=re.escape(str(path))):
+        RegisterPeftModel.from_pretrained(base(), tmp_path)

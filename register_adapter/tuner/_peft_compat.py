@@ -97,7 +97,8 @@ def _read_with(config_cls: Any) -> None:
 def _is_ours(name: Any, subfolder: str | None, kwargs: dict[str, Any]) -> bool:
     hub = PeftConfig._split_kwargs(kwargs)[0] | ({"subfolder": subfolder} if subfolder else {})
     try:
-        return bool(PeftConfig._get_peft_type(str(name), **hub) == METHOD.upper())
+        # Also what only means it, such as the name in small letters: the method's own reader refuses it in words.
+        return METHOD.upper() in str(PeftConfig._get_peft_type(str(name), **hub)).upper()
     except Exception:  # no file, or none that can be read: PEFT says so
         return False
 

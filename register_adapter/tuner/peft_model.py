@@ -26,7 +26,7 @@ from .heads import heads_aside
 from .hooks.choice import EVERYONE
 from .layer import find_register_layer, register_layers, renew_bases
 from .left_out import registers_left_out
-from .reading import note_checksums
+from .reading import check_method, note_checksums
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterPeftModel", "add_registers"]
@@ -83,6 +83,7 @@ class RegisterPeftModel(PeftModel):
         """
         check_name(adapter_name)
         check_folder(model_id, kwargs.get("subfolder"))
+        check_method(model_id, kwargs.get("subfolder"))
         with unchanged_if_refused(self):
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
 

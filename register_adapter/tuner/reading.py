@@ -9,13 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import PeftType
+
 from ..errors import AdapterFileError, RegisterAdapterError
 from ..utils.adapter_file import TensorInfo
 from ..utils.files import checksum, open_regular
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME
 from ._peft_compat import METHOD
 
-__all__ = ["IMPORTABLE", "SavedWeights", "check_imports", "naming", "note_checksums", "read_json", "without_unlisted"]
+__all__ = [
+    "IMPORTABLE",
+    "SavedWeights",
+    "check_imports",
+    "check_method",
+    "naming",
+    "note_checksums",
+    "read_json",
+    "without_unlisted",
+]
 
 #: Packages that a config may name as the home of its base model's class; PEFT's AutoPeftModel imports what it finds.
 IMPORTABLE = ("transformers", "timm", "open_clip", "torchvision", "register_adapter", "peft")
@@ -76,6 +87,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} must hold a JSON object, found {type(values).__name__}")
     return values
+
+
+def check_method(folder: str | Path, subfolder: str | None) -> None:
+    """Refuse a local folder whose config names no method of PEFT's, before PEFT looks the name up.
+
+    Raises:
+        AdapterFileError: It is so, or the config is no JSON.
+    """
+    path = Path(folder, subfolder or "", CONFIG_NAME)
+    if path.is_file():
+        method = read_json(path).get("peft_type")
+        if not isinstance(method, str) or method not in PeftType.__members__:
+            raise AdapterFileError(
+                f"{path} names the method {method!r:.100}, which PEFT does not have; registers are {METHOD.upper()!r}. "
+                "Nothing was changed."
+            )
 
 
 def note_checksums(folder: Path) -> None:

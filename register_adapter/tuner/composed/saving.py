@@ -18,6 +18,7 @@ from ...utils.parameters import trainable_by_part, trainable_in_words
 from ..fields import check_known, check_string
 from ..layer import renew_bases
 from ..positions.model import renew_base
+from ..reading import check_method
 from .card import write_card
 from .folder import MANIFEST, read_folder, write_folder
 from .relocate import relocated, tower_path
@@ -142,6 +143,7 @@ class SavesAll(PeftModel):
         check_string(adapter_name)
         if not Path(model_id, MANIFEST).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
+            check_method(model_id, kwargs.get("subfolder"))
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         saved = read_folder(model_id)
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
