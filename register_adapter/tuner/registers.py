@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from ..errors import RegisterAdapterError
 from .neuron_shift import NeuronShift
 
 __all__ = ["Placement", "RegisterTokens", "Segment", "refuse_merging"]
@@ -101,6 +103,26 @@ def _has_values(part: torch.Tensor) -> bool:
     return not part.is_meta and bool((torch.isfinite(part) if part.is_floating_point() else part >= 0).all())
 
 
+#: Parameters of :class:`RegisterTokens` that blocks draw from.
+_PARTS = ("weight", "gate", "strength")
+
+
+class _HandBack(torch.autograd.Function):
+    """Hands a sequence on; in the backward pass, behind all blocks, parameters get what copies gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, copies: list[torch.Tensor], *values: torch.Tensor) -> Any:
+        ctx.copies = copies
+        return hidden_states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gathered = [copy.grad for copy in ctx.copies]
+        for copy in ctx.copies:
+            copy.grad = None
+        return (grads[0], None, *gathered)
+
+
 class Segment:
     """Consecutive registers in the sequence, or pairs in the attention: one adapter's, or image by image another's.
 
@@ -115,6 +137,48 @@ class Segment:
         self.tokens = tokens
         self.images = images
         self.count = placement.num_registers
+        self._copies: dict[tuple[int, str], torch.Tensor] = {}
+        self._task = _graph_task()
+        self._with_gradients = torch.is_grad_enabled()
+
+    @property
+    def inside(self) -> bool:
+        """Whether blocks draw from the parameters, not the sequence alone before the first of them."""
+        placement = self.placement
+        by_block = placement.deep or placement.key_value or placement.insert_layer > 0
+        return by_block or any(tokens.gate is not None or tokens.slices for tokens in self.tokens)
+
+    def gather(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Have blocks that are checkpointed reentrantly leave their gradients at copies of the parameters.
+
+        Each of them has a backward pass of its own, and every one would end at the same parameter: DDP takes the first
+        for the whole gradient.
+
+        Args:
+            hidden_states: ``(B, N, D)``, the sequence before registers enter.
+
+        Returns:
+            The sequence to go on with, behind whose gradient the parameters get theirs, once.
+        """
+        owned = [
+            (number, part) for number, tokens in enumerate(self.tokens) for part in _PARTS if _trains(tokens, part)
+        ]
+        if not owned:
+            return hidden_states
+        values = [self.tokens[number](hidden_states, part=part) for number, part in owned]
+        self._copies = {key: value.detach().requires_grad_() for key, value in zip(owned, values, strict=True)}
+        return cast(torch.Tensor, _HandBack.apply(hidden_states, list(self._copies.values()), *values))
+
+    def _drawn(self, number: int, like: torch.Tensor, block: int | None, part: str = "weight") -> torch.Tensor:
+        """As a call of ``tokens[number]``, also in a block that is computed again."""
+        tokens, copy = self.tokens[number], self._copies.get((number, part))
+        if torch.compiler.is_compiling():
+            return cast(torch.Tensor, tokens(like, block, part))
+        if copy is not None and _graph_task() != self._task:
+            return (copy if block is None else copy[block]).to(like)
+        if copy is None and self._with_gradients and not torch.is_grad_enabled() and _trains(tokens, part):
+            _refuse_unknown_checkpoint()
+        return cast(torch.Tensor, tokens(like, block, part))
 
     @property
     def ragged(self) -> bool:
@@ -141,7 +205,9 @@ class Segment:
     def draw(self, hidden_states: torch.Tensor, block: int) -> torch.Tensor:
         """``(B, R, D)`` registers for block ``block``, like ``hidden_states`` ``(B, N, D)``."""
         index = block - self.placement.insert_layer if self.placement.deep else None
-        return self._by_image([tokens(hidden_states, index) for tokens in self.tokens], hidden_states.shape[0])
+        return self._by_image(
+            [self._drawn(number, hidden_states, index) for number in range(len(self.tokens))], hidden_states.shape[0]
+        )
 
     def shift(
         self, activations: torch.Tensor, block: int, start: int, count: int, visible: torch.Tensor | None = None
@@ -150,7 +216,7 @@ class Segment:
         for number, tokens in enumerate(self.tokens):
             if block not in tokens.slices:
                 continue
-            strength = tokens(activations, part="strength")
+            strength = self._drawn(number, activations, None, "strength")
             if self.images is None:
                 return tokens.shift(activations, block, start, count, visible, strength)
             own = min(count, tokens.count)
@@ -163,16 +229,42 @@ class Segment:
         """``(B, H, R, d)`` keys and values for block ``block``, like ``key`` ``(B, H, N, d)``."""
         index = block - self.placement.insert_layer
         batch, heads, _, width = key.shape
-        both = self._by_image([tokens(key, index) for tokens in self.tokens], batch)
+        both = self._by_image([self._drawn(number, key, index) for number in range(len(self.tokens))], batch)
         both = both.reshape(batch, 2, self.count, heads, width).transpose(2, 3)
         return both[:, 0], both[:, 1]
 
     def bias(self, like: torch.Tensor, block: int) -> torch.Tensor:
         """``(1 or B, R)`` to add to the attention logits of the keys: the gate, minus infinity where there is none."""
         index = block - self.placement.insert_layer
-        gates = [tokens(like, index, part="gate").unsqueeze(-1) for tokens in self.tokens]
+        gates = [self._drawn(number, like, index, "gate").unsqueeze(-1) for number in range(len(self.tokens))]
         batch = 1 if self.images is None else like.shape[0]
         return self._by_image(gates, batch, fill=-torch.inf).squeeze(-1)
+
+
+def _trains(tokens: RegisterTokens, part: str) -> bool:
+    value: torch.Tensor | None = getattr(tokens, part, None)
+    return value is not None and value.requires_grad
+
+
+def _graph_task() -> int:
+    """Of the backward pass that this thread is in, -1 outside of any; one inside of another has a number of its own."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _refuse_unknown_checkpoint() -> None:
+    """In a pass with gradients a block has none: code that we do not know checkpoints it reentrantly.
+
+    Raises:
+        RegisterAdapterError: DDP would take the gradient of one block for the whole.
+    """
+    ddp: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is not None and not ddp.static_graph:
+        raise RegisterAdapterError(
+            "a block with registers runs without gradients in a pass with gradients (is it checkpointed reentrantly, "
+            "by code of yours?), and DistributedDataParallel would take one block's gradient for that of all. Use "
+            "use_reentrant=False, the model's own gradient_checkpointing_enable(), or "
+            "DistributedDataParallel(model, static_graph=True)."
+        )
 
 
 def refuse_merging() -> NoReturn:

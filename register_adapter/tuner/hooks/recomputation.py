@@ -6,6 +6,7 @@ may be active. The function that is checkpointed takes along what the pass knew 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,12 +14,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...errors import RegisterAdapterError
 from ...towers.calls import hidden_states_of
 
-__all__ = ["Inputs", "Resume", "carry", "drop", "is_recomputing", "refuse_gone"]
+__all__ = ["Inputs", "Resume", "carry", "checkpoints_reentrantly", "drop", "is_recomputing", "refuse_gone"]
 
 #: Says, in a pass, what puts its state back while a part of it is computed again.
 Resume = Callable[[], Callable[[], AbstractContextManager[Any]]]
@@ -33,6 +35,16 @@ def is_recomputing() -> bool:
     """Whether this thread is in a backward pass, where blocks are called to compute them a second time."""
     # Compiled graphs have no such calls, and their compiler does not know the question.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def checkpoints_reentrantly(module: nn.Module) -> bool:
+    """Whether transformers, timm or torch's ``CheckpointWrapper`` checkpoints this module, and does so reentrantly."""
+    if getattr(module, "grad_checkpointing", False) is True:
+        return bool(getattr(sys.modules.get("timm.layers"), "use_reentrant_ckpt", bool)())
+    if isinstance(module, CheckpointWrapper):
+        return module.checkpoint_impl is CheckpointImpl.REENTRANT
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return getattr(module, "gradient_checkpointing", False) is True and options.get("use_reentrant", True)
 
 
 def refuse_gone() -> NoReturn:

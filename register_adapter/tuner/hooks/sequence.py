@@ -6,17 +6,16 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 from __future__ import annotations
 
 import inspect
-import sys
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
 
 from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
 from .attention import grow_block_mask, is_block_mask
 from .base import LayerHooks, refuse_tracing
+from .recomputation import checkpoints_reentrantly
 from .tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 
 __all__ = ["SequenceHooks"]
@@ -123,6 +122,10 @@ class SequenceHooks(LayerHooks):
         self._end_if_over()
         if self.call.method is not None:
             self.call.method.enter(hidden_states.shape[1], self.num_active)
+        given = hidden_states
+        inside = [] if torch.compiler.is_compiling() else [s for s in self.call.segments or () if s.inside]
+        for segment in inside if inside and self._is_reentrant else ():
+            hidden_states = segment.gather(hidden_states)
         tokens = [s.draw(hidden_states, 0) for s in self.sequence if s.placement.insert_layer == 0]
         self.call.entered = self.count_at(0)
         if not torch.compiler.is_compiling():
@@ -131,17 +134,22 @@ class SequenceHooks(LayerHooks):
             hidden_states = insert_tokens(hidden_states, tokens, self.prefix)
         if self._loses_gradients(hidden_states):
             return hidden_states.detach().requires_grad_()
-        return hidden_states if tokens else None
+        return None if hidden_states is given else hidden_states
 
     def _loses_gradients(self, hidden_states: torch.Tensor) -> bool:
         """Whether registers that enter inside a block would get no gradient.
 
         Reentrant checkpointing of a block gives none to anything unless the block's input has one.
         """
-        if not self.tower.module.training or not torch.is_grad_enabled() or hidden_states.requires_grad:
+        if hidden_states.requires_grad or not self._is_reentrant:
             return False
-        trainable = any(p.requires_grad for s in self.segments for tokens in s.tokens for p in tokens.parameters())
-        return trainable and any(_checkpoints_reentrantly(module) for module in self.tower.module.modules())
+        return any(p.requires_grad for s in self.segments for tokens in s.tokens for p in tokens.parameters())
+
+    @property
+    def _is_reentrant(self) -> bool:
+        """Whether blocks are checkpointed reentrantly in a pass with gradients."""
+        training = self.tower.module.training and torch.is_grad_enabled()
+        return training and any(checkpoints_reentrantly(module) for module in self.tower.module.modules())
 
     def _insert_into_output_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, dict):  # a ModelOutput, changed in place
@@ -317,16 +325,6 @@ class SequenceHooks(LayerHooks):
 def _entries(output: Any) -> list[Any]:
     """What a tuple, a ``ModelOutput`` or a plain dictionary, as DINOv2's own code returns it, has in it."""
     return list(output.values() if isinstance(output, dict) else output)
-
-
-def _checkpoints_reentrantly(module: nn.Module) -> bool:
-    """Whether transformers, timm or torch's ``CheckpointWrapper`` checkpoints this module, and does so reentrantly."""
-    if getattr(module, "grad_checkpointing", False) is True:
-        return bool(getattr(sys.modules.get("timm.layers"), "use_reentrant_ckpt", bool)())
-    if isinstance(module, CheckpointWrapper):
-        return module.checkpoint_impl is CheckpointImpl.REENTRANT
-    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-    return getattr(module, "gradient_checkpointing", False) is True and options.get("use_reentrant", True)
 
 
 def _grow_masks(args: Any, kwargs: Any, start: int, count: int, length: int) -> Any:
