@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from .calls import unwrapped
+
 __all__ = ["Anatomy", "Paths", "parent", "resolve"]
 
 Paths = str | tuple[str, ...]
@@ -127,21 +129,24 @@ _CHOICES = {
 
 
 def resolve(root: Any, paths: Paths | None) -> Any:
-    """The first of the dotted ``paths`` that exists below ``root``, or ``None``."""
+    """The first of the dotted ``paths`` that exists below ``root``, through wrappers on the way, or ``None``."""
     for path in (paths,) if isinstance(paths, str) else paths or ():
         value = root
         for name in path.split("."):
-            # A list of modules has attributes for its places, but none that count from the end.
-            value = (
-                value[int(name)]
-                if name.startswith("-") and hasattr(value, "__getitem__")
-                else getattr(value, name, None)
-            )
+            step, value = value, _step(value, name)
+            if value is None and (inner := unwrapped(step)) is not step:
+                value = _step(inner, name)
             if value is None:
                 break
         else:
             return value
     return None
+
+
+def _step(value: Any, name: str) -> Any:
+    # A list of modules has attributes for its places, but none that count from the end.
+    from_end = name.startswith("-") and hasattr(value, "__getitem__")
+    return value[int(name)] if from_end else getattr(value, name, None)
 
 
 def parent(root: Any, paths: Paths) -> tuple[Any, str]:
@@ -153,6 +158,7 @@ def parent(root: Any, paths: Paths) -> tuple[Any, str]:
     for path in (paths,) if isinstance(paths, str) else paths:
         place, _, name = path.rpartition(".")
         owner = resolve(root, place) if place else root
+        owner = owner if hasattr(owner, name) else unwrapped(owner)
         if owner is not None and hasattr(owner, name):
             return owner, name
     raise AttributeError(f"{type(root).__name__} has nothing at {paths}")

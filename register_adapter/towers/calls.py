@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Container, Mapping
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["as_named", "first_of", "hidden_states_of", "with_first", "with_hidden_states"]
+__all__ = [
+    "as_named",
+    "first_of",
+    "hidden_states_of",
+    "place_of_argument",
+    "unwrapped",
+    "with_first",
+    "with_hidden_states",
+]
 
 # What modules call the sequence that comes in, where it is not a positional argument.
 _NAMES = ("hidden_states", "inputs_embeds", "x")
@@ -44,3 +55,28 @@ def first_of(output: Any) -> Any:
 def with_first(output: Any, first: Any) -> Any:
     """``output`` with ``first`` in the place of :func:`first_of`."""
     return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+def unwrapped(module: Any) -> Any:
+    """What is inside of wrappers that take anything and hand it on, as ``CheckpointWrapper`` and FSDP do."""
+    while isinstance(module, nn.Module) and len(module._modules) == 1 and _takes_anything(type(module)):
+        inner = next(iter(module._modules.values()))
+        if inner is None:
+            break
+        module = inner
+    return module
+
+
+@cache
+def _takes_anything(kind: type[nn.Module]) -> bool:
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    return bool(parameters) and all(parameter.kind in _ANY for parameter in parameters)
+
+
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def place_of_argument(module: nn.Module, name: str) -> int | None:
+    """Place of an argument among the positional ones of a module, or of what it wraps; ``None`` if there is none."""
+    names = list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
+    return names.index(name) if name in names else None

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..utils.parameters import check_module
 from .anatomy import Anatomy, resolve
-from .calls import as_named
+from .calls import as_named, unwrapped
 from .families import FAMILIES, REFUSED
 from .libraries import CONDITIONS, STACKS, VARIANTS
 
@@ -42,7 +42,9 @@ class Tower:
 
     def part(self, field: str) -> Any:
         """What the anatomy's path ``field`` leads to, or ``None``."""
-        return resolve(self.module, getattr(self.anatomy, field))
+        part = resolve(self.module, getattr(self.anatomy, field))
+        # FSDP may wrap the list itself.
+        return unwrapped(part) if field == "blocks" and not hasattr(type(part), "__len__") else part
 
     def block_part(self, index: int, field: str) -> Any:
         """The same below block ``index``."""

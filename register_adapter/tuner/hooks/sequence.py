@@ -5,14 +5,13 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ...towers.calls import first_of, hidden_states_of, with_first, with_hidden_states
+from ...towers.calls import first_of, hidden_states_of, place_of_argument, with_first, with_hidden_states
 from .attention import grow_block_mask, is_block_mask
 from .base import LayerHooks, refuse_tracing
 from .recomputation import checkpoints_reentrantly
@@ -55,8 +54,7 @@ class SequenceHooks(LayerHooks):
         if anatomy.rotary:
             places = {block: index for index, block in enumerate(self.tower.part("blocks"))}
             for block, index in places.items():
-                place = list(inspect.signature(type(block).forward).parameters).index(anatomy.rotary) - 1
-                hook = partial(self._rotary_hook, index, place)
+                hook = partial(self._rotary_hook, index, place_of_argument(block, anatomy.rotary))
                 handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         if self._by_block:
             for index, block in enumerate(self.tower.part("blocks")):
@@ -200,9 +198,10 @@ class SequenceHooks(LayerHooks):
             args, kwargs = _grow_masks(args, kwargs, self.prefix + before, count - before, hidden.shape[1])
         return with_hidden_states(args, kwargs, hidden)
 
-    def _rotary_hook(self, index: int, place: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _rotary_hook(self, index: int, place: int | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Rotary tables with a row for every token: registers have no position, and stay as they are."""
         count, name = self.count_at(index), cast(str, self.tower.anatomy.rotary)
+        place = len(args) if place is None else place
         tables = kwargs.get(name, args[place] if place < len(args) else None)
         if not count or tables is None:
             return None
