@@ -204,3 +204,26 @@ def test_blocks_that_were_cut_off_are_not_in_the_base() -> None:
     base.blocks = base.blocks[:1]
     find_tower(base).module.registers.renew_bases()
     assert model.peft_config["default"].identity.num_hidden_layers == 1
+
+
+class _Packed(nn.Module):
+    """A convolution as a quantiser of somebody's own may hold it: no ``weight``."""
+
+    def __init__(self, inner: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = inner.stride
+        self.register_buffer("kernel", inner.weight.detach())
+        self.register_buffer("bias", inner.bias.detach())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(images, self.kernel, self.bias, self.stride)
+
+
+def test_a_patch_embedding_that_shows_no_weight_is_no_other_base(tmp_path: Path) -> None:
+    model = add_registers(build_stack("timm"), 2)
+    before = model.peft_config["default"].base_tower
+    patches = model.get_base_model().patch_embed
+    patches.proj = _Packed(patches.proj)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_tower"] == before
+    PeftModel.from_pretrained(build_stack("timm"), str(tmp_path))

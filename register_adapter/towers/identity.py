@@ -110,6 +110,17 @@ def _own(tower: Tower, field: str) -> Any:
     return None
 
 
+def _groups(tower: Tower) -> list[list[torch.Tensor]]:
+    """The weights of each of the three sketches; empty where the tower has none, or a module does not show them."""
+    position = _own(tower, "position_embedding")
+    groups: list[Iterable[Any]] = [
+        [resolve(_own(tower, "patch_embedding"), "weight")],
+        [position if isinstance(position, torch.Tensor) else _held(position, "weight")],
+        _biases(tower.part("blocks")),
+    ]
+    return [[value for value in group if isinstance(value, torch.Tensor)] for group in groups]
+
+
 def fingerprint(tower: Tower) -> list[float] | None:
     """A sketch of the tower's weights: patch embedding, position embeddings, biases of the blocks.
 
@@ -119,16 +130,10 @@ def fingerprint(tower: Tower) -> list[float] | None:
     Returns:
         ``3 * BUCKETS`` floats, or ``None`` where weights are not at hand (meta device, sharded parameters).
     """
-    position = _own(tower, "position_embedding")
-    groups: list[Iterable[Any]] = [
-        [getattr(_own(tower, "patch_embedding"), "weight", None)],
-        [position if isinstance(position, torch.Tensor) else _held(position, "weight")],
-        _biases(tower.part("blocks")),
-    ]
     sketches: list[float] = []
     with torch.no_grad():
-        for group in groups:
-            tensors = [tensor.detach() for tensor in group if isinstance(tensor, torch.Tensor)]
+        for group in _groups(tower):
+            tensors = [tensor.detach() for tensor in group]
             if any(tensor.is_meta or tensor.numel() == 0 or hasattr(tensor, "device_mesh") for tensor in tensors):
                 return None
             flat = [tensor.flatten().to(torch.float32) for tensor in tensors if tensor.is_floating_point()]
@@ -223,10 +228,16 @@ def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> To
         biases: Whether its biases tell anything; other adapters may train them, and bring them along.
 
     Returns:
-        ``None`` if the weights are the same, or cannot be told: sharded, quantised, with adapters merged into them, or
-        no longer finite.
+        ``None`` if the weights are the same, or cannot be told: sharded, quantised, not shown, with adapters merged into
+        them, or no longer finite.
     """
-    weight = getattr(_own(tower, "patch_embedding"), "weight", None)
+    if before.patch_size is not None and tower.patch_size is None:
+        return None
+    sketches = before.fingerprint or []
+    known = [sketches[start : start + BUCKETS] for start in range(0, len(sketches), BUCKETS)]
+    if any(any(sketch) and not group for sketch, group in zip(known, _groups(tower), strict=False)):
+        return None  # a module in the place of the one that had them does not show its weights
+    weight = resolve(_own(tower, "patch_embedding"), "weight")
     quantised = weight is not None and type(weight) not in (torch.Tensor, nn.Parameter)
     if quantised or any(getattr(m, "merged", False) for m in tower.module.modules() if isinstance(m, BaseTunerLayer)):
         return None
