@@ -228,8 +228,8 @@ def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> To
         biases: Whether its biases tell anything; other adapters may train them, and bring them along.
 
     Returns:
-        ``None`` if the weights are the same, or cannot be told: sharded, quantised, not shown, with adapters merged into
-        them, or no longer finite.
+        ``None`` if the weights are the same, or cannot be told: sharded, quantised, not shown, with adapters merged
+        into them, or no longer finite.
     """
     if before.patch_size is not None and tower.patch_size is None:
         return None
