@@ -59,7 +59,10 @@ def with_first(output: Any, first: Any) -> Any:
 
 def unwrapped(module: Any) -> Any:
     """What is inside of wrappers that take anything and hand it on, as ``CheckpointWrapper`` and FSDP do."""
-    while isinstance(module, nn.Module) and len(module._modules) == 1 and _takes_anything(type(module)):
+    while isinstance(module, nn.Module) and len(module._modules) == 1:
+        kind: Any = type(module)
+        if not _takes_anything(kind):
+            break
         inner = next(iter(module._modules.values()))
         if inner is None:
             break
@@ -68,7 +71,7 @@ def unwrapped(module: Any) -> Any:
 
 
 @cache
-def _takes_anything(kind: type[nn.Module]) -> bool:
+def _takes_anything(kind: Any) -> bool:
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
     return bool(parameters) and all(parameter.kind in _ANY for parameter in parameters)
 
