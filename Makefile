@@ -12,6 +12,7 @@ WORKERS ?= auto
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+RESULTS_ARGS ?=
 
 BIN := $(VENV)/bin
 # Python compiles what it imports; pip would compile every file of every package.
@@ -21,13 +22,13 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 # So what a first process compiles must stay: with this set, every process would compile for 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-oldest lint types format families docs bench wheel clean
+.PHONY: help demo test test-fast test-oldest lint types format families docs bench results wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    study two packaged models with artifacts: what repairs them, and at what cost"
 	@echo "make test    run the tests (PYTEST_ARGS='-k layer' for some of them, WORKERS=1 for one process)"
-	@echo "make test-fast  one case of each test, without the slow ones: two to three minutes"
+	@echo "make test-fast  one case of each test, without the slow ones: under two minutes"
 	@echo "make test-oldest  the same with the oldest versions that are supported (docs/versions.md)"
 	@echo "make lint    check style (ruff) and spelling (codespell)"
 	@echo "make types   check types (mypy --strict)"
@@ -35,6 +36,7 @@ help:
 	@echo "make families  renew the tables of supported models in README.md and docs/families.md"
 	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   measure the overhead (BENCH_ARGS='--models s'; hours without it)"
+	@echo "make results  compute a part of the results again, compare, and make all tables and figures (half an hour)"
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make clean   remove the environment and everything that was built"
 
@@ -95,6 +97,9 @@ docs: $(VENV)/.installed-docs
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/overhead.py $(BENCH_ARGS)
+
+results: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/results.py $(RESULTS_ARGS)
 
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -41,7 +41,7 @@ from register_adapter.training import TrainArguments, train, wrap
 from register_adapter.tuner.config import RegisterConfig
 from register_adapter.tuner.layer import require_register_layer
 
-__all__ = ["main"]
+__all__ = ["draw", "main", "write_table"]
 
 RESULTS = Path(__file__).parent / "results"
 #: Heading, key of a row, digits and factor; those of the plots first.
@@ -123,10 +123,14 @@ def count_flops(config: dict[str, Any], grown: Path | None, done: set[Any]) -> I
             yield {"variant": label, "model": name, "seed": 0, "flops": counter.get_total_flops()}
 
 
-def make_table(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown: a table a model, means over seeds with the range."""
-    if "flops" in config:
-        return _flops_table(rows)
+def write_table(report: dict[str, Any], page: Path) -> None:
+    """Write a table a model between the report's two comments of the page: means over seeds with the range."""
+    config, rows = report["config"], report["rows"]
+    lines = _flops_table(rows) if "flops" in config else _table(config, rows)
+    put_between(page, f"ablation-{config['name']}", lines)
+
+
+def _table(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
@@ -152,8 +156,16 @@ def _flops_table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def draw(config: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
-    """Three panels: outliers, contents at outliers, and the task's loss; means over runs with the range."""
+def draw(report: dict[str, Any], folder: Path) -> None:
+    """Three panels: outliers, contents at outliers, and the task's loss; means over runs with the range.
+
+    Args:
+        report: Its ``config`` and ``rows``; of operations nothing is drawn.
+        folder: Where ``ablation-NAME.png`` goes.
+    """
+    config, rows = report["config"], report["rows"]
+    if "flops" in config:
+        return
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
@@ -176,7 +188,7 @@ def draw(config: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
         panel.grid(axis="y", alpha=0.3)
     panels[0].legend(fontsize=8)
     figure.supxlabel(config["heading"], fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(folder / f"ablation-{config['name']}.png", dpi=110)
     plt.close(figure)
 
 
@@ -194,9 +206,8 @@ def run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
             write_report(report, out)
             bar.update()
     if args.docs:
-        put_between(args.docs / "ablations.md", f"ablation-{config['name']}", make_table(config, rows))
-        if "flops" not in config:
-            draw(config, rows, args.docs / "images" / f"ablation-{config['name']}.png")
+        write_table(report, args.docs / "ablations.md")
+        draw(report, args.docs / "images")
     return report
 
 

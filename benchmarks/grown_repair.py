@@ -56,6 +56,7 @@ __all__ = [
     "Ruler",
     "load_pair",
     "main",
+    "make_table",
 ]
 
 #: Seeds of the images that are trained on (plus the run's), fitted on, probed on, and measured on.

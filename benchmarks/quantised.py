@@ -38,7 +38,7 @@ from register_adapter import find_tower
 from register_adapter.testbed.grown import RECIPES, weighted_error
 from register_adapter.training.objectives.tokens import read_tokens
 
-__all__ = ["main"]
+__all__ = ["main", "make_table"]
 
 BATCH = 32
 TWIN = "twin without artifacts"

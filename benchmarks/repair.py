@@ -44,10 +44,11 @@ class Ruler:
     Args:
         case: The planted model and its twin.
         count: Number of images.
+        seed: Seed of the images.
     """
 
-    def __init__(self, case: Case, count: int) -> None:
-        pixels, self.labels = pixels_of(count, TEST_SEED, "test")
+    def __init__(self, case: Case, count: int, seed: int = TEST_SEED) -> None:
+        pixels, self.labels = pixels_of(count, seed, "test")
         self.device, self.batches = case.device, torch.split(pixels, 32)
         self.hits = torch.cat([case.planting.hits(batch) for batch in self.batches])
         self.twin = self._read(case.twin)
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="cpu", help="where arms are made; the models are planted on the CPU")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of 16 images")
     parser.add_argument("--images", type=int, default=256, help="held-out images that are measured")
+    parser.add_argument("--test-seed", type=int, default=TEST_SEED, help="of the held-out images")
     parser.add_argument("--out", type=Path, default=Path("repair.json"))
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="take over these reports' rows, run nothing")
@@ -127,6 +129,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"unknown arms {unknown}; there are {[arm.name for arm in ARMS]}")
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "images": args.images}
+    if args.test_seed != TEST_SEED:
+        config["test_seed"] = args.test_seed
     rows = {_key(row): row for path in [*args.merge, args.out] for row in _rows(path, config)}
     order = [arm.name for arm in ARMS]
     kept = sorted(rows.values(), key=lambda row: (row["seed"], order.index(row["arm"])))
@@ -141,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             pixels, labels = pixels_of(args.steps * 16, TRAIN_SEED + seed)
             for name in args.models:
                 case = replace(CASES[name](), device=args.device)
-                ruler = Ruler(case, args.images)
+                ruler = Ruler(case, args.images, args.test_seed)
                 for arm in wanted:
                     bar.set_postfix_str(f"{case.name}, {arm.name}, seed {seed}")
                     if (case.name, arm.name, seed) not in done:

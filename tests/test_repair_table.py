@@ -68,15 +68,3 @@ def test_every_row_of_the_downstream_report_has_every_task() -> None:
     )
     for seed in clean.keys() & planted.keys():
         assert all(planted[seed][task] < clean[seed][task] for task in tasks - {"depth"}), "a planted model is hurt"
-
-
-def test_the_downstream_table_is_that_of_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from downstream import write_table  # type: ignore[import-not-found, unused-ignore]
-
-    report = json.loads((ROOT / "benchmarks" / "results" / "downstream.json").read_text("utf-8"))
-    page = (ROOT / "docs" / "results.md").read_text("utf-8")
-    written = tmp_path / "results.md"
-    written.write_text(page, "utf-8")
-    write_table(report, written)
-    assert written.read_text("utf-8") == page
