@@ -277,6 +277,7 @@ def test_shares_of_outliers_are_those_of_stored_tokens(figures):
         assert layer.low_share == pytest.approx(expected["low"].item(), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_outliers_per_image_are_those_of_stored_tokens(figures):
     for layer, expected in figures:
         two_sided = layer.threshold.low > 0 and layer.threshold.high < float("inf")

@@ -85,6 +85,7 @@ def test_the_evaluation_measures_the_head_alone_too(trained: tuple[Path, dict[st
     assert not [metric for metric in result["metrics"] if "off" in metric["name"]]
 
 
+@pytest.mark.slow
 def test_a_checkpoints_card_names_the_checkpoint(trained: tuple[Path, dict[str, float], torch.nn.Module]) -> None:
     text = (trained[0] / "checkpoint-2" / "README.md").read_text()
     assert 'from_pretrained(base, "checkpoint-2")' in text

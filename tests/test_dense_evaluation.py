@@ -121,6 +121,7 @@ def test_masks_at_another_size_and_patch_multiples(model: Any, processor: Any, s
 
 
 @pytest.mark.parametrize("head", ["bins", "ridge"])
+@pytest.mark.slow
 def test_depth_of_scenes(model: Any, processor: Any, head: Any) -> None:
     train, test = SceneDataset(12, seed=1, split=None), SceneDataset(5, seed=2, split=None)
     report = evaluate_depth(model, train, test, head=head, bins=16, image_processor=processor, tokens_per_image=40)

@@ -362,6 +362,7 @@ def test_every_model_has_two_rows_a_method_of_the_same_images(report: Any) -> No
             assert row.plan.to_dict() | {"features": "keys", "block": -1} == row.plan.to_dict()
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_best_on_held_out_images(report: Any) -> None:
     for row in report.rows:
         scores = dict(enumerate(value for _, value in row.held_out))

@@ -105,6 +105,7 @@ def test_the_run_goes_on_bit_for_bit(case: Path, whole: Path, tmp_path: Path) ->
     assert not torch.equal(own, last[name])
 
 
+@pytest.mark.slow
 def test_the_best_evaluation_is_of_an_average(case: Path, whole: Path, tmp_path: Path) -> None:
     options = [*RUN, *DECAY, "--eval-steps", "2", "--load-best-model-at-end"]
     results = start(flags(case, tmp_path, *options))

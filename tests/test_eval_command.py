@@ -108,6 +108,7 @@ class _Parser(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_has_table_and_chart(measured: Any) -> None:
     page = measured[2]
     parser = _Parser()
@@ -227,6 +228,7 @@ def test_one_folder_is_split_by_the_seed(folder: Path) -> None:
     assert reports[0]["settings"]["layout"] == "20% drawn for the test"
 
 
+@pytest.mark.slow
 def test_what_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, data = str(folder / "model"), str(folder / "classes")
 

@@ -201,6 +201,7 @@ def test_models_side_by_side(model: Any, train: Drawn, test: Drawn, processor: A
     assert "| k = 5 | clean |" in str(report)
 
 
+@pytest.mark.slow
 def test_a_pair_and_a_folder_say_the_same(
     model: Any, train: Drawn, test: Drawn, processor: Any, tmp_path: Path
 ) -> None:

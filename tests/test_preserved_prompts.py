@@ -47,6 +47,7 @@ def prepared(folder: Path, kind: str, prompts: Any = PROMPTS) -> tuple[Any, Pres
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_it_is_the_divergence_of_the_models_own_zero_shot_answers(kind: str, folder: Path) -> None:
     model, objective, batch = prepared(folder, kind)
     words = TextTokenizer(make_tokenizer(), 8)([group[0] for group in PROMPTS])
@@ -99,6 +100,7 @@ def flags(folder: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "objective", [("preserve",), ("distillation", "--num-views", "2", "--preserve", "2")], ids=lambda words: words[0]
 )
+@pytest.mark.slow
 def test_the_command_keeps_it_and_goes_on(file: str, objective: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     words = ["--objective", *objective, "--preserve-prompts", str(folder / file), "--checkpointing-steps", "1"]
     start(flags(folder, tmp_path / "out", *words, "--target-store", str(tmp_path / "targets")))

@@ -126,6 +126,7 @@ def test_tokens_that_hold_their_place_exactly_are_found_there(known: Any) -> Non
     assert known.grid == (SIDE, SIDE)
 
 
+@pytest.mark.slow
 def test_tokens_that_hold_their_pixels_are_reconstructed(known: Any) -> None:
     normal, outlier = known.row("normal").reconstruction_l2, known.row("outlier").reconstruction_l2
     assert normal.value < 0.05
@@ -189,6 +190,7 @@ def test_the_size_of_batches_and_a_second_run_make_no_difference() -> None:
 
 
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
+@pytest.mark.slow
 def test_too_few_outliers_give_a_sentence_and_no_figure(threshold: Threshold | None) -> None:
     images, labels = _images(60, outliers=False)
     images[:5, 0, 1, -1] = 3.0

@@ -81,6 +81,7 @@ def test_it_prints_a_table_and_what_to_do(done: Path) -> None:
 
 
 @pytest.mark.parametrize("arm", MADE[1:])
+@pytest.mark.slow
 def test_the_command_it_recommends_works_when_pasted(
     arm: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_every_arm_that_can_be_recommended_has_a_command_that_parses(tmp_path: P
 # It goes on where it stopped
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_ends_with_the_same_files_also_with_more_seeds(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

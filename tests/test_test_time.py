@@ -559,6 +559,7 @@ def test_every_family(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", STACKS)
+@pytest.mark.slow
 def test_every_other_library(name: str) -> None:
     model = build_stack(name)
     tower = find_tower(model)
