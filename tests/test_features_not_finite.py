@@ -40,7 +40,11 @@ def base(value: float = torch.nan) -> tf.ViTModel:
     torch.manual_seed(0)
     model = tf.ViTModel(tf.ViTConfig(**SIZE)).eval()
     with torch.no_grad():
-        next(weight for name, weight in model.named_parameters() if "1.mlp" in name and weight.ndim == 2)[0, 0] = value
+        next(
+            weight
+            for name, weight in model.named_parameters()
+            if any(part in name for part in ("1.mlp", "1.intermediate")) and weight.ndim == 2
+        )[0, 0] = value
     return model
 
 

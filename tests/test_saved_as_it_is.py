@@ -31,7 +31,7 @@ def config() -> RegisterConfig:
 
 
 def composed() -> nn.Module:
-    lora = LoraConfig(r=1, target_modules=["q_proj"])
+    lora = LoraConfig(r=1, target_modules=["q_proj", "query"])
     return compose(base(), {"default": config(), "lora": lora})
 
 
