@@ -36,7 +36,7 @@ help:
 	@echo "make families  renew the tables of supported models in README.md and docs/families.md"
 	@echo "make docs    build the documentation into site/; a broken link is an error"
 	@echo "make bench   measure the overhead (BENCH_ARGS='--models s'; hours without it)"
-	@echo "make results  compute a part of the results again, compare, and make all tables and figures (half an hour)"
+	@echo "make results  compute a part of the results again, compare, and make all tables and figures (ten minutes)"
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make clean   remove the environment and everything that was built"
 

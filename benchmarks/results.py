@@ -1,6 +1,6 @@
 """Make the tables and figures of ``results.md``, ``grown.md`` and ``ablations.md`` again: what ``make results`` runs.
 
-    python benchmarks/results.py            # about half an hour on two cores
+    python benchmarks/results.py            # about ten minutes on two cores
     python benchmarks/results.py --render   # tables and figures alone, from the committed reports
 
 Reports in ``benchmarks/results`` took hours on a GPU and on CPUs. Here a part of them is computed again, on this
