@@ -29,7 +29,7 @@ import grown_repair
 import torch
 from measuring import describe_machine, hardware_name
 from overhead import SHAPES
-from tables import cell, put_between, read_rows, write_report
+from tables import cell, put_between, read_rows, row_key, write_report
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTModel
@@ -200,7 +200,7 @@ def run(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     report = {"benchmark": "ablation", "config": config, **describe_machine(), "rows": rows}
     run_rows = count_flops if "flops" in config else run_variants
     with tqdm(desc=config["name"], initial=len(rows), unit="row") as bar:
-        for row in run_rows(config, args.grown, {_key(row) for row in rows}):
+        for row in run_rows(config, args.grown, {row_key(row) for row in rows}):
             rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
             rows[-1]["hardware"] = hardware_name()
             write_report(report, out)
@@ -225,10 +225,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     warnings.filterwarnings("ignore")
     paths = [file for path in args.configs for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     return [run(path, args) for path in paths]
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["variant"], row["model"], row["seed"]
 
 
 if __name__ == "__main__":

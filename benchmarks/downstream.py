@@ -27,7 +27,7 @@ from measuring import describe_machine, hardware_name
 from repair import TRAIN_SEED
 from repair_arms import ARMS, TEACHERS, Arm
 from repair_models import CASES, pixels_of
-from tables import cell, merge_rows, put_between, write_report
+from tables import cell, merge_rows, put_between, row_key, write_report
 from tqdm.auto import tqdm
 
 from register_adapter.evaluation import (
@@ -181,10 +181,6 @@ def run_arm(arm: Arm, case: Any, tasks: Tasks, pixels: torch.Tensor, labels: tor
     }
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int]:
-    return row["arm"], row["seed"]
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is not in the report yet, write it and the table, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,13 +196,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "learn": args.learn, "ask": args.ask, "tokens_per_image": TOKENS}
     order = [arm.name for arm in arms()]
-    rows = merge_rows([*args.merge, args.out], config, _key)
+    rows = merge_rows([args.out, *args.merge], config)
     rows.sort(key=lambda row: (row["seed"], order.index(row["arm"])))
     report = {"benchmark": "downstream", "config": config, **describe_machine(), "rows": rows}
     wanted = [arm for arm in arms() if not args.merge and (not args.arms or arm.name in args.arms)]
     if args.merge:
         write_report(report, args.out)
-    done = {_key(row) for row in rows}
+    done = {(arm, seed) for arm, _, seed in map(row_key, rows)}
     make: Callable[[], Any] = CASES["shipped"]
     with tqdm(total=len(wanted) * len(args.seeds), unit="arm") as bar:
         for seed in args.seeds:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from measuring import describe_machine, hardware_name
-from tables import cell, merge_rows, put_between, write_report
+from tables import cell, merge_rows, put_between, row_key, write_report
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -307,13 +307,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "batch": 16, "images": args.images}
-    rows = merge_rows([*args.merge, args.out], config, _key)
+    rows = merge_rows([args.out, *args.merge], config)
     rows.sort(key=lambda row: (row["seed"], list(RECIPES).index(row["model"])))
     report = {"benchmark": "grown-repair", "config": config, **describe_machine(), "rows": rows}
     if args.merge:
         args.seeds = []
         write_report(report, args.out)
-    done = {_key(row) for row in rows}
+    done = {row_key(row) for row in rows}
     bar = tqdm(total=len(args.recipes) * len(args.arms) * len(args.seeds), unit="arm")
     for seed in args.seeds:
         for recipe in args.recipes:
@@ -339,10 +339,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.table:
         put_between(args.table, "grown-repair", make_table(rows))
     return report
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["arm"], row["model"], row["seed"]
 
 
 if __name__ == "__main__":

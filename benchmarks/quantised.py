@@ -31,7 +31,7 @@ from measuring import describe_machine, hardware_name
 from repair import TEST_SEED, TRAIN_SEED
 from repair_arms import ARMS as PLANTED_ARMS
 from repair_models import CASES, pixels_of
-from tables import cell, merge_rows, put_between, write_report
+from tables import cell, merge_rows, put_between, row_key, write_report
 from tqdm.auto import tqdm
 
 from register_adapter import find_tower
@@ -183,9 +183,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         parser.error("torchao, which quantises, is not installed: pip install torchao")
     warnings.filterwarnings("ignore")
     config = {"steps": args.steps, "images": args.images, "batch": BATCH}
-    rows = merge_rows([args.out], config, _key)
+    rows = merge_rows([args.out], config)
     report = {"benchmark": "quantised", "config": config, **describe_machine(), "torchao": torchao, "rows": rows}
-    done = {_key(row) for row in rows}
+    done = {row_key(row) for row in rows}
     total = len(args.seeds) * (len(RECIPES) * (len(GROWN) + 1) + len(PLANTED) + 1)
     with tqdm(total=total, initial=len(done), unit="arm") as bar:
         for make in (grown_rows, planted_rows):
@@ -197,10 +197,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.table:
         put_between(args.table, "quantised", make_table(rows))
     return report
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["arm"], row["model"], row["seed"]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from measuring import describe_machine, hardware_name
 from repair_arms import ARMS, Arm
 from repair_models import CASES, Case, pixels_of
 from repair_table import write_table
-from tables import read_rows, write_report
+from tables import read_rows, row_key, write_report
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = {"steps": args.steps, "batch": 16, "images": args.images}
     if args.test_seed != TEST_SEED:
         config["test_seed"] = args.test_seed
-    rows = {_key(row): row for path in [*args.merge, args.out] for row in _rows(path, config)}
+    rows = {row_key(row): row for path in [args.out, *args.merge] for row in _rows(path, config)}
     order = [arm.name for arm in ARMS]
     kept = sorted(rows.values(), key=lambda row: (row["seed"], order.index(row["arm"])))
     report = {"benchmark": "repair", "config": config, **describe_machine(), "rows": kept}
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 ruler = Ruler(case, args.images, args.test_seed)
                 for arm in wanted:
                     bar.set_postfix_str(f"{case.name}, {arm.name}, seed {seed}")
-                    if (case.name, arm.name, seed) not in done:
+                    if (arm.name, case.name, seed) not in done:
                         row = run_arm(arm, case, ruler, pixels, labels, seed)
                         steps = arm.steps or args.steps
                         report["rows"].append({**row, "steps": steps if arm.trained else 0})
@@ -167,10 +167,6 @@ def _rows(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     hardware = json.loads(path.read_text("utf-8"))["hardware"]
     machine = hardware.get("gpu") or hardware["cpu"]
     return [{"steps": config["steps"] if row["trained"] else 0, "hardware": machine, **row} for row in rows]
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["model"], row["arm"], row["seed"]
 
 
 if __name__ == "__main__":

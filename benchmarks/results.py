@@ -33,7 +33,7 @@ from measuring import describe_machine
 from repair_arms import ARMS
 from rich.console import Console
 from rich.table import Table
-from tables import put_between, write_report
+from tables import put_between, row_key, write_report
 from tqdm.auto import tqdm
 
 __all__ = ["main", "render"]
@@ -64,25 +64,19 @@ class Step:
     Attributes:
         report: Name of the committed report's file.
         command: Arguments of the benchmark, without where it writes.
-        key: What tells rows apart.
     """
 
     report: str
     command: tuple[str, ...]
-    key: tuple[str, ...]
 
 
 def _repair(*arms: str) -> Step:
-    return Step(
-        "repair.json",
-        ("repair.py", "--models", "shipped", "--seeds", "0", "--arms", *arms),
-        ("model", "arm", "seed"),
-    )
+    return Step("repair.json", ("repair.py", "--models", "shipped", "--seeds", "0", "--arms", *arms))
 
 
 def _grown(recipe: str, *arms: str) -> Step:
     command = ("grown_repair.py", "--recipes", recipe, "--steps", "60")
-    return Step("grown-repair.json", (*command, *(("--arms", *arms) if arms else ())), ("model", "arm", "seed"))
+    return Step("grown-repair.json", (*command, *(("--arms", *arms) if arms else ())))
 
 
 STEPS = (
@@ -92,11 +86,10 @@ STEPS = (
     Step(
         "downstream.json",
         ("downstream.py", "--seeds", "0", "--arms", "clean twin", "planted model", "test-time register"),
-        ("arm", "seed"),
     ),
     _grown("tiles"),
     _grown("mosaics"),
-    Step("ablation-flops.json", ("ablations.py", "benchmarks/ablations/flops.json"), ("variant", "model", "seed")),
+    Step("ablation-flops.json", ("ablations.py", "benchmarks/ablations/flops.json")),
 )
 
 
@@ -122,7 +115,7 @@ def compute(step: Step, number: int, scratch: Path) -> Path:
 def compare(step: Step, path: Path) -> Iterator[dict[str, Any]]:
     """Every figure of a new report beside the committed one."""
     mine, committed = (
-        {tuple(row[name] for name in step.key): row for row in json.loads(file.read_text("utf-8"))["rows"]}
+        {row_key(row): row for row in json.loads(file.read_text("utf-8"))["rows"]}
         for file in (path, RESULTS / step.report)
     )
     for key in sorted(mine.keys() & committed.keys(), key=str):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cell", "merge_rows", "put_between", "read_rows", "write_report"]
+__all__ = ["cell", "merge_rows", "put_between", "read_rows", "row_key", "write_report"]
 
 
 def cell(values: Iterable[float], digits: int, factor: float = 1.0) -> str:
@@ -46,15 +46,18 @@ def read_rows(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     return list(before["rows"])
 
 
-def merge_rows(
-    paths: Iterable[Path], config: dict[str, Any], key: Callable[[dict[str, Any]], tuple[Any, ...]]
-) -> list[dict[str, Any]]:
+def row_key(row: dict[str, Any]) -> tuple[str, str, int]:
+    """What tells the rows of a report apart: arm (or variant), model and seed."""
+    return row["arm"] if "arm" in row else row["variant"], row["model"], row["seed"]
+
+
+def merge_rows(paths: Iterable[Path], config: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of several reports; where two are of one case, that of the later report.
 
     Raises:
         SystemExit: A report is of another config.
     """
-    return list({key(row): row for path in paths for row in read_rows(path, config)}.values())
+    return list({row_key(row): row for path in paths for row in read_rows(path, config)}.values())
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
