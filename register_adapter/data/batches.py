@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ __all__ = [
     "batch_length",
     "is_batch",
     "list_images",
+    "refuse_bad",
     "slice_batch",
     "warn_of_skipped",
 ]
@@ -243,7 +244,7 @@ class ImageBatches:
                 self.skipped += made.faults
                 if made.faults and self.strict:
                     self._named = len(self.skipped)
-                    raise ImageFileError(f"{_counted(made.faults)}, and none may be (strict): {first_few(made.faults)}")
+                    refuse_bad(made.faults)
                 failures += made.failures
                 if made.batch is not None:
                     good += len(made.batch.numbers)
@@ -293,6 +294,15 @@ class ImageBatches:
         batch = self._processing.joined(singles, lambda: map(load_image, sources))
         given = None if any(label is None for label in labels) else labels
         return _Made(Labelled(batch, numbers, given), faults, failures)
+
+
+def refuse_bad(lines: Sequence[str]) -> NoReturn:
+    """Refuse images because of some, a line for each, that are bad.
+
+    Raises:
+        ImageFileError: Always.
+    """
+    raise ImageFileError(f"{_counted(lines)}, and none may be (strict): {first_few(lines)}")
 
 
 def warn_of_skipped(lines: Sequence[str]) -> None:

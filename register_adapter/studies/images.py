@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -14,10 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.batches import list_images
+from ..data.batches import list_images, refuse_bad, warn_of_skipped
 from ..data.datasets import PixelBatches, ProcessedDataset
-from ..data.images import ImageFileError, check_image, image_name
-from ..utils.text import first_few
+from ..data.images import check_image, image_name
 
 __all__ = ["LEAST", "Images", "Part", "read_images"]
 
@@ -27,8 +25,6 @@ LEAST = 12
 _MADE_WITH = 0.5
 #: Bytes of pixel values that a part keeps in memory, at most: every arm looks at them.
 _HELD = 2**28
-# Whose record of bad images the command line collects.
-logger = logging.getLogger("register_adapter.data.batches")
 
 
 class Part:
@@ -140,11 +136,8 @@ def read_images(images: Any, image_processor: Any, max_images: int | None, stric
         f"{image_name(item['image'])}: {fault}" for item, fault in zip(items, faults, strict=True) if fault is not None
     ]
     if skipped and strict:
-        raise ImageFileError(f"{len(skipped)} images are bad, and none may be (strict): {first_few(skipped)}")
-    if skipped:
-        logger.warning(
-            "%d images are bad and skipped: %s", len(skipped), first_few(skipped), extra={"skipped": skipped}
-        )
+        refuse_bad(skipped)
+    warn_of_skipped(skipped)
     good = [place for place, fault in enumerate(faults) if fault is None]
     if len(good) < LEAST:
         raise ValueError(
