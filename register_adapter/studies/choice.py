@@ -21,10 +21,10 @@ LEAVE, NOTHING = "leave it", "no repair found"
 RULE = (
     "An arm repairs if on the validation images, in every seed, the audit's verdict on it is none, it leaves at most a "
     "fifth of the base's outliers and at most half of the attention on them, keeps clean patches at a mean cosine of "
-    f"{_KEPT} or more, and, where a task is known, keeps the task's figure (accuracy: at most 2 points below the base's; "
-    "a loss: at most a quarter above). Of the arms that repair, the first in the order of the table, which is that of "
-    "their cost, is recommended; where a task is known, the first that is no worse than the best of them by more than "
-    "those limits. Controls are never recommended; what they repair is said."
+    f"{_KEPT} or more, and, where a task is known, keeps the task's figure (accuracy: at most 2 points below the "
+    "base's; a loss: at most a quarter above). Of the arms that repair, the first in the order of the table, which is "
+    "that of their cost, is recommended; where a task is known, the first that is no worse than the best of them by "
+    "more than those limits. Controls are never recommended; what they repair is said."
 )
 
 
