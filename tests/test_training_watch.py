@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from training_cases import start
 from training_helpers import adapter_bytes, write_planted
+
+from register_adapter.training.callbacks.watch import _log_images
 
 accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="reads the events")
 
@@ -58,3 +63,29 @@ def test_without_matplotlib_the_run_goes_on_and_says_so(
     start(flags(case, tmp_path / "out", *TRACKED))
     assert "evaluations are logged without an audit" in capfd.readouterr().err
     assert "audit_outlier_share" not in events(tmp_path / "out").Tags()["scalars"]
+
+
+def test_trackers_are_given_images_as_they_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tracker:
+        def __init__(self, name: str) -> None:
+            self.name, self.given = name, []
+
+        def log(self, values: Any, step: int) -> None:
+            self.given.append((values, step))
+
+    class WithImages(Tracker):
+        def log_images(self, values: Any, step: int, **order: str) -> None:
+            self.given.append((values, step, order))
+
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda image: ("image", image.shape)))
+    pictures = {"artifacts_0": np.zeros((1, 4, 6, 3), np.uint8)}
+    trackers = [WithImages("tensorboard"), WithImages("wandb"), Tracker("trackio"), Tracker("comet_ml")]
+    for tracker in trackers:
+        _log_images(tracker, pictures, 7)
+    logged = {"artifacts_0": ("image", (4, 6, 3))}
+    assert [tracker.given for tracker in trackers] == [
+        [(pictures, 7, {"dataformats": "NHWC"})],
+        [(pictures, 7, {})],
+        [(logged, 7)],
+        [],
+    ]

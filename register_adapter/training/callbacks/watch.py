@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,9 +73,7 @@ class WatchArtifacts(Callback):
             return
         self.accelerator.log(numbers, step=step)
         for tracker in self.accelerator.trackers:
-            order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            if hasattr(tracker, "log_images"):
-                tracker.log_images(pictures, step=step, **order)
+            _log_images(tracker, pictures, step)
 
     def _batches(self) -> Sequence[torch.Tensor]:
         """The images in batches of one size."""
@@ -102,6 +100,17 @@ class WatchArtifacts(Callback):
         values = pixels.float().cpu().permute(1, 2, 0).numpy() * np.asarray(deviation) + np.asarray(mean)
         image: _Picture = (values.clip(0, 1) * 255).round().astype(np.uint8)
         return image
+
+
+def _log_images(tracker: Any, pictures: Mapping[str, _Picture], step: int) -> None:
+    """Give a tracker images ``(1, H, W, 3)``, in the way that it takes them; some take none."""
+    if hasattr(tracker, "log_images"):
+        order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images(pictures, step=step, **order)
+    elif tracker.name == "trackio":  # accelerate 1.15 does not hand it images
+        import trackio
+
+        tracker.log({name: trackio.Image(image) for name, (image,) in pictures.items()}, step=step)
 
 
 def _numbers(report: ArtifactReport) -> dict[str, float]:
