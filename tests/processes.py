@@ -87,11 +87,16 @@ def launched_as(port: int) -> list[dict[str, str]]:
     return [{**launched, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
-def run_two_processes(name: str | Path, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
-    """The same in two forks that find each other as those of ``accelerate launch`` do, on a CPU."""
+def run_two_processes(
+    name: str | Path, *arguments: object, more: Mapping[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """The same in two forks that find each other as those of ``accelerate launch`` do, on a CPU.
+
+    ``more`` is what else stands in their environments.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    ranks = [{**rank, "ACCELERATE_USE_CPU": "true"} for rank in launched_as(port)]
+    ranks = [{**rank, "ACCELERATE_USE_CPU": "true", **(more or {})} for rank in launched_as(port)]
     return _run_forks("module", (name, *arguments), None, ranks)
 
 

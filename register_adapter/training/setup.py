@@ -50,7 +50,8 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
     """The run's accelerator, with its trackers.
 
     Raises:
-        ValueError: The tracker is unknown or not installed, or DeepSpeed is to write checkpoints.
+        ValueError: The tracker is unknown or not installed, DeepSpeed is to write checkpoints, or its config says
+            another accumulation or clipping of gradients.
         MissingExtraError: tensorboard is not installed.
     """
     trackers = [str(name) for name in get_available_trackers()]
@@ -76,7 +77,33 @@ def make_accelerator(args: TrainArguments) -> Accelerator:
             "checkpoints during the run are not offered with DeepSpeed, whose own reader unpickles them; leave out "
             "--checkpointing-steps, --resume-from-checkpoint and --load-best-model-at-end, or use DDP or FSDP2"
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        tell_deepspeed(accelerator, args)
     return accelerator
+
+
+def tell_deepspeed(accelerator: Accelerator, args: TrainArguments) -> None:
+    """Write the run's accumulation and clipping of gradients into DeepSpeed's config, which is what DeepSpeed goes by.
+
+    What accelerate fills in where nothing is said, 1 for both, would overrule the run's own in silence.
+
+    Raises:
+        ValueError: The config says something else.
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    wanted = {"gradient_accumulation_steps": args.gradient_accumulation_steps}
+    wanted["gradient_clipping"] = args.max_grad_norm or 0.0  # type: ignore[assignment]  # zero does not clip
+    for name, value in wanted.items():
+        said = config.get(name, "auto")
+        unsaid = ("auto", 1) if name == "gradient_accumulation_steps" else ("auto",)
+        if said not in unsaid and float(said) != value:
+            ours = {"gradient_clipping": "max_grad_norm"}.get(name, name)
+            raise ValueError(
+                f"DeepSpeed's config says {name}: {said}, and the run says {ours}={value}; give the same number, or "
+                f"leave {name} out of the config"
+            )
+        config[name] = value
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
 
 
 def shard_by_block(accelerator: Accelerator, model: PeftModel) -> None:
