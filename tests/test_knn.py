@@ -102,6 +102,27 @@ def test_memory_is_flat_at_a_hundredth_of_imagenet() -> None:
     assert 4 * (rows * columns + columns * 768) <= 2**28
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its largest size")
+def test_the_process_does_not_grow() -> None:
+    """All similarities at once would take 49 MiB."""
+    queries = torch.ones(1_000, 768)
+    grown = []
+    for count in (3_200, 12_800):
+        train = torch.full((1, 768), 0.5).expand(count, -1)
+        Path("/proc/self/clear_refs").write_text("5")  # the largest size from now on
+        before = _size("VmRSS")
+        vote(train, np.zeros(count, int), queries, k=(200,), budget=2**23)
+        grown.append(_size("VmHWM") - before)
+    assert grown[1] < 24 * 2**20
+
+
+def _size(kind: str) -> int:
+    """Bytes of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return 1024 * int(line.split()[1])
+
+
 class _Peak(torch.overrides.TorchFunctionMode):
     """The elements of the largest tensor that an operation makes."""
 
