@@ -168,9 +168,9 @@ def draw(report: dict[str, Any], folder: Path) -> None:
         return
     import matplotlib.pyplot as plt
 
+    names = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     for panel, (heading, key, _, factor) in zip(panels, COLUMNS[:3], strict=True):
-        names = list(dict.fromkeys(row["model"] for row in rows))
         for place, name in enumerate(names):
             runs = {
                 label: [factor * row[key] for row in rows if (row["variant"], row["model"]) == (label, name)]
@@ -186,7 +186,8 @@ def draw(report: dict[str, Any], folder: Path) -> None:
         panel.set_title(heading, fontsize=10)
         panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
         panel.grid(axis="y", alpha=0.3)
-    panels[0].legend(fontsize=8)
+    if len(names) > 1:
+        panels[0].legend(fontsize=8)
     figure.supxlabel(config["heading"], fontsize=9)
     figure.savefig(folder / f"ablation-{config['name']}.png", dpi=110)
     plt.close(figure)
