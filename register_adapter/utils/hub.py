@@ -25,6 +25,7 @@ from ..errors import AdapterFileError, RegisterAdapterError
 
 __all__ = [
     "CONFIG_NAME",
+    "MANIFEST_NAME",
     "OFFLINE",
     "WEIGHTS_NAME",
     "HubAccessError",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 CONFIG_NAME, WEIGHTS_NAME, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+#: What a folder of several adapters has in place of a config.
+MANIFEST_NAME = "adapters.json"
 # The HTTP library behind huggingface_hub has changed twice; its base of all errors is above HfHubHTTPError in each.
 _HTTP_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in ("HTTPError", "RequestException"))
 _LOG_IN = "log in with `hf auth login`, or give a token that may read it: token=..."
@@ -197,7 +200,10 @@ def find_config(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
     # A name that is a folder here is never looked up on the Hub, where it may belong to somebody else.
     path = None if Path(name).is_dir() else fetch(name, CONFIG_NAME, subfolder, hub)
     if path is None:
-        raise AdapterFileError(f"no adapter in {_place(name, subfolder, hub)}: it has no {CONFIG_NAME}.")
+        place = _place(name, subfolder, hub)
+        if Path(name, subfolder or "", MANIFEST_NAME).is_file():
+            raise AdapterFileError(f"there are several adapters in {place}, and one is needed: use load_adapters.")
+        raise AdapterFileError(f"no adapter in {place}: it has no {CONFIG_NAME}.")
     return path
 
 

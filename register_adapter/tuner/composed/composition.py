@@ -20,14 +20,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import AdapterFileError
-from ...utils.hub import find_config
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import BASE, EVERYONE
 from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
-from .folder import SavedAdapter, fetch_folder, holds_several, read_folder
+from .folder import SavedAdapter, check_alone, fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
@@ -177,8 +176,8 @@ def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     if holds_several(folder):
         return load_adapters(model, folder)
-    find_config(str(folder), None, {})  # says in one line what is missing
-    return cast(nn.Module, PeftModel.from_pretrained(model, str(folder)))
+    with naming(check_alone(str(folder))), unchanged_if_refused(model):
+        return cast(nn.Module, PeftModel.from_pretrained(model, str(folder)))
 
 
 def _check_own(composed: ComposedPeftModel, adapter: SavedAdapter) -> None:

@@ -22,15 +22,24 @@ from safetensors.torch import save_file
 from ...errors import AdapterFileError, install_command
 from ...utils.adapter_file import TensorInfo, check_finite, read_header, read_tensors
 from ...utils.files import checksum
-from ...utils.hub import WEIGHTS_NAME, checked_token, fetch
+from ...utils.hub import MANIFEST_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, find_config, find_weights
 from ...utils.staging import staged
 from ..config import RegisterConfig
 from ..fields import check_name as check_any_name
 from ..reading import check_imports, naming, note_checksums, read_json
 
-__all__ = ["MANIFEST", "SavedAdapter", "check_name", "fetch_folder", "holds_several", "read_folder", "write_folder"]
+__all__ = [
+    "MANIFEST",
+    "SavedAdapter",
+    "check_alone",
+    "check_name",
+    "fetch_folder",
+    "holds_several",
+    "read_folder",
+    "write_folder",
+]
 
-MANIFEST = "adapters.json"
+MANIFEST = MANIFEST_NAME
 _VERSION = 1
 _CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -234,23 +243,54 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
             f"{place / damaged[0]} is not the file that {MANIFEST} describes: it is damaged, or of another save. "
             "Save all adapters again, or load it alone with PeftModel.from_pretrained."
         )
-    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    values = read_json(place / _CONFIG)
-    if method not in kinds or values.get("peft_type") != method:
+    said = read_json(place / _CONFIG).get("peft_type")
+    if said != method:
         raise AdapterFileError(
-            f"the adapter {name!r} is of the method {method!r} in {MANIFEST} and {values.get('peft_type')!r} in its "
-            f"config; this peft knows {', '.join(sorted(kinds))}"
+            f"the adapter {name!r} is of the method {method!r:.100} in {MANIFEST} and {said!r:.100} in its config; "
+            f"this peft knows {', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}"
         )
-    check_imports(values, place / _CONFIG)
-    with naming(place / _CONFIG):
-        config = kinds[method].from_pretrained(str(place))
+    config, keys = _read_files(place / _CONFIG, place / WEIGHTS_NAME)
+    return SavedAdapter(name, place, config, entry["active"], keys)
+
+
+def check_alone(name: str) -> Path:
+    """Check a folder, or a repository on the Hub, with one adapter of any method, before PEFT reads it.
+
+    Returns:
+        The config.
+
+    Raises:
+        AdapterFileError: The config or the weights are missing, pickled, damaged, or do not belong together.
+        HubAccessError: The repository cannot be read.
+    """
+    config = find_config(name, None, {})
+    weights = find_weights(name, None, {})
+    if weights is None:
+        check_folder(name)
+        raise AdapterFileError(f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME}")
+    _read_files(config, weights)
+    return config
+
+
+def _read_files(path: Path, weights: Path) -> tuple[PeftConfig, frozenset[str]]:
+    """An adapter's config, and the keys of its tensors, as far as they can be checked without a model."""
+    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    values = read_json(path)
+    method = values.get("peft_type")
+    if not isinstance(method, str) or method not in kinds:
+        raise AdapterFileError(
+            f"{path} names the method {method!r:.100}; this peft knows {', '.join(sorted(kinds))}. Nothing was changed."
+        )
+    check_imports(values, path)
+    with naming(path):
+        config = kinds[method].from_pretrained(str(path.parent))
     if not isinstance(config, RegisterConfig):
-        _check_sizes(config, read_header(place / WEIGHTS_NAME), place / WEIGHTS_NAME)
-    tensors = read_tensors(place / WEIGHTS_NAME)
+        _check_sizes(config, read_header(weights), weights)
+    tensors = read_tensors(weights)
     if not isinstance(config, RegisterConfig):
-        check_finite(tensors, place / WEIGHTS_NAME)
-        _check_owned(config, tensors, place / WEIGHTS_NAME)
-    return SavedAdapter(name, place, config, entry["active"], frozenset(tensors))
+        check_finite(tensors, weights)
+        _check_owned(config, tensors, weights)
+    return config, frozenset(tensors)
 
 
 def _check_sizes(config: PeftConfig, layout: Mapping[str, TensorInfo], path: Path) -> None:
