@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib import import_module, metadata
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
@@ -16,10 +17,24 @@ __all__ = ["COMMANDS", "build_app", "main"]
 
 #: Modules of this package with a command each, in the order of the help.
 COMMANDS = ("audit", "probe", "eval", "features", "fit", "train", "study", "export", "demo", "families")
+#: What shells report of a process that Ctrl-C has ended.
+_INTERRUPTED = 130
 
 
 def main() -> None:
     """Run ``register-adapter``; an error that a user can mend ends as one line, without a traceback."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # before typer is there, which makes the exit below of it
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED and _command() != "train":  # which has said how to go on
+            _say_interrupted()
+        raise
+
+
+def _run() -> None:
     try:
         import typer  # noqa: F401
     except ImportError:
@@ -35,12 +50,21 @@ def main() -> None:
         sys.exit(printable(f"error: {_with_flags(str(error))}", keep="\n"))
 
 
+def _say_interrupted() -> None:
+    with suppress(OSError):
+        sys.stderr.write("\nerror: interrupted\n")
+
+
+def _command() -> str | None:
+    """The command that runs."""
+    return next((word for word in sys.argv[1:] if word in COMMANDS), None)
+
+
 def _with_flags(message: str) -> str:
     """A message with the flags of the command that runs, where it names arguments of Python."""
     from .output import name_flags
 
-    name = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    if name is None:
+    if (name := _command()) is None:
         return message
     return name_flags(message, getattr(import_module(f"{__package__}.{name}"), f"{name}_command"))
 

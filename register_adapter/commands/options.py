@@ -63,7 +63,8 @@ Rule = Annotated[
 NumRegisters = Annotated[int, typer.Option(min=1, help="Number of registers.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 MaxImages = Annotated[int | None, typer.Option(min=1, help="Use at most this many images.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+# Libraries differ in the largest seed they take; runs with several add to it.
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
 Device = Annotated[str | None, typer.Option(help="Where to run; default: a GPU if there is one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse bad images instead of skipping them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]

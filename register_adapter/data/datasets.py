@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 from ..utils.files import check_regular
 from .augmentation import AUGMENTATIONS, Augmentation
 from .checking import item_name, skip_bad
-from .folders import read_captioned_folder, read_flat_folder, read_image_folder
+from .folders import read_captioned_folder, read_flat_folder, read_image_folder, split_at_random
 from .images import image_name, load_image, refuse_word
 from .processing import process_image
 
@@ -307,8 +307,7 @@ def load_data(
         raise ValueError(f"{name} has {len(train)} images; at least two are needed, one of them for the evaluation")
     if validation is None:
         # Split before checking, so that a file gone bad does not move the others between the sets.
-        parts = train.train_test_split(test_size=args.train_val_split, seed=seed)
-        train, validation = parts["train"], parts["test"]
+        train, validation = split_at_random(train, args.train_val_split, seed, name)
     sets: list[Dataset] = []
     skipped: list[str] = []
     for data, limit in ((train, args.max_train_samples), (validation, args.max_eval_samples)):

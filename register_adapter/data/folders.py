@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ..utils.files import open_regular
 from ..utils.text import first_few, path_text, printable
 from .images import leads_up, named_folder, walk_files
 
-__all__ = ["read_captioned_folder", "read_flat_folder", "read_image_folder"]
+__all__ = ["read_captioned_folder", "read_flat_folder", "read_image_folder", "split_at_random"]
 
 logger = logging.getLogger(__name__)
 _CAPTIONS = "metadata.jsonl"
@@ -139,3 +140,26 @@ def _read_caption(line: bytes, column: str, place: str) -> tuple[str, list[str]]
     if not given or not all(isinstance(text, str) and text.strip() for text in given):
         raise ValueError(f"{place}: {column!r} must be a text or a list of texts, found {entry[column]!r:.80}")
     return entry["file_name"], given
+
+
+def split_at_random(images: Dataset, share: float, seed: int, name: str | Path) -> tuple[Dataset, Dataset]:
+    """A set in two parts: those to learn from, and those held out.
+
+    Args:
+        images: The set.
+        share: How much of it is held out, between 0 and 1; rounded up to whole images.
+        seed: Which images.
+        name: What the set is called in an error.
+
+    Raises:
+        ValueError: There are too few images for two parts.
+    """
+    count, held_out = len(images), math.ceil(share * len(images))
+    if not 0 < held_out < count:
+        counted = "1 image" if count == 1 else f"{count} images"
+        raise ValueError(
+            f"{name} has {counted}, of which {share:.4g} are to be held out: too few for two parts, to learn from and "
+            "to measure on. Add images, or give two sets"
+        )
+    parts = images.train_test_split(test_size=share, seed=seed)
+    return parts["train"], parts["test"]

@@ -12,10 +12,12 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers.utils import cached_file
 
-from ..errors import MissingExtraError
+from ..errors import AdapterFileError, MissingExtraError
+from ..tuner.composed.folder import holds_several
 from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.files import check_regular
+from ..utils.hub import HubAccessError
 from ..utils.models import require_model
 from ..utils.shipped import full_name, local_folder
 from ..utils.staging import check_target
@@ -74,7 +76,13 @@ def export_saved(
     if form not in FORMATS:
         raise ValueError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
     check_target(out)
-    config = RegisterConfig.from_pretrained(str(adapter))
+    if holds_several(adapter):
+        raise AdapterFileError(
+            f"{str(adapter)!r} holds several adapters, and the command line exports one of registers alone. In Python: "
+            "load_adapters(base, folder), merge the others with its merge_and_unload(), then "
+            "register_adapter.export.export_native(model)."
+        )
+    given, config = base, RegisterConfig.from_pretrained(str(adapter))
     base = full_name(base) if base else config.base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter {str(adapter)!r} does not name its base model: give it with --base")
@@ -89,7 +97,16 @@ def export_saved(
             f"the adapter's base is a {mapping.get('base_model_class')} of {library!r}; the command line knows "
             f"{', '.join(_LOADERS)}. Load it in Python and use register_adapter.export.export_native."
         )
-    model = RegisterPeftModel.from_pretrained(load(base, mapping), adapter)
+    try:
+        loaded = load(base, mapping)
+    except (OSError, HubAccessError) as error:
+        if given:
+            raise
+        raise HubAccessError(
+            f"the base of the adapter {str(adapter)!r} cannot be loaded by the name in its config: {error}; or name "
+            "the base with --base"
+        ) from error
+    model = RegisterPeftModel.from_pretrained(loaded, adapter)
     said = FORMATS[form](model, target, image_size)
     if library == "transformers":
         # So that AutoImageProcessor works on the folder too.

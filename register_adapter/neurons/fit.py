@@ -24,6 +24,7 @@ from ..errors import UnsupportedModelError
 from ..features.passes import PassOptions, place_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower, find_tower
+from ..tuner.config import RegisterConfig
 from ..tuner.fields import check_name
 from ..tuner.hooks.attention import reads_implementation
 from ..tuner.layer import RegisterLayer, find_register_layer, require_register_layer
@@ -126,6 +127,7 @@ def fit_test_time_registers(
 
     def open_source() -> ImageSource:
         check_name(adapter_name)
+        RegisterConfig(num_registers=num_registers, remove=remove, gate=gate)  # says what is out of range, before work
         _check(model, num_neurons, max_neurons, threshold, top_block)
         tower = find_tower(model, target_modules)
         forms = {"attention_bias": attention_bias, "gate": gate is not None}

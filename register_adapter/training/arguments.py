@@ -111,6 +111,8 @@ class TrainArguments:
             self._check(name, int, 1, optional=True)
         for name in ("num_warmup_steps", "seed", "dataloader_num_workers", "audit_images"):
             self._check(name, int, 0)
+        if self.seed >= 2**32:  # NumPy's limit
+            raise ValueError(f"seed must be below 2 ** 32, got {self.seed}")
         for name in ("learning_rate", "weight_decay"):
             self._check(name, (int, float), 0)
         self._check("max_grad_norm", (int, float), 0, optional=True)

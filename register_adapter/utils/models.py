@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .hub import OFFLINE, HubAccessError, hub_errors
+from .hub import CONFIG_NAME, MANIFEST_NAME, OFFLINE, HubAccessError, hub_errors
 from .shipped import is_shipped
 
 __all__ = ["require_model"]
@@ -37,6 +37,12 @@ def require_model(name: str, **options: Any) -> None:
         raise HubAccessError("the name of the model is empty; give a folder, or a name on the Hub")
     if is_shipped(name) or (Path(name) / _CONFIG).is_file():
         return
+    if Path(name).is_file():
+        raise HubAccessError(f"{name!r} is a file; a model is a folder, or a name on the Hub")
+    if any((Path(name) / file).is_file() for file in (CONFIG_NAME, MANIFEST_NAME)):
+        raise HubAccessError(
+            f"{name!r} holds an adapter, and a model is needed: name the one it was made for, and this as the adapter"
+        )
     if Path(name).is_dir():
         raise HubAccessError(f"no model in the folder {name!r}: it has no {_CONFIG}")
     hub = {key: options[key] for key in _HUB if options.get(key) is not None}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...data.folders import read_image_folder
+from ...data.folders import read_image_folder, split_at_random
 from ...data.images import named_folder
 from ...evaluation.discovery import boxed_scenes, read_coco, read_voc
 from ...evaluation.downstream import (
@@ -93,8 +93,7 @@ def _class_folders(root: Path, seed: int) -> TaskData:
     if (root / "train").is_dir() and tests:
         train = label_images(root / "train")
         return TaskData(train, label_images(tests[0], train.classes), train.classes, f"train, {tests[0].name}")
-    parts = read_image_folder(root).train_test_split(test_size=_SHARE, seed=seed)
-    train, test = (label_images(parts[name]) for name in ("train", "test"))
+    train, test = map(label_images, split_at_random(read_image_folder(root), _SHARE, seed, root))
     return TaskData(train, test, train.classes, f"{_SHARE:.0%} drawn for the test")
 
 

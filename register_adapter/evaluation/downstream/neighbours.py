@@ -81,7 +81,7 @@ def evaluate_knn(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if feature not in _FEATURES:
-        raise ValueError(f"feature={feature!r}, expected one of auto, {', '.join(_FEATURES)}")
+        raise ValueError(f"feature={feature!r}, expected one of {', '.join(_FEATURES)}")
     reading = reading_of(image_processor, batch_size, num_workers, strict, progress, antialias, store)
     subjects = named_subjects(models)
     sets = read_sets(subjects, train, test, blocks=1, reading=reading)

@@ -87,9 +87,9 @@ def check_format(path: Path, dtype: str) -> None:
     if path.suffix not in WRITERS:
         raise ValueError(f"{path} must end with {' or '.join(WRITERS)}, which says how features are written")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"file_dtype={dtype!r}, expected one of {', '.join(DTYPES)}")
     if path.suffix == ".parquet" and DTYPES[dtype].arrow is None:
-        raise ValueError(f"parquet has no {dtype}; take dtype='float16', or a file that ends with .safetensors")
+        raise ValueError(f"parquet has no {dtype}; take file_dtype='float16', or a file that ends with .safetensors")
 
 
 def _rounded(values: Mapping[str, torch.Tensor], spec: FileSpec) -> dict[str, torch.Tensor]:
