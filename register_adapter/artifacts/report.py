@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..utils.files import read_text
+from ..utils.files import parse_json, read_text
 from ..utils.staging import write_text
 from .rules.threshold import Threshold
 from .sink_report import SinkKind, SinkReport
@@ -299,7 +299,7 @@ class ArtifactReport:
             ValueError: It is not JSON.
             TypeError: It is not a report.
         """
-        return cls.from_dict(json.loads(read_text(path)))
+        return cls.from_dict(parse_json(read_text(path)))
 
 
 def _layer(values: dict[str, Any]) -> LayerReport:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets import Sequence as Several
 
-from ..utils.files import open_regular
+from ..utils.files import open_regular, parse_json
 from ..utils.text import first_few, path_text, printable
 from .images import leads_up, named_folder, walk_files
 
@@ -127,7 +126,7 @@ def read_captioned_folder(folder: str | Path, column: str = "text") -> Dataset:
 def _read_caption(line: bytes, column: str, place: str) -> tuple[str, list[str]]:
     """Name of a file and its texts."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place} is not JSON in UTF-8: {error}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or column not in entry:

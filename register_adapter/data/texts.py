@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..utils.files import check_regular, read_text
+from ..utils.files import check_regular, parse_json, read_text
 from ..utils.models import require_model
 from ..utils.shipped import local_folder
 from .processors import source_of
@@ -125,7 +124,7 @@ def read_prompts(path: str | Path) -> list[list[str]]:
         classes: Any = [line.strip() for line in text.splitlines() if line.strip()]
     else:
         try:
-            classes = json.loads(text)
+            classes = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     listed = list(classes.values()) if isinstance(classes, dict) else classes

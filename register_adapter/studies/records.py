@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..artifacts import ArtifactReport
-from ..utils.files import read_text
+from ..utils.files import parse_json, read_text
 from ..utils.staging import staged, write_text
 from .arms import Arm
 from .ruler import Figures
@@ -58,10 +59,8 @@ class Records:
         if not path.is_file():
             write_text(path, json.dumps(settings, indent=1) + "\n")
             return
-        try:
-            there = json.loads(read_text(path))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged; remove {self.folder}, or name another folder") from error
+        with _naming(path, self.folder):
+            there = dict(parse_json(read_text(path)))
         differ = [name for name in {**settings, **there} if there.get(name) != settings.get(name)]
         if differ:
             said = ", ".join(f"{name} {there.get(name)!r} there, {settings.get(name)!r} here" for name in differ)
@@ -70,7 +69,10 @@ class Records:
     def audit(self) -> ArtifactReport | None:
         """The audit of the base, if it is there."""
         path = self.folder / _AUDIT
-        return ArtifactReport.load(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        with _naming(path, path):
+            return ArtifactReport.load(path)
 
     def keep_audit(self, report: ArtifactReport) -> None:
         """Write it."""
@@ -86,9 +88,12 @@ class Records:
         place = self.place(arm, seed)
         if not (place / _FIGURES).is_file():
             return None
-        figures, times = (json.loads(read_text(place / name)) for name in (_FIGURES, _TIMES))
-        choose, report = (None if figures[name] is None else Figures(**figures[name]) for name in ("choose", "report"))
-        return Record(choose, report, figures["why_not"], times["seconds"])
+        with _naming(place, place):
+            figures, times = (parse_json(read_text(place / name)) for name in (_FIGURES, _TIMES))
+            choose, report = (
+                None if figures[name] is None else Figures(**figures[name]) for name in ("choose", "report")
+            )
+            return Record(choose, report, figures["why_not"], float(times["seconds"]))
 
     def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None) -> None:
         """Write an arm, its figures last; an adapter of ``model`` is saved beside them."""
@@ -105,3 +110,16 @@ class Records:
                 saved.save_pretrained(str(scratch / ADAPTER))
             (scratch / _TIMES).write_text(json.dumps({"seconds": round(record.seconds, 1)}) + "\n", "utf-8")
             (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+
+
+@contextmanager
+def _naming(place: Path, remove: Path) -> Iterator[None]:
+    """Have what is wrong with the files of an earlier start name them, and what to remove.
+
+    Raises:
+        ValueError: In the place of whatever a file that was cut or edited makes go wrong.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place} is damaged ({error}); remove {remove}, or name another folder") from error

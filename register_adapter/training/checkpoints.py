@@ -27,7 +27,7 @@ from torch import nn
 from ..errors import RegisterAdapterError
 from ..tuner.composed import ComposedPeftModel
 from ..utils.adapter_file import read_tensors
-from ..utils.files import open_regular, read_text
+from ..utils.files import open_regular, parse_json, read_text
 from ..utils.parameters import trained_parameters
 from ..utils.random_states import random_state, same_random_state, set_random_state
 from ..utils.staging import naming_files, scratch_folder
@@ -242,7 +242,7 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
             neither be that of the old run nor that of a new one.
     """
     try:
-        state = TrainState(**json.loads(read_text(checkpoint / _STATE)))
+        state = TrainState(**parse_json(read_text(checkpoint / _STATE)))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{checkpoint / _STATE} is damaged: {error}") from error
     names = sorted(set(settings) | set(state.settings))

@@ -190,7 +190,7 @@ def _read_record(text: str) -> dict[str, Any]:
     """What the last update wrote; nothing if somebody has edited it."""
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-__all__ = ["check_regular", "checksum", "open_regular", "read_text"]
+__all__ = ["check_regular", "checksum", "open_regular", "parse_json", "read_text"]
 
 #: Bytes of a text that is read: far beyond any config or report.
 _MAX_TEXT = 2**28
@@ -55,6 +56,18 @@ def read_text(path: str | Path) -> str:
         if size > _MAX_TEXT:
             raise ValueError(f"{path} has {size} bytes, and at most {_MAX_TEXT} are read")
         return file.read(_MAX_TEXT).decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says; whatever is wrong with it is a ``ValueError``.
+
+    Raises:
+        ValueError: It is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def check_regular(folder: str | Path, deep: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 
-from ...utils.files import open_regular
+from ...utils.files import open_regular, parse_json
 
 __all__ = ["BoxedImage", "boxed_scenes", "read_coco", "read_lines", "read_voc"]
 
@@ -147,14 +146,14 @@ def read_coco(file: str | Path, folder: str | Path, *, crowd: bool = False) -> l
     path = Path(file)
     try:
         with open_regular(path) as opened:
-            content = json.load(opened)
+            content = parse_json(opened.read())
         images = [(item["id"], str(item["file_name"])) for item in content["images"]]
         boxes: dict[Any, list[list[float]]] = {number: [] for number, _ in images}
         for item in content["annotations"]:
             if crowd or not item.get("iscrowd", 0):
                 x, y, width, height = (float(value) for value in item["bbox"])
                 boxes[item["image_id"]].append([float(round(v)) for v in (x, y, x + width, y + height)])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not an annotation file of COCO's kind: {error!r:.200}") from error
     if not images:
         raise ValueError(f"{path} has no images")

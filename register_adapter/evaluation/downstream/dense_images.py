@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ...data.images import walk_files
 from ...errors import MissingExtraError
@@ -31,6 +32,8 @@ _Array = npt.NDArray[Any]
 _Convert = Callable[[_Array], _Array]
 #: Mark of a pixel without a class; 255 in files.
 IGNORED, _VOID = -1, 255
+# EXIF's tag, and its values of images that lie on a side.
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, range(5, 9)
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -57,12 +60,22 @@ class DenseImage:
         """The target ``(H, W)``.
 
         Raises:
-            ValueError: It cannot be read, or is no single number a pixel.
+            ValueError: It cannot be read, is no single number a pixel, or has another shape than the image.
         """
-        raw = np.asarray(self.target) if not isinstance(self.target, str | Path) else _read(Path(self.target))
-        if raw.ndim != 2:
-            raise ValueError(f"the target of {self.name} must be one number a pixel (H, W), found {raw.shape}")
-        return raw if self.convert is None else self.convert(raw)
+        is_file = isinstance(self.target, str | Path)
+        place = self.target if is_file else f"the target of {self.name}"
+        raw = _read(Path(self.target)) if is_file else np.asarray(self.target)
+        if raw.ndim != 2 or not raw.size or raw.dtype.kind not in "biuf":
+            raise ValueError(f"{place} must be one number a pixel (H, W), found {raw.dtype} {raw.shape}")
+        if sides := _other_sides(self.image, raw.shape):
+            raise ValueError(
+                f"{place} is {raw.shape[1]} × {raw.shape[0]} pixels, and its image {sides[0]} × {sides[1]}: they do "
+                "not cover the same (an image that EXIF turns is taken upright)"
+            )
+        try:
+            return raw if self.convert is None else self.convert(raw)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
 
 
 class DenseSets(NamedTuple):
@@ -83,8 +96,24 @@ def _read(path: Path) -> _Array:
             return array
         with Image.open(content) as image:
             return np.asarray(image)
+    except UnidentifiedImageError as error:  # whose text is an address in memory
+        raise ValueError(f"{path} is no target that can be read: not an image, or its header is damaged") from error
     except Exception as error:  # Pillow raises whatever a decoder does
         raise ValueError(f"{path} is no target that can be read: {type(error).__name__}: {error}") from error
+
+
+def _other_sides(image: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Width and height of an image, upright, if a target ``(H, W)`` of any resolution does not cover it."""
+    try:
+        with Image.open(image) if isinstance(image, str | Path) else nullcontext(image) as opened:
+            width, height = opened.size
+            if opened.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE:
+                width, height = height, width
+    except Exception:  # bad images are named where they are read
+        return None
+    # Half a pixel of the target, which may be rounded, at either end of a side.
+    fits = abs(shape[1] * height - shape[0] * width) <= max(width, height)
+    return None if fits else (width, height)
 
 
 def to_classes(raw: _Array, first: int = 0) -> _Array:

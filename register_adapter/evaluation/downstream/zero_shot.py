@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +18,7 @@ from ...errors import UnsupportedModelError
 from ...features.finite import check_finite_features, subject_in_words
 from ...features.passes import PassOptions, open_pass
 from ...features.subjects import Subjects, looking_at, named_subjects
-from ...utils.files import read_text
+from ...utils.files import parse_json, read_text
 from .classifying import ACCURACY, reading_of, settings_of
 from .reading import Reading, describe
 from .results import TaskReport, compare_means
@@ -135,7 +134,7 @@ def read_classes(path: str | Path) -> dict[str, list[str]] | list[str]:
         OSError: It cannot be read.
     """
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if isinstance(content, list) and all(isinstance(name, str) and name.strip() for name in content):
@@ -164,7 +163,7 @@ def read_templates(path: str | Path) -> list[str]:
     lines: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if Path(path).suffix.lower() == ".json":
         try:
-            lines = json.loads(text)
+            lines = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(lines, list) or not lines or any(not isinstance(line, str) for line in lines):

@@ -1,0 +1,129 @@
+"""Files of a user that are cut, edited or of another kind: one line that names the file, and no wrong figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from register_adapter.artifacts import ArtifactReport
+from register_adapter.data.folders import read_captioned_folder
+from register_adapter.data.texts import read_prompts
+from register_adapter.evaluation.discovery import read_coco
+from register_adapter.evaluation.downstream.dense_images import DenseImage, to_classes
+from register_adapter.evaluation.downstream.zero_shot import read_classes, read_templates
+from register_adapter.studies.arms import ARMS
+from register_adapter.studies.records import Records
+from register_adapter.training.checkpoints import CheckpointError, read_state
+from register_adapter.tuner.card import _read_record
+
+DEEP = "[" * 100_000
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "COCO": ("boxes.json", lambda path: read_coco(path, path.parent)),
+    "classes": ("classes.json", read_classes),
+    "templates": ("templates.json", read_templates),
+    "prompts": ("prompts.json", read_prompts),
+    "captions": ("metadata.jsonl", lambda path: read_captioned_folder(path.parent, "text")),
+    "settings of a study": ("settings.json", lambda path: Records(path.parent).check({"seed": 0})),
+    "audit of a study": ("audit.json", lambda path: Records(path.parent).audit()),
+}
+
+
+@pytest.mark.parametrize("text", [DEEP, "", "null", "7", '["a", 1]', '{"images": [1], "annotations": [1]}'])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_damaged_file_is_named(reader: str, text: str, tmp_path: Path) -> None:
+    name, read = READERS[reader]
+    (tmp_path / name).write_text(text, "utf-8")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - each has words of its own
+        read(tmp_path / name)
+    assert str(tmp_path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_report_nested_too_deeply_is_no_report(tmp_path: Path) -> None:
+    (tmp_path / "audit.json").write_text(DEEP, "utf-8")
+    with pytest.raises(ValueError, match="nested too deeply"):
+        ArtifactReport.load(tmp_path / "audit.json")
+
+
+def test_a_card_whose_record_is_nested_too_deeply_is_one_without() -> None:
+    assert _read_record(DEEP) == {}
+
+
+def test_a_checkpoint_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "train_state.json").write_text(DEEP, "utf-8")
+    with pytest.raises(CheckpointError, match=r"train_state\.json is damaged"):
+        read_state(tmp_path, {})
+
+
+@pytest.mark.parametrize("file", ["figures.json", "times.json"])
+@pytest.mark.parametrize("text", [DEEP, "", "[]", "{}", '{"choose": {"strange": 1}, "report": null, "why_not": null}'])
+def test_a_damaged_arm_of_a_study_is_named(file: str, text: str, tmp_path: Path) -> None:
+    records, arm = Records(tmp_path), ARMS[0]
+    place = records.place(arm, 0)
+    place.mkdir(parents=True)
+    (place / "figures.json").write_text(json.dumps({"choose": None, "report": None, "why_not": "x"}), "utf-8")
+    (place / "times.json").write_text('{"seconds": 1.0}', "utf-8")
+    assert records.read(arm, 0) is not None
+    (place / file).write_text(text, "utf-8")
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        records.read(arm, 0)
+    assert str(place) in str(caught.value)
+
+
+def image_of(path: Path, size: tuple[int, int], orientation: int = 1) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("orientation", "shape"),
+    [(1, (30, 40)), (1, (15, 20)), (1, (60, 80)), (1, (10, 13)), (3, (30, 40)), (6, (40, 30)), (8, (20, 15))],
+)
+def test_a_target_of_any_resolution_covers_its_image(orientation: int, shape: tuple[int, int], tmp_path: Path) -> None:
+    image = image_of(tmp_path / "a.jpg", (40, 30), orientation)
+    assert DenseImage(image, np.zeros(shape, np.uint8), "a").read().shape == shape
+
+
+@pytest.mark.parametrize(("orientation", "shape"), [(1, (40, 30)), (1, (30, 30)), (6, (30, 40)), (5, (15, 20))])
+def test_a_target_that_does_not_cover_its_image_is_refused(
+    orientation: int, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    image, mask = image_of(tmp_path / "a.jpg", (40, 30), orientation), tmp_path / "mask.png"
+    Image.fromarray(np.zeros(shape, np.uint8)).save(mask)
+    with pytest.raises(ValueError, match="cover the same") as caught:
+        DenseImage(image, mask, "a").read()
+    assert str(mask) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        np.zeros((0, 0)),
+        np.zeros((30, 40), complex),
+        np.zeros((30, 40, 3), np.uint8),
+        np.full((30, 40), "a"),
+        b"no image",
+    ],
+    ids=["empty", "complex", "colours", "texts", "junk"],
+)
+def test_a_target_that_is_none_is_named_by_its_file(target: Any, tmp_path: Path) -> None:
+    image, path = image_of(tmp_path / "a.jpg", (40, 30)), tmp_path / ("a.png" if isinstance(target, bytes) else "a.npy")
+    path.write_bytes(target) if isinstance(target, bytes) else np.save(path, target)
+    with pytest.raises(ValueError, match=r"one number a pixel|no target that can be read") as caught:
+        DenseImage(image, path, "a").read()
+    assert str(path) in str(caught.value)
+    assert " at 0x" not in str(caught.value)
+
+
+def test_a_mask_of_fractions_is_named_by_its_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((30, 40), 0.5))
+    with pytest.raises(ValueError, match=r"a\.npy: a mask must hold whole numbers"):
+        DenseImage(image_of(tmp_path / "a.jpg", (40, 30)), tmp_path / "a.npy", "a", to_classes).read()
