@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from register_adapter import AdapterFileError, add_registers
+from register_adapter import AdapterFileError, add_registers, compose, save_adapters
 from register_adapter.tuner.composed import load_onto
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -100,3 +100,17 @@ def test_an_altered_adapter_is_refused_by_its_name(kind: str, how: str, saved: d
 @pytest.mark.parametrize("kind", ["registers", "lora"])
 def test_an_adapter_of_one_method_is_loaded(kind: str, saved: dict[str, Path]) -> None:
     assert load_onto(vit(), saved[kind]).peft_config["default"]  # type: ignore[index, union-attr, unused-ignore]
+
+
+def test_a_set_of_names_is_saved_in_one_order(tmp_path: Path) -> None:
+    names = {f"layers.{number}.mlp.fc1" for number in range(2)} | {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "query",
+        "key",
+        "value",
+    }
+    save_adapters(compose(vit(), {"lora": LoraConfig(target_modules=names, r=1)}), tmp_path)
+    saved = json.loads((tmp_path / "lora" / CONFIG).read_text("utf-8"))
+    assert saved["target_modules"] == sorted(names)

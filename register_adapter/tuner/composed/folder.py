@@ -112,6 +112,9 @@ def write_folder(
                 config, tensors = adapters[name]
                 config = copy.deepcopy(config)
                 config.inference_mode = True
+                for field, value in vars(config).items():
+                    if isinstance(value, set):  # its order is another one in every process, and so are the file's bytes
+                        setattr(config, field, sorted(value))
                 place = staging / name
                 place.mkdir()
                 # Clones, since safetensors refuses tensors that share memory.
