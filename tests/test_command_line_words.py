@@ -93,3 +93,10 @@ def test_ctrl_c_ends_a_command_with_one_line(
     monkeypatch.setattr(f"{place}.{where}", stop)
     assert call(monkeypatch, "families") == 130
     assert capfd.readouterr().err.split("\n")[-2:] == ["error: interrupted", ""]
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "has been removed" in str(call(monkeypatch, "families"))

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from importlib import import_module, metadata
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RegisterAdapterError, install_command
@@ -35,6 +36,10 @@ def main() -> None:
 
 
 def _run() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # libraries end the process over it, or look for files without a name
+        sys.exit("error: the folder that this was started in has been removed; go to another one (cd)")
     try:
         import typer  # noqa: F401
     except ImportError:
