@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from register_adapter import add_registers, compose, save_adapters
 from register_adapter.commands import cli
 from register_adapter.training import TrainArguments
+from register_adapter.training.launch import _messages
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,12 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert "has been removed" in str(call(monkeypatch, "families"))
+
+
+def test_a_training_run_leaves_out_what_its_user_cannot_mend() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with _messages(is_main_process=True, quiet=False):
+            warnings.warn("`is_gradient_checkpointing` is deprecated", FutureWarning, stacklevel=1)
+            warnings.warn("something else", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in said] == ["something else"]

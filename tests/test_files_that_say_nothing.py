@@ -20,6 +20,7 @@ from register_adapter.evaluation.downstream.zero_shot import read_classes, read_
 from register_adapter.studies.arms import ARMS
 from register_adapter.studies.records import Records
 from register_adapter.training.checkpoints import CheckpointError, read_state
+from register_adapter.training.flags.config_file import config_value
 from register_adapter.tuner.card import _read_record
 
 DEEP = "[" * 100_000
@@ -127,3 +128,12 @@ def test_a_mask_of_fractions_is_named_by_its_file(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full((30, 40), 0.5))
     with pytest.raises(ValueError, match=r"a\.npy: a mask must hold whole numbers"):
         DenseImage(image_of(tmp_path / "a.jpg", (40, 30)), tmp_path / "a.npy", "a", to_classes).read()
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: " + "[" * 2**19, "seed: " + "{a: " * 2**17, "seed: [[1]]", "a:\n b:\n  c: 1\n"]
+)
+def test_settings_that_are_nested_are_refused_at_once(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=r"run\.yaml, line [13]: a flag must have a single value"):
+        config_value(tmp_path / "run.yaml", "seed")

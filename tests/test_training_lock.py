@@ -63,7 +63,7 @@ def test_a_second_run_is_refused_with_the_name_of_the_first(
         assert stopped(flags(case, tmp_path, *SHORT, *more)) == 2
         assert not set(before) - {path.name for path in tmp_path.iterdir()}
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"{tmp_path} is in use by another training run (process {process} on " in said
+    assert f"{tmp_path} is in use by another run (process {process} on " in said
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -191,7 +192,10 @@ def _messages(is_main_process: bool, quiet: bool) -> Iterator[None]:
     wanted = logging.WARNING if quiet else logging.INFO
     package.setLevel(wanted if is_main_process else logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT reads an attribute that transformers has renamed.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            yield
     finally:
         package.removeHandler(handler)
         package.setLevel(level)

@@ -75,8 +75,7 @@ def _acquire(lock: FileLock, place: Path, shown: Path) -> None:
                 return
         who = f"process {process} on {host}, since {started}" if process else "another process"
         raise FolderInUseError(
-            f"{shown} is in use by another training run ({who}); wait for its end, stop it, or choose another "
-            "--output-dir"
+            f"{shown} is in use by another run ({who}); wait for its end, stop it, or choose another --output-dir"
         ) from None
 
 

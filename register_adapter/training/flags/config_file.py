@@ -17,7 +17,8 @@ __all__ = ["config_value", "config_words", "did_you_mean", "render_config"]
 
 #: Flags that are about one start of the program, not about the run.
 _NOT_SETTINGS = ("help", "config", "json", "quiet", "resume_from_checkpoint", "overwrite_output_dir")
-_MOST = 2**20
+#: Bytes of a file, and collections in one another: a list as a value is refused with the name of its flag.
+_MOST, _DEEPEST = 2**20, 2
 
 
 def config_words(path: str | Path, parser: ArgumentParser) -> list[str]:
@@ -64,12 +65,23 @@ def _read(path: str | Path) -> yaml.MappingNode:
     if len(data) > _MOST:
         raise ValueError(f"{path} is larger than a file of settings can be ({_MOST} bytes)")
     try:
-        node = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = data.decode("utf-8")
+        _refuse_nested(text, path)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{path} must have lines such as 'learning-rate: 0.01', one a flag")
     return node
+
+
+def _refuse_nested(text: str, path: str | Path) -> None:
+    """Stop at the first value in a value: the time to read such a file whole grows with the square of its length."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"{path}, line {event.start_mark.line + 1}: a flag must have a single value")
 
 
 def _flags(parser: ArgumentParser) -> dict[str, Action]:
