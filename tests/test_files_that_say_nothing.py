@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from register_adapter.data.texts import read_prompts
 from register_adapter.evaluation.discovery import read_coco
 from register_adapter.evaluation.downstream.dense_images import DenseImage, to_classes
 from register_adapter.evaluation.downstream.zero_shot import read_classes, read_templates
+from register_adapter.features.extraction.files import FileSpec, opened_writer
 from register_adapter.studies.arms import ARMS
 from register_adapter.studies.records import Records
 from register_adapter.training.checkpoints import CheckpointError, read_state
 from register_adapter.training.flags.config_file import config_value
 from register_adapter.tuner.card import _read_record
+from register_adapter.utils.staging import staged
 
 DEEP = "[" * 100_000
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -137,3 +141,17 @@ def test_settings_that_are_nested_are_refused_at_once(text: str, tmp_path: Path)
     (tmp_path / "run.yaml").write_text(text, "utf-8")
     with pytest.raises(ValueError, match=r"run\.yaml, line [13]: a flag must have a single value"):
         config_value(tmp_path / "run.yaml", "seed")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "parquet"])
+@pytest.mark.parametrize("error", [OSError("the camera is gone"), OSError(errno.EFBIG, "File too large")], ids=str)
+def test_only_what_writing_makes_go_wrong_is_told_of_the_file(error: OSError, ending: str, tmp_path: Path) -> None:
+    path, spec = tmp_path / f"features.{ending}", FileSpec({"cls": (4,)}, "float32", 1)
+    said = f"{path} cannot be written: File too large" if error.errno else "the camera is gone"
+    with (
+        pytest.raises(OSError, match=f"^{re.escape(said)}$"),
+        staged(tmp_path) as scratch,
+        opened_writer(scratch / path.name, spec),
+    ):
+        raise error
+    assert not path.exists()

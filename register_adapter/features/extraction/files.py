@@ -236,18 +236,9 @@ WRITERS: dict[str, type[Writer]] = {".safetensors": _SafetensorsWriter, ".parque
 
 @contextmanager
 def opened_writer(path: Path, spec: FileSpec) -> Iterator[Writer]:
-    """A writer of the file's kind, let go of at the end of the block.
-
-    Raises:
-        OSError: The file cannot be written, because the disk is full, for example; it is named.
-    """
+    """A writer of the file's kind, let go of at the end of the block."""
+    writer = WRITERS[path.suffix](path, spec)
     try:
-        writer = WRITERS[path.suffix](path, spec)
-        try:
-            yield writer
-        finally:
-            writer.close()
-    except OSError as error:
-        if error.filename is None:  # from a write, which does not say where
-            raise OSError(f"{path.name} cannot be written: {error.strerror or error}") from error
-        raise
+        yield writer
+    finally:
+        writer.close()
