@@ -18,6 +18,7 @@ from ...towers.anatomy import parent
 from ...towers.calls import hidden_states_of
 from .base import LayerHooks
 from .call_state import MethodCall
+from .stand_in import StandIn
 from .tokens import cut_tokens
 
 __all__ = ["MethodHooks"]
@@ -42,7 +43,8 @@ class MethodHooks(LayerHooks):
             # An attribute of the instance, which the class's method shines through again once it is gone. One that
             # the user has put there is what it calls.
             own = vars(owner).get(name)
-            owner.__dict__[name] = partial(self._call_method, path, owner, _unbound(own, owner), frozenset())
+            given: Any = (path, owner, _unbound(own, owner), frozenset())
+            owner.__dict__[name] = StandIn.of(owner, name, self._call_method, *given)
             owner.__dict__[_REPLICATE] = partial(self._replicate, owner)
 
     def _unwrap_methods(self) -> None:
@@ -65,7 +67,8 @@ class MethodHooks(LayerHooks):
         for name, value in list(vars(replica).items()):
             if self._is_ours(value):
                 path, _, own, _ = value.args
-                replica.__dict__[name] = partial(self._call_method, path, replica, own, self.call.without)
+                given = (path, replica, own, self.call.without)
+                replica.__dict__[name] = StandIn.of(replica, name, self._call_method, *given)
         return replica
 
     def _call_method(self, path: str, owner: Any, own: Any, without: frozenset[str], *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from ...errors import UnsupportedModelError
 from ...towers.anatomy import resolve
 from ..heads import HeadLabels
 from .base import LayerHooks
+from .stand_in import StandIn
 
 __all__ = ["PlaceHooks"]
 
@@ -78,7 +79,7 @@ class PlaceHooks(LayerHooks):
             if isinstance(module, nn.Module):
                 handles.append(module.register_forward_pre_hook(partial(self._place_hook, rest)))
                 handles += [
-                    _Method(module, name, partial(self._call_around, rest, name, module))
+                    _Method(module, name, StandIn.of(module, name, self._call_around, rest, name, module))
                     for name in METHODS
                     if hasattr(type(module), name) and name not in vars(module)
                 ]
