@@ -40,7 +40,8 @@ class NeuronHooks(LayerHooks):
 
     def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._end_if_over()
-        visible = visible_to(self.prefix, hidden_states_of(args, kwargs), [*args[1:], *kwargs.values()])
+        masks = [value for name, value in kwargs.items() if "mask" in name]
+        visible = visible_to(self.prefix, hidden_states_of(args, kwargs), [*args[1:], *masks])
         # Only where it changes: an assignment is a mutation that a compiled graph has to keep.
         if visible is not self.call.visible:
             self.call.visible = visible

@@ -222,6 +222,8 @@ class _Gone:
 
 
 def _storage(sequence: torch.Tensor) -> Any:
+    if not isinstance(sequence, torch.Tensor):  # torch.fx's, which stands for one
+        return None
     try:
         return sequence.untyped_storage()
     except (NotImplementedError, RuntimeError):  # a subclass without one of its own

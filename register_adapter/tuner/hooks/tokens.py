@@ -95,8 +95,8 @@ def visible_to(query: int, hidden_states: torch.Tensor, arguments: list[Any]) ->
     Args:
         query: Position of the token that looks.
         hidden_states: ``(B, N, D)``, the block's sequence.
-        arguments: The block's other arguments; a mask is ``(B, N)``, ``(B or 1, H or 1, N or 1, N)``, boolean or
-            additive, or flex attention's.
+        arguments: Those of the block's other arguments that may be masks: ``(B, N)``, or ``(B or 1, H or 1, N or 1,
+            N)``, boolean or additive, or flex attention's.
 
     Returns:
         ``(B, N)`` bool, seen in any head; ``None`` without a mask.
@@ -108,7 +108,7 @@ def visible_to(query: int, hidden_states: torch.Tensor, arguments: list[Any]) ->
             keys = torch.arange(length, device=hidden_states.device)[None]
             zero = torch.zeros_like(keys)
             return cast(torch.Tensor, value.mask_mod(images, zero, zero + query, keys)).expand(batch, length)
-        if not isinstance(value, torch.Tensor) or value.shape[-1] != length:
+        if not isinstance(value, torch.Tensor) or value.shape[-1:] != (length,):
             continue
         if value.ndim == 4:
             row = value[:, :, min(query, value.shape[2] - 1)]
