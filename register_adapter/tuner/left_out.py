@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -15,22 +15,22 @@ from .layer import RegisterLayer, attached_layers
 __all__ = ["follow_contexts", "in_context", "registers_left_out", "when_back"]
 
 
-class _Context(NamedTuple):
+@dataclass(eq=False)
+class _Context:
     """A context that a thread is in: a model, what is left out of it, and what is to be done at its end."""
 
     model: nn.Module
     names: frozenset[str]
-    ends: list[Callable[[], None]]
+    ends: list[Callable[[], None]] = field(default_factory=list)
+    open: bool = True
 
 
-class _Contexts(threading.local):
-    """The contexts that a thread is in, from the outermost on."""
-
-    def __init__(self) -> None:
-        self.open: list[_Context] = []
+#: The contexts that a thread, or coroutine, is in, from the outermost on.
+_OPEN: ContextVar[tuple[_Context, ...]] = ContextVar("register_adapter_contexts", default=())
 
 
-_contexts = _Contexts()
+def _open() -> tuple[_Context, ...]:
+    return tuple(context for context in _OPEN.get() if context.open)
 
 
 @contextmanager
@@ -41,15 +41,16 @@ def registers_left_out(model: nn.Module, names: Iterable[str]) -> Iterator[None]
         model: The model.
         names: Their names; :data:`~.hooks.choice.EVERYONE` among them: all, those that come meanwhile too.
     """
-    known, context = attached_layers(model), _Context(model, frozenset(names), [])
+    known, context = attached_layers(model), _Context(model, frozenset(names))
     with ExitStack() as stack:
         for layer in known:
             stack.enter_context(layer.without(context.names))
-        _contexts.open.append(context)
+        _OPEN.set((*_open(), context))
         try:
             yield
         finally:
-            _contexts.open = [other for other in _contexts.open if other is not context]
+            context.open = False
+            _OPEN.set(_open())
             for layer in attached_layers(model):
                 if layer not in known:
                     follow_contexts(layer)
@@ -59,7 +60,7 @@ def registers_left_out(model: nn.Module, names: Iterable[str]) -> Iterator[None]
 
 def in_context(base: nn.Module) -> bool:
     """Whether this thread is in a context that leaves something out of ``base``."""
-    return any(part is base for context in _contexts.open for part in context.model.modules())
+    return any(part is base for context in _open() for part in context.model.modules())
 
 
 def when_back(base: nn.Module, end: Callable[[], None]) -> bool:
@@ -68,7 +69,7 @@ def when_back(base: nn.Module, end: Callable[[], None]) -> bool:
     Returns:
         Whether it is in one.
     """
-    for context in _contexts.open:
+    for context in _open():
         if EVERYONE in context.names and any(part is base for part in context.model.modules()):
             context.ends.append(end)
             return True
@@ -77,6 +78,6 @@ def when_back(base: nn.Module, end: Callable[[], None]) -> bool:
 
 def follow_contexts(layer: RegisterLayer) -> None:
     """Have a new layer leave out what the contexts that this thread is in leave out of its model."""
-    around = (context.names for context in _contexts.open if layer.is_in(context.model))
-    layer.call.without = frozenset().union(*around)
+    around = (context.names for context in _open() if layer.is_in(context.model))
+    layer.call.asked = frozenset().union(*around)
     layer.show_labels()

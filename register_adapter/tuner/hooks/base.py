@@ -98,11 +98,12 @@ class LayerHooks:
         Raises:
             UnsupportedModelError: An adapter that takes part cannot work in the blocks that the tower has now.
         """
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._end_pass()
+        elif not self.call.begin():
             self.inputs.leave_all()
-        self._end_pass()  # of one that has failed
         if without:
-            self.call.kept, self.call.without = self.call.without, self.call.without | without
+            self.call.kept, self.call.asked = self.call.asked, self.call.asked | without
         # Not in a graph: part of it may be run by another pass, with other objects.
         if not torch.compiler.is_compiling():
             self._renew_hooks()
@@ -167,16 +168,19 @@ class LayerHooks:
         return len(points) == len(self._hooked) and all(map(operator.is_, points, self._hooked))
 
     def _end_pass(self) -> None:
+        if not torch.compiler.is_compiling():
+            self.call.end()
+            return
         self.call.segments = self.call.frame = self.call.visible = self.call.rotary = None
         self.call.entered, self.call.length, self.call.left = 0, 0, False
         if self.call.kept is not None:
-            self.call.without, self.call.kept = self.call.kept, None
+            self.call.asked, self.call.kept = self.call.kept, None
 
     def _end_if_over(self) -> None:
         """A part is called: maybe alone, after a pass that Ctrl-C has ended, of which it then knows nothing."""
         if not torch.compiler.is_compiling() and self.call.is_over:
             self.inputs.leave_all()
-            self.call.method, self.call.methods = None, ()
+            self.call.outer = ()
             self._end_pass()
 
     def _check_left(self, counts: list[int]) -> None:

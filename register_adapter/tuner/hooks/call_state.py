@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -47,6 +48,17 @@ class MethodCall:
         self.stand_in.__dict__[self.counter] += count
 
 
+class _LeftOut:
+    """What a context leaves out of one layer's passes, as long as it is open."""
+
+    def __init__(self, state: CallState, names: frozenset[str]) -> None:
+        self.state, self.names, self.open = state, names, True
+
+
+#: A coroutine has values of its own, beside others in its thread, and takes them along into ``asyncio.to_thread``.
+_LEFT_OUT: ContextVar[tuple[_LeftOut, ...]] = ContextVar("register_adapter_left_out", default=())
+
+
 class CallState(threading.local):
     """What one thread has asked of a layer, and what its running forward pass needs to remember.
 
@@ -56,7 +68,9 @@ class CallState(threading.local):
 
     Attributes:
         images: Adapter of each image of the batches, ``"__base__"`` for none; ``None`` for the active adapters.
-        without: Names of adapters that take no part.
+        asked: Names of adapters that take no part in a replica, or in a layer that was made inside of a context.
+        contexts: What each open context of this thread leaves out.
+        around: All of that together: what a graph goes by, which knows of no coroutines.
         whole_attentions: Attention maps keep the columns of key/value pairs.
         record: Gets the keys and values of every block.
         segments: What takes part in the running pass; ``None`` outside of one.
@@ -67,14 +81,17 @@ class CallState(threading.local):
         left: They have come out again.
         method: The running method that is called past the tower's forward, if it counts registers.
         methods: Places of the running methods whose registers are cut out when they return.
-        kept: ``without`` as it is after the pass of a replica, whose own was asked for by another thread.
+        kept: ``asked`` as it is after the pass of a replica, whose own was asked for by another thread.
+        outer: What passes know of themselves inside of which this one runs, as a user's hook makes it; outermost first.
         visible: ``(B, N)`` bool, what a register sees in the running block; ``None`` without a mask.
         rotary: Rotary tables as the blocks were given them, a number of registers, and the tables with rows for these.
     """
 
     def __init__(self) -> None:
         self.images: list[str] | None = None
-        self.without: frozenset[str] = frozenset()
+        self.asked: frozenset[str] = frozenset()
+        self.contexts: tuple[frozenset[str], ...] = ()
+        self.around: frozenset[str] = frozenset()
         self.whole_attentions: bool = False
         self.record: RecordPairs | None = None
         self.segments: list[Segment] | None = None
@@ -86,6 +103,7 @@ class CallState(threading.local):
         self.method: MethodCall | None = None
         self.methods: tuple[str, ...] = ()
         self.kept: frozenset[str] | None = None
+        self.outer: tuple[dict[str, Any], ...] = ()
         self.visible: torch.Tensor | None = None
         self.rotary: tuple[Any, int, Any] | None = None
 
@@ -98,6 +116,56 @@ class CallState(threading.local):
         while running is not None and running is not self.frame:
             running = running.f_back
         return running is None
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Names of adapters that take no part."""
+        if torch.compiler.is_compiling():
+            return self.around if not self.asked else self.asked | self.around
+        left_out = _LEFT_OUT.get()
+        if not left_out:
+            return self.asked
+        return self.asked.union(*(entry.names for entry in left_out if entry.state is self and entry.open))
+
+    @contextmanager
+    def leaving_out(self, names: Iterable[str]) -> Iterator[None]:
+        """A context of this thread, or coroutine, without some adapters.
+
+        Contexts of coroutines overlap in one thread, and a server may leave one in another thread than it entered it
+        in: each takes back what is its own.
+        """
+        entry, state = _LeftOut(self, frozenset(names)), vars(self)
+        _LEFT_OUT.set((*(other for other in _LEFT_OUT.get() if other.open), entry))
+        _set_contexts(state, [*state["contexts"], entry.names])
+        try:
+            yield
+        finally:
+            entry.open = False
+            _LEFT_OUT.set(tuple(other for other in _LEFT_OUT.get() if other.open))
+            rest = list(state["contexts"])
+            rest.remove(entry.names)
+            _set_contexts(state, rest)
+
+    def begin(self) -> bool:
+        """A pass begins; one inside of which it does keeps what it knows.
+
+        Returns:
+            Whether it is inside of another one.
+        """
+        inside = self.frame is not None and not self.is_over
+        if not inside:  # one that has failed may be left
+            self.outer = ()
+            self.end()
+        self.outer = (*self.outer, {name: vars(self)[name] for name in _OF_A_PASS}) if inside else ()
+        vars(self).update(_OF_A_PASS)
+        return inside
+
+    def end(self) -> None:
+        """The running pass ends; the one around it, if there is one, goes on."""
+        if self.kept is not None:
+            self.asked = self.kept
+        around = self.outer[-1] if self.outer else _OF_A_PASS
+        vars(self).update(around, outer=self.outer[:-1])
 
     def resume(self) -> Callable[[], AbstractContextManager[None]]:
         """What has the state be as it is now, in a thread that computes a part of the running pass again."""
@@ -118,3 +186,13 @@ class CallState(threading.local):
 
     def __reduce__(self) -> Any:
         return CallState, ()
+
+
+#: What belongs to one pass, as it is outside of any.
+_OF_A_PASS: dict[str, Any] = {"segments": None, "frame": None, "trains": False, "visible": None, "rotary": None}
+_OF_A_PASS |= {"entered": 0, "length": 0, "left": False, "method": None, "methods": (), "kept": None}
+
+
+def _set_contexts(state: dict[str, Any], contexts: list[frozenset[str]]) -> None:
+    """In the state of one thread, which need not be the running one."""
+    state["contexts"], state["around"] = tuple(contexts), frozenset().union(*contexts)

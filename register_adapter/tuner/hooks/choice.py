@@ -83,14 +83,15 @@ class Choice(AttentionHooks):
         call = self.call
         if call.segments is not None and not torch.compiler.is_compiling():
             return call.segments
-        if self._disable_adapters or self._aside or EVERYONE in call.without:
+        without = call.without
+        if self._disable_adapters or self._aside or EVERYONE in without:
             return []
         if call.images is not None:
-            return self._segments_by_image([BASE if name in call.without else name for name in call.images])
+            return self._segments_by_image([BASE if name in without else name for name in call.images])
         segments = []
         active = self._active_adapter
         for name in (active,) if isinstance(active, str) else dict.fromkeys(active):
-            if name not in self.placements or name in call.without:
+            if name not in self.placements or name in without:
                 continue
             tokens = cast(RegisterTokens, self.register_adapter_tokens[name])
             if not tokens.pending:
@@ -112,24 +113,25 @@ class Choice(AttentionHooks):
     @property
     def disable_adapters(self) -> bool:
         """Whether no adapter takes part in this thread's passes."""
-        everyone = self._disable_adapters or self._aside > 0 or EVERYONE in self.call.without
-        return everyone or (bool(self.names) and self.call.without.issuperset(self.names))
+        without = self.call.without
+        everyone = self._disable_adapters or self._aside > 0 or EVERYONE in without
+        return everyone or (bool(self.names) and without.issuperset(self.names))
 
     @contextmanager
     def without(self, names: Iterable[str]) -> Iterator[None]:
-        """Leave adapters out of the passes that this thread makes in the context; PEFT's own switch is every thread's.
+        """Leave adapters out of the passes that this thread, or coroutine, makes in the context.
+
+        PEFT's own switch is every thread's, and a compiled model goes by its thread alone.
 
         Args:
             names: Names of adapters; those that the layer does not have are passed over. With :data:`EVERYONE` among
                 them it is all of them.
         """
-        before = self.call.without
-        self.call.without = before.union(names)
-        self.show_labels()
         try:
-            yield
+            with self.call.leaving_out(names):
+                self.show_labels()
+                yield
         finally:
-            self.call.without = before
             self.show_labels()
 
     @contextmanager
