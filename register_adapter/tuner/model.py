@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import PeftConfig
@@ -20,6 +20,7 @@ from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
 from ..utils.adapter_file import UNITS_KEY, check_range, check_savable, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
+from ..utils.offloaded import state_with_values
 from ._peft_compat import PREFIX, remap_on_load, renew_on_save
 from .checks.dry_run import check_anatomy
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
@@ -37,7 +38,7 @@ from .heads import (
 from .layer import BASE, RegisterLayer, attached_layers, register_layers, renew_bases
 from .left_out import follow_contexts
 from .reading import naming
-from .registers import refuse_merging
+from .registers import refuse_merging, refuse_summing
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
 from .undo import unchanged_if_refused
 
@@ -242,6 +243,10 @@ class RegisterModel(BaseTuner):
         """
         refuse_merging()
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """``NotImplementedError``: registers have no weighted sum."""
+        refuse_summing()
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         layers = attached_layers(self.model)
         if merge and layers:
@@ -277,6 +282,8 @@ class RegisterModel(BaseTuner):
         if not any(own in key for key in state_dict):
             # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
             state_dict = model.state_dict()
+        if any(own in key and value.is_meta for key, value in state_dict.items()):
+            state_dict = state_with_values(model)
         if not getattr(model, "renews_bases", False):
             renew_bases(model)
             check_savable(state_dict, adapter_name)  # the others do so themselves, and look at what is still to come

@@ -17,6 +17,7 @@ from torch import nn
 from ..utils.adapter_file import check_savable
 from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
+from ..utils.offloaded import state_with_values
 from ..utils.parameters import check_module, trainable_in_words
 from ..utils.staging import staged
 from .card import check_facts, check_passed_on, update_model_card, warn_of_local_base
@@ -171,8 +172,9 @@ class RegisterPeftModel(PeftModel):
         if not self.peft_config:
             raise ValueError("the model has no adapters, so there is nothing to save; add one with add_adapter")
         if is_main_process:
+            kwargs["state_dict"] = kwargs.get("state_dict") or state_with_values(self)
             for name in kwargs.get("selected_adapters") or self.peft_config:
-                check_savable(kwargs.get("state_dict") or self.state_dict(), name)
+                check_savable(kwargs["state_dict"], name)
         try:
             # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.
             with staged(target, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
@@ -197,7 +199,7 @@ class RegisterPeftModel(PeftModel):
         **kwargs: Any,
     ) -> None:
         """Every adapter without the registers of the others, which PEFT 0.18 would write along."""
-        state = self.state_dict() if state_dict is None else state_dict
+        state = state_with_values(self) if state_dict is None else state_dict
         renew_bases(self)
         for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
             foreign = [f".register_adapter_tokens.{other}." for other in self.peft_config if other != name]

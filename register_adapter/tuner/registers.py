@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import RegisterAdapterError
 from .neuron_shift import NeuronShift
 
-__all__ = ["Placement", "RegisterTokens", "Segment", "refuse_merging"]
+__all__ = ["Placement", "RegisterTokens", "Segment", "refuse_merging", "refuse_summing"]
 
 
 class Placement(NamedTuple):
@@ -276,4 +276,16 @@ def refuse_merging() -> NoReturn:
     raise NotImplementedError(
         "registers are tokens, not weight deltas: they cannot be merged into the base's weights. Keep the adapter, "
         "take it off with unload(), or export the model with its registers with export_native()."
+    )
+
+
+def refuse_summing() -> NoReturn:
+    """Say why there is no weighted sum of adapters.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+        "registers are tokens, not weight deltas: a weighted sum of two adapters does what neither of them does. Have "
+        "both take part with model.base_model.set_adapter([...]), or train one that starts from the other."
     )

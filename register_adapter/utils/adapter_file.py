@@ -24,6 +24,7 @@ __all__ = [
     "TensorInfo",
     "check_adapter_file",
     "check_finite",
+    "check_plain",
     "check_range",
     "check_savable",
     "check_savable_values",
@@ -210,9 +211,28 @@ def check_savable(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> Non
         ValueError: A value is not finite, or its square is not.
     """
     parts = (f".register_adapter_tokens.{adapter_name}.", f".modules_to_save.{adapter_name}.")
-    check_savable_values(
-        {key: value for key, value in tensors.items() if any(part in key for part in parts)}, adapter_name
-    )
+    own = {key: value for key, value in tensors.items() if any(part in key for part in parts)}
+    check_plain([key.rpartition(parts[0])[2] for key in own if parts[0] in key], adapter_name)
+    check_savable_values(own, adapter_name)
+
+
+def check_plain(keys: list[str], adapter_name: str) -> None:
+    """Refuse to write registers that are not parameters of their own any more: no loader would find their values.
+
+    Args:
+        keys: Keys of the adapter's registers, from its name on.
+        adapter_name: Its name in the model.
+
+    Raises:
+        ValueError: They are computed from other tensors.
+    """
+    made = [key for key in keys if "parametrizations." in key or key.endswith("_orig")]
+    if made:
+        raise ValueError(
+            f"adapter {adapter_name!r} is not saved, since its registers are computed from other tensors ({made[0]}): "
+            "no file with those can be loaded. Make them plain first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(...) or torch.nn.utils.prune.remove(...)."
+        )
 
 
 def check_savable_values(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:

@@ -12,8 +12,9 @@ from peft.functional import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from ...utils.adapter_file import check_savable_values
+from ...utils.adapter_file import check_plain, check_savable_values
 from ...utils.hub import check_folder
+from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
 from ..fields import check_known, check_string
 from ..layer import renew_bases
@@ -46,12 +47,13 @@ def write_adapters(
         names = check_known(selected_adapters, composed.peft_config)
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
-    state = composed.state_dict() if state_dict is None else state_dict
+    state = state_with_values(composed) if state_dict is None else state_dict
     renew_bases(composed)
     for config in composed.peft_config.values():
         renew_base(composed.get_base_model(), config)
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     for name, (_, tensors) in adapters.items():
+        check_plain([key for key in tensors if ".register_adapter_tokens." in key], name)
         check_savable_values(tensors, name)
     active = [name for name in composed.active_adapters if name in names]
     write_folder(folder, adapters, active, tower_path(composed.get_base_model()))
