@@ -11,7 +11,7 @@ import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from peft import PeftConfig, PeftModel
 from peft.functional import cast_adapter_dtype
@@ -151,7 +151,8 @@ def load_adapters(
                 ) from error
             # PEFT takes any key with these letters in it for the adapter's.
             end = PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]
-            missing = [key for key in result.missing_keys if adapter.name in key.rpartition(end)[2].split(".")]
+            unread = _unread(composed, result.missing_keys)
+            missing = [key for key in unread if adapter.name in key.rpartition(end)[2].split(".")]
             # PEFT 0.18 draws VeRA's shared projections again from their seed, and leaves the saved ones unread.
             drawn = tuple(f"base_model.{child}" for child in composed.base_model.shared)
             strange = [*missing, *(key for key in result.unexpected_keys if not key.startswith(drawn))]
@@ -166,6 +167,14 @@ def load_adapters(
         if is_trainable:
             composed.set_requires_grad([adapter.name for adapter in saved if adapter.active])
     return composed
+
+
+def _unread(composed: nn.Module, missing_keys: list[str]) -> list[str]:
+    """Keys that a file did not have, without other names of parameters that it had (VBLoRA's bank is in each layer)."""
+    parameters = dict(composed.named_parameters(remove_duplicate=False))
+    missing = set(missing_keys)
+    read = {id(value) for key, value in parameters.items() if key not in missing}
+    return [key for key in missing_keys if id(parameters.get(key)) not in read]
 
 
 def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -212,6 +221,18 @@ class ComposedPeftModel(SavesAll):
         self.base_model = ComposedTuner(base, [part for part in model.modules() if isinstance(part, BaseTuner)])
         if getattr(base, "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(base)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """PEFT's call for a model of LoRA alone.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "a model with adapters of several methods has no weighted sum of some: make it of the LoRA adapters alone "
+            "(PeftModel.from_pretrained(base, ...), load_adapter, add_weighted_adapter, save_pretrained), and load the "
+            "sum here. Registers have none: set_adapter([...]) has several take part."
+        )
 
     @property
     def peft_type(self) -> Any:

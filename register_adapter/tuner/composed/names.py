@@ -88,7 +88,7 @@ def check_adapters(base: nn.Module, new: Mapping[str, PeftConfig]) -> None:
 
     Raises:
         ValueError: A name is in use, is not a plain name, or stands for two adapters; a method puts no layers on a
-            model.
+            model, or repeats blocks.
         TypeError: What is to come is not a config.
     """
     check_module(base)
@@ -114,4 +114,9 @@ def check_adapters(base: nn.Module, new: Mapping[str, PeftConfig]) -> None:
             raise ValueError(
                 f"the adapter {name!r} is of the method {config.peft_type.value}, which puts no layers on a model's "
                 "own modules: it cannot be composed with others"
+            )
+        if getattr(config, "layer_replication", None):
+            raise ValueError(
+                f"the adapter {name!r} has layer_replication: LoRA repeats blocks of the base, and neither takes them "
+                "off again nor merges them rightly: it cannot be composed with others. Leave layer_replication out."
             )
