@@ -8,13 +8,14 @@ from typing import Any
 
 import accelerate
 import pytest
+import torch
 from families import build, make_inputs
 from helpers import assert_identical, run
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from register_adapter import RegisterConfig, add_registers, compose, find_register_layer, load_adapters
+from register_adapter import PositionConfig, RegisterConfig, add_registers, compose, find_register_layer, load_adapters
 from register_adapter.utils.adapter_file import read_tensors
 
 NAME = "vit-classifier"
@@ -51,6 +52,16 @@ def test_offloaded_adapters_of_several_methods_are_saved(tmp_path: Path) -> None
     expected = run(model, make_inputs(NAME))
     accelerate.cpu_offload(model).save_pretrained(tmp_path)
     assert_identical(run(load_adapters(build(NAME), tmp_path).eval(), make_inputs(NAME)), expected)
+
+
+@pytest.mark.parametrize("where", OFFLOADS)
+def test_offloaded_offsets_of_positions_take_part(where: str, tmp_path: Path) -> None:
+    model = get_peft_model(build(NAME), PositionConfig())
+    torch.manual_seed(0)
+    for value in (value for value in model.parameters() if value.requires_grad):
+        torch.nn.init.normal_(value)
+    expected = run(model.eval(), make_inputs(NAME))
+    assert_identical(run(OFFLOADS[where](model, tmp_path), make_inputs(NAME)), expected)
 
 
 class Doubled(nn.Module):

@@ -35,6 +35,10 @@ class _Offsets(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros_like(like))
 
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` plus the offsets; it is called, so that what offloads modules brings them."""
+        return values if self.weight.is_meta else values + self.weight  # on the meta device they wait for their file
+
 
 class PositionLayer(nn.Module, BaseTunerLayer):
     """Adds the active adapters' offsets to the position embeddings of one tower; a child of the module that owns them.
@@ -90,10 +94,8 @@ class PositionLayer(nn.Module, BaseTunerLayer):
 
     def _moved(self, values: torch.Tensor, names: list[str]) -> torch.Tensor:
         moved = values
-        for name in names:
-            offsets = cast(torch.Tensor, self.offset_positions_values[name].weight)
-            if values.is_meta or not offsets.is_meta:  # those on the meta device wait for their file
-                moved = moved + offsets
+        for name in names if not values.is_meta else ():  # those of a module that is offloaded come when it is called
+            moved = self.offset_positions_values[name](moved)
         return moved.to(values.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
