@@ -82,6 +82,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
         self._hooked: list[Any] = []
+        self._kinds: tuple[Any, ...] = ()
         self.misfits: dict[str, str] = {}
         self._configs: list[tuple[nn.Module, Any]] = []
         self.call = CallState()
@@ -244,6 +245,12 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         module = self.tower.module
         if getattr(module, "registers", None) is not self:
             module.add_module("registers", self)
+        # Another adapter of the same kind needs no other hooks; those that are there may be at work in a thread.
+        kinds = (self._by_block, self._in_attention, self._neuron_blocks, self.labels.model)
+        if self._handles and kinds == self._kinds and self._is_hooked(self._all_points()):
+            self.misfits = {name: sentence for name in self.names if (sentence := self._misfit(name))}
+            return
+        self._kinds = kinds
         attending = self._in_attention or bool(self._configs)
         self._remove_hooks()
         self._handles = self._sequence_hooks()
@@ -258,18 +265,6 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         tokens, placement = self.tokens(name), self.placements[name]
         attends = placement.key_value or tokens.gate is not None
         return misfit(self.tower, placement, attends, set(tokens.slices), tokens.num_blocks)
-
-    @property
-    def _in_attention(self) -> bool:
-        return any(p.key_value or self.tokens(name).gate is not None for name, p in self.placements.items())
-
-    @property
-    def _by_block(self) -> bool:
-        return any(placement.deep or placement.insert_layer for placement in self.placements.values())
-
-    @property
-    def _neuron_blocks(self) -> set[int]:
-        return {block for name in self.names for block in self.tokens(name).slices}
 
     def _all_points(self) -> list[Any]:
         points = self._hook_points()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,6 +60,24 @@ class Choice(AttentionHooks):
             KeyError: There is no adapter of that name.
         """
         return cast(RegisterTokens, self.register_adapter_tokens[adapter_name])
+
+    @property
+    def _here(self) -> list[tuple[Placement, RegisterTokens]]:
+        """Placement and registers of every adapter that is there whole: another thread may add one, or delete one."""
+        modules: Any = self.register_adapter_tokens._modules
+        return [(place, modules[name]) for name, place in list(self.placements.items()) if name in list(modules)]
+
+    @property
+    def _in_attention(self) -> bool:
+        return any(placement.key_value or tokens.gate is not None for placement, tokens in self._here)
+
+    @property
+    def _by_block(self) -> bool:
+        return any(placement.deep or placement.insert_layer for placement, _ in self._here)
+
+    @property
+    def _neuron_blocks(self) -> set[int]:
+        return {block for _, tokens in self._here for block in tokens.slices}
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:

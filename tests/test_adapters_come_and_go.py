@@ -1,0 +1,60 @@
+"""Adapters of a kind that is there already are added and deleted by one thread while others run the model."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_inputs
+from helpers import run
+from torch.testing import assert_close
+
+from register_adapter import RegisterConfig, add_registers, find_register_layer
+
+WAYS: dict[str, dict[str, Any]] = {
+    "tokens": {"num_registers": 3},
+    "insert_layer": {"num_registers": 2, "insert_layer": 1},
+    "key_value": {"num_registers": 2, "key_value": True, "gate": -1.0},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_while_it_runs(way: str) -> None:
+    torch.manual_seed(0)
+    model = add_registers(build("vit"), init_std=1.0, **WAYS[way]).eval()
+    inputs = make_inputs("vit")
+    expected, failed, switching = run(model, inputs), [], sys.getswitchinterval()
+
+    def come_and_go() -> None:
+        try:
+            for _ in range(6):
+                model.add_adapter("guest", RegisterConfig(**WAYS[way]))
+                model.delete_adapter("guest")
+        except Exception as error:  # in a thread nobody sees it
+            failed.append(error)
+
+    thread = threading.Thread(target=come_and_go)
+    sys.setswitchinterval(1e-4)
+    try:
+        thread.start()
+        while thread.is_alive():
+            assert_close(run(model, inputs), expected)
+    finally:
+        thread.join()
+        sys.setswitchinterval(switching)
+    assert not failed
+    assert find_register_layer(model).names == ["default"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_hooks_stay_where_they_are(way: str) -> None:
+    model = add_registers(build("vit"), **WAYS[way])
+    layer: Any = find_register_layer(model)
+    before = list(layer._handles)
+    model.add_adapter("guest", RegisterConfig(**WAYS[way]))
+    assert list(map(id, layer._handles)) == list(map(id, before))
+    model.add_adapter("late", RegisterConfig(num_registers=1, register_neurons={0: [1]}, init="test_time"))
+    assert list(map(id, layer._handles)) != list(map(id, before))
