@@ -7,7 +7,7 @@ Writes ``grown/mosaics/`` (or ``grown/mosaics-registers/``): ``curves.json`` wit
 for every seed, what :func:`register_adapter.testbed.grown.measure` says on the way; ``seed-0/`` and so on: the backbone
 as a Hugging Face model with its image processor, registers that it had from the start as an adapter, and
 ``head.safetensors``. A run that was stopped goes on from its last checkpoint. ``--set width=128 blocks=8`` changes a
-recipe, ``--set task.padding=2`` its task.
+recipe, ``--set task.padding=2`` its task, ``--set objective=mae`` what is learned of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,16 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from register_adapter.testbed.grown import RECIPES, TWINS, Drawn, Ensemble, Recipe, losses, measure, save_grown
-from register_adapter.testbed.grown.mosaics import normalised
+from register_adapter.testbed.grown import (
+    RECIPES,
+    TWINS,
+    Drawn,
+    Ensemble,
+    Recipe,
+    measure,
+    objective_of,
+    save_grown,
+)
 
 
 def parse() -> argparse.Namespace:
@@ -71,6 +79,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(ensemble.groups(), lr=recipe.learning_rate, betas=(0.9, 0.95), foreach=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
     model, optimizer, scheduler = accelerator.prepare(ensemble, optimizer, scheduler)
+    objective = objective_of(model)
+    if objective.state_dict():
+        accelerator.register_for_checkpointing(objective)
     curves: list[dict[str, Any]] = []
     state = folder / "checkpoint"
     if (state / "curves.json").is_file():
@@ -82,16 +93,16 @@ def main() -> None:
     began = time.perf_counter()
     for step, batch in enumerate(tqdm(loader, args.name or folder.name, mininterval=5), start + 1):
         batch = send_to_device(batch, accelerator.device)
-        predictions = model(normalised(batch["images"]))
-        each = losses(predictions, batch["targets"], batch["weights"], recipe)
+        each = objective(model, batch)
         accelerator.backward(each.sum())
         optimizer.step()
+        objective.follow(model)
         scheduler.step()
         optimizer.zero_grad()
         saves = step % args.checkpointing_steps == 0
         if step % args.measure_every == 0 or saves or step == recipe.steps:
             count = 128 if step < recipe.steps else 512
-            measured = [measure(grown, recipe.task, count) for grown in ensemble.models()]
+            measured = [measure(grown, recipe.task, count, held_out=objective.held_out) for grown in ensemble.models()]
             curves.append({"step": step, "train": each.tolist(), "seeds": measured})
         if saves:
             accelerator.save_state(str(state))

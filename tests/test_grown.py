@@ -121,8 +121,19 @@ def test_seeds_that_grow_side_by_side_grow_as_each_alone(twin: str | None) -> No
         torch.testing.assert_close(stacked.grad[1], value.grad, msg=name, rtol=1e-4, atol=1e-7)
 
 
-def test_a_stopped_growth_goes_on_to_the_same_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = ["task.grid=5", "task.icons=3", "task.asking=3", "task.background=(4, 6)", "blocks=2", "batch_size=4"]
+@pytest.mark.parametrize("objective", ["targets", "dino"])
+def test_a_stopped_growth_goes_on_to_the_same_models(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [
+        f"objective={objective}",
+        "task.grid=5",
+        "task.icons=3",
+        "task.asking=3",
+        "task.background=(4, 6)",
+        "blocks=2",
+        "batch_size=4",
+    ]
 
     def grow(folder: str, steps: int) -> Path:
         options = f"--seeds 0 1 --num_workers 0 --measure_every 2 --checkpointing_steps 2 --cpu --name {folder}"

@@ -2,10 +2,12 @@
 
 from .growth import Drawn, Ensemble, losses, measure, weighted_error
 from .mosaics import TILE_KINDS, MosaicDataset, Mosaics, MosaicTask
+from .objectives import OBJECTIVES, objective_of
 from .packaged import load_grown, read_grown, save_grown
 from .recipes import RECIPES, TWINS, GrownModel, Recipe, build
 
 __all__ = [
+    "OBJECTIVES",
     "RECIPES",
     "TILE_KINDS",
     "TWINS",
@@ -20,6 +22,7 @@ __all__ = [
     "load_grown",
     "losses",
     "measure",
+    "objective_of",
     "read_grown",
     "save_grown",
     "weighted_error",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.func import functional_call, stack_module_state
 
 from ...artifacts.norms import summarise_norms
 from ...features.trace import capture
-from .mosaics import MosaicTask
+from .mixes import mixed
+from .mosaics import Mosaics, MosaicTask, summary_of
 from .recipes import GrownModel, Recipe, build
 
 __all__ = ["Drawn", "Ensemble", "losses", "measure", "weighted_error"]
@@ -43,14 +44,18 @@ class Ensemble(nn.Module):
         self._one = [models[0]]  # in a list, so that its parameters are not the ensemble's
         self.recipe, self.seeds = recipe, tuple(seeds)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Predictions ``(E, B, prefix + P, num_targets)`` for pixels ``(E, B, 3, H, W)``."""
+    def forward(self, pixel_values: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """Predictions ``(E, B, prefix + P, num_targets)`` for pixels ``(E, B, 3, H, W)`` and what else models take."""
+        return self.predict(list(self.stacked), pixel_values, *others)
 
-        def call(values: dict[str, torch.Tensor], pixels: torch.Tensor) -> torch.Tensor:
-            predictions: torch.Tensor = functional_call(self._one[0], values, (pixels,))
+    def predict(self, parameters: Sequence[torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        """The same with these parameters in place of its own, stacked, in the order of ``names``."""
+
+        def call(values: dict[str, torch.Tensor], *each: torch.Tensor) -> torch.Tensor:
+            predictions: torch.Tensor = functional_call(self._one[0], values, each)
             return predictions
 
-        predictions: torch.Tensor = torch.vmap(call)(dict(zip(self.names, self.stacked, strict=True)), pixel_values)
+        predictions: torch.Tensor = torch.vmap(call)(dict(zip(self.names, parameters, strict=True)), *inputs)
         return predictions
 
     def groups(self) -> list[dict[str, Any]]:
@@ -89,12 +94,16 @@ class Drawn(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.recipe.steps
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        """``images`` ``(E, B, 3, H, W)`` uint8, ``targets`` ``(E, B, P, T)``, ``weights`` ``(E, B, P)`` of a step."""
+        """``images`` ``(E, B, 3, H, W)`` uint8, ``targets`` ``(E, B, P, T)``, ``weights`` ``(E, B, P)`` of a step.
+
+        ``numbers`` ``(E,)``, int64, are seeds for what an objective draws.
+        """
         task, count = self.recipe.task, self.recipe.batch_size
-        drawn = [task.draw(count, (1 + seed) * 10_000_019 + step) for seed in self.seeds]
-        return {
-            name: torch.stack([getattr(batch, name) for batch in drawn]) for name in ("images", "targets", "weights")
-        }
+        numbers = [(1 + seed) * 10_000_019 + step for seed in self.seeds]
+        drawn = [mixed(task.draw(count, number), task.grid, self.recipe.mix, number) for number in numbers]
+        names = ("images", "targets", "weights")
+        stacked = {name: torch.stack([getattr(batch, name) for batch in drawn]) for name in names}
+        return {**stacked, "numbers": torch.tensor(numbers)}
 
 
 def weighted_error(
@@ -108,17 +117,29 @@ def weighted_error(
 def losses(predictions: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Loss of each model ``(E,)``, from predictions ``(E, B, prefix + P, T)``: the weighted mean of squared errors.
 
-    CLS has a loss of its own where the recipe says so: it predicts the image's mean target.
+    CLS has a loss of its own where the recipe says so: it predicts the image's mean target. A query behind the last
+    block predicts the image's summary, whose numbers weigh as much as if every tile said it.
     """
+    task = recipe.task
     loss = weighted_error(predictions[..., -targets.shape[-2] :, :], targets, weights, (-1, -2))
     if recipe.cls and recipe.cls_loss:
         wanted = targets.mean(-2) * 4
         loss = loss + recipe.cls_loss * (predictions[..., 0, :] - wanted).square().mean((-1, -2))
+    if task.summary_at == "pooled":
+        wanted = summary_of(task, targets[..., : task.contents])
+        missed = (predictions[..., 0, -task.summary :] - wanted).square()
+        loss = loss + missed.sum(-1).mean(-1) / task.num_targets
     return loss
 
 
 @torch.no_grad()
-def measure(model: GrownModel, task: MosaicTask, count: int = 128, batch_size: int = 64) -> dict[str, Any]:
+def measure(
+    model: GrownModel,
+    task: MosaicTask,
+    count: int = 128,
+    batch_size: int = 64,
+    held_out: Callable[[GrownModel, Mosaics], float] | None = None,
+) -> dict[str, Any]:
     """What a model does on held-out images.
 
     Args:
@@ -126,6 +147,7 @@ def measure(model: GrownModel, task: MosaicTask, count: int = 128, batch_size: i
         task: What it learns.
         count: Images.
         batch_size: How many at a time.
+        held_out: The loss of a model on a batch; by default the weighted mean of squared errors.
 
     Returns:
         ``loss``, and for the patch tokens behind every block (entry 0: that enter the first), before the final
@@ -143,7 +165,10 @@ def measure(model: GrownModel, task: MosaicTask, count: int = 128, batch_size: i
             predictions = model(batch.pixel_values.to(device))
         tiles = batch.kinds.shape[1]
         targets, weights = batch.targets.to(device), batch.weights.to(device)
-        lost.append(float(weighted_error(predictions[:, -tiles:], targets, weights, (-1, -2))))
+        if held_out is None:
+            lost.append(float(weighted_error(predictions[:, -tiles:], targets, weights, (-1, -2))))
+        else:
+            lost.append(held_out(model, batch))
         norms.append([hidden[:, -tiles:].norm(dim=-1).cpu() for hidden in trace.hidden_states])
         attentions.append([maps.mean(1)[:, :, -tiles:].cpu() for maps in trace.attentions])
     background = torch.cat([batch.is_background for batch in drawn])

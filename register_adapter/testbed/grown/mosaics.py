@@ -19,10 +19,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ..scenes import photographs
 
-__all__ = ["IMAGE_MEAN", "IMAGE_STD", "TILE_KINDS", "MosaicDataset", "MosaicTask", "Mosaics", "normalised"]
+__all__ = [
+    "IMAGE_MEAN",
+    "IMAGE_STD",
+    "TILE_KINDS",
+    "MosaicDataset",
+    "MosaicTask",
+    "Mosaics",
+    "normalised",
+    "summary_of",
+]
 
 #: Normalisation of the pixels, as the image processor of the grown models has it.
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.35
@@ -83,8 +93,12 @@ class MosaicTask:
         background_weight: Weight of a background tile in the loss; other tiles have 1.
         noise: Standard deviation of the pixels' noise, in normalised values.
         backdrop: What background tiles show: pale contents, or pieces of a photograph.
-        summary: Numbers that every tile must say about the whole image: a fixed non-linear function of the mean
-            contents. 0 for none.
+        summary: Numbers to be said about the whole image: a fixed non-linear function of the mean contents. 0 for
+            none.
+        summary_at: The tiles that must say it: every one; those that ask, or the background, while all others say
+            zero; ``"idle"``: those that ask for nothing, in place of the zeros of the contents that they ask for, so
+            that what looks at nothing has to look at the summary; ``"pooled"``: no tile, but a query behind the last
+            block, :class:`.recipes.PooledModel`.
         padding: Rows of constant grey tiles at the top.
     """
 
@@ -100,6 +114,7 @@ class MosaicTask:
     noise: float = 0.01
     backdrop: Literal["pale", "photographs"] = "pale"
     summary: int = 0
+    summary_at: Literal["every", "asking", "background", "idle", "pooled"] = "every"
     padding: int = 0
 
     @property
@@ -115,7 +130,7 @@ class MosaicTask:
     @property
     def num_targets(self) -> int:
         """Numbers in a tile's target."""
-        return 2 * self.contents + self.summary
+        return 2 * self.contents + (0 if self.summary_at == "idle" else self.summary)
 
     def draw(self, count: int, seed: int) -> Mosaics:
         """``count`` images; the same arguments always give the same images.
@@ -158,10 +173,18 @@ class MosaicTask:
         fetched = torch.where(asking[..., None], contents[images, asked.clamp(min=0)], 0)
         targets = [contents, fetched]
         if self.summary:
-            mean = contents.mean(1) * math.sqrt(self.contents)
-            targets.append((torch.relu(mean @ patterns.mix) @ patterns.read).tanh()[:, None].expand(-1, tiles, -1))
+            targets = self._with_summary(contents, fetched, kinds)
         weights = torch.where(kinds >= _BACKGROUND, self.background_weight, 1.0)
         return Mosaics(self._assembled(drawn), torch.cat(targets, -1), weights, kinds, asked)
+
+    def _with_summary(self, contents: torch.Tensor, fetched: torch.Tensor, kinds: torch.Tensor) -> list[torch.Tensor]:
+        summary = summary_of(self, contents)[:, None].expand(-1, kinds.shape[1], -1)
+        asking, background = (kinds == _ASKING)[..., None], (kinds >= _BACKGROUND)[..., None]
+        if self.summary_at == "idle":
+            default = nn.functional.pad(summary, (0, self.contents - self.summary))
+            return [contents, torch.where(asking, fetched, default)]
+        says = {"every": True, "asking": asking, "background": background, "pooled": False}[self.summary_at]
+        return [contents, fetched, torch.where(torch.as_tensor(says), summary, 0)]
 
     def _kinds(self, rank: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
         count, tiles = rank.shape
@@ -237,6 +260,12 @@ def _patterns(task: MosaicTask) -> _Patterns:
         read=torch.randn(32, max(task.summary, 1), generator=rng) / 4,
         energy=scale**2,
     )
+
+
+def summary_of(task: MosaicTask, contents: torch.Tensor) -> torch.Tensor:
+    """The summary of images ``(..., summary)`` whose tiles have these contents ``(..., P, contents)``."""
+    mean, patterns = contents.mean(-2) * math.sqrt(task.contents), _patterns(task)
+    return (torch.relu(mean @ patterns.mix) @ patterns.read).tanh()
 
 
 @cache

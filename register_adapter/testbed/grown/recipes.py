@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import nn
 from ...tuner import add_registers
 from .mosaics import MosaicTask
 
-__all__ = ["RECIPES", "TWINS", "GrownModel", "Recipe", "build"]
+__all__ = ["RECIPES", "TWINS", "GrownModel", "MaskedModel", "PooledModel", "Recipe", "build"]
+
+#: Outputs of a head that tells images apart, ``objective="dino"``.
+_PROTOTYPES = 256
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Recipe:
         cls_loss: Weight of a loss that CLS has of its own: its prediction is to be four times the mean target of the
             image's tiles.
         registers: Register tokens that it has from the start.
+        objective: What is learned of the images, a name in :data:`.objectives.OBJECTIVES`.
+        masked: Share of the tiles that ``objective="mae"`` hides.
+        mix: Images mixed in pairs, a name in :data:`.mixes.MIXES`; ``""`` for none.
         steps: Optimiser steps.
         batch_size: Images a step.
         learning_rate: After the warm-up, constant.
@@ -46,6 +53,9 @@ class Recipe:
     cls: bool = False
     cls_loss: float = 0.0
     registers: int = 0
+    objective: str = "targets"
+    masked: float = 0.6
+    mix: str = ""
     steps: int = 2000
     batch_size: int = 16
     learning_rate: float = 3e-3
@@ -80,7 +90,7 @@ class GrownModel(nn.Module):
 
     def decayed(self) -> set[str]:
         """Names of the parameters that weight decay applies to: matrices, but no embeddings."""
-        tokens = ("position_embeddings", "cls_token", "registers")
+        tokens = ("position_embeddings", "cls_token", "mask_token", "query", "registers")
         return {
             name
             for name, parameter in self.named_parameters()
@@ -88,8 +98,84 @@ class GrownModel(nn.Module):
         }
 
 
+class PooledModel(GrownModel):
+    """A model with one query more, which says the image's summary from what it finds in the patch tokens.
+
+    It stands behind the last block, so that what is no linear function of the tokens has to be formed in these.
+    """
+
+    def __init__(self, backbone: nn.Module, width: int, num_targets: int) -> None:
+        super().__init__(backbone, width, num_targets)
+        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Predictions ``(B, 1 + P, num_targets)``, first the query's."""
+        tokens = self.backbone(pixel_values=pixel_values).last_hidden_state
+        pooled = (self.weights(tokens)[..., None] * self.value(tokens)).sum(-2, keepdim=True)
+        predictions: torch.Tensor = self.head(torch.cat([pooled, tokens], -2))
+        return predictions
+
+    def weights(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The query's attention ``(B, P)`` to tokens ``(B, P, D)`` behind the norm."""
+        scores: torch.Tensor = (self.query * self.key(tokens)).sum(-1) / tokens.shape[-1] ** 0.5
+        return scores.softmax(-1)
+
+
+class MaskedModel(GrownModel):
+    """A backbone that sees some of the tiles, and one block more that says what the hidden ones hold.
+
+    The block and its tokens serve the training alone; :func:`.packaged.save_grown` leaves them out.
+
+    Args:
+        backbone: A vision transformer of patch tokens alone.
+        width: Its hidden size.
+        num_targets: Numbers in a tile's target.
+        masked: Share of the tiles that are hidden.
+    """
+
+    def __init__(self, backbone: Any, width: int, num_targets: int, masked: float) -> None:
+        super().__init__(backbone, width, num_targets)
+        places = backbone.embeddings.position_embeddings
+        self.visible = max(1, round((1 - masked) * places.shape[1]))
+        self.decoder = copy.deepcopy(backbone.layers[-1])
+        self.decoder.attention.config = (
+            backbone.config
+        )  # attention is computed as in the backbone, also when that changes
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embeddings = nn.Parameter(places.detach().clone())
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixel_values: torch.Tensor, order: torch.Tensor | None = None) -> torch.Tensor:
+        """Predictions ``(B, P, num_targets)``; only the first tiles of ``order`` ``(B, P)`` are seen, or all."""
+        backbone: Any = self.backbone
+        if order is None:
+            tokens = backbone(pixel_values=pixel_values).last_hidden_state
+        else:
+            tokens = _taken(backbone.embeddings(pixel_values), order[:, : self.visible])
+            for block in backbone.layers:
+                tokens = block(tokens)
+            hidden = self.mask_token.expand(len(tokens), order.shape[1] - self.visible, -1)
+            tokens = _taken(torch.cat([backbone.layernorm(tokens), hidden], 1), order.argsort(1))
+        predictions: torch.Tensor = self.head(self.norm(self.decoder(tokens + self.position_embeddings)))
+        return predictions
+
+
+def _taken(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
 def build(recipe: Recipe, seed: int) -> GrownModel:
-    """The untrained model of a recipe; registers that it has from the start are an adapter on it."""
+    """The untrained model of a recipe; registers that it has from the start are an adapter on it.
+
+    Raises:
+        ValueError: ``objective="mae"`` with CLS or registers, which its encoder of visible tiles has no place for.
+    """
+    if recipe.objective == "mae" and (recipe.cls or recipe.registers):
+        raise ValueError(
+            f'objective="mae" hides tiles of a model without other tokens; the recipe has cls={recipe.cls} and '
+            f"registers={recipe.registers}: leave them out, or choose another objective"
+        )
     transformers.set_seed(seed)
     kinds: dict[bool, tuple[Any, Any, dict[str, Any]]] = {
         True: (transformers.ViTConfig, transformers.ViTModel, {"add_pooling_layer": False}),
@@ -111,7 +197,11 @@ def build(recipe: Recipe, seed: int) -> GrownModel:
     if recipe.registers:
         backbone = add_registers(backbone, num_registers=recipe.registers)
         backbone.requires_grad_(True)
-    return GrownModel(backbone, recipe.width, recipe.task.num_targets)
+    outputs = {"mae": recipe.task.contents, "dino": _PROTOTYPES}.get(recipe.objective, recipe.task.num_targets)
+    if recipe.objective == "mae":
+        return MaskedModel(backbone, recipe.width, outputs, recipe.masked)
+    kind = PooledModel if recipe.task.summary_at == "pooled" else GrownModel
+    return kind(backbone, recipe.width, outputs)
 
 
 _MOSAICS = Recipe(steps=1500)
