@@ -104,8 +104,8 @@ def make_table() -> list[str]:
         return low if low == high else f"{low} to {high}"
 
     lines = [
-        "| run | parameters | seeds | steps | held-out loss | largest / median | outliers, % | attention on them, % |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| run | parameters | on a | seeds | steps | held-out loss | largest / median | outliers, % | attention, % |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in json.loads(RESULTS.read_text())["runs"]:
         last = run["curves"][-1]
@@ -113,6 +113,7 @@ def make_table() -> list[str]:
         cells = [
             f"`{run['name']}`",
             f"{run['parameters']:,}",
+            "GPU" if "NVIDIA" in run["device"] else "CPU",
             str(len(measured)),
             f"{last['step']:,}",
             between([entry["loss"] for entry in measured], 4),

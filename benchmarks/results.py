@@ -25,6 +25,7 @@ from typing import Any
 
 import ablations
 import downstream
+import grown_memory
 import grown_repair
 import grown_report
 import quantised
@@ -137,6 +138,7 @@ def render(docs: Path, figures: bool = True) -> None:
     downstream.write_table(load("downstream.json"), docs / "results.md")
     put_between(docs / "results.md", "quantised", quantised.make_table(load("quantised.json")["rows"]))
     put_between(docs / "grown.md", "grown-repair", grown_repair.make_table(load("grown-repair.json")["rows"]))
+    put_between(docs / "grown.md", "grown-memory", grown_memory.make_tables(load("grown-memory.json")["rows"]))
     put_between(docs / "grown.md", "grown", grown_report.make_table())
     for path in sorted(RESULTS.glob("ablation-*.json")):
         ablations.write_table(load(path.name), docs / "ablations.md")
