@@ -161,3 +161,17 @@ def test_what_cannot_be_learned_is_named(changes: dict[str, Any], message: str) 
     with pytest.raises(ValueError, match=message):
         objective_of(Ensemble(replace(SMALL, **changes), (0,)))
     assert "clip" not in OBJECTIVES
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backdrop": "photo"}, "backdrop='photo' is unknown; there are 'pale', 'photographs'"),
+        ({"summary_at": "asked"}, "summary_at='asked' is unknown; there are 'every', 'asking', 'background', 'idle'"),
+        ({"summary_at": "pooled"}, "summary=0 with summary_at='pooled': it takes at least 1"),
+        ({"summary_at": "idle", "summary": 25}, "summary=25 with summary_at='idle': it takes 0 to 24, the numbers"),
+    ],
+)
+def test_a_task_that_cannot_be_drawn_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MosaicTask(**changes)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from PIL import Image
@@ -39,6 +39,9 @@ IMAGE_MEAN, IMAGE_STD = 0.5, 0.35
 #: What a tile is, by its number in :attr:`Mosaics.kinds`.
 TILE_KINDS = ("contents", "icon", "asking", "background", "padding")
 _CONTENTS, _ICON, _ASKING, _BACKGROUND, _PADDING = range(len(TILE_KINDS))
+#: What background tiles show, and which tiles say the summary; see :class:`MosaicTask`.
+Backdrop: TypeAlias = Literal["pale", "photographs"]
+SummaryAt: TypeAlias = Literal["every", "asking", "background", "idle", "pooled"]
 #: Images that are drawn at once, from one seed.
 _CHUNK = 64
 
@@ -112,10 +115,24 @@ class MosaicTask:
     contrast: tuple[float, float] = (0.3, 1.0)
     background_weight: float = 0.2
     noise: float = 0.01
-    backdrop: Literal["pale", "photographs"] = "pale"
+    backdrop: Backdrop = "pale"
     summary: int = 0
-    summary_at: Literal["every", "asking", "background", "idle", "pooled"] = "every"
+    summary_at: SummaryAt = "every"
     padding: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn.
+
+        Raises:
+            ValueError: A word that is none of those that are known, or a summary that has no place.
+        """
+        for name, known in (("backdrop", get_args(Backdrop)), ("summary_at", get_args(SummaryAt))):
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={given!r:.100} is unknown; there are {', '.join(map(repr, known))}")
+        least, most = {"pooled": (1, None), "idle": (0, self.contents)}.get(self.summary_at, (0, None))
+        if self.summary < least or (most is not None and self.summary > most):
+            room = f"at least {least}" if most is None else f"{least} to {most}, the numbers of a tile's contents"
+            raise ValueError(f"summary={self.summary} with summary_at={self.summary_at!r}: it takes {room}")
 
     @property
     def num_patches(self) -> int:
