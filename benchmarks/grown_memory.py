@@ -42,7 +42,7 @@ _READ = ("mean", "summary", "rest")
 def _tokens(model: GrownModel, pixels: torch.Tensor) -> list[torch.Tensor]:
     """Patch tokens behind every block, ``(B, P, D)`` each, from the input of the first on."""
     parts = []
-    for batch in pixels.split(128):
+    for batch in torch.split(pixels, 128):
         with capture(model.backbone) as trace:
             model.backbone(pixel_values=batch)
         parts.append(trace.hidden_states)
@@ -191,7 +191,10 @@ def _whole(folder: Path, recipe: Recipe, seeds: list[int], seed: int) -> GrownMo
 def measured(folder: Path, run: dict[str, Any], seed: int) -> dict[str, Any] | None:
     """A row, or ``None`` for a model without outliers."""
     told = run["recipe"]["task"]
-    task = MosaicTask(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in told.items()
+    }
+    task = MosaicTask(**settings)
     shares = run["curves"][-1]["seeds"][run["seeds"].index(seed)]["outliers"]
     if max(shares) < LEAST:
         return None
@@ -214,7 +217,7 @@ def measured(folder: Path, run: dict[str, Any], seed: int) -> dict[str, Any] | N
         kinds = [_kinds(images, hidden.norm(dim=-1)) for images, hidden in zip(drawn, here, strict=True)]
         reads[layer] = read_out(*zip(here, kinds, wanted, strict=True))
     best = max(reads, key=lambda layer: reads[layer]["outliers"]["summary"] or -1.0)
-    row = {"arm": folder.name, "model": "tiles" if task.grid == 7 else "mosaics", "seed": seed}
+    row: dict[str, Any] = {"arm": folder.name, "model": "tiles" if task.grid == 7 else "mosaics", "seed": seed}
     row |= {"outlier_share": round(max(shares), 4), "read_behind": best, "read": reads[best]}
     if task.summary_at in ("asking", "every", "pooled"):
         row |= {"exchanged_behind": layers[0], "exchanged": exchanged(model, task, drawn[1], layers[0])}
