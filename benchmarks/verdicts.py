@@ -1,11 +1,12 @@
 """The audit's verdict on models whose truth is known, and how far the limits of the attention's evidence may move.
 
-    python benchmarks/verdicts.py --grown grown --out benchmarks/results/verdicts.json --docs docs
+    python benchmarks/verdicts.py --grown grown --since later --out benchmarks/results/verdicts.json --docs docs
     python benchmarks/verdicts.py --only packaged planted      # what needs nothing that is not packaged
 
 ``--grown`` is a folder of ``scripts/grow_testbed.py``, with a folder for each run; what is not there is left out. Truth
 of grown models: the last line of their curves (``results/grown.json``), by norms and attention of other images. Every
-other model of each kind, as they are listed, is one that limits are chosen on; the rest says how good they are.
+other model of each kind, as they are listed, is one that limits are chosen on; the rest says how good they are. Models
+of ``--since`` grew after the limits were set, on tasks of their own, and are counted apart.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from register_adapter import RegisterAdapterError, audit, fit_test_time_register
 from register_adapter.artifacts.report import FAR_ABOVE, FAR_BELOW, MOST
 from register_adapter.errors import NoArtifactsError, UnsupportedModelError
 from register_adapter.testbed import load_grown, load_vit, plant_artifacts
-from register_adapter.testbed.grown import RECIPES
+from register_adapter.testbed.grown import RECIPES, MosaicTask
 from register_adapter.testbed.grown.packaged import read_grown
 from register_adapter.utils.environment import git_commit, machine, versions
 
 CURVES = Path(__file__).parent / "results" / "grown.json"
 _BEGIN, _END = "<!-- verdicts: made by benchmarks/verdicts.py -->", "<!-- /verdicts -->"
+#: Kind of the models that grew after the limits were set.
+SINCE = "grown since"
 #: Pictures, and the seed of those that are drawn; no model grew on it.
 IMAGES, SEED = 96, 4242
 #: Share of patches over 3 times the median, and their share of the attention, at least, of a model that has artifacts.
@@ -72,7 +75,7 @@ def _drawn(run: str) -> Callable[[], torch.Tensor]:
     task = RECIPES["tiles" if run.startswith("tiles") else "mosaics"].task
     if run == "photographs":
         task = replace(task, backdrop="photographs")
-    return lambda: task.draw(IMAGES, seed=SEED).pixel_values
+    return partial(_images_of, task)
 
 
 def _has_artifacts(run: str, seed: int) -> bool:
@@ -101,6 +104,23 @@ def grown(folder: Path | None) -> Iterator[Subject]:
         kind = "grown" if _has_artifacts(run, seed) else "grown, with registers or CLS from the start"
         make = partial(_backbone, read_grown, path)
         yield Subject(kind, f"{run}/{path.name}", _has_artifacts(run, seed), make, _drawn(run))
+
+
+def since(folder: Path | None) -> Iterator[Subject]:
+    """What lies in a folder of models that grew later; each run is asked about images of its own task."""
+    for path in sorted(folder.glob("*/seed-*")) if folder is not None else ():
+        run, seed = path.parent.name, int(path.name.removeprefix("seed-"))
+        told = json.loads((path.parent / "curves.json").read_text("utf-8"))["recipe"]["task"]
+        own: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+        kind = f"{SINCE}, {'with' if _has_artifacts(run, seed) else 'without'} artifacts"
+        make = partial(_backbone, read_grown, path)
+        yield Subject(
+            kind, f"{run}/{path.name}", _has_artifacts(run, seed), make, partial(_images_of, MosaicTask(**own))
+        )
+
+
+def _images_of(task: MosaicTask) -> torch.Tensor:
+    return task.draw(IMAGES, seed=SEED).pixel_values
 
 
 def _scenes() -> torch.Tensor:
@@ -203,8 +223,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row)
-    chosen_on = [row for some in kinds.values() for row in some[::2]]
-    others = [row for some in kinds.values() for row in some[1::2]]
+    before = [some for kind, some in kinds.items() if not kind.startswith(SINCE)]
+    chosen_on = [row for some in before for row in some[::2]]
+    others = [row for some in before for row in some[1::2]]
     errors = {}
     for least in ATTENTIONS:
         for factor in FACTORS:
@@ -212,7 +233,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             errors[least, factor] = counts["missed"] + counts["false_alarms"]
     best = [list(limits) for limits, count in errors.items() if count == min(errors.values())]
     by_audit, by_norms = (lambda row: row["verdict"] != "none"), (lambda row: row["evidence"] in ("norms", "both"))
-    parts = {"chosen on": chosen_on, "others": others, "all": rows}
+    later = [row for row in rows if row["kind"].startswith(SINCE)]
+    parts = {"chosen on": chosen_on, "others": others, SINCE: later, "all": rows}
     return {
         "limits": {"attention": MOST, "far_below": FAR_BELOW, "far_above": FAR_ABOVE},
         "fewest_errors": {"errors": min(errors.values()), "limits": best},
@@ -235,7 +257,9 @@ def _disagrees(row: dict[str, Any]) -> bool:
 def make_table(result: dict[str, Any]) -> list[str]:
     """Lines of Markdown."""
     lines = ["| models | norms alone: told, missed, clean, false alarms | norms and attention |", "| --- | --- | --- |"]
-    for part, name in (("chosen on", "half that limits were chosen on"), ("others", "the other half"), ("all", "all")):
+    names = {"chosen on": "half that limits were chosen on", "others": "the other half"}
+    for part in result["confusion"]:
+        name = names.get(part, part)
         cells = [
             f"{c['told']}, {c['missed']}, {c['clean']}, {c['false_alarms']}"
             for c in (result["confusion_by_norms_alone"][part], result["confusion"][part])
@@ -264,11 +288,13 @@ def main(argv: list[str] | None = None) -> None:
     """Look at all models; rows that the file has already are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grown", type=Path, help="folder of grown models")
-    parser.add_argument("--only", nargs="+", choices=["packaged", "grown", "planted", "random"])
+    parser.add_argument("--since", type=Path, help="folder of models that grew after the limits were set")
+    parser.add_argument("--only", nargs="+", choices=["packaged", "grown", "planted", "random", "since"])
     parser.add_argument("--out", type=Path, default=Path("verdicts.json"))
     parser.add_argument("--docs", type=Path, help="folder whose audit.md gets the tables")
     args = parser.parse_args(argv)
     sources = {"packaged": packaged(), "grown": grown(args.grown), "planted": planted(), "random": random()}
+    sources["since"] = since(args.since)
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     known = {(row["kind"], row["name"]) for row in rows}
     for subject in (s for name in args.only or sources for s in sources[name]):

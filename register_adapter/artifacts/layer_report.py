@@ -28,7 +28,8 @@ DEFINITIONS = {
     f"those of a histogram with 32 bins an octave, so they are within {RELATIVE_ERROR:.2%}.",
     "threshold": "The report's rule, applied to the norms of all patches of all images at this layer. Norms above high "
     "or below low are outliers. Either is moved to the nearest edge of the histogram, by at most "
-    f"{RELATIVE_ERROR:.2%}; every share below is exact for the threshold as it is given here. Where the verdict rests "
+    f"{RELATIVE_ERROR:.2%}; every share below is exact for the threshold as it is given here. The rules auto and "
+    "mixture draw no line before a group that layer 0 has as well: it is the images' own. Where the verdict rests "
     "on attention alone, a threshold of the rule attention is the line that best tells gathered patches from others.",
     "outlier_share": "Outliers over all patch tokens of the layer; low_share: those below the lower line.",
     "images_with_outliers": "Share of the images with at least one outlier at this layer; where there are outliers on "

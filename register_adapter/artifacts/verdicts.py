@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,11 @@ from .statistics import Statistics
 
 __all__ = ["Finding", "attention_in_words", "attention_line", "judge"]
 
+#: A group of norms is the images' own if the input of the first block has one on the same side, of a size within this
+#: factor, and the model has not moved it further off than by this power.
+SAME_SHARE, SAME_DISTANCE = 1.5, 1.25
+#: Rules that ask whether there are two kinds of tokens at all; who chooses another wants its lines.
+_ASKING = ("auto", "mixture")
 #: Patches that draw attention are outliers by a line between norms if so many more of them than of others are beyond.
 MIN_DIFFERENCE = 0.5
 
@@ -47,7 +52,8 @@ class Finding:
 def judge(statistics: Statistics, rule: Rule) -> Finding:
     """The verdict on what was summed.
 
-    Norms speak first. Where they show nothing, and a few patches take most of the attention of a block with values far
+    Norms speak first; a group that stands apart at the input of the first block already, and stays as it is, is not the
+    model's doing. Where they show nothing, and a few patches take most of the attention of a block with values far
     from the others', lines are drawn between the norms of these and others, in the layers where that can be done.
 
     Args:
@@ -55,6 +61,8 @@ def judge(statistics: Statistics, rule: Rule) -> Finding:
         rule: What draws the lines between norms.
     """
     layers = [summarise_layer(statistics, index, rule) for index in sorted(statistics.patches)]
+    given = _groups(layers[0], statistics)
+    layers = layers[:1] + [_without(given, layer, statistics) for layer in layers[1:]]
     verdict, first, reason = _by_norms(layers, statistics)
     # At the input of the first block norms and attention follow the contrast of the patch.
     telling = [layer for layer in layers[1:] if layer.gathered is not None and layer.gathered.telling]
@@ -70,6 +78,40 @@ def judge(statistics: Statistics, rule: Rule) -> Finding:
                 layers[layer.layer] = summarise_layer(statistics, layer.layer, lambda *_, line=line: line)
     first = next((layer.layer for layer in telling if layers[layer.layer].threshold.separated), None)
     return Finding("present inside only", "attention", kind, first, reason, layers)
+
+
+def _groups(layer: LayerReport, statistics: Statistics) -> dict[str, tuple[float, float]]:
+    """Share of the patches beyond a line, and octaves from the others, by the side that the line is on."""
+    if not layer.threshold.separated or layer.threshold.rule not in _ASKING:
+        return {}
+    edges, bins = Edges(layer.threshold), np.arange(BINS)
+    sides = {"high": (layer.outlier_share - layer.low_share, bins >= edges.high)}
+    sides["low"] = (layer.low_share, bins < edges.low)
+    patches = statistics.patches[layer.layer]
+    return {
+        side: (share, abs(float(np.log2(ratio_of_medians(patches, beyond)))))
+        for side, (share, beyond) in sides.items()
+        if share > 0
+    }
+
+
+def _without(given: dict[str, tuple[float, float]], layer: LayerReport, statistics: Statistics) -> LayerReport:
+    """A layer without the lines before groups that the input of the first block has as well."""
+    kept, words = layer.threshold, []
+    for side, (share, octaves) in _groups(layer, statistics).items():
+        before, distance = given.get(side, (0.0, 0.0))
+        if before / SAME_SHARE <= share <= before * SAME_SHARE and octaves <= distance * SAME_DISTANCE:
+            kept = replace(kept, high=float("inf")) if side == "high" else replace(kept, low=0.0)
+            words.append(
+                f"{share:.2%} of the patches stand apart by {'larger' if side == 'high' else 'smaller'} norms, but "
+                f"{before:.2%} do so at the input of the first block already, which is the images' own"
+            )
+    if not words:
+        return layer
+    separated = bool(np.isfinite(kept.high) or kept.low > 0)
+    reason = "; ".join([*words, *([kept.reason] if separated else [])])
+    line = replace(kept, separated=separated, reason=reason)
+    return summarise_layer(statistics, layer.layer, lambda *_: line)
 
 
 def attention_line(usual: Array, drawing: Array) -> Threshold:
