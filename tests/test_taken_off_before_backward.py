@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -69,3 +71,23 @@ def test_gradients_are_right_or_refused(way: str, family: str, options: dict[str
     base(images()) if family in STACKS else base(**make_inputs(family))
     if way == "unload":
         assert not hooks(base), "nothing is left when the pass is over"
+
+
+@pytest.mark.parametrize("way", OFF)
+def test_copies_of_a_base_whose_registers_went_before_the_backward_pass(way: str) -> None:
+    """What waits for the backward pass leaves a copy at its first pass, and the base at the first one after it."""
+    model = _model("timm", {"insert_layer": 1}, checkpointed=True)
+    base = model.get_base_model()
+    loss = _loss(model, "timm")
+    OFF[way](model)
+    waiting = hooks(base)
+    expected = flatten(base(images()))
+    copies = [copy.deepcopy(base), pickle.loads(pickle.dumps(base))]
+    for copied in copies:
+        torch.testing.assert_close(flatten(copied(images())), expected)
+        assert len(hooks(copied)) < len(waiting)
+        torch.testing.assert_close(flatten(copied(images())), expected)
+    assert hooks(base) == waiting
+    del loss
+    base(images())
+    assert hooks(base) == hooks(copies[0])

@@ -166,8 +166,7 @@ class Inputs:
         """Have blocks refuse to be computed again for a pass whose sequences are still there; others go on as ever."""
         known = {key: storage for key, (storage, _) in self._states.items() if not storage.expired()}  # type: ignore[no-untyped-call]
         for block in blocks if known else ():
-            guard = _Gone(known)
-            guard.handle = block.register_forward_pre_hook(guard, with_kwargs=True)
+            block.register_forward_pre_hook(_Gone(known), with_kwargs=True)
 
     def enter(self, sequence: torch.Tensor) -> None:
         """A block is called with this sequence outside of a pass: put back what its pass knew, if it was noted."""
@@ -197,18 +196,22 @@ class Inputs:
 class _Gone:
     """A hook on a block whose registers are gone, as long as a backward pass may still compute it again."""
 
-    handle: Any = None
-
     def __init__(self, known: dict[int, StorageWeakRef]) -> None:
         self.known = known
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if all(storage.expired() for storage in self.known.values()):  # type: ignore[no-untyped-call]
-            self.handle.remove()
+            self._leave(module)
         elif is_recomputing():
             storage = _storage(hidden_states_of(args, kwargs))
             if storage is not None and storage._cdata in self.known:
                 refuse_gone()
+
+    def _leave(self, module: nn.Module) -> None:
+        # By its place and not by a handle, which a copy of the module does not have.
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
+            module._forward_pre_hooks.pop(key, None)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def __deepcopy__(self, memo: Any) -> _Gone:
         return self._of_a_copy()
