@@ -60,3 +60,27 @@ def test_a_pass_inside_of_a_pass(name: str, way: str) -> None:
     assert_close(inside[2], base_alone)
     assert len(inside[3].hidden_states) > 1
     assert_close(run(model, inputs), expected, rtol=0, atol=0)
+
+
+def test_inside_of_a_pass_with_adapters_by_image() -> None:
+    """The pass inside has the active adapters, or names of its own, and a batch of another size."""
+    torch.manual_seed(0)
+    model = add_registers(build("vit"), num_registers=2, init_std=1.0).eval()
+    inputs, names = make_inputs("vit"), ["default", "__base__"]
+    other = {key: value[:1] for key, value in inputs.items()}
+    expected, alone = run(model, inputs, adapter_names=names), run(model, other)
+    base_alone = run(model, other, adapter_names=["__base__"])
+    inside: list[Any] = []
+
+    def again(*_: Any) -> None:
+        if not inside:
+            inside.append("running")
+            inside.append(run(model, other))
+            inside.append(run(model, other, adapter_names=["__base__"]))
+
+    handle = find_register_layer(model).tower.part("blocks")[0].register_forward_hook(again)
+    assert_close(run(model, inputs, adapter_names=names), expected)
+    handle.remove()
+    assert_close(inside[1], alone)
+    assert_close(inside[2], base_alone)
+    assert_close(run(model, inputs, adapter_names=names), expected)

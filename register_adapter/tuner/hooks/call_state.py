@@ -82,6 +82,7 @@ class CallState(threading.local):
         method: The running method that is called past the tower's forward, if it counts registers.
         methods: Places of the running methods whose registers are cut out when they return.
         kept: ``asked`` as it is after the pass of a replica, whose own was asked for by another thread.
+        given: ``images`` as they were given to the running pass; one inside of it has its own, or none.
         outer: What passes know of themselves inside of which this one runs, as a user's hook makes it; outermost first.
         visible: ``(B, N)`` bool, what a register sees in the running block; ``None`` without a mask.
         rotary: Rotary tables as the blocks were given them, a number of registers, and the tables with rows for these.
@@ -103,6 +104,7 @@ class CallState(threading.local):
         self.method: MethodCall | None = None
         self.methods: tuple[str, ...] = ()
         self.kept: frozenset[str] | None = None
+        self.given: list[str] | None = None
         self.outer: tuple[dict[str, Any], ...] = ()
         self.visible: torch.Tensor | None = None
         self.rotary: tuple[Any, int, Any] | None = None
@@ -156,8 +158,11 @@ class CallState(threading.local):
         if not inside:  # one that has failed may be left
             self.outer = ()
             self.end()
-        self.outer = (*self.outer, {name: vars(self)[name] for name in _OF_A_PASS}) if inside else ()
-        vars(self).update(_OF_A_PASS)
+        images = self.images
+        self.outer = (*self.outer, {name: vars(self)[name] for name in (*_OF_A_PASS, "images")}) if inside else ()
+        if inside and images is self.given:  # those of the batch around this one
+            self.images = None
+        vars(self).update(_OF_A_PASS, given=self.images)
         return inside
 
     def end(self) -> None:
@@ -190,7 +195,7 @@ class CallState(threading.local):
 
 #: What belongs to one pass, as it is outside of any.
 _OF_A_PASS: dict[str, Any] = {"segments": None, "frame": None, "trains": False, "visible": None, "rotary": None}
-_OF_A_PASS |= {"entered": 0, "length": 0, "left": False, "method": None, "methods": (), "kept": None}
+_OF_A_PASS |= {"entered": 0, "length": 0, "left": False, "method": None, "methods": (), "kept": None, "given": None}
 
 
 def _set_contexts(state: dict[str, Any], contexts: list[frozenset[str]]) -> None:
