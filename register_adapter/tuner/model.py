@@ -40,7 +40,7 @@ from .left_out import follow_contexts
 from .reading import naming
 from .registers import refuse_merging, refuse_summing
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
-from .undo import unchanged_if_refused
+from .undo import unchanged_if_refused, values_unchanged_if_refused
 
 __all__ = ["RegisterModel"]
 
@@ -106,8 +106,10 @@ class RegisterModel(BaseTuner):
             finally:  # what one injection hands on to PEFT's steps says nothing of the next
                 for name in _HANDED_ON:
                     self.__dict__.pop(name, None)
+        # Loaders ask for inference, also with a config that a user has made and that is of no file.
+        loads = pending or given.inference_mode
         for layer in register_layers(model):
-            layer.before = before if pending and adapter_name in layer.names else layer.before
+            layer.before = before if loads and adapter_name in layer.names else layer.before
 
     def _inject(self, model: nn.Module, adapter_name: str, given: RegisterConfig, *args: Any, **kwargs: Any) -> None:
         if given.folder is not None and given.saved_weights is None and given.inference_mode:
@@ -331,17 +333,12 @@ class RegisterModel(BaseTuner):
             The tensors by the keys that PEFT looks for in this model.
         """
         states = [layer.before for layer in register_layers(model) if adapter_name in layer.names]
-        try:
+        with values_unchanged_if_refused(model, adapter_name, states):
             known = saved_by_key(model, adapter_name, state_dict)
             config = cast(Any, model).peft_config[adapter_name]
             rest = {key: value for key, value in state_dict.items() if key not in known}
             rest = without_left_out(model, config.left_out, config.task_heads, rest)
             yield {known[key]: state_dict[key] for key in known} | rest
-        except BaseException:
-            for before in states:
-                if before is not None:
-                    before.restore()
-            raise
 
 
 def _unnamed(number: int) -> dict[int, str]:

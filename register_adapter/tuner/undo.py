@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Before", "unchanged_if_refused"]
+from ..errors import AdapterFileError
+
+__all__ = ["Before", "unchanged_if_refused", "values_unchanged_if_refused"]
 
 
 class Before:
@@ -81,6 +83,41 @@ class Before:
         if "peft_config" not in vars(self.model) and vars(self.model).get("_hf_peft_config_loaded"):
             # transformers notes an adapter before it tries to put it on.
             del self.model._hf_peft_config_loaded
+
+
+@contextmanager
+def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: list[Before | None]) -> Iterator[None]:
+    """A context in which an adapter's values are put into a model, which is as it was if they are refused.
+
+    Args:
+        model: The model with the adapter.
+        adapter_name: Its name.
+        states: What a loader's model was before it got the adapter; ``None`` for one that has had it for longer, and
+            keeps it with the values of before.
+
+    Raises:
+        AdapterFileError: A tensor of a module that is saved as a whole is missing.
+    """
+    before = [state for state in states if state is not None]
+    own = (f".register_adapter_tokens.{adapter_name}.", f".modules_to_save.{adapter_name}.")
+    if not before:
+        before = [Before(model)]
+    tensors = [(key, value) for key, value in model.state_dict(keep_vars=True).items() if not value.is_meta]
+    values = [(value, value.detach().clone()) for key, value in tensors if any(part in key for part in own)]
+    try:
+        yield
+    except BaseException as error:
+        for state in before:
+            state.restore()
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        if isinstance(error, KeyError):  # PEFT's, of a head
+            raise AdapterFileError(
+                f"the adapter {adapter_name!r} cannot be loaded: it lacks {error.args[0]!r}, which its "
+                "config has in modules_to_save. Nothing was changed."
+            ) from error
+        raise
 
 
 def _same(table: dict[Any, Any], content: dict[Any, Any]) -> bool:
