@@ -98,7 +98,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (tensors(set_nan), r"not finite"),
     "infinity": (tensors(lambda values: values[KEY].fill_(torch.inf)), r"not finite"),
     "int8": (tensors(lambda values: values.update({KEY: values[KEY].to(torch.int8)})), r"dtype torch\.int8"),
-    "float64": (tensors(lambda values: values.update({KEY: values[KEY].double()})), r"dtype torch\.float64"),
+    "complex": (tensors(lambda values: values.update({KEY: values[KEY].to(torch.complex64)})), r"complex64"),
     "truncated": (raw(lambda data: data[:-100]), NOT_WHOLE),
     "truncated header": (raw(lambda data: data[:20]), NOT_WHOLE),
     "zero bytes": (raw(lambda data: b""), NOT_WHOLE),

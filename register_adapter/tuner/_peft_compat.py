@@ -6,11 +6,13 @@ transformers calls ``.value`` on it, so the enum gets real members.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 import peft.auto
+import peft.functional
 import peft.peft_model
 import peft.utils.save_and_load
 from peft import PeftConfig, PeftType
@@ -67,6 +69,7 @@ def register(config_cls: type, model_cls: type) -> None:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
         _read_with(config_cls)
         _load_with(model_cls)
+        _save_without_embeddings()
 
 
 def register_positions(config_cls: type, model_cls: type) -> None:
@@ -122,6 +125,36 @@ def _load_with(model_cls: Any) -> None:
 
     for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
         holder.set_peft_model_state_dict = set_peft_model_state_dict
+
+
+_NO_EMBEDDINGS = (
+    "save_embedding_layers=True is not offered for registers: they train no embedding layer, and no loader takes a "
+    "file with weights of the base's own. Leave it out, and save the base too if its embeddings were changed."
+)
+
+
+def _save_without_embeddings() -> None:
+    """Have PEFT gather a register adapter's tensors without the base's embedding layers.
+
+    It would write those along where the vocabulary of a model around the tower was resized, and no loader takes them.
+    """
+    inherited = peft.utils.save_and_load.get_peft_model_state_dict
+    signature = inspect.signature(inherited)
+
+    @wraps(inherited)
+    def get_peft_model_state_dict(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        model = getattr(given.arguments["model"], "_orig_mod", given.arguments["model"])
+        config = getattr(model, "peft_config", {}).get(given.arguments["adapter_name"])
+        if getattr(config, "peft_type", None) == peft_type():
+            if given.arguments["save_embedding_layers"] is True:
+                raise ValueError(_NO_EMBEDDINGS)
+            given.arguments["save_embedding_layers"] = False
+        return inherited(*given.args, **given.kwargs)
+
+    for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model, peft.functional):
+        holder.get_peft_model_state_dict = get_peft_model_state_dict
 
 
 def renamed_by_transformers(model: nn.Module) -> Callable[[str], str]:

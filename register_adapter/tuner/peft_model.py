@@ -160,8 +160,8 @@ class RegisterPeftModel(PeftModel):
             **kwargs: ``selected_adapters`` and ``state_dict`` as in PEFT.
 
         Raises:
-            ValueError: ``safe_serialization=False``, the path is a file, the last adapter was deleted, or a value is
-                not finite, which no loader takes; nothing was written.
+            ValueError: ``safe_serialization=False`` or ``save_embedding_layers=True``, the path is a file, the last
+                adapter was deleted, or a value is not finite, which no loader takes; nothing was written.
             OSError: The files could not be written; what was in the folder is as before.
         """
         if not safe_serialization:

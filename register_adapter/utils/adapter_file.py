@@ -43,9 +43,9 @@ GATE_KEY = "registers.register_adapter_tokens.gate"
 UNITS_KEY = "registers.register_adapter_tokens.units"
 NEURON_KEYS = (UNITS_KEY, *(f"registers.register_adapter_tokens.{name}" for name in ("usual", "limits", "strength")))
 _FOREIGN = re.compile(r"(^|\.)registers\.register_adapter_tokens\.[^.]+\.(weight|gate|units|usual|limits|strength)$")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # A head of modules_to_save may have counters, such as those of a batch norm.
-_HEAD_DTYPES = (*_DTYPES, torch.float64, torch.int64)
+_HEAD_DTYPES = (*_DTYPES, torch.int64)
 # safetensors' names of the dtypes that torch has; those that no adapter has are refused by name later.
 _BY_NAME = {
     "F64": torch.float64,

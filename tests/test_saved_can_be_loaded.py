@@ -1,0 +1,81 @@
+"""What a save of registers writes can be loaded again: weights of any float, and none of the base's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from families import build, make_inputs
+from helpers import assert_identical, run
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+
+from register_adapter import RegisterConfig, add_registers, compose, load_adapters
+from register_adapter.utils.adapter_file import read_header
+
+
+@pytest.fixture(scope="module")
+def resized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base on disk whose users resize its vocabulary once they have it."""
+    folder = tmp_path_factory.mktemp("resized")
+    build("git").save_pretrained(folder)
+    return folder
+
+
+def with_more_words(folder: Path) -> Any:
+    model: Any = tf.GitForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    return model
+
+
+def by_transformers(base: Any) -> Any:
+    base.add_adapter(RegisterConfig(num_registers=2))
+    return base
+
+
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "own": lambda base: add_registers(base, 2),
+    "PEFT": lambda base: get_peft_model(base, RegisterConfig(num_registers=2)),
+    "PEFT's class": lambda base: PeftModel(base, RegisterConfig(num_registers=2)),
+    "transformers": by_transformers,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*drawn at random")
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_without_resized_embeddings(holder: str, resized: Path, tmp_path: Path) -> None:
+    HOLDERS[holder](with_more_words(resized)).save_pretrained(tmp_path)
+    assert [key.rpartition("registers.")[2] for key in read_header(tmp_path / "adapter_model.safetensors")] == [
+        "register_adapter_tokens.weight"
+    ]
+    PeftModel.from_pretrained(with_more_words(resized), tmp_path)
+
+
+@pytest.mark.parametrize("holder", [name for name in HOLDERS if name != "transformers"])
+def test_embedding_layers_are_refused(holder: str, tmp_path: Path) -> None:
+    model = HOLDERS[holder](build("vit"))
+    with pytest.raises(ValueError, match="save_embedding_layers=True is not offered for registers"):
+        model.save_pretrained(tmp_path / "out", save_embedding_layers=True)
+    assert not list(tmp_path.glob("out/adapter_*"))
+    with pytest.raises(ValueError, match="save_embedding_layers=True is not offered for registers"):
+        get_peft_model_state_dict(model, save_embedding_layers=True)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "composed"])
+@pytest.mark.parametrize("options", [{}, {"key_value": True, "gate": -1.0}], ids=["tokens", "gate"])
+def test_of_double_precision(options: dict[str, Any], together: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = RegisterConfig(init_std=1.0, **options)
+    base = build("vit", dtype=torch.float64)
+    model: Any = compose(base, {"default": config}) if together else get_peft_model(base, config)
+    model.eval().save_pretrained(tmp_path)
+    inputs = {key: value.double() for key, value in make_inputs("vit").items()}
+    load: Any = load_adapters if together else PeftModel.from_pretrained
+    loaded = load(build("vit", dtype=torch.float64), tmp_path).eval()
+    assert_identical(run(loaded, inputs), run(model, inputs))
+    single = load(build("vit"), tmp_path).eval()
+    expected = {key: value.float() for key, value in run(model, inputs).items()}
+    torch.testing.assert_close(run(single, make_inputs("vit")), expected, rtol=1e-4, atol=1e-5)
