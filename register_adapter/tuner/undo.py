@@ -102,8 +102,8 @@ def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: lis
     own = (f".register_adapter_tokens.{adapter_name}.", f".modules_to_save.{adapter_name}.")
     if not before:
         before = [Before(model)]
-    tensors = [(key, value) for key, value in model.state_dict(keep_vars=True).items() if not value.is_meta]
-    values = [(value, value.detach().clone()) for key, value in tensors if any(part in key for part in own)]
+    tensors = [item for item in (*model.named_parameters(), *model.named_buffers()) if not item[1].is_meta]
+    values = [(value, value.detach().clone()) for key, value in tensors if any(part in f".{key}" for part in own)]
     try:
         yield
     except BaseException as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..heads import HeadLabels
 from ..registers import Placement, RegisterTokens, Segment
 from .attention import AttentionHooks, reads_implementation
 from .base import ATTACHING
@@ -28,6 +31,7 @@ class Choice(AttentionHooks):
     register_adapter_tokens: nn.ModuleDict
     placements: dict[str, Placement]
     training: bool
+    labels: HeadLabels
     _active_adapter: str | list[str]
     _disable_adapters: bool
     #: Number of contexts, of any threads, in which no registers take part.
@@ -181,11 +185,34 @@ class Choice(AttentionHooks):
             )
         if ragged:
             self._enter_attention()
-        before, self.call.images = self.call.images, list(adapter_names)
+        images = list(adapter_names)
+        handles = self._head_hooks(images)
+        before, self.call.images = self.call.images, images
         try:
             yield
         finally:
             self.call.images = before
+            for handle in handles:
+                handle.remove()
+
+    def _head_hooks(self, images: list[str]) -> list[Any]:
+        """Hooks on the modules of ``modules_to_save``, of which each image has its adapter's own, as in PEFT."""
+        inside = set(map(id, self.tower.module.modules()))
+        around = self.labels.model or self.tower.module
+        return [
+            module.register_forward_hook(partial(self._head_hook, images, id(module) in inside), with_kwargs=True)
+            for module in list(around.modules())
+            if isinstance(module, ModulesToSaveWrapper) and not set(self.names).isdisjoint(module.modules_to_save)
+        ]
+
+    def _head_hook(self, images: list[str], inside: bool, module: Any, args: Any, *rest: Any) -> Any:
+        # Not for another thread's pass, nor for one that runs inside of this one's: its head comes while this one runs.
+        if self.call.images is not images or module.disable_adapters or (self.call.segments is not None and not inside):
+            return None
+        known = set(module.modules_to_save) - self.call.without
+        names = [name if name in known else BASE for name in images]
+        *kwargs, _ = rest  # torch leaves them out for a moment while another thread takes its hook off
+        return module._mixed_batch_forward(*args, adapter_names=names, **(kwargs[0] if kwargs else {}))
 
     @property
     def _cuts_attentions(self) -> bool:
