@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import AdapterFileError
@@ -102,6 +103,7 @@ def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: lis
     own = (f".register_adapter_tokens.{adapter_name}.", f".modules_to_save.{adapter_name}.")
     if not before:
         before = [Before(model)]
+    heads = [f"{path}." for path, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]
     tensors = [item for item in (*model.named_parameters(), *model.named_buffers()) if not item[1].is_meta]
     values = [(value, value.detach().clone()) for key, value in tensors if any(part in f".{key}" for part in own)]
     try:
@@ -112,7 +114,7 @@ def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: lis
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)
-        if isinstance(error, KeyError):  # PEFT's, of a head
+        if isinstance(error, KeyError) and str(error.args[0]).startswith(tuple(heads)):  # PEFT's
             raise AdapterFileError(
                 f"the adapter {adapter_name!r} cannot be loaded: it lacks {error.args[0]!r}, which its "
                 "config has in modules_to_save. Nothing was changed."
