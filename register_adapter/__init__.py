@@ -16,10 +16,11 @@ from typing import Any
 
 
 def _is_command_line() -> bool:
-    """Whether this process is ``register-adapter`` or ``python -m register_adapter``."""
+    """Whether this process is ``register-adapter``, ``python -m register_adapter`` or its ``.train``."""
     script, *arguments = getattr(sys, "argv", None) or [""]
     if script == "-m":  # as long as the interpreter looks for the module, which stands before the module's arguments
-        return sys.orig_argv[-1 - len(arguments) :][:1] in ([__name__], [f"-m{__name__}"])
+        module = sys.orig_argv[-1 - len(arguments) :][:1]
+        return module in [[f"{dash}{name}"] for dash in ("", "-m") for name in (__name__, f"{__name__}.train")]
     return PurePath(script).name in ("register-adapter", "register-adapter.exe")
 
 

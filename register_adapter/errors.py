@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AdapterFileError",
     "BaseModelMismatchError",
+    "Farewell",
     "MissingExtraError",
     "NoArtifactsError",
     "RegisterAdapterError",
@@ -29,6 +30,10 @@ def install_command(extra: str = "", upgrade: bool = False) -> str:
 
 class RegisterAdapterError(Exception):
     """Base class of the package's own errors."""
+
+
+class Farewell(SystemExit):
+    """The end of a process that was interrupted and has said how to go on."""
 
 
 class UnsupportedModelError(RegisterAdapterError, ValueError):

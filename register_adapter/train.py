@@ -1,8 +1,10 @@
 """Train registers: ``accelerate launch -m register_adapter.train --model_name_or_path ... --output_dir ...``."""
 
-from .training.launch import main
-
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    main()
+    from .commands.cli import train_main
+
+    train_main()  # imports the libraries where Ctrl-C ends in a line
+else:
+    from .training.launch import main

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module, metadata
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import RegisterAdapterError, install_command
+from ..errors import Farewell, RegisterAdapterError, install_command
 
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["COMMANDS", "build_app", "main"]
+__all__ = ["COMMANDS", "build_app", "main", "train_main"]
 
 #: Modules of this package with a command each, in the order of the help.
 COMMANDS = ("audit", "probe", "eval", "features", "fit", "train", "study", "export", "demo", "families")
@@ -24,35 +26,68 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run ``register-adapter``; an error that a user can mend ends as one line, without a traceback."""
+    _bounded(_run)
+
+
+def train_main() -> None:
+    """The same for ``python -m register_adapter.train``, which needs no typer."""
+    _bounded(_run_training)
+
+
+def _bounded(run: Callable[[], None]) -> None:
     try:
-        _run()
+        _report(run)
     except KeyboardInterrupt:  # before typer is there, which makes the exit below of it
         _say_interrupted()
         sys.exit(_INTERRUPTED)
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED and _command() != "train":  # which has said how to go on
+        if stop.code == _INTERRUPTED and not isinstance(stop, Farewell):
             _say_interrupted()
         raise
 
 
 def _run() -> None:
     try:
-        Path.cwd()
-    except FileNotFoundError:  # libraries end the process over it, or look for files without a name
-        sys.exit("error: the folder that this was started in has been removed; go to another one (cd)")
-    try:
         import typer  # noqa: F401
     except ImportError:
         sys.exit(f"the command line needs typer and rich: {install_command('cli')}")
+    build_app()()
+
+
+def _run_training() -> None:
+    from .. import testbed  # noqa: F401 - says how shipped models are made
+    from ..training.launch import main as launch
+
+    launch()
+
+
+def _report(run: Callable[[], None]) -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # libraries end the process over it, or look for files without a name
+        sys.exit("error: the folder that this was started in has been removed; go to another one (cd)")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
     try:
-        build_app()()
+        run()
     except (RegisterAdapterError, ValueError, OSError) as error:
-        from ..utils.text import printable
+        from ..utils.text import printable, without_password
 
-        sys.exit(printable(f"error: {_with_flags(str(error))}", keep="\n"))
+        said = f"what is printed cannot be written ({error})" if _is_output_lost() else _with_flags(str(error))
+        sys.exit(printable(f"error: {without_password(said)}", keep="\n"))
+
+
+def _is_output_lost() -> bool:
+    """Whether the standard output still holds what could not be written, such as into a file on a full disk."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # What is in the buffer would be tried again at the process's end, and end in a traceback.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _say_interrupted() -> None:

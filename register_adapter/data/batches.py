@@ -18,7 +18,7 @@ from torch import nn
 from ..towers.calls import as_named
 from ..utils.text import first_few
 from .images import ImageFileError, image_name, load_image, named_folder, walk_files
-from .processing import Batch, Processing
+from .processing import Batch, Processing, check_fits
 from .processors import find_image_processor
 
 __all__ = [
@@ -201,7 +201,9 @@ class ImageBatches:
             raise ValueError(f"a batch has the keys {list(batch)}; {type(module).__name__} takes {names}")
 
         try:
-            for batch in self._whole_batches() if self.ready else self._read():
+            for count, batch in enumerate(self._whole_batches() if self.ready else self._read()):
+                if self._processing is not None and not count:
+                    check_fits(batch.inputs, module, self._processing.processor)
                 yield batch._replace(inputs=place(batch.inputs))
         finally:
             if report:

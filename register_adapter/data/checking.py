@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from tqdm.auto import tqdm
 
-from ..utils.text import first_few
+from ..utils.text import first_few, printable
 from .images import ImageFileError, check_image, image_name
 
-__all__ = ["item_name", "skip_bad"]
+__all__ = ["check_image_column", "check_labels", "item_name", "named_errors", "skip_bad"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,55 @@ def skip_bad(
     if state.is_main_process:
         logger.warning("%d of %d files are bad and skipped: %s", len(lines), len(dataset), first_few(lines))
     return dataset.select([index for index in range(len(dataset)) if index not in faults]), lines
+
+
+@contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Give whatever the library ``datasets`` raises within the name of the data set.
+
+    Raises:
+        ValueError: Something was raised; an ``OSError`` or ``ValueError`` with the name in it passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) and name in str(error):
+            raise
+        cause = error.__cause__ or error  # generating a data set ends with an error that says no more than that
+        said = printable(" ".join(str(cause).split()) or "no message")
+        raise ValueError(f"the data set {name} cannot be read ({type(cause).__name__}: {said:.300})") from error
+
+
+def check_image_column(feature: Any, column: str, name: str) -> None:
+    """Refuse a column that no image can stand in, before anything is read.
+
+    Raises:
+        ValueError: It has numbers, or something else that is no image, no path and no file's content.
+    """
+    kind = getattr(feature, "dtype", "")
+    is_value = isinstance(feature, Value) and kind not in ("string", "large_string", "binary", "large_binary")
+    if is_value or isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"column {column!r} of {name} holds {kind}, and no images, paths or bytes of images; name the column with "
+            "--image-column-name"
+        )
+
+
+def check_labels(data: Dataset, name: str) -> None:
+    """Refuse items without a label now, and not when a run comes to them.
+
+    Raises:
+        ValueError: A label is ``None`` or negative, as in sets for a competition.
+    """
+    if all(label is not None and label >= 0 for label in data.unique("label")):
+        return
+    missing = [index for index, label in enumerate(data["label"]) if label is None or label < 0]
+    if missing:
+        first = ", ".join(map(str, missing[:5])) + (" …" if missing[5:] else "")
+        raise ValueError(
+            f"{len(missing)} of {len(data)} items of {name} have no label (items {first}); "
+            "take them out, name another column with --label-column-name, or train without labels (--objective)"
+        )
 
 
 def item_name(source: Any, index: int) -> str:

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 
 from ..utils.files import check_regular
 from .augmentation import AUGMENTATIONS, Augmentation
-from .checking import item_name, skip_bad
+from .checking import check_image_column, check_labels, item_name, named_errors, skip_bad
 from .folders import read_captioned_folder, read_flat_folder, read_image_folder, split_at_random
 from .images import image_name, load_image, refuse_word
 from .processing import process_image
@@ -95,6 +95,8 @@ class DataArguments:
         if self.verify not in ("full", "header", "none"):
             raise ValueError(f"--verify must be full, header or none, got {self.verify!r}")
         for place in (self.train_dir, self.validation_dir, self.dataset_name):
+            if place == "":
+                raise ValueError("the name of the images is empty; give --train-dir a folder, or --dataset-name a name")
             refuse_word(place)
         self.make_augmentation()
 
@@ -209,7 +211,7 @@ def _from_hub(args: DataArguments, token: str | None, keys: Collection[str]) -> 
     """The training split, and the validation or test split if there is one: columns ``image`` and those of ``keys``."""
     assert args.dataset_name is not None
     check_regular(args.dataset_name, deep=True)
-    with PartialState().main_process_first():
+    with PartialState().main_process_first(), named_errors(args.dataset_name):
         splits = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
     if "train" not in splits:
         raise ValueError(f"{args.dataset_name} has no split 'train'; it has {list(splits)}")
@@ -223,13 +225,17 @@ def _from_hub(args: DataArguments, token: str | None, keys: Collection[str]) -> 
             f"{' and '.join(f'--{key}-column-name' for key in names.values())}"
         )
     renamed = {old: new for old, new in names.items() if old != new}
-    sets = [
-        split.select_columns(list(names)).rename_columns(renamed).cast_column("image", Image(decode=False))
-        for split in chosen
-    ]
-    if "label" in keys:
-        labels = ClassLabel(names=_class_names(chosen[0], args.label_column_name))
-        sets = [split.cast_column("label", labels) for split in sets]
+    check_image_column(chosen[0].features[args.image_column_name], args.image_column_name, args.dataset_name)
+    labels = ClassLabel(names=_class_names(chosen[0], args.label_column_name)) if "label" in keys else None
+    with named_errors(args.dataset_name):
+        sets = [
+            split.select_columns(list(names)).rename_columns(renamed).cast_column("image", Image(decode=False))
+            for split in chosen
+        ]
+        sets = [split.cast_column("label", labels) for split in sets] if labels else sets
+    for split, part in zip(chosen, sets, strict=True):
+        if labels:
+            check_labels(part, f"{args.dataset_name} (split {split.split})")
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -240,6 +246,18 @@ def _from_folder(
     if texts:
         return read_captioned_folder(folder, args.text_column_name)
     return read_image_folder(folder, classes) if labelled else read_flat_folder(folder)
+
+
+def _warn_of_overlap(train: Path, validation: Path) -> None:
+    """Say that what is measured on images that were trained on says nothing of others."""
+    one_of, other = train.resolve(), validation.resolve()
+    if (one_of == other or one_of in other.parents or other in one_of.parents) and PartialState().is_main_process:
+        same = "the same folder" if one_of == other else "one in the other"
+        logger.warning(
+            "--train-dir and --validation-dir are %s: the evaluation is of images that are trained on. Leave out "
+            "--validation-dir for a part that is held out (--train-val-split)",
+            same,
+        )
 
 
 @dataclass
@@ -295,6 +313,7 @@ def load_data(
         folder, validation = args.validation_dir, None
         train = _from_folder(args.train_dir, args, labelled, texts)
         if folder:
+            _warn_of_overlap(Path(args.train_dir), Path(folder))
             validation = _from_folder(
                 folder, args, labelled, texts, train.features["label"].names if labelled else None
             )

@@ -297,6 +297,8 @@ def _reason(source: Any, error: Exception) -> str:
     """Pillow's errors speak of buffers and streams; say what is wrong with the file instead."""
     data = source.get("bytes") if isinstance(source, dict) else source
     path = source.get("path") if isinstance(source, dict) else source
+    if data is None and path is None:
+        return "there is no image"
     size, mode = len(data) if isinstance(data, bytes) else 1, stat.S_IFREG
     if not isinstance(data, bytes) and isinstance(path, str | os.PathLike):
         try:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from ..utils.text import printable
 from .images import ImageFileError
 
-__all__ = ["LARGE", "Batch", "Processing", "process_image", "reduced"]
+__all__ = ["LARGE", "Batch", "Processing", "check_fits", "process_image", "reduced"]
 
 #: Pixels of an image that is processed as it is: beyond what cameras of most phones make.
 LARGE = 2**25
@@ -62,6 +63,34 @@ def reduced(processor: Any, image: Image.Image) -> Image.Image:
         return image
     factor = min(image.size) // (2 * max(sides))
     return image.reduce(factor) if factor > 1 else image
+
+
+def check_fits(made: Batch, module: nn.Module, processor: Any) -> None:
+    """Refuse what a processor made where the model cannot take it, as far as the model's config says.
+
+    Args:
+        made: From :func:`process_image`.
+        module: The model, or its vision tower.
+        processor: For the message.
+
+    Raises:
+        ValueError: There are no pixel values, or they have other channels, or less than a patch.
+    """
+    config, takes = getattr(module, "config", None), inspect.signature(module.forward).parameters
+    who = f"{_called(processor)} is not the image processor of this {type(module).__name__}:"
+    pixels = made if isinstance(made, torch.Tensor) else made.get("pixel_values")
+    if isinstance(made, dict) and "pixel_values" in takes and not isinstance(pixels, torch.Tensor):
+        raise ValueError(f"{who} it makes {', '.join(made)}, and pixel_values are needed; save the model's own with it")
+    if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
+        return
+    channels, patch = (getattr(config, name, None) for name in ("num_channels", "patch_size"))
+    sides = [patch, patch] if isinstance(patch, int) else list(patch or ())[-2:]
+    wrong = isinstance(channels, int) and channels != pixels.shape[1]
+    small = any(isinstance(side, int) and side > got for side, got in zip(sides, pixels.shape[2:], strict=False))
+    if wrong or small:
+        needed = f"{channels} channels" if wrong else f"at least the {sides[0]} × {sides[1]} of a patch"
+        made_of = f"{pixels.shape[1]} channels" if wrong else f"{pixels.shape[2]} × {pixels.shape[3]} pixels"
+        raise ValueError(f"{who} it makes images of {made_of}, and {needed} are needed; save the model's own with it")
 
 
 class Processing:

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor
 
 from ..towers.tower import Tower
 from ..utils.files import check_regular
-from ..utils.models import require_model
+from ..utils.models import loading, require_model
 from ..utils.shipped import local_folder
 
 __all__ = ["find_image_processor", "load_image_processor", "normalisation_of", "source_of"]
@@ -52,13 +52,14 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
 
     Raises:
         HubAccessError: There is no model of that name at all.
-        ValueError: The folder or repository holds no image processor.
+        ValueError: The folder or repository holds no image processor, or a damaged one.
         OSError: A pipe, a socket or a device is in the folder.
     """
     folder = local_folder(name_or_path)
     check_regular(folder)
     try:
-        return AutoImageProcessor.from_pretrained(folder, **kwargs)
+        with loading(name_or_path, "image processor"):
+            return AutoImageProcessor.from_pretrained(folder, **kwargs)
     except OSError as error:
         require_model(name_or_path, **kwargs)
         raise ValueError(

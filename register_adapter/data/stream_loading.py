@@ -9,7 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image, load_dataset
 
 from ..utils.files import check_regular
-from .checking import skip_bad
+from .checking import check_image_column, check_labels, named_errors, skip_bad
 from .datasets import Data, DataArguments
 
 __all__ = ["load_stream"]
@@ -46,7 +46,8 @@ def load_stream(
     """
     name = str(args.dataset_name)
     check_regular(name, deep=True)
-    splits = load_dataset(name, args.dataset_config_name, token=token, streaming=True)
+    with named_errors(name):
+        splits = load_dataset(name, args.dataset_config_name, token=token, streaming=True)
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train'; it has {list(splits)}")
     keys = ["image", *(["label"] if labelled else []), *(["text"] if texts else [])]
@@ -54,8 +55,14 @@ def load_stream(
     other = next((key for key in ("validation", "test") if key in splits), None)
     wanted = args.max_eval_samples or _EVALUATED
     source = train if other is None else _with_columns(splits[other], args, keys)
-    held_out = list(islice(iter(source), wanted))
+    with named_errors(name):
+        held_out = list(islice(iter(source), wanted))
     if other is None:
+        if 0 < len(held_out) < wanted:
+            raise ValueError(
+                f"{name} has one split with {len(held_out)} images, and the first {wanted} are for the evaluation: "
+                f"none is left to train on. Give --max-eval-samples a number below {len(held_out)}"
+            )
         train = train.skip(len(held_out))
     if args.max_train_samples is not None:
         train = train.take(args.max_train_samples)
@@ -66,6 +73,8 @@ def load_stream(
     if args.verify != "none":
         decode = args.verify == "full"
         validation, skipped = skip_bad(validation, "image", decode, args.strict, num_workers, progress)
+    if labelled:
+        check_labels(validation, name)
     labels = list(train.features["label"].names) if labelled else []
     return Data(train, validation, labels, skipped, name, name)
 
@@ -80,6 +89,7 @@ def _with_columns(stream: Any, args: DataArguments, keys: Collection[str]) -> An
             f"{args.dataset_name} has no columns {missing}; it has {list(features)}. Name them with "
             f"{' and '.join(f'--{key}-column-name' for key in keys)}"
         )
+    check_image_column(features[columns["image"]], columns["image"], str(args.dataset_name))
     if "label" in keys and not isinstance(features[columns["label"]], ClassLabel):
         raise ValueError(
             f"column {columns['label']!r} ({features[columns['label']]}) does not name its classes, which a stream is "

@@ -148,6 +148,11 @@ def fit_test_time_registers(
         parts = team.each(lambda: Parts(source))
         search = Search(opened.tower, sizes, resolved, rule_name(rule), given, top_block, most, team)
         views, top, candidates = search.run(parts)
+    if num_neurons is not None and len(candidates) < num_neurons:
+        raise ValueError(
+            f"num_neurons={num_neurons}, and up to block {top} there are {len(candidates)} neurons to choose from; "
+            "give fewer, or leave it out for the fewest that repair the images"
+        )
     adapter = _Adapter(
         model,
         num_registers,

@@ -118,7 +118,8 @@ class Tower:
     @property
     def missing(self) -> list[str]:
         """Names of the hook points that the anatomy describes and the module does not have."""
-        absent = [field for field in ("embeddings", "remove", "blocks") if self.part(field) is None]
+        parts = {field: self.part(field) for field in ("embeddings", "remove", "blocks")}
+        absent = [field for field, part in parts.items() if part is None or (field == "blocks" and not len(part))]
         if self.anatomy.method_counter and self.part("method_counter") is None:
             absent.append("method_counter")
         for field in ("pass_methods", "methods", "counted_methods"):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging
 
 from ..utils.files import check_regular
-from ..utils.models import require_model
+from ..utils.models import loading, require_model
 from ..utils.shipped import local_folder
 from .moving import Moving, put_on
 from .objectives import Objective
@@ -34,13 +34,14 @@ def load_base(objective: Objective, name_or_path: str, **kwargs: Any) -> nn.Modu
 
     Raises:
         HubAccessError: There is no model of that name.
-        ValueError: The checkpoint lacks weights that the objective builds on.
+        ValueError: The checkpoint lacks weights that the objective builds on, or its files are damaged.
         OSError: It cannot be read.
     """
     folder = local_folder(name_or_path)
     check_regular(folder)
     require_model(name_or_path, **kwargs)
-    base, info, may_be_new = BASES[objective.base](folder, **objective.base_options, **kwargs)
+    with loading(name_or_path):
+        base, info, may_be_new = BASES[objective.base](folder, **objective.base_options, **kwargs)
     objective.check_base(base)
     _check_loaded(base, info, name_or_path, may_be_new, bool(objective.base_options.get("freeze_head")))
     return base

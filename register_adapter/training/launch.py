@@ -18,15 +18,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from transformers import HfArgumentParser
 
 from ..data.datasets import DataArguments, PixelBatches, ProcessedDataset, load_data
+from ..data.processing import check_fits, process_image
 from ..data.processors import load_image_processor
 from ..data.stream_loading import load_stream
 from ..data.streaming import StreamedDataset
-from ..errors import RegisterAdapterError
+from ..errors import Farewell, RegisterAdapterError
 from ..neurons import Start, fit_test_time_registers, start_from, start_from_outliers
+from ..towers.tower import find_towers
 from ..tuner.composed import load_adapters
 from ..tuner.composed.folder import holds_several
 from ..tuner.config import RegisterConfig
@@ -35,7 +38,7 @@ from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
 from ..utils.shipped import full_name
 from ..utils.staging import check_target, check_writable
-from ..utils.text import printable
+from ..utils.text import printable, without_password
 from .arguments import TrainArguments
 from .bases import load_base, wrap
 from .callbacks import AnnealNeurons
@@ -43,7 +46,15 @@ from .flags import ModelArguments, config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
 from .last_words import farewell, summarise
 from .objectives import OBJECTIVES, ClassificationObjective, Objective
-from .objectives.flags import add_objective_flags, added_terms, early_value, make_objective, needed_keys, objective_of
+from .objectives.flags import (
+    add_objective_flags,
+    added_terms,
+    early_value,
+    make_objective,
+    needed_keys,
+    objective_of,
+    takers_of,
+)
 from .run_lock import folder_lock
 from .saving import check_output_dir
 from .setup import check_streamed, use_cpu
@@ -90,7 +101,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
         except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:
             # A mistake of the user's, not of the program's: no traceback.
             if state.is_main_process:
-                logger.error("%s", error)
+                logger.error("%s", without_password(str(error)))
             sys.exit(1)
         except KeyboardInterrupt as error:
             stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
@@ -98,12 +109,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
                 logger.error("%s", farewell(stop, args, prog, argv))
             # The traceback holds the loaders, whose workers would be waited for at the process's end.
             stop.with_traceback(None)
-            sys.exit(stop.exit_code)
+            raise Farewell(stop.exit_code) from None
     state.destroy_process_group()
     if state.is_main_process:
-        if flags.json:
+        if flags.json and sys.stdout is not None:
             sys.stdout.write(json.dumps(results, indent=1) + "\n")
-        elif not args.quiet:
+        elif not args.quiet and sys.stdout is not None:  # closed by whoever started the run
             sys.stdout.write(summarise(results, str(args.output_dir)) + "\n")
     return results
 
@@ -154,7 +165,7 @@ def _parse(
         # Names only: a value may be a token.
         unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
         if rest:
-            listed = ", ".join(name + did_you_mean(name, parser) for name in unknown) or "a value without a flag"
+            listed = ", ".join(name + _advice(name, parser) for name in unknown) or "a value without a flag"
             raise ValueError(f"unrecognised arguments: {listed}")
         model_args, data_args, args, flags = parsed
         if args.output_dir is None:
@@ -169,6 +180,12 @@ def _parse(
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     return model_args, data_args, args, flags
+
+
+def _advice(name: str, parser: HfArgumentParser) -> str:
+    """Which objectives have the flag, or what it may be a misspelling of."""
+    takers = takers_of(name)
+    return f" (a flag of --objective {' or '.join(takers)})" if takers else did_you_mean(name, parser)
 
 
 def _check_store(store: str | None, others: Sequence[str | None]) -> None:
@@ -221,6 +238,7 @@ def _train(
         data = load_data(data_args, args.seed, workers, progress=shown, labelled=labelled, texts=texts)
     objective = make_objective(model_args.objective, Namespace(**vars(flags), seed=args.seed), data.labels)
     base = load_base(objective, model_args.model_name_or_path, revision=revision)
+    _check_processor(image_processor, base)
     augmentation = data_args.make_augmentation(args.seed)
     train_data: Any
     if data_args.streaming:
@@ -250,6 +268,14 @@ def _train(
         interruption=interruption,
         callbacks=[AnnealNeurons()] if model_args.neurons == "anneal" else [],
     )
+
+
+def _check_processor(processor: Any, base: nn.Module) -> None:
+    """Refuse a processor of another model before anything is computed."""
+    tower = next(find_towers(base), None)
+    if tower is not None:
+        blank = Image.new("RGB", (256, 256), "grey")
+        check_fits(process_image(processor, blank, "a grey image"), tower.module, processor)
 
 
 def _wrap(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,41 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ..errors import RegisterAdapterError
 from .hub import CONFIG_NAME, MANIFEST_NAME, OFFLINE, HubAccessError, hub_errors
 from .shipped import is_shipped
+from .text import printable
 
-__all__ = ["require_model"]
+__all__ = ["loading", "require_model"]
 
 _CONFIG = "config.json"
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+@contextmanager
+def loading(name: str, what: str = "model") -> Iterator[None]:
+    """Turn whatever a library raises over damaged or odd files into one line that names their folder.
+
+    Args:
+        name: Folder or name that is loaded within the context.
+        what: What it is.
+
+    Raises:
+        ValueError: Something was raised within. The package's own errors, and a ``ValueError`` or ``OSError`` that
+            names the folder already, pass as they are.
+    """
+    try:
+        yield
+    except RegisterAdapterError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError | ValueError) and name in str(error):
+            raise
+        said = printable(next(filter(None, map(str.strip, str(error).splitlines())), "no message"))
+        raise ValueError(
+            f"the {what} in '{printable(name)}' cannot be loaded: its files are damaged, do not belong together or are "
+            f"of another kind ({type(error).__name__}: {said:.300}). Fetch or save it again"
+        ) from error
 
 
 def require_model(name: str, **options: Any) -> None:

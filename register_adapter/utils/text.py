@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["first_few", "path_text", "printable"]
+__all__ = ["first_few", "path_text", "printable", "without_password"]
 
 #: Controls, formats (among them what turns the direction of writing), halves of surrogate pairs, line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _SHOWN = 20
+#: A user name and a password in an address, which loses a slash where it is taken for a path.
+_LOGIN = re.compile(r"(?<=:/)(/?)[^/\s:@]*:[^/\s@]+@")
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -30,6 +33,11 @@ def printable(text: object, keep: str = "") -> str:
         return text
     safe = (char in keep or unicodedata.category(char) not in _UNSAFE for char in text)
     return "".join(char if shown else _escaped(char) for char, shown in zip(text, safe, strict=True))
+
+
+def without_password(text: str) -> str:
+    """Text in which addresses such as ``https://user:password@host`` have neither."""
+    return _LOGIN.sub(r"\1", text)
 
 
 def path_text(path: str | os.PathLike[str]) -> str:

@@ -17,7 +17,7 @@ from ...testbed import MosaicDataset, SceneDataset, load_shipped
 from ...testbed.grown import RECIPES
 from ...tuner.composed import load_onto
 from ...utils.files import check_regular
-from ...utils.models import require_model
+from ...utils.models import loading, require_model
 from ...utils.shipped import full_name, is_shipped, shipped_processor
 from .open_clip_models import is_open_clip, load_open_clip, open_clip_transform
 
@@ -39,6 +39,7 @@ def load_base(name: str) -> nn.Module:
 
     Raises:
         OSError: There is no such model, or its folder holds something that is not a regular file.
+        ValueError: Its files are damaged or do not belong together.
     """
     name = full_name(name)
     if is_shipped(name):
@@ -48,11 +49,13 @@ def load_base(name: str) -> nn.Module:
         return load_open_clip(name)
     check_regular(name)
     require_model(name)
-    config = transformers.AutoConfig.from_pretrained(name)
-    # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
-    saved = (getattr(config, "architectures", None) or [""])[0]
-    kind: Any = getattr(transformers, saved, transformers.AutoModel)
-    model: nn.Module = kind.from_pretrained(name).eval()
+    with loading(name):
+        config = transformers.AutoConfig.from_pretrained(name)
+        # The class that was saved, so that no weight of a head is missing where an adapter looks for it.
+        saved = getattr(transformers, str((getattr(config, "architectures", None) or [""])[0]), None)
+        is_model = isinstance(saved, type) and issubclass(saved, transformers.PreTrainedModel)
+        kind: Any = saved if is_model else transformers.AutoModel
+        model: nn.Module = kind.from_pretrained(name).eval()
     return model
 
 

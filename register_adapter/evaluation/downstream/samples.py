@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ...data.folders import read_image_folder
-from ...data.images import image_name
+from ...data.images import check_image, image_name
 from ...utils.files import open_regular
 
 __all__ = ["LabelledImages", "digest_of", "label_images", "name_of", "refuse_leaks"]
@@ -133,14 +133,16 @@ def refuse_leaks(train: Sequence[Any], test: Sequence[Any], progress: bool = Fal
         return
     with tqdm(total=len(train) + len(test), desc="compare files", unit="image", disable=not progress) as bar:
 
-        def digests(images: Sequence[Any]) -> Iterator[tuple[str, str]]:
+        def digests(images: Sequence[Any]) -> Iterator[tuple[str, int]]:
             for number, image in enumerate(images):
                 bar.update()
                 if _size_of(image) in both:
-                    yield digest_of(image), name_of(image, number)
+                    yield digest_of(image), number
 
         learned = dict(digests(train))
-        shared = [(name, learned[digest]) for digest, name in digests(test) if digest in learned]
+        pairs = [(number, learned[digest]) for digest, number in digests(test) if digest in learned]
+    # Damaged files, such as empty ones, are like each other; they are left out later.
+    shared = [(name_of(test[a], a), name_of(train[b], b)) for a, b in pairs if not _is_bad(test[a])]
     if shared:
         named = "; ".join(name if name == other else f"{name} is {other}" for name, other in shared[:5])
         raise ValueError(
@@ -169,6 +171,10 @@ def digest_of(image: Any) -> str:
         except OSError:
             digest.update(name_of(image, 0).encode())
     return digest.hexdigest()
+
+
+def _is_bad(image: Any) -> bool:
+    return not isinstance(image, torch.Tensor) and check_image(image) is not None
 
 
 def _size_of(image: Any) -> Hashable:

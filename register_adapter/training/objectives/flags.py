@@ -14,7 +14,15 @@ from .base import Objective
 from .classification import ClassificationObjective
 from .terms import Term, WeightedTerms
 
-__all__ = ["add_objective_flags", "added_terms", "early_value", "make_objective", "needed_keys", "objective_of"]
+__all__ = [
+    "add_objective_flags",
+    "added_terms",
+    "early_value",
+    "make_objective",
+    "needed_keys",
+    "objective_of",
+    "takers_of",
+]
 
 
 def early_value(argv: Sequence[str], flag: str) -> str | None:
@@ -58,6 +66,18 @@ def add_objective_flags(parser: ArgumentParser, objective: str, added: Sequence[
     for name in _addable_terms(objective):
         flags = dict.fromkeys((f"--{_hyphened(name)}", f"--{name}"))
         parser.add_argument(*flags, type=_weight, metavar="WEIGHT", help=f"Add the term {name} with this weight.")
+
+
+def takers_of(flag: str) -> list[str]:
+    """Names of the objectives that take a flag, which others do not have."""
+    wanted, takers = f"--{_hyphened(flag.lstrip('-'))}", []
+    for name in OBJECTIVES:
+        parser = ArgumentParser(add_help=False)
+        OBJECTIVES[name].add_arguments(parser)
+        known = {_hyphened(option) for option in parser._option_string_actions}
+        weights = {f"--{_hyphened(term)}" for term in _addable_terms(name)}
+        takers += [name] if wanted in known | weights else []
+    return takers
 
 
 def make_objective(name: str, flags: Namespace, labels: Sequence[str]) -> Objective:
