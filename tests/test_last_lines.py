@@ -19,15 +19,13 @@ from register_adapter.training.objectives.flags import takers_of
 from register_adapter.utils.text import without_password
 
 
-class FullDisk(io.StringIO):
-    """A file on a full disk."""
-
-    def flush(self) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def fail(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_behind_the_output_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", FullDisk())
+@pytest.mark.parametrize("method", ["write", "flush"], ids=["unbuffered", "buffered"])
+def test_a_full_disk_behind_the_output_is_named(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", type("FullDisk", (io.StringIO,), {method: fail})())
     assert (
         call(monkeypatch, "families") == "error: what is printed cannot be written ([Errno 28] No space left on device)"
     )

@@ -74,13 +74,16 @@ def _report(run: Callable[[], None]) -> None:
     except (RegisterAdapterError, ValueError, OSError) as error:
         from ..utils.text import printable, without_password
 
-        said = f"what is printed cannot be written ({error})" if _is_output_lost() else _with_flags(str(error))
+        said = f"what is printed cannot be written ({error})" if _is_output_lost(error) else _with_flags(str(error))
         sys.exit(printable(f"error: {without_password(said)}", keep="\n"))
 
 
-def _is_output_lost() -> bool:
-    """Whether the standard output still holds what could not be written, such as into a file on a full disk."""
+def _is_output_lost(error: Exception) -> bool:
+    """Whether an error is that of the standard output, such as of one into a file on a full disk."""
+    if not isinstance(error, OSError) or error.filename is not None or error.errno is None:
+        return False  # errors of other files have their names
     try:
+        sys.stdout.write("\n")
         sys.stdout.flush()
     except (OSError, ValueError):
         # What is in the buffer would be tried again at the process's end, and end in a traceback.

@@ -201,9 +201,7 @@ class ImageBatches:
             raise ValueError(f"a batch has the keys {list(batch)}; {type(module).__name__} takes {names}")
 
         try:
-            for count, batch in enumerate(self._whole_batches() if self.ready else self._read()):
-                if self._processing is not None and not count:
-                    check_fits(batch.inputs, module, self._processing.processor)
+            for batch in self._whole_batches() if self.ready else self._read(module):
                 yield batch._replace(inputs=place(batch.inputs))
         finally:
             if report:
@@ -224,15 +222,12 @@ class ImageBatches:
             number = batch_length(batch)
             if self.max_images is not None and start + number > self.max_images:
                 left = self.max_images - start
-                batch, labels, number = (
-                    slice_batch(batch, slice(left), number),
-                    None if labels is None else labels[:left],
-                    left,
-                )
+                batch, number = slice_batch(batch, slice(left), number), left
+                labels = None if labels is None else labels[:left]
             yield Labelled(batch, range(start, start + number), labels)
             start += number
 
-    def _read(self) -> Iterator[Labelled]:
+    def _read(self, module: nn.Module) -> Iterator[Labelled]:
         numbered = enumerate(islice(self._items, self.max_images))
         waiting: deque[Future[_Made]] = deque()
         good = failures = 0
@@ -249,6 +244,8 @@ class ImageBatches:
                     refuse_bad(made.faults)
                 failures += made.failures
                 if made.batch is not None:
+                    if not good and self._processing is not None:
+                        check_fits(made.batch.inputs, module, self._processing.processor)
                     good += len(made.batch.numbers)
                     yield made.batch
                 elif not good and failures >= _FAILURES:

@@ -112,10 +112,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             raise Farewell(stop.exit_code) from None
     state.destroy_process_group()
     if state.is_main_process:
-        if flags.json and sys.stdout is not None:
-            sys.stdout.write(json.dumps(results, indent=1) + "\n")
-        elif not args.quiet and sys.stdout is not None:  # closed by whoever started the run
-            sys.stdout.write(summarise(results, str(args.output_dir)) + "\n")
+        said = json.dumps(results, indent=1) if flags.json else summarise(results, str(args.output_dir))
+        if sys.stdout is not None and (flags.json or not args.quiet):  # None: closed by whoever started the run
+            sys.stdout.write(said + "\n")
+            sys.stdout.flush()
     return results
 
 
