@@ -635,9 +635,12 @@ def test_batches_that_rank_are_let_go() -> None:
 
 
 @pytest.mark.slow
-def test_more_neurons_than_there_are_can_be_asked_for() -> None:
+def test_all_neurons_that_there_are_can_be_asked_for() -> None:
     planted, pixels = load_planted_vit(), scenes(48, 5)[0]
-    model = fit(load_planted_vit().model, pixels, num_neurons=10**6, remove="mean")
-    neurons = neurons_of(model)
     width = planted.model.config.intermediate_size
+    most = width * (planted.block + 1)
+    with pytest.raises(ValueError, match=f"there are {most} neurons to choose from"):
+        fit(load_planted_vit().model, pixels, num_neurons=most + 1, remove="mean")
+    model = fit(load_planted_vit().model, pixels, num_neurons=most, remove="mean")
+    neurons = neurons_of(model)
     assert {block: len(units) for block, units in neurons.items()} == dict.fromkeys(range(planted.block + 1), width)
