@@ -5,8 +5,8 @@
 The shipped ViT, and the tasks of `register-adapter eval` with their default settings but for the number of images and
 of the patches that are learned from, and ridge regression for depth, which is quicker. A row is one model with one
 seed, which draws all images (those that a repair is fitted or trained on, those that a task learns from, those that it
-is measured on) and is that of the training. Arms are those of the repair benchmark. The test bed has no model with a
-text tower, so there is no zero-shot classification here.
+is measured on) and is that of the training. Arms are those of the repair benchmark. Zero-shot classification is by a
+text tower that learned what the clean twin says of images (`text_tower.py`); the repairs are not shown to it.
 
 Rows are written as they come; what is in the file already, of the same config, is not run again.
 """
@@ -28,6 +28,7 @@ from repair import TRAIN_SEED
 from repair_arms import ARMS, TEACHERS, Arm
 from repair_models import CASES, pixels_of
 from tables import cell, merge_rows, put_between, row_key, write_report
+from text_tower import TextTower
 from tqdm.auto import tqdm
 
 from register_adapter.evaluation import (
@@ -36,13 +37,14 @@ from register_adapter.evaluation import (
     evaluate_knn,
     evaluate_linear,
     evaluate_segmentation,
+    evaluate_zero_shot,
 )
 from register_adapter.evaluation.discovery import boxed_scenes
 from register_adapter.evaluation.downstream import LabelledImages, LinearFeature, distance_scenes, mask_scenes
 from register_adapter.testbed import LABELS, SceneDataset, load_image_processor
 
-#: Seeds of the scenes that tasks learn from and are measured on, plus ten times the run's seed.
-LEARN_SEED, ASK_SEED = 40_001, 40_002
+#: Seeds of the scenes that tasks learn from, are measured on, and that have captions, plus ten times the run's seed.
+LEARN_SEED, ASK_SEED, CAPTION_SEED = 40_001, 40_002, 40_003
 #: Arms of the repair benchmark that stand here, in the table's order; those of training have what taught them in front.
 REPAIRS = (
     "planted model",
@@ -65,6 +67,7 @@ COLUMNS = (
     ("linear, CLS + patch mean, %", "linear_mean", 100, 1),
     ("segmentation, mIoU, %", "segmentation", 100, 1),
     ("depth, rmse ↓", "depth", 1, 4),
+    ("zero-shot, %", "zero_shot", 100, 1),
     ("LOST, CorLoc, %", "lost", 100, 1),
     ("TokenCut, CorLoc, %", "tokencut", 100, 1),
 )
@@ -103,15 +106,18 @@ class Tasks:
     Args:
         learn: Number of images that are learned from.
         ask: Number of images that are measured on.
+        captions: Number of images with captions, that the text tower learns from.
+        twin: The clean model.
         seed: Of the run.
     """
 
-    def __init__(self, learn: int, ask: int, seed: int) -> None:
+    def __init__(self, learn: int, ask: int, captions: int, twin: Any, seed: int) -> None:
         sets: Any = Scenes(learn, LEARN_SEED + 10 * seed, "train"), Scenes(ask, ASK_SEED + 10 * seed, "test")
         self._labelled = [part.labelled() for part in sets]
         self._masks = [mask_scenes(part) for part in sets]
         self._distances = [distance_scenes(part) for part in sets]
         self._boxed = boxed_scenes(sets[1])
+        self._tower = TextTower(twin, *pixels_of(captions, CAPTION_SEED + 10 * seed), seed)
 
     def measure(self, model: Any) -> dict[str, float]:
         """A figure for each of :data:`COLUMNS`."""
@@ -121,8 +127,10 @@ class Tasks:
         linear = evaluate_linear({"model": model}, *self._labelled, features=wanted, **common)
         masks = evaluate_segmentation({"model": model}, *self._masks, tokens_per_image=TOKENS, **common)
         depth = evaluate_depth({"model": model}, *self._distances, head="ridge", tokens_per_image=TOKENS, **common)
+        pair = self._tower.beside(model)
+        named = evaluate_zero_shot({"model": pair}, self._labelled[1], tokenizer=self._tower.tokenize, **common)
         objects = evaluate_discovery({"model": model}, self._boxed, sweep=None, **common)
-        values = [row.score.value for report in (knn, linear, masks, depth) for row in report.rows]
+        values = [row.score.value for report in (knn, linear, masks, depth, named) for row in report.rows]
         values += [row.corloc.value for row in objects.rows]
         return {key: round(value, 5) for (_, key, *_), value in zip(COLUMNS, values, strict=True)}
 
@@ -189,12 +197,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps of 16 images")
     parser.add_argument("--learn", type=int, default=192, help="scenes that tasks learn from")
     parser.add_argument("--ask", type=int, default=128, help="scenes that they are measured on")
+    parser.add_argument("--captions", type=int, default=960, help="scenes that the text tower learns from")
     parser.add_argument("--out", type=Path, default=Path("downstream.json"))
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="take over these reports' rows, run nothing")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    config = {"steps": args.steps, "batch": 16, "learn": args.learn, "ask": args.ask, "tokens_per_image": TOKENS}
+    config = {"steps": args.steps, "batch": 16, "learn": args.learn, "ask": args.ask, "captions": args.captions}
+    config["tokens_per_image"] = TOKENS
     order = [arm.name for arm in arms()]
     rows = merge_rows([args.out, *args.merge], config)
     rows.sort(key=lambda row: (row["seed"], order.index(row["arm"])))
@@ -210,7 +220,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             bar.update(len(wanted) - len(left))
             if not left:
                 continue
-            case, tasks = make(), Tasks(args.learn, args.ask, seed)
+            case = make()
+            tasks = Tasks(args.learn, args.ask, args.captions, case.twin, seed)
             pixels, labels = pixels_of(args.steps * 16, TRAIN_SEED + seed)
             for arm in left:
                 bar.set_postfix_str(f"{arm.name}, seed {seed}")
