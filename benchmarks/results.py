@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from rich.table import Table
 from tables import put_between, row_key, write_report
 from tqdm.auto import tqdm
 
+from register_adapter.utils.environment import git_commit
+
 __all__ = ["main", "render"]
 
 HERE = Path(__file__).parent
@@ -51,6 +54,7 @@ TOLERANCES = {
     "knn": 0.03,
     "linear": 0.03,
     "segmentation": 0.03,
+    "zero_shot": 0.03,
     "tokencut": 0.03,
     "contents_at_outliers": 0.1,
     "task_loss": 0.0005,
@@ -92,6 +96,17 @@ STEPS = (
     _grown("mosaics"),
     Step("ablation-flops.json", ("ablations.py", "benchmarks/ablations/flops.json")),
 )
+
+
+def forget_others(scratch: Path) -> None:
+    """Remove reports that were computed at another commit: they are of other code, and perhaps of other settings."""
+    mark, commit = scratch / "commit", str(git_commit())
+    scratch.mkdir(parents=True, exist_ok=True)
+    if not mark.exists() or mark.read_text("utf-8") != commit:
+        for number, step in enumerate(STEPS):
+            (scratch / f"{number}-{step.report}").unlink(missing_ok=True)
+            shutil.rmtree(scratch / f"{number}", ignore_errors=True)
+    mark.write_text(commit, "utf-8")
 
 
 def compute(step: Step, number: int, scratch: Path) -> Path:
@@ -156,9 +171,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="steps at a time, default one a core")
     parser.add_argument("--render", action="store_true", help="compute nothing")
     args = parser.parse_args(argv)
-    args.scratch.mkdir(parents=True, exist_ok=True)
     figures: list[dict[str, Any]] = []
     if not args.render:
+        forget_others(args.scratch)
         with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(STEPS), unit="step") as bar:
             running = [pool.submit(compute, step, number, args.scratch) for number, step in enumerate(STEPS)]
             for step, future in zip(STEPS, running, strict=True):
