@@ -190,11 +190,7 @@ def _whole(folder: Path, recipe: Recipe, seeds: list[int], seed: int) -> GrownMo
 @torch.no_grad()
 def measured(folder: Path, run: dict[str, Any], seed: int) -> dict[str, Any] | None:
     """A row, or ``None`` for a model without outliers."""
-    told = run["recipe"]["task"]
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in told.items()
-    }
-    task = MosaicTask(**settings)
+    task = MosaicTask.from_dict(run["recipe"]["task"])
     shares = run["curves"][-1]["seeds"][run["seeds"].index(seed)]["outliers"]
     if max(shares) < LEAST:
         return None

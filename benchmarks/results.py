@@ -103,16 +103,15 @@ def forget_others(scratch: Path) -> None:
     mark, commit = scratch / "commit", str(git_commit())
     scratch.mkdir(parents=True, exist_ok=True)
     if not mark.exists() or mark.read_text("utf-8") != commit:
-        for number, step in enumerate(STEPS):
-            (scratch / f"{number}-{step.report}").unlink(missing_ok=True)
-            shutil.rmtree(scratch / f"{number}", ignore_errors=True)
+        for number in range(len(STEPS)):
+            shutil.rmtree(scratch / str(number), ignore_errors=True)
     mark.write_text(commit, "utf-8")
 
 
 def compute(step: Step, number: int, scratch: Path) -> Path:
     """Run one step, and name its report; what its report has already is not computed again."""
-    out = scratch / f"{number}-{step.report}"
-    folder = scratch / f"{number}"
+    folder = scratch / str(number)
+    out = folder / step.report
     where = ("--results", str(folder)) if step.command[0] == "ablations.py" else ("--out", str(out))
     script, *options = step.command
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -125,7 +124,7 @@ def compute(step: Step, number: int, scratch: Path) -> Path:
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    return folder / step.report if step.command[0] == "ablations.py" else out
+    return out
 
 
 def compare(step: Step, path: Path) -> Iterator[dict[str, Any]]:

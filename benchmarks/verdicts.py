@@ -111,12 +111,10 @@ def since(folder: Path | None) -> Iterator[Subject]:
     for path in sorted(folder.glob("*/seed-*")) if folder is not None else ():
         run, seed = path.parent.name, int(path.name.removeprefix("seed-"))
         told = json.loads((path.parent / "curves.json").read_text("utf-8"))["recipe"]["task"]
-        own: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+        pixels = partial(_images_of, MosaicTask.from_dict(told))
         kind = f"{SINCE}, {'with' if _has_artifacts(run, seed) else 'without'} artifacts"
         make = partial(_backbone, read_grown, path)
-        yield Subject(
-            kind, f"{run}/{path.name}", _has_artifacts(run, seed), make, partial(_images_of, MosaicTask(**own))
-        )
+        yield Subject(kind, f"{run}/{path.name}", _has_artifacts(run, seed), make, pixels)
 
 
 def _images_of(task: MosaicTask) -> torch.Tensor:

@@ -19,11 +19,11 @@ def results(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_reports_of_another_commit_are_forgotten(results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "mine.json"
-    report = tmp_path / f"0-{results.STEPS[0].report}"
-    for path in (own, report):
-        path.write_text("{}")
+    report = tmp_path / "0" / results.STEPS[0].report
+    own.write_text("{}")
     for commit, is_kept in (("a", False), ("a", True), ("b", False)):
         monkeypatch.setattr(results, "git_commit", lambda commit=commit: commit)
+        report.parent.mkdir(exist_ok=True)
         report.write_text("{}")
         results.forget_others(tmp_path)
         assert report.exists() == is_kept

@@ -85,8 +85,10 @@ def _groups(layer: LayerReport, statistics: Statistics) -> dict[str, tuple[float
     if not layer.threshold.separated or layer.threshold.rule not in _ASKING:
         return {}
     edges, bins = Edges(layer.threshold), np.arange(BINS)
-    sides = {"high": (layer.outlier_share - layer.low_share, bins >= edges.high)}
-    sides["low"] = (layer.low_share, bins < edges.low)
+    sides = {
+        "high": (layer.outlier_share - layer.low_share, bins >= edges.high),
+        "low": (layer.low_share, bins < edges.low),
+    }
     patches = statistics.patches[layer.layer]
     return {
         side: (share, abs(float(np.log2(ratio_of_medians(patches, beyond)))))

@@ -13,9 +13,8 @@ from peft import PeftModel
 
 from ..tuner.card import update_model_card
 from ..tuner.composed import ComposedPeftModel
-from ..tuner.composed.folder import MANIFEST
 from ..utils.environment import version
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, hub_errors
+from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, checked_token, hub_errors
 from ..utils.staging import staged
 from . import checkpoints
 from .arguments import TrainArguments
@@ -100,7 +99,7 @@ def push_run(
 
 def _push_folder(name: str, folder: Path, adapters: list[str], private: bool | None, token: str | None) -> str:
     """Upload what is saved of adapters of several methods, in one commit."""
-    wanted = [MANIFEST, WEIGHTS_NAME, RESULTS_NAME, "README.md", "*processor_config.json"]
+    wanted = [MANIFEST_NAME, WEIGHTS_NAME, RESULTS_NAME, "README.md", "*processor_config.json"]
     api = HfApi(token=checked_token(token), library_name="register-adapter", library_version=version())
     with hub_errors(name, token=token):
         repo = api.create_repo(name, private=private, exist_ok=True).repo_id

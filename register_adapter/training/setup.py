@@ -39,6 +39,12 @@ __all__ = [
 #: Fields of a config that do not change what is learned.
 _OF_THE_PLACE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 
+#: DeepSpeed's names of two settings, and what its config has where it says nothing: accelerate's launcher writes a 1.
+_DEEPSPEED_NAMES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "gradient_accumulation_steps": ("gradient_accumulation_steps", (None, "auto", 1)),
+    "max_grad_norm": ("gradient_clipping", (None, "auto")),
+}
+
 
 def use_cpu(args: TrainArguments) -> bool:
     """Whether a run is on the CPU: accelerate must be told so, or processes without a GPU do not find each other."""
@@ -91,13 +97,14 @@ def tell_deepspeed(accelerator: Accelerator, args: TrainArguments) -> None:
         ValueError: The config says something else.
     """
     config = accelerator.state.deepspeed_plugin.deepspeed_config
-    wanted = {"gradient_accumulation_steps": args.gradient_accumulation_steps}
-    wanted["gradient_clipping"] = args.max_grad_norm or 0.0  # type: ignore[assignment]  # zero does not clip
-    for name, value in wanted.items():
-        said = config.get(name, "auto")
-        unsaid = ("auto", 1) if name == "gradient_accumulation_steps" else ("auto",)
+    wanted = {
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "max_grad_norm": args.max_grad_norm or 0.0,
+    }
+    for ours, value in wanted.items():
+        name, unsaid = _DEEPSPEED_NAMES[ours]
+        said = config.get(name)
         if said not in unsaid and float(said) != value:
-            ours = {"gradient_clipping": "max_grad_norm"}.get(name, name)
             raise ValueError(
                 f"DeepSpeed's config says {name}: {said}, and the run says {ours}={value}; give the same number, or "
                 f"leave {name} out of the config"

@@ -12,7 +12,7 @@ oneself adds nothing, and background tiles have contents of their own, which a l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -133,6 +133,12 @@ class MosaicTask:
         if self.summary < least or (most is not None and self.summary > most):
             room = f"at least {least}" if most is None else f"{least} to {most}, the numbers of a tile's contents"
             raise ValueError(f"summary={self.summary} with summary_at={self.summary_at!r}: it takes {room}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MosaicTask:
+        """The task of ``dataclasses.asdict``, also after JSON has made lists of its pairs."""
+        pairs = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **pairs})
 
     @property
     def num_patches(self) -> int:

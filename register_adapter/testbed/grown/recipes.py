@@ -139,9 +139,7 @@ class MaskedModel(GrownModel):
         places = backbone.embeddings.position_embeddings
         self.visible = max(1, round((1 - masked) * places.shape[1]))
         self.decoder = copy.deepcopy(backbone.layers[-1])
-        self.decoder.attention.config = (
-            backbone.config
-        )  # attention is computed as in the backbone, also when that changes
+        self.decoder.attention.config = backbone.config  # attention is as in the backbone, also when that changes
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embeddings = nn.Parameter(places.detach().clone())
         self.norm = nn.LayerNorm(width, eps=1e-6)

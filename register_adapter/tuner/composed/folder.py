@@ -29,7 +29,6 @@ from ..fields import check_name as check_any_name
 from ..reading import check_imports, naming, note_checksums, read_json
 
 __all__ = [
-    "MANIFEST",
     "SavedAdapter",
     "check_alone",
     "check_name",
@@ -39,7 +38,6 @@ __all__ = [
     "write_folder",
 ]
 
-MANIFEST = MANIFEST_NAME
 _VERSION = 1
 _CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -107,7 +105,7 @@ def write_folder(
     order = [*active, *names]
     entries = []
     try:
-        with staged(target, last=(MANIFEST,)) as staging:
+        with staged(target, last=(MANIFEST_NAME,)) as staging:
             for name in sorted(names, key=order.index):
                 config, tensors = adapters[name]
                 config = copy.deepcopy(config)
@@ -135,7 +133,7 @@ def write_folder(
             manifest = {"format_version": _VERSION, "tower": tower, "adapters": entries}
             # Without tensors: transformers' Trainer looks for this file to tell a checkpoint of adapters.
             save_file({}, staging / WEIGHTS_NAME, metadata={"format": "pt"})  # two entries have no order
-            (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+            (staging / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the adapters could not be saved to {target} ({error}); what was there before is untouched"
@@ -149,8 +147,8 @@ def holds_several(name: str | Path) -> bool:
         HubAccessError: The repository cannot be read.
     """
     if Path(name).exists():
-        return Path(name, MANIFEST).is_file()
-    return fetch(str(name), MANIFEST, None, {}) is not None
+        return Path(name, MANIFEST_NAME).is_file()
+    return fetch(str(name), MANIFEST_NAME, None, {}) is not None
 
 
 def fetch_folder(name: str | Path, hub: dict[str, Any]) -> Path:
@@ -167,10 +165,10 @@ def fetch_folder(name: str | Path, hub: dict[str, Any]) -> Path:
     if Path(name).exists():
         return Path(name)
     hub = {key: value for key, value in hub.items() if value is not None} | {"token": checked_token(hub.get("token"))}
-    manifest = fetch(str(name), MANIFEST, None, hub)
+    manifest = fetch(str(name), MANIFEST_NAME, None, hub)
     if manifest is None:
         raise AdapterFileError(
-            f"there is no {MANIFEST} in {str(name)!r}: it was not written by save_adapters. A repository with one "
+            f"there is no {MANIFEST_NAME} in {str(name)!r}: it was not written by save_adapters. A repository with one "
             "adapter is loaded with PeftModel.from_pretrained."
         )
     for entry in _entries(manifest):
@@ -190,11 +188,11 @@ def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> li
         AdapterFileError: The manifest, a config or weights are missing, damaged, or of another save.
         ValueError: ``selected`` names an adapter that is not there.
     """
-    path = Path(folder) / MANIFEST
+    path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
         raise AdapterFileError(
-            f"there is no {MANIFEST} in {folder}: it is not a folder of save_adapters. A folder with one adapter is "
-            "loaded with PeftModel.from_pretrained."
+            f"there is no {MANIFEST_NAME} in {folder}: it is not a folder of save_adapters. A folder with one adapter "
+            "is loaded with PeftModel.from_pretrained."
         )
     entries = _entries(path)
     names = [entry["name"] for entry in entries]
@@ -243,14 +241,14 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     damaged = [file for file, digest in digests.items() if digest is not None and checksum(place / file) != digest]
     if damaged:
         raise AdapterFileError(
-            f"{place / damaged[0]} is not the file that {MANIFEST} describes: it is damaged, or of another save. "
+            f"{place / damaged[0]} is not the file that {MANIFEST_NAME} describes: it is damaged, or of another save. "
             "Save all adapters again, or load it alone with PeftModel.from_pretrained."
         )
     said = read_json(place / _CONFIG).get("peft_type")
     if said != method:
         raise AdapterFileError(
-            f"the adapter {name!r} is of the method {method!r:.100} in {MANIFEST} and {said!r:.100} in its config; "
-            f"this peft knows {', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}"
+            f"the adapter {name!r} is of the method {method!r:.100} in {MANIFEST_NAME} and {said!r:.100} in its "
+            f"config; this peft knows {', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}"
         )
     config, keys = _read_files(place / _CONFIG, place / WEIGHTS_NAME)
     return SavedAdapter(name, place, config, entry["active"], keys)

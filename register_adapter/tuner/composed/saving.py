@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...utils.adapter_file import check_plain, check_savable_values
-from ...utils.hub import check_folder
+from ...utils.hub import MANIFEST_NAME, check_folder
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
 from ..fields import check_known, check_string
@@ -21,7 +21,7 @@ from ..layer import renew_bases
 from ..positions.model import renew_base
 from ..reading import check_method
 from .card import write_card
-from .folder import MANIFEST, read_folder, write_folder
+from .folder import read_folder, write_folder
 from .relocate import relocated, tower_path
 from .tuner import ComposedTuner
 
@@ -143,7 +143,7 @@ class SavesAll(PeftModel):
             ValueError: A folder of several has an adapter that the model lacks.
         """
         check_string(adapter_name)
-        if not Path(model_id, MANIFEST).is_file():
+        if not Path(model_id, MANIFEST_NAME).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
             check_method(model_id, kwargs.get("subfolder"))
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
