@@ -57,11 +57,17 @@ def test_registers_that_do_not_come_out_are_an_error() -> None:
         model(**inputs)
 
 
-def test_tracing_by_fx_is_refused() -> None:
-    extraction = pytest.importorskip("torchvision.models.feature_extraction", reason="traces with torch.fx")
-    model = add_registers(build_stack("torchvision"), 3, insert_layer=1).eval()
+@pytest.mark.parametrize("options", [{}, {"insert_layer": 1}, {"register_neurons": {1: [3]}}], ids=str)
+@pytest.mark.parametrize(
+    "stack",
+    ["timm", "timm-avg", "timm-no-class", "eva02", "dinov3-timm", "features_only", "open_clip-avg", "torchvision"],
+)
+def test_tracing_by_fx_is_refused(stack: str, options: dict[str, Any]) -> None:
+    """Also where registers enter and leave at layers of torch, whose hooks do not run while they are recorded."""
+    pytest.importorskip("torchvision.models.feature_extraction", reason="traces with torch.fx")
+    model = add_registers(build_stack(stack), 3, **options).eval()
     with pytest.raises(UnsupportedModelError, match=r"torch\.fx is tracing"):
-        extraction.create_feature_extractor(model.get_base_model(), {"encoder.ln": "tokens"})
+        torch.fx.symbolic_trace(find_tower(model).module)
 
 
 @pytest.mark.parametrize("options", [{}, {"deep": True}, {"key_value": True}, {"gate": -1.0}], ids=str)

@@ -6,6 +6,7 @@ Bound methods, not closures: a deep copy of a model must have hooks of its own.
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,8 @@ class SequenceHooks(LayerHooks):
         ]
         if remove is not module:  # a tower that ends where registers leave needs no second cut
             handles.append(module.register_forward_hook(self._tower_output_hook))
+        first = next(iter(self.tower.part("blocks")))
+        handles.append(first.register_forward_pre_hook(self._first_block_hook, with_kwargs=True))
         handles += self._again_hooks()
         biases = {bias: block for block, bias in self.tower.parts("position_bias")}  # once, if blocks share them
         for bias, block in biases.items():
@@ -100,9 +103,8 @@ class SequenceHooks(LayerHooks):
             points += [module for _, module in tower.parts("position_bias")]
         if anatomy.positions_between:
             points += [module for _, module in tower.parts("positions_between")]
-        if self._by_block or anatomy.rotary or anatomy.position_bias or self._is_called_again:
-            points += tower.part("blocks")
-        return points
+        every = self._by_block or anatomy.rotary or anatomy.position_bias or self._is_called_again
+        return [*points, *(tower.part("blocks") if every else islice(tower.part("blocks"), 1))]
 
     def _tower_input_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         # One hook for both: the pass may begin with new hooks, and torch would go on with those that it has listed.
@@ -169,10 +171,13 @@ class SequenceHooks(LayerHooks):
         args, kwargs = _grow_masks(args, kwargs, self.prefix, count, grown.shape[1])
         return with_hidden_states(args, kwargs, grown)
 
+    def _first_block_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # torch.fx records layers of torch as they are: where registers enter or leave at one, no other hook runs.
+        refuse_tracing(hidden_states_of(args, kwargs))
+
     def _block_hook(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Registers that start at this block, fresh ones of deep adapters, and masks made for another length."""
         hidden = given = hidden_states_of(args, kwargs)
-        refuse_tracing(hidden)
         self._end_if_over()
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
