@@ -25,10 +25,11 @@ from safetensors.torch import load_file
 from tables import cell, put_between, write_report
 from torch import nn
 
-from register_adapter import capture
+from register_adapter import capture, find_tower
 from register_adapter.testbed.grown import TILE_KINDS, Ensemble, GrownModel, Mosaics, MosaicTask, Recipe, read_grown
 from register_adapter.testbed.grown.mosaics import summary_of
 from register_adapter.testbed.grown.recipes import PooledModel
+from register_adapter.towers.calls import first_of, with_first
 
 #: Images that read-outs are fitted on and that all is measured on, and their seeds.
 FIT, TEST = (1536, 70_001), (512, 70_002)
@@ -105,13 +106,15 @@ def read_out(fitted: tuple[Any, ...], tested: tuple[Any, ...]) -> dict[str, dict
 @contextmanager
 def _held(model: GrownModel, first: int, kind: torch.Tensor, tokens: dict[int, torch.Tensor]) -> Iterator[None]:
     """Behind every block from ``first`` on, the places of a kind ``(B, P)`` have these tokens ``(B, P, D)``."""
-    backbone: Any = model.backbone
+    blocks = find_tower(model.backbone).part("blocks")
 
-    def hold(layer: int) -> Callable[..., torch.Tensor]:
-        return lambda module, args, output: torch.where(kind[..., None], tokens[layer], output)
+    def hold(layer: int) -> Callable[..., Any]:
+        return lambda module, args, output: with_first(
+            output, torch.where(kind[..., None], tokens[layer], first_of(output))
+        )
 
-    layers = range(first, len(backbone.layers) + 1)
-    handles = [backbone.layers[layer - 1].register_forward_hook(hold(layer)) for layer in layers]
+    layers = range(first, len(blocks) + 1)
+    handles = [blocks[layer - 1].register_forward_hook(hold(layer)) for layer in layers]
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
-from register_adapter import audit, fit_test_time_registers
+from register_adapter import audit, find_tower, fit_test_time_registers
 from register_adapter.errors import NoArtifactsError
 
 
@@ -67,7 +67,7 @@ def test_what_the_model_adds_counts(model: Any, images: torch.Tensor, side: str)
         changed = torch.cat([first, patches], 1)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = model.layers[0].register_forward_hook(write)
+    handle = find_tower(model).part("blocks")[0].register_forward_hook(write)
     try:
         report = audit(model, images, progress=False)
     finally:

@@ -26,7 +26,7 @@ def text_tower(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_images_are_seen_by_the_model_with_all_its_adapters(text_tower: Any) -> None:
     pixels = torch.randn(8, 3, 80, 80, generator=torch.Generator().manual_seed(0))
     tower = text_tower.TextTower(load_vit(), pixels, torch.arange(8), 0)
-    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    lora = LoraConfig(target_modules=["q_proj", "query"], r=2, init_lora_weights=False)
     model = compose(load_vit(), {"registers": RegisterConfig(num_registers=2, init_std=2.0), "lora": lora}).eval()
     images = torch.randn(4, 3, 80, 80, generator=torch.Generator().manual_seed(1))
     pair = tower.beside(model)

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+from ...towers.calls import first_of
+from ...towers.tower import find_tower
 from ...tuner import add_registers
 from .mosaics import MosaicTask
 
@@ -138,8 +140,10 @@ class MaskedModel(GrownModel):
         super().__init__(backbone, width, num_targets)
         places = backbone.embeddings.position_embeddings
         self.visible = max(1, round((1 - masked) * places.shape[1]))
-        self.decoder = copy.deepcopy(backbone.layers[-1])
-        self.decoder.attention.config = backbone.config  # attention is as in the backbone, also when that changes
+        self.decoder = copy.deepcopy(find_tower(backbone).part("blocks")[-1])
+        for part in self.decoder.modules():
+            if hasattr(part, "config"):
+                part.config = backbone.config  # attention is as in the backbone, also when that changes
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embeddings = nn.Parameter(places.detach().clone())
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -151,11 +155,12 @@ class MaskedModel(GrownModel):
             tokens = backbone(pixel_values=pixel_values).last_hidden_state
         else:
             tokens = _taken(backbone.embeddings(pixel_values), order[:, : self.visible])
-            for block in backbone.layers:
-                tokens = block(tokens)
+            for block in find_tower(backbone).part("blocks"):
+                tokens = first_of(block(tokens))
             hidden = self.mask_token.expand(len(tokens), order.shape[1] - self.visible, -1)
             tokens = _taken(torch.cat([backbone.layernorm(tokens), hidden], 1), order.argsort(1))
-        predictions: torch.Tensor = self.head(self.norm(self.decoder(tokens + self.position_embeddings)))
+        decoded = first_of(self.decoder(tokens + self.position_embeddings))
+        predictions: torch.Tensor = self.head(self.norm(decoded))
         return predictions
 
 
