@@ -110,7 +110,7 @@ def test_what_the_disk_cannot_hold_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(StoreError, match=r"0\.00 GiB left: choose another folder, fewer images, or dtype 'int8'"):
+    with pytest.raises(StoreError, match=r"has 100 bytes left: choose another folder, fewer images, or dtype 'int8'"):
         FeatureStore(tmp_path / "new", make_spec())
     assert not (tmp_path / "new").exists()
 

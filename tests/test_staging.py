@@ -188,3 +188,9 @@ def test_other_faults_are_left_as_they_are(tmp_path: Path) -> None:
         (tmp_path / "elsewhere").read_text()
     with pytest.raises(ConnectionError, match=r"^no network$"), staged(tmp_path):
         raise ConnectionError("no network")
+
+
+def test_words_about_a_scratch_folder_are_about_the_folder(tmp_path: Path) -> None:
+    said = rf"^could not be saved to {re.escape(str(tmp_path))}/new: full$"
+    with pytest.raises(OSError, match=said), staged(tmp_path) as scratch:
+        raise OSError(f"could not be saved to {scratch}/new: full")

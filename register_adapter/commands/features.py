@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..utils.text import size_text
 from . import options
 from .output import collect_skipped, echo, make_console, print_result, print_skipped, silence_libraries
 
@@ -83,7 +84,7 @@ def features_command(
 def print_size(spec: FileSpec) -> None:
     """Say how large the file will be, on the standard error, which has the bar."""
     if spec.nbytes is not None:
-        echo(f"\n{spec.total} images of {_size(spec.bytes_per_image)}: {_size(spec.nbytes)}", err=True)
+        echo(f"\n{spec.total} images of {size_text(spec.bytes_per_image)}: {size_text(spec.nbytes)}", err=True)
 
 
 def print_file(written: FeatureFile) -> None:
@@ -93,12 +94,4 @@ def print_file(written: FeatureFile) -> None:
         console.print(f"{kind}: {' × '.join(map(str, shape))} {written.dtype}")
     if written.grid is not None:
         console.print(f"Patches lie row by row in a grid of {written.grid[0]} × {written.grid[1]}.")
-    console.print(f"Written to {written.path}: {written.rows} images, {_size(written.nbytes)}")
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
+    console.print(f"Written to {written.path}: {written.rows} images, {size_text(written.nbytes)}")

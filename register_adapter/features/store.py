@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from ..utils.files import open_regular
 from ..utils.staging import staged, write_text
+from ..utils.text import size_text
 
 __all__ = ["STORE_NAME", "FeatureStore", "StoreError", "StoreSpec", "check_space", "read_spec"]
 
@@ -263,9 +264,7 @@ def check_space(folder: Path, nbytes: int, what: str, instead: str) -> None:
         there = there.parent
     free = shutil.disk_usage(there).free
     if nbytes > free:
-        raise StoreError(
-            f"{what} take {nbytes / 2**30:.2f} GiB, and {folder} has {free / 2**30:.2f} GiB left: choose {instead}"
-        )
+        raise StoreError(f"{what} take {size_text(nbytes)}, and {folder} has {size_text(free)} left: choose {instead}")
 
 
 def _pack(values: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:

@@ -182,7 +182,7 @@ def _write_tensors(tensors: dict[str, Any], path: Path) -> None:
         torch.save(tensors, path)
     except RuntimeError as error:
         said = str(error).partition("\n")[0]
-        raise OSError(f"the checkpoint {path.name} could not be written, is the disk full? ({said})") from error
+        raise OSError(f"{path} of a checkpoint could not be written, is the disk full? ({said})") from error
 
 
 def load_adapter(model: PeftModel, checkpoint: Path) -> None:

@@ -81,6 +81,8 @@ def naming_files(scratch: Path, target: Path) -> Iterator[None]:
     except _NotWrittenError as error:  # of a scratch folder in this one
         raise _NotWrittenError(_moved(error.place, scratch, target), error.why) from error
     except OSError as error:
+        if error.errno is None and str(scratch) in str(error):  # of a save into it, in that one's words
+            raise OSError(str(error).replace(str(scratch), str(target))) from error
         if error.errno not in _FULL:
             raise
         place = _newest(scratch) if error.filename is None else Path(os.fsdecode(error.filename))

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["first_few", "path_text", "printable", "without_password"]
+__all__ = ["first_few", "path_text", "printable", "size_text", "without_password"]
 
 #: Controls, formats (among them what turns the direction of writing), halves of surrogate pairs, line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -54,6 +54,15 @@ def first_few(lines: Sequence[str]) -> str:
     """The first twenty lines as one, and how many more there are."""
     rest = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return "; ".join(lines[:_SHOWN]) + rest
+
+
+def size_text(nbytes: float) -> str:
+    """A number of bytes for people, such as ``"64.5 kB"``."""
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
 
 
 def _escaped(char: str) -> str:
