@@ -1,9 +1,12 @@
 """Exports: exact, without a trace of this package, and readable by somebody who never installed it."""
 
 import importlib.util
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers as tf
 from command_line import call, run_here
@@ -333,6 +336,37 @@ def test_a_stranger_loads_a_native_model(tmp_path):
     torch.save({"x": inputs["pixel_values"], "logits": run(model, inputs)["logits"]}, tmp_path / "expected.pt")
     assert sorted(file.name for file in (tmp_path / "plain").iterdir()) == ["config.json", "model.safetensors"]
     run_script("stranger_loads_native", cwd=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+@pytest.mark.parametrize("export", [export_program, export_onnx, save_native], ids=lambda export: export.__name__)
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_earlier_export(export, tmp_path):
+    import resource  # not on Windows
+
+    given = adapted("dinov2")
+    given, name = (export_native(given), "") if export is save_native else (given, "model")
+    export(given, tmp_path / "plain" / name)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "plain").iterdir()}
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    usual = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write fails in the middle, as on a full disk
+    try:
+        with pytest.raises(OSError, match="plain") as caught:
+            export(given, tmp_path / "plain" / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        signal.signal(signal.SIGXFSZ, usual)
+    assert ".register_adapter" not in str(caught.value)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "plain").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["dinov2", "timm-vit"])
+def test_a_native_model_stands_in_its_folder_without_weights_of_an_earlier_one(name, tmp_path):
+    for stale in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "mine.safetensors"):
+        (tmp_path / stale).write_text("{}")
+    model = build("dinov2") if name == "dinov2" else timm.create_model("vit_tiny_patch16_224", reg_tokens=1)
+    save_native(model, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "mine.safetensors", "model.safetensors"}
 
 
 PROGRAMS = ("clip", "dinov2-registers", "depth")

@@ -21,6 +21,7 @@ from .comparison import check_equal
 from .subject import Subject, plain_state
 from .subject import example_inputs as made_up
 from .timm_native import export_timm, is_timm, save_timm
+from .whole import model_folder
 
 __all__ = ["NATIVE", "NativeClass", "export_native", "save_native"]
 
@@ -121,9 +122,11 @@ def save_native(model: nn.Module, folder: str | Path, model_args: dict[str, Any]
 
     Raises:
         ValueError: ``model`` is neither, or timm cannot make it again from the arguments.
+        OSError: A file cannot be written; what was there before is untouched.
     """
     if isinstance(model, PreTrainedModel):
-        model.save_pretrained(folder)
+        with model_folder(folder) as scratch:
+            model.save_pretrained(scratch)
     else:
         save_timm(model, Path(folder), model_args or {})
 

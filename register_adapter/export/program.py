@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import nn
@@ -69,9 +70,39 @@ def export_program(
         OSError: The file cannot be written; what was there before is untouched.
     """
     program, names = _traced(model, example_inputs, dynamic_batch)
-    with staged(Path(path).parent) as scratch:
-        torch.export.save(program, scratch / Path(path).name)
+    with staged(Path(path).parent) as scratch, (scratch / Path(path).name).open("wb") as file:
+        written = _Remembering(file)
+        torch.export.save(program, cast(Any, written))
+        if written.error is not None:
+            raise written.error
     return names
+
+
+class _Remembering(io.RawIOBase):
+    """A file that takes everything and remembers what went wrong: torch ends the process where writing fails."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, cast(OSError | None, None)
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+        return place if self.error is not None else self.file.seek(place, whence)
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
 
 
 def export_onnx(

@@ -20,7 +20,7 @@ from ..utils.files import check_regular
 from ..utils.hub import HubAccessError
 from ..utils.models import require_model
 from ..utils.shipped import full_name, local_folder
-from ..utils.staging import check_target
+from ..utils.staging import check_target, staged
 from .native import export_native, save_native
 from .program import export_onnx, export_program
 from .subject import Subject, example_inputs
@@ -114,7 +114,8 @@ def export_saved(
             local_folder(base), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
         )
         if processor is not None:
-            shutil.copyfile(processor, target / "preprocessor_config.json")
+            with staged(target) as scratch:
+                shutil.copyfile(processor, scratch / "preprocessor_config.json")
     return said
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import MissingExtraError, UnsupportedModelError
 from ..tuner.layer import RegisterLayer
 from .subject import Subject
+from .whole import model_folder
 
 __all__ = ["export_timm", "is_timm", "save_timm"]
 
@@ -128,7 +129,8 @@ def save_timm(model: nn.Module, folder: Path, model_args: dict[str, Any]) -> Non
             f"timm.create_model({architecture!r}, {arguments}) makes another model: {len(unlike)} weights differ, such "
             f"as {unlike[0]!r}. Give the arguments that yours was made with: save_native(..., model_args={{...}})."
         )
-    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    with model_folder(folder) as scratch:
+        save_for_hf(model, str(scratch), model_args=arguments, safe_serialization=True)
 
 
 def _made_again(

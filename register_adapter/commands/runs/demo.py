@@ -111,8 +111,9 @@ class _Setting:
 def _packaged(args: DemoArguments) -> _Setting:
     # Saved as any base is, so that the adapter can be loaded by name afterwards.
     folder = Path(args.output_dir, "planted_model")
-    load_planted_vit().model.save_pretrained(folder)
-    load_scene_processor().save_pretrained(folder)
+    with staged(folder, last=["config.json"]) as scratch:
+        load_planted_vit().model.save_pretrained(scratch)
+        load_scene_processor().save_pretrained(scratch)
     return _Setting(
         str(folder),
         "planted artifacts",
