@@ -508,13 +508,21 @@ def test_the_command(form, load, tolerance, saved, tmp_path):
         ({"base": "{saved}/none"}, HubAccessError, "none"),
         ({"out": "{saved}/adapter"}, ValueError, "holds the adapter or its base"),
         ({"out": "{saved}/base/config.json"}, ValueError, "is a file"),
+        ({"base": ""}, ValueError, "base= is empty"),
+        ({"form": "program", "image_size": 1}, ValueError, "image_size=1 is smaller than one patch"),
+        ({"form": "onnx", "image_size": 10**6}, ValueError, "image_size=1000000 is too large"),
     ],
 )
 def test_a_saved_adapter_and_wrong_arguments(arguments, kind, message, saved, tmp_path):
     given = {"adapter": "{saved}/adapter", "out": "{tmp}/out", **arguments}
     before = sorted(saved[0].rglob("*"))
     with pytest.raises(kind, match=message):
-        export_saved(**{key: value.format(saved=saved[0], tmp=tmp_path) for key, value in given.items()})
+        export_saved(
+            **{
+                key: value.format(saved=saved[0], tmp=tmp_path) if isinstance(value, str) else value
+                for key, value in given.items()
+            }
+        )
     assert sorted(saved[0].rglob("*")) == before
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -52,7 +53,7 @@ def share_of(images: Any, max_images: int | None, index: int, count: int) -> Any
     if sized:
         places = range(index, len(images) if max_images is None else min(len(images), max_images), count)
         return Subset(images, places) if places else None
-    share_left = islice(images, index, max_images, count)
+    share_left = islice(images, index, max_images and min(max_images, sys.maxsize), count)
     own = next(share_left, None)
     return None if own is None else chain([own], share_left)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -143,7 +144,8 @@ class ImageBatches:
         first = next(items, None)
         if first is None:
             raise ValueError("there are no images")
-        self.batch_size, self.max_images, self.strict, self.num_workers = batch_size, max_images, strict, num_workers
+        self.batch_size, self.max_images = min(batch_size, sys.maxsize), max_images and min(max_images, sys.maxsize)
+        self.strict, self.num_workers = strict, num_workers
         self.ready = is_batch(first)
         self.total = self._count(images)
         self.skipped: list[str] = []

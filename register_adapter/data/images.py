@@ -23,6 +23,7 @@ __all__ = [
     "MAX_ASPECT",
     "ImageFileError",
     "check_image",
+    "check_pixels",
     "image_name",
     "leads_up",
     "load_image",
@@ -279,10 +280,19 @@ def _own(source: Image.Image, stack: ExitStack) -> Image.Image:
     return copied
 
 
-def _check_size(width: int, height: int) -> None:
+def check_pixels(width: int, height: int) -> None:
+    """Refuse a size that an image must not have, whether it comes so or is to be resized to it.
+
+    Raises:
+        ValueError: It has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise _SizeError(f"{width} × {height} pixels are more than {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
+
+
+def _check_size(width: int, height: int) -> None:
+    check_pixels(width, height)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise _SizeError(f"{width} × {height} pixels: one side is more than {MAX_ASPECT} times the other")
 

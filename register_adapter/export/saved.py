@@ -75,6 +75,8 @@ def export_saved(
     """
     if form not in FORMATS:
         raise ValueError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
+    if base == "":
+        raise ValueError("base= is empty; give a name, or leave it out")
     check_target(out)
     if holds_several(adapter):
         raise AdapterFileError(

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..data.images import check_pixels
 from ..errors import AdapterFileError
 from ..towers.anatomy import resolve
 from ..tuner.layer import RegisterLayer
@@ -146,7 +147,8 @@ def example_inputs(subject: Subject, image_size: int | None = None, batch: int =
         ``{name: (batch, channels, height, width)}`` in the dtype and on the device of the patch embedding.
 
     Raises:
-        ValueError: The size of an image is not known, or the model needs more than images.
+        ValueError: The size of an image is not known, less than a patch or far too large; or the model needs more than
+            images.
     """
     tower = subject.layer.tower
     name = getattr(subject.base, "main_input_name", "x")
@@ -158,6 +160,12 @@ def example_inputs(subject: Subject, image_size: int | None = None, batch: int =
         )
     height, width = (size, size) if isinstance(size, int) else size
     weight: torch.Tensor = tower.part("patch_embedding").weight
+    if isinstance(tower.patch_size, int) and min(height, width) < tower.patch_size:
+        raise ValueError(f"image_size={size} is smaller than one patch of {tower.patch_size} pixels")
+    try:
+        check_pixels(width, height)
+    except ValueError as error:
+        raise ValueError(f"image_size={size} is too large: {error}") from error
     channels = resolve(tower.module, "config.num_channels") or weight.shape[1]
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(batch, channels, height, width, generator=generator).to(weight)}

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from PIL import Image
 from torch import nn
 
 from ..artifacts.rules.rules import Rule, resolve_rule, rule_name
 from ..artifacts.rules.threshold import Threshold
+from ..data.images import check_pixels
 from ..errors import UnsupportedModelError
 from ..features.passes import PassOptions, place_of
 from ..towers.modes import evaluating
@@ -195,14 +195,14 @@ def _check_tower(tower: Tower, top_block: int | None, forms: Sequence[str]) -> N
 
 
 def _check_sizes(tower: Tower, sizes: Sequence[int]) -> None:
-    patch, limit = tower.patch_size or 1, Image.MAX_IMAGE_PIXELS
+    patch = tower.patch_size or 1
     for size in sizes:
         if size < patch:
             raise ValueError(f"image_sizes has {size}, and a patch of {type(tower.module).__name__} has {patch} pixels")
-        if limit is not None and size**2 > limit:
-            raise ValueError(
-                f"image_sizes has {size}, whose {size**2} pixels are more than {limit} (PIL.Image.MAX_IMAGE_PIXELS)"
-            )
+        try:
+            check_pixels(size, size)
+        except ValueError as error:
+            raise ValueError(f"image_sizes has {size}: {error}") from error
 
 
 class FitRecord(dict[str, Any]):

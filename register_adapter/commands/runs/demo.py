@@ -60,7 +60,7 @@ class DemoArguments:
         progress: Show bars.
 
     Raises:
-        ValueError: ``seeds`` is below 1, or one of ``model`` and ``images`` is given without the other.
+        ValueError: ``seeds`` is below 1, the rate is none, or one of ``model`` and ``images`` is missing.
     """
 
     output_dir: str = "demo"
@@ -81,6 +81,8 @@ class DemoArguments:
         if (self.model is None) != (self.images is None):
             missing = "images" if self.images is None else "model"
             raise ValueError(f"--model and --images go together; --{missing} is missing")
+        # Said by the training otherwise, after other arms.
+        TrainArguments(learning_rate=self.learning_rate)
 
 
 @dataclass

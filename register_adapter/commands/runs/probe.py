@@ -15,7 +15,9 @@ from ...artifacts import audit, resolve_rule
 from ...data.folders import read_image_folder
 from ...errors import UnsupportedModelError
 from ...evaluation import ProbeReport, RegisterReport, analyse_registers, probe_tokens
+from ...features.passes import resolve_layer
 from ...testbed import LABELS, SceneDataset
+from ...towers.tower import find_tower
 from ...utils.staging import check_target, staged
 from .inputs import adapter_name, choose_device, load_base, load_images, load_processor, with_adapter
 
@@ -111,6 +113,7 @@ def run_probes(args: ProbeArguments) -> list[Probed]:
     resolve_rule(args.rule)
     data = _draw(args)
     base, processor = load_base(args.model), load_processor(args.model)
+    resolve_layer(find_tower(base), args.layer)
     models = {args.model: base}
     if args.adapter is not None:
         models[f"{args.model} + {adapter_name(args.adapter)}"] = with_adapter(base, args.adapter)
@@ -140,7 +143,7 @@ def _probe(name: str, model: nn.Module, data: _Data, processor: Any, args: Probe
     probes = probe_tokens(
         model,
         _Items(data.source, data.rest, {number: number for number in range(len(data.classes))} or None),
-        threshold=layers[args.layer].threshold if -len(layers) <= args.layer < len(layers) else None,
+        threshold=layers[args.layer].threshold,
         layer=args.layer,
         min_images=args.min_images,
         seed=args.seed,

@@ -241,6 +241,8 @@ class _Task(NamedTuple):
     named: tuple[str, ...] = ()
 
 
+#: Arguments that name something, and nothing if they are empty.
+_NAMES = {"classes", "templates", "tokenizer", "annotations", "split"}
 _COMMON = ("batch_size", "seed", "progress", "strict")
 TASKS: dict[str, _Task] = {
     "knn": _Task(evaluate_knn, takes=("k", "temperature", "feature", "store")),
@@ -256,7 +258,7 @@ def _refuse_others(args: EvalArguments) -> None:
     """Refuse what only other tasks take: it would change nothing, unnoticed.
 
     Raises:
-        ValueError: Such an argument is given.
+        ValueError: Such an argument is given; or one of this task's that names something is empty.
     """
     mine = {*TASKS[args.task].takes, *TASKS[args.task].reads}
     users: dict[str, list[str]] = {}
@@ -267,3 +269,5 @@ def _refuse_others(args: EvalArguments) -> None:
     for argument, tasks in users.items():
         if argument not in mine and getattr(args, argument) != defaults[argument]:
             raise ValueError(f"{argument}= is for {', '.join(tasks)}; {args.task} takes no such thing")
+        if argument in mine & _NAMES and getattr(args, argument) == "":
+            raise ValueError(f"{argument}= is empty; give a name, or leave it out")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...data.batches import list_images
-from ...data.images import load_image
+from ...data.images import check_pixels, load_image
 from ...data.processors import find_image_processor, normalisation_of, source_of
 from ...errors import RegisterAdapterError, UnsupportedModelError
 from ...features.grid import patch_tokens, watch_patches
@@ -78,6 +78,7 @@ class Preparation:
 
     Raises:
         UnsupportedModelError: The side of a patch is not known.
+        ValueError: ``size`` is below 1, or of more pixels than an image may have.
     """
 
     def __init__(self, model: nn.Module, tower: Tower, image_processor: Any = None, size: Size = None) -> None:
@@ -85,6 +86,8 @@ class Preparation:
             raise UnsupportedModelError(
                 f"the side of a patch of {type(tower.module).__name__} is not known, so images cannot be padded to it"
             )
+        if size is not None:
+            _check_size(size)
         self.patch_size: int = tower.patch_size
         self._source, self._processor, self._size = source_of(model, tower), image_processor, size
         self._scaling: tuple[float, torch.Tensor, torch.Tensor] | None = None
@@ -112,7 +115,9 @@ class Preparation:
         if self._size is None or isinstance(self._size, tuple):
             return self._size or (height, width)
         scale = self._size / min(height, width)
-        return round(height * scale), round(width * scale)
+        sides = round(height * scale), round(width * scale)
+        _check_size(sides)
+        return sides
 
     def _resized(self, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.is_floating_point():
@@ -144,6 +149,16 @@ class Preparation:
             factor = float(getattr(processor, "rescale_factor", None) or 1 / 255) if rescales else 1.0
             self._scaling = factor, torch.tensor(mean).reshape(-1, 1, 1), torch.tensor(std).reshape(-1, 1, 1)
         return self._scaling
+
+
+def _check_size(size: int | tuple[int, int]) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        check_pixels(width, height)
+    except ValueError as error:
+        raise ValueError(f"size={size} is too large: {error}") from error
+    if min(height, width) < 1:
+        raise ValueError(f"size={size} must be at least 1")
 
 
 class PatchReader:
