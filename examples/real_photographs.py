@@ -73,7 +73,8 @@ def write_awkward(folder: Path, image: Image.Image) -> None:
     (folder / "truncated.jpg").write_bytes(whole[: (start + len(whole)) // 2])
     image.save(folder / "corrupt.png")
     pixels = bytearray((folder / "corrupt.png").read_bytes())
-    pixels[len(pixels) * 2 // 3 : -20] = bytes(len(pixels[len(pixels) * 2 // 3 : -20]))
+    start = pixels.index(b"IDAT") + 4  # zeros further on may be decoded, as other pixels
+    pixels[start : start + 20] = bytes(20)
     (folder / "corrupt.png").write_bytes(pixels)
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "notes.jpg").write_text("This is text with the name of an image.\n", "utf-8")

@@ -69,6 +69,15 @@ def test_strict_refuses_and_names_the_bad_files(
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("size", [32, 96])
+def test_broken_files_of_the_example_are_broken_at_any_size(size: int, tmp_path: Path) -> None:
+    for name in photographs.PHOTOGRAPHS:
+        (tmp_path / name).mkdir()
+        photographs.write_awkward(tmp_path / name, photographs.photograph(name).crop((0, 0, size, size)))
+        found = {path.name for path in (tmp_path / name).iterdir() if check_image(path)}
+        assert found == set(photographs.BROKEN)
+
+
 def test_a_class_without_a_good_file_keeps_its_number(photos: Path, tmp_path: Path) -> None:
     for name, files in {"a": ["bad.jpg"], "b": ["bad.png", "good.png"], "c": ["good.png"]}.items():
         (tmp_path / name).mkdir()
