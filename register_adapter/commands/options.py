@@ -22,6 +22,7 @@ __all__ = [
     "Rule",
     "Seed",
     "Strict",
+    "TransformersModel",
 ]
 
 
@@ -38,6 +39,13 @@ Model = Annotated[
     typer.Argument(
         help="Model: a folder or a name on the Hub; hf-hub:NAME or local-dir:FOLDER for OpenCLIP; grown, grown-tiles, "
         "planted or clean for what is packaged."
+    ),
+]
+TransformersModel = Annotated[
+    str,
+    typer.Argument(
+        help="Model of transformers: a folder or a name on the Hub; grown, grown-tiles, planted or clean for what is "
+        "packaged."
     ),
 ]
 Images = Annotated[

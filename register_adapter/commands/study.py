@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def study_command(
-    model: options.Model,
+    model: options.TransformersModel,
     images: options.Images,
     output_dir: options.OutputDir = "study",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of 16 images of every training.")] = 60,

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def train_command(context: typer.Context) -> None:
-    """Train registers on a frozen model with labelled images, in this process; --help lists the flags."""
+    """Train registers on a frozen model, with or without labels, in this process; --help lists the flags."""
     from .. import testbed  # noqa: F401 - says how shipped models are made
     from ..training.launch import main
 

@@ -133,7 +133,8 @@ def _make_parser(
     parser = _Parser(
         (ModelArguments, DataArguments, TrainArguments),
         prog=prog,
-        description="Train register tokens on a frozen vision transformer. A token for the Hub is taken from HF_TOKEN "
+        description="Train register tokens on a frozen vision transformer. The flags of --objective "
+        f"{objective} come last; `--objective NAME --help` lists another's. A token for the Hub is taken from HF_TOKEN "
         "or from `hf auth login`, never from the command line.",
         allow_abbrev=False,
     )
