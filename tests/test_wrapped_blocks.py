@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import torch
 from execution_cases import registered
-from families import build, make_inputs
+from families import CASES, build, make_inputs
 from helpers import assert_identical, run
+from peft import LoraConfig, get_peft_model
 from stacks_cases import build_stack, images
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from register_adapter import add_registers, find_tower
+from register_adapter import add_registers, find_register_layer, find_tower
 from register_adapter.towers.anatomy import parent
 
 
@@ -55,3 +58,24 @@ def test_a_wrapped_list_of_blocks_is_seen_through() -> None:
     owner, name = parent(tower.module, tower.anatomy.blocks)
     setattr(owner, name, Around(blocks))
     assert tower.part("blocks") is blocks
+
+
+@pytest.mark.parametrize("owner", ["registers", "LoRA"])
+@pytest.mark.parametrize("options", [{"insert_layer": 1}, {"deep": True}, {}], ids=str)
+@pytest.mark.parametrize("name", [name for name in ("vit", "dinov3", "beit", "mlcd-vision") if name in CASES])
+def test_a_block_that_is_saved_as_a_whole_has_hooks_once(name: str, options: dict[str, Any], owner: str) -> None:
+    """PEFT's copy of it has the hooks of a copy of the registers, which must not put theirs in."""
+    model, inputs = add_registers(build(name), 3, **options).eval(), make_inputs(name)
+    base = build(name)
+    block = next(path for path, part in base.named_modules() if part is find_tower(base).part("blocks")[1])
+    saved: Any = model
+    if owner == "LoRA":
+        saved = get_peft_model(
+            copy.deepcopy(model), LoraConfig(target_modules=["k_proj", "key"], modules_to_save=[block])
+        )
+    else:
+        saved = add_registers(base, 3, modules_to_save=[block], **options)
+    with torch.no_grad():
+        weights = find_register_layer(model).tokens("default").weight.normal_()
+        find_register_layer(saved).tokens("default").weight.copy_(weights)
+    assert_identical(run(saved.eval(), inputs), run(model, inputs))

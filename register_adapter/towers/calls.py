@@ -81,5 +81,7 @@ _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def place_of_argument(module: nn.Module, name: str) -> int | None:
     """Place of an argument among the positional ones of a module, or of what it wraps; ``None`` if there is none."""
-    names = list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
+    inner = unwrapped(module)
+    inner = unwrapped(getattr(inner, "original_module", inner))  # of a block that PEFT has a copy of (modules_to_save)
+    names = list(inspect.signature(type(inner).forward).parameters)[1:]
     return names.index(name) if name in names else None

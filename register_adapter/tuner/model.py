@@ -155,6 +155,8 @@ class RegisterModel(BaseTuner):
         self.peft_config[adapter_name] = config
         self._tower, self._labels, self._present = tower, config.id2label, present
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for layer in register_layers(model):  # PEFT has put copies of blocks in their place (modules_to_save)
+            layer._renew_hooks()
         if layout is not None:
             fit_heads(model, adapter_name, state_dict=keys_of_copies(layout, adapter_name))
         elif given.from_file and config.id2label:

@@ -161,7 +161,8 @@ class LayerHooks:
             points = self._all_points()
             if not self._is_hooked(points):  # by another thread meanwhile
                 for module in points:
-                    _drop_copied_hooks(module, self)
+                    for part in module.modules():  # PEFT keeps copies of a hooked block inside of what wraps it
+                        _drop_copied_hooks(part, self)
                 self.attach()
 
     def _is_hooked(self, points: list[Any]) -> bool:
