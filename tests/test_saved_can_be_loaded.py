@@ -79,3 +79,16 @@ def test_of_double_precision(options: dict[str, Any], together: bool, tmp_path: 
     single = load(build("vit"), tmp_path).eval()
     expected = {key: value.float() for key, value in run(model, inputs).items()}
     torch.testing.assert_close(run(single, make_inputs("vit")), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["classifier", "embeddings.dropout"])
+@pytest.mark.parametrize("holder", ["PEFT", "transformers"])
+def test_a_module_without_parameters_is_no_head(holder: str, name: str) -> None:
+    """Nothing of it would be in the file, where every loader misses it."""
+    model = build("vit-classifier")
+    model.classifier = torch.nn.Identity()
+    before = list(model.state_dict())
+    config = RegisterConfig(num_registers=2, modules_to_save=[name])
+    with pytest.raises(ValueError, match=f"modules_to_save names '{name}', .* without parameters"):
+        model.add_adapter(config) if holder == "transformers" else get_peft_model(model, config)
+    assert list(model.state_dict()) == before

@@ -108,6 +108,14 @@ def heads_of(
     if lacking and not config.from_file:
         children = [name for name, _ in model.named_children()]
         raise ValueError(f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}")
+    # What a saved adapter names is in its file, where it is looked for.
+    for name in names if not config.from_file else ():
+        called = list(modules_called(model, name).values())
+        if config.needs(name) and called and not any(module.state_dict() for module in called):
+            raise ValueError(
+                f"modules_to_save names {name!r}, a {type(called[0]).__name__} without parameters: there is nothing "
+                "in it to train or to save. Leave it out, or put a module with parameters in its place first."
+            )
     heads = [name for name in names if name not in lacking]
     layout = None
     if config.saved_weights is not None:
