@@ -81,6 +81,19 @@ def test_of_double_precision(options: dict[str, Any], together: bool, tmp_path: 
     torch.testing.assert_close(run(single, make_inputs("vit")), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "composed"])
+def test_a_quantised_head_is_refused_by_name(together: bool, tmp_path: Path) -> None:
+    config, base = RegisterConfig(modules_to_save=["classifier"]), build("vit-classifier")
+    model: Any = compose(base, {"default": config}) if together else get_peft_model(base, config)
+    model.save_pretrained(tmp_path)
+    written = sorted(path.name for path in tmp_path.rglob("*"))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"classifier.* is of a quantised module"):
+        quantised.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == written
+
+
 @pytest.mark.parametrize("name", ["classifier", "embeddings.dropout"])
 @pytest.mark.parametrize("holder", ["PEFT", "transformers"])
 def test_a_module_without_parameters_is_no_head(holder: str, name: str) -> None:

@@ -285,6 +285,9 @@ def _layout_faults(
 def _value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     faults = []
     for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:  # torch.ao's state has dtypes and scales too
+            faults.append(f"{key} is of a quantised module (save the adapter before its head is quantised)")
+            continue
         if tensor.is_meta:
             continue
         if key.endswith(UNITS_KEY) and not tensor.is_floating_point() and (tensor < 0).any():
