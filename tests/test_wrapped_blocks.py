@@ -15,7 +15,7 @@ from stacks_cases import build_stack, images
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from register_adapter import add_registers, find_register_layer, find_tower
+from register_adapter import add_registers, capture, find_register_layer, find_tower
 from register_adapter.towers.anatomy import parent
 
 
@@ -60,6 +60,10 @@ def test_a_wrapped_list_of_blocks_is_seen_through() -> None:
     assert tower.part("blocks") is blocks
 
 
+def second_block(base: nn.Module) -> str:
+    return next(path for path, part in base.named_modules() if part is find_tower(base).part("blocks")[1])
+
+
 @pytest.mark.parametrize("owner", ["registers", "LoRA"])
 @pytest.mark.parametrize("options", [{"insert_layer": 1}, {"deep": True}, {}], ids=str)
 @pytest.mark.parametrize("name", [name for name in ("vit", "dinov3", "beit", "mlcd-vision") if name in CASES])
@@ -67,7 +71,7 @@ def test_a_block_that_is_saved_as_a_whole_has_hooks_once(name: str, options: dic
     """PEFT's copy of it has the hooks of a copy of the registers, which must not put theirs in."""
     model, inputs = add_registers(build(name), 3, **options).eval(), make_inputs(name)
     base = build(name)
-    block = next(path for path, part in base.named_modules() if part is find_tower(base).part("blocks")[1])
+    block = second_block(base)
     saved: Any = model
     if owner == "LoRA":
         saved = get_peft_model(
@@ -79,3 +83,18 @@ def test_a_block_that_is_saved_as_a_whole_has_hooks_once(name: str, options: dic
         weights = find_register_layer(model).tokens("default").weight.normal_()
         find_register_layer(saved).tokens("default").weight.copy_(weights)
     assert_identical(run(saved.eval(), inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("options", [{}, {"key_value": True}], ids=str)
+def test_attention_maps_of_a_block_that_is_saved_as_a_whole(options: dict[str, Any]) -> None:
+    """PEFT's copy of it has a copy of the config that names the attention."""
+    inputs = make_inputs("vit-classifier")
+    maps = []
+    for heads in (None, [second_block(build("vit-classifier"))]):
+        torch.manual_seed(0)
+        model = add_registers(build("vit-classifier"), 3, modules_to_save=heads, **options).eval()
+        with capture(model) as trace:
+            model(**inputs)
+        maps.append(dict(enumerate(trace.attentions)))
+        assert model(**inputs).attentions is None
+    assert_identical(maps[1], maps[0])

@@ -8,7 +8,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
+
+from ..towers.anatomy import resolve
 from ..towers.tower import Tower
+from ..tuner.hooks.attention import AttentionConfig
 from ..tuner.hooks.recomputation import carry, drop
 
 __all__ = ["eager_in_this_thread"]
@@ -65,7 +69,19 @@ def _configs(tower: Tower) -> list[Any]:
             configs.setdefault(id(module.config), module.config)
         elif can_change is not None:
             configs.pop(id(module.config), None)
+    for module in tower.module.modules():
+        # PEFT's copies of a block (modules_to_save) have copies of its config.
+        for copied in module.modules_to_save.values() if isinstance(module, ModulesToSaveWrapper) else ():
+            for path, part in copied.named_modules():
+                if id(_config_of(module.original_module, path)) in configs and (own := _config_of(part)) is not None:
+                    configs.setdefault(id(own), own)
     return list(configs.values())
+
+
+def _config_of(module: Any, path: str = "") -> Any:
+    """The config of a module, or of the one below it at ``path``, without a stand-in; ``None`` where there is none."""
+    config = getattr(resolve(module, path) if path else module, "config", None)
+    return config.config if isinstance(config, AttentionConfig) else config
 
 
 @contextmanager
