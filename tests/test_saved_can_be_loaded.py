@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from families import build, make_inputs
+from families import CASES, build, make_inputs
 from helpers import assert_identical, run
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 
-from register_adapter import RegisterConfig, add_registers, compose, load_adapters
+from register_adapter import RegisterConfig, add_registers, compose, find_register_layer, load_adapters
 from register_adapter.utils.adapter_file import read_header
 
 
@@ -105,3 +105,28 @@ def test_a_module_without_parameters_is_no_head(holder: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"modules_to_save names '{name}', .* without parameters"):
         model.add_adapter(config) if holder == "transformers" else get_peft_model(model, config)
     assert list(model.state_dict()) == before
+
+
+@pytest.mark.skipif("dinov3" not in CASES, reason="transformers without DINOv3")
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "composed"])
+def test_modules_that_are_called_what_keys_begin_with(together: bool, tmp_path: Path) -> None:
+    """PEFT puts base_model.model before every key, and DINOv3 calls its blocks ``model``."""
+    config, inputs = RegisterConfig(num_registers=2, modules_to_save=["model"]), make_inputs("dinov3")
+    base = build("dinov3")
+    model: Any = compose(base, {"default": config}) if together else get_peft_model(base, config)
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.1 * value.requires_grad
+    model.save_pretrained(tmp_path)
+    load: Any = load_adapters if together else PeftModel.from_pretrained
+    assert_identical(run(load(build("dinov3"), tmp_path).eval(), inputs), run(model.eval(), inputs))
+
+
+def test_a_head_that_is_called_what_keys_begin_with_is_left_out_alone(tmp_path: Path) -> None:
+    whole = torch.nn.ModuleDict({"vit": build("vit"), "model": torch.nn.Linear(4, 4)})
+    model = add_registers(whole, 2, modules_to_save=["model"])
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has 'model' trained beside its registers"):
+        loaded = PeftModel.from_pretrained(build("vit"), tmp_path)
+    weight = find_register_layer(loaded).tokens("default").weight
+    assert torch.equal(weight, find_register_layer(model).tokens("default").weight)

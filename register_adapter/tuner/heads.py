@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..towers.tower import Tower
-from ..utils.adapter_file import TensorInfo
+from ..utils.adapter_file import TensorInfo, is_of
 
 __all__ = [
     "TASK_HEADS",
@@ -156,7 +156,7 @@ def without_left_out(
     gone: dict[str, str] = {}
     for key in state_dict:
         if ".modules_to_save." not in key:
-            gone.update((key, name) for name in (*left_out, *lacking) if f".{name}." in f".{key}")
+            gone.update((key, name) for name in (*left_out, *lacking) if is_of(key, name))
     if dropped := [name for name in lacking if name in gone.values()]:
         warn_of_left_out(model, dropped)
     return {key: value for key, value in state_dict.items() if key not in gone}

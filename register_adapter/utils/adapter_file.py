@@ -30,6 +30,7 @@ __all__ = [
     "check_savable_values",
     "check_tensors",
     "is_foreign",
+    "is_of",
     "read_header",
     "read_metadata",
     "read_tensors",
@@ -42,6 +43,8 @@ GATE_KEY = "registers.register_adapter_tokens.gate"
 #: The same of the register neurons: which hidden units they are, and what goes with them.
 UNITS_KEY = "registers.register_adapter_tokens.units"
 NEURON_KEYS = (UNITS_KEY, *(f"registers.register_adapter_tokens.{name}" for name in ("usual", "limits", "strength")))
+#: What PEFT puts before every key of a model.
+_PREFIX = "base_model.model."
 _FOREIGN = re.compile(r"(^|\.)registers\.register_adapter_tokens\.[^.]+\.(weight|gate|units|usual|limits|strength)$")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # A head of modules_to_save may have counters, such as those of a batch norm.
@@ -150,6 +153,11 @@ def _not_whole(path: str | Path, error: Exception) -> str:
 def is_foreign(key: str) -> bool:
     """Whether a key is of another adapter of the model that was saved: PEFT 0.18 writes those along, by their names."""
     return _FOREIGN.search(key) is not None
+
+
+def is_of(key: str, name: str) -> bool:
+    """Whether a file's key is of a module that is called ``name``, which PEFT's own ``base_model.model`` may be too."""
+    return "register_adapter_tokens." not in key and f".{name}." in f".{key.removeprefix(_PREFIX)}"
 
 
 def check_tensors(
@@ -268,11 +276,11 @@ def _layout_faults(
     extra = [
         key
         for key in layout
-        if key not in tokens and not is_foreign(key) and not any(f".{name}." in f".{key}" for name in saved)
+        if key not in tokens and not is_foreign(key) and not any(is_of(key, name) for name in saved)
     ]
     if extra:
         faults.append(f"tensors that the config does not mention: {_names(extra)}")
-    missing = [name for name in needed if not any(f".{name}." in f".{key}" for key in layout)]
+    missing = [name for name in needed if not any(is_of(key, name) for key in layout)]
     if missing:
         faults.append(f"no tensors of the modules_to_save {missing}")
     for key, info in layout.items():

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...towers.tower import Tower
-from ...utils.adapter_file import TensorInfo, is_foreign
+from ...utils.adapter_file import TensorInfo, is_foreign, is_of
 from ..reading import SavedWeights
 from ..saved_keys import copied_modules, places
 
@@ -42,7 +42,7 @@ def check_saved_heads(model: nn.Module, tower: Tower, names: list[str], saved: S
         faults += _misshapen(path, resizable, shapes[path], layout)
     if missing := [key for key in expected if key not in layout]:
         faults.append(f"no tensors {sorted(missing)[:_SHOWN]}")
-    own = {key for key in saved.layout if any(f".{name}." in f".{key}" for name in names) and not is_foreign(key)}
+    own = {key for key in saved.layout if any(is_of(key, name) for name in names) and not is_foreign(key)}
     if strange := sorted(own - set(placed)):
         faults.append(f"tensors {strange[:_SHOWN]} that the modules do not have")
     if faults:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...errors import AdapterFileError, install_command
-from ...utils.adapter_file import TensorInfo, check_finite, read_header, read_tensors
+from ...utils.adapter_file import TensorInfo, check_finite, is_of, read_header, read_tensors
 from ...utils.files import checksum
 from ...utils.hub import MANIFEST_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, find_config, find_weights
 from ...utils.staging import staged
@@ -324,7 +324,7 @@ def _check_owned(config: PeftConfig, keys: Iterable[str], path: Path) -> None:
         key
         for key in keys
         if f".{mark}" not in f".{key}"
-        and not any(f".{head}." in f".{key}" for head in heads)
+        and not any(is_of(key, head) for head in heads)
         and not (bias != "none" and key.endswith(".bias"))
     ]
     if foreign:
