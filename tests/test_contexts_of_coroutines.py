@@ -13,7 +13,7 @@ from families import build, make_inputs
 from helpers import run
 from torch.testing import assert_close
 
-from register_adapter import RegisterConfig, add_registers, compose
+from register_adapter import RegisterConfig, add_registers, capture, compose
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +88,51 @@ def test_contexts_left_in_the_order_of_entry(model: Any, inputs: Any, outputs: A
     first.__exit__(None, None, None)
     assert_close(run(model, inputs), outputs["without"])
     second.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_each_captures_its_own_passes(attention: str) -> None:
+    """Pairs of keys and values are in the maps of those that capture, and of nobody else, also afterwards."""
+    model = add_registers(build("vit", attention), num_registers=3, key_value=True, init_std=1.0).eval()
+    batches = [{"pixel_values": make_inputs("vit")["pixel_values"] + shift} for shift in (0.0, 1.0)]
+    plain = run(model, batches[0], output_attentions=attention == "eager")
+    expected = []
+    for batch in batches:
+        with capture(model) as trace:
+            model(**batch)
+        expected.append((*trace.hidden_states, *trace.attentions))
+
+    async def capturing(number: int, waits: int) -> None:
+        with capture(model) as trace:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            model(**batches[number])
+            for _ in range(waits):
+                await asyncio.sleep(0)
+        assert_close((*trace.hidden_states, *trace.attentions), expected[number], rtol=0, atol=0)
+
+    async def others() -> None:
+        for _ in range(8):
+            assert_close(run(model, batches[0], output_attentions=attention == "eager"), plain, rtol=0, atol=0)
+            await asyncio.sleep(0)
+
+    async def serve() -> None:
+        await asyncio.gather(capturing(0, 3), others(), capturing(1, 1), capturing(0, 5))
+
+    asyncio.run(serve())
+    asyncio.run(others())
+
+
+def test_a_capture_sees_the_tasks_that_are_started_in_it(model: Any, inputs: Any) -> None:
+    async def passes() -> None:
+        run(model, inputs)
+
+    async def serve() -> int:
+        with capture(model) as trace:
+            await asyncio.gather(passes())
+            seen = len(trace.attentions)
+        with capture(model) as trace:
+            await asyncio.to_thread(run, model, inputs)
+        return seen * len(trace.attentions)
+
+    assert asyncio.run(serve()) > 0

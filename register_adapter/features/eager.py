@@ -1,4 +1,4 @@
-"""Eager attention in the passes of one thread, while others run the same model with the implementation in use."""
+"""Eager attention in the passes of one thread, or coroutine, while others run it with what is in use."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from ..towers.anatomy import resolve
 from ..towers.tower import Tower
 from ..tuner.hooks.attention import AttentionConfig
 from ..tuner.hooks.recomputation import carry, drop
+from .threads import Here
 
 __all__ = ["eager_in_this_thread"]
 
 _NAME = "_attn_implementation"
-#: Config's id to its class, what says whose passes are eager, and the number of contexts that want that.
-_SWITCHED: dict[int, tuple[Any, threading.local, int]] = {}
+#: Config's id to its class, and where each of the contexts that want its passes eager was entered.
+_SWITCHED: dict[int, tuple[Any, list[Here]]] = {}
 _SWITCHING = threading.Lock()
 
 
 @contextmanager
 def eager_in_this_thread(tower: Tower) -> Iterator[None]:
-    """Have transformers' attention computed eagerly in this thread's passes; contexts may be nested, and overlap.
+    """Have transformers' attention computed eagerly in this thread's, or coroutine's, passes.
+
+    Contexts may be nested, and overlap.
 
     A model looks the name of the implementation up in its config several times in a pass, first to make a mask and then
     in every block. A mask made for one implementation is wrong for another (SDPA's is boolean, and eager attention
@@ -36,11 +39,10 @@ def eager_in_this_thread(tower: Tower) -> Iterator[None]:
             it is.
     """
     configs = [config for config in _configs(tower) if getattr(config, _NAME, None) not in (None, "eager")]
-    owner, here = object(), threading.local()
-    here.is_open = True
+    owner, here, ended = object(), Here(), threading.Event()
 
     def resume() -> Callable[[], AbstractContextManager[None]]:
-        return partial(_answer_eager, configs) if getattr(here, "is_open", False) else nullcontext
+        return partial(_answer_eager, configs) if here.is_here and not ended.is_set() else nullcontext
 
     with _answer_eager(configs):
         # What is checkpointed meanwhile is computed again later, and in another thread.
@@ -48,7 +50,7 @@ def eager_in_this_thread(tower: Tower) -> Iterator[None]:
         try:
             yield
         finally:
-            here.is_open = False
+            ended.set()
             drop(tower.module, owner)
 
 
@@ -87,30 +89,28 @@ def _config_of(module: Any, path: str = "") -> Any:
 @contextmanager
 def _answers_eager(config: Any) -> Iterator[None]:
     """Have the config name another implementation when this thread asks."""
+    own = Here()
     with _SWITCHING:
-        first, here, depth = _SWITCHED.get(id(config), (type(config), threading.local(), 0))
-        if not depth:
-            config.__class__ = _two_answers(first, here)
-        _SWITCHED[id(config)] = first, here, depth + 1
-    here.depth = getattr(here, "depth", 0) + 1
+        first, wanting = _SWITCHED.setdefault(id(config), (type(config), []))
+        if not wanting:
+            config.__class__ = _two_answers(first, wanting)
+        wanting.append(own)
     try:
         yield
     finally:
-        here.depth -= 1
         with _SWITCHING:
-            depth = _SWITCHED.pop(id(config))[2] - 1
-            if depth:
-                _SWITCHED[id(config)] = first, here, depth
-            else:
+            wanting.remove(own)
+            if not wanting:
                 config.__class__ = first
+                del _SWITCHED[id(config)]
 
 
-def _two_answers(first: Any, here: threading.local) -> type:
-    """A config's class, but for the implementation that it names in a thread where ``here.depth`` is not zero."""
+def _two_answers(first: Any, wanting: list[Here]) -> type:
+    """A config's class, but for the implementation that it names in the threads, or coroutines, of ``wanting``."""
     inherited: Any = getattr(first, _NAME)
 
     def read(config: Any) -> Any:
-        return "eager" if getattr(here, "depth", 0) else inherited.fget(config)
+        return "eager" if any(here.is_here for here in tuple(wanting)) else inherited.fget(config)
 
     def reduce(config: Any, protocol: Any) -> Any:
         _, _, *state = first.__reduce_ex__(config, protocol)

@@ -1,26 +1,55 @@
-"""Hooks that see the forward passes of one thread, and see them once."""
+"""Hooks that see the forward passes of one thread, or coroutine, and see them once."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 from ..tuner.hooks.recomputation import is_recomputing
 
-__all__ = ["in_this_thread"]
+__all__ = ["Here", "in_this_thread"]
+
+
+class Here:
+    """Knows again the thread, or coroutine, that makes it.
+
+    Coroutines take turns in one thread, wherever they wait. One takes what it has made along into the tasks that it
+    starts, and into ``asyncio.to_thread``. A graph compiler cannot ask for a coroutine, and goes by the thread.
+    """
+
+    def __init__(self) -> None:
+        # An attribute and not the thread's number, which a graph compiler cannot ask for either.
+        self._local = threading.local()
+        self._local.here = True
+        self._mark = weakref.ref(self)
+        _HERE.set(frozenset(mark for mark in _HERE.get() if mark() is not None) | {self._mark})
+
+    @property
+    def is_here(self) -> bool:
+        """Whether whoever asks runs in it."""
+        if torch.compiler.is_compiling():
+            return getattr(self._local, "here", False)
+        return self._mark in _HERE.get()
+
+
+#: What the running coroutine, or thread, has made; nothing is kept for its sake.
+_HERE: ContextVar[frozenset[weakref.ref[Here]]] = ContextVar("register_adapter_here", default=frozenset())
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that does nothing in other threads than the one that makes it: they may run the same model meanwhile.
+    """A hook that does nothing in other threads, or coroutines, than the one that makes it.
 
-    Nor does it where gradient checkpointing computes blocks again, from the last to the first.
+    They may run the same model meanwhile. Nor does it where gradient checkpointing computes blocks again, from the last
+    to the first.
     """
-    # An attribute and not the thread's number, which a graph compiler cannot ask for.
-    local = threading.local()
-    local.here = True
+    here = Here()
 
     def call(*args: Any) -> Any:
-        return hook(*args) if getattr(local, "here", False) and not is_recomputing() else None
+        return hook(*args) if here.is_here and not is_recomputing() else None
 
     return call

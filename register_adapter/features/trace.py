@@ -12,7 +12,7 @@ from torch import nn
 
 from ..towers.calls import first_of, hidden_states_of
 from ..towers.tower import Tower, find_tower
-from ..tuner.layer import RegisterLayer, find_register_layer
+from ..tuner.layer import find_register_layer
 from .attention_maps import record_attention_maps
 from .threads import in_this_thread
 
@@ -83,7 +83,7 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
 
     Works with and without registers. For attention maps the tower runs under the eager implementation inside the
     context; the implementation in use before, and every hook, are restored on the way out, also after an exception.
-    A second forward pass overwrites the first. Passes of other threads are not recorded.
+    A second forward pass overwrites the first. Passes of other threads, and of other coroutines, are not recorded.
 
     Args:
         model: A base model, or one with registers.
@@ -130,16 +130,6 @@ def capture(model: nn.Module, hidden_states: bool = True, attentions: bool = Tru
                 stack.callback(module.register_forward_hook(in_this_thread(partial(block, index)), prepend=True).remove)
         if attentions:
             if layer is not None:
-                stack.enter_context(_whole_attentions(layer))
+                stack.enter_context(layer.call.keeping_pairs())
             stack.enter_context(record_attention_maps(tower, trace._attentions.__setitem__))
         yield trace
-
-
-@contextmanager
-def _whole_attentions(layer: RegisterLayer) -> Iterator[None]:
-    """Attention maps keep the columns of key/value pairs."""
-    before, layer.call.whole_attentions = layer.call.whole_attentions, True
-    try:
-        yield
-    finally:
-        layer.call.whole_attentions = before

@@ -48,15 +48,17 @@ class MethodCall:
         self.stand_in.__dict__[self.counter] += count
 
 
-class _LeftOut:
+class _Context:
     """What a context leaves out of one layer's passes, as long as it is open."""
 
-    def __init__(self, state: CallState, names: frozenset[str]) -> None:
+    def __init__(self, state: CallState, names: frozenset[str] = frozenset()) -> None:
         self.state, self.names, self.open = state, names, True
 
 
 #: A coroutine has values of its own, beside others in its thread, and takes them along into ``asyncio.to_thread``.
-_LEFT_OUT: ContextVar[tuple[_LeftOut, ...]] = ContextVar("register_adapter_left_out", default=())
+_LEFT_OUT: ContextVar[tuple[_Context, ...]] = ContextVar("register_adapter_left_out", default=())
+#: Contexts whose attention maps keep the columns of key/value pairs.
+_KEEPING: ContextVar[tuple[_Context, ...]] = ContextVar("register_adapter_keeping", default=())
 
 
 class CallState(threading.local):
@@ -71,7 +73,8 @@ class CallState(threading.local):
         asked: Names of adapters that take no part in a replica, or in a layer that was made inside of a context.
         contexts: What each open context of this thread leaves out.
         around: All of that together: what a graph goes by, which knows of no coroutines.
-        whole_attentions: Attention maps keep the columns of key/value pairs.
+        keeping: Number of open contexts of this thread whose attention maps keep the columns of key/value pairs.
+        whole: Those of the running pass do.
         record: Gets the keys and values of every block.
         segments: What takes part in the running pass; ``None`` outside of one.
         frame: Where that pass runs, as long as it does; ``None`` where nobody needs to ask.
@@ -93,7 +96,8 @@ class CallState(threading.local):
         self.asked: frozenset[str] = frozenset()
         self.contexts: tuple[frozenset[str], ...] = ()
         self.around: frozenset[str] = frozenset()
-        self.whole_attentions: bool = False
+        self.keeping: int = 0
+        self.whole: bool = False
         self.record: RecordPairs | None = None
         self.segments: list[Segment] | None = None
         self.frame: FrameType | None = None
@@ -129,6 +133,26 @@ class CallState(threading.local):
             return self.asked
         return self.asked.union(*(entry.names for entry in left_out if entry.state is self and entry.open))
 
+    @property
+    def whole_attentions(self) -> bool:
+        """Whether attention maps keep the columns of key/value pairs."""
+        if torch.compiler.is_compiling():
+            return self.keeping > 0
+        return self.whole or any(entry.state is self and entry.open for entry in _KEEPING.get())
+
+    @contextmanager
+    def keeping_pairs(self) -> Iterator[None]:
+        """A context of this thread, or coroutine, whose attention maps keep the columns of key/value pairs."""
+        entry, state = _Context(self), vars(self)
+        _KEEPING.set((*(other for other in _KEEPING.get() if other.open), entry))
+        state["keeping"] += 1
+        try:
+            yield
+        finally:
+            entry.open = False
+            _KEEPING.set(tuple(other for other in _KEEPING.get() if other.open))
+            state["keeping"] -= 1
+
     @contextmanager
     def leaving_out(self, names: Iterable[str]) -> Iterator[None]:
         """A context of this thread, or coroutine, without some adapters.
@@ -136,7 +160,7 @@ class CallState(threading.local):
         Contexts of coroutines overlap in one thread, and a server may leave one in another thread than it entered it
         in: each takes back what is its own.
         """
-        entry, state = _LeftOut(self, frozenset(names)), vars(self)
+        entry, state = _Context(self, frozenset(names)), vars(self)
         _LEFT_OUT.set((*(other for other in _LEFT_OUT.get() if other.open), entry))
         _set_contexts(state, [*state["contexts"], entry.names])
         try:
@@ -163,6 +187,7 @@ class CallState(threading.local):
         if inside and images is self.given:  # those of the batch around this one
             self.images = None
         vars(self).update(_OF_A_PASS, given=self.images)
+        self.whole = self.whole_attentions
         return inside
 
     def end(self) -> None:
@@ -196,6 +221,7 @@ class CallState(threading.local):
 #: What belongs to one pass, as it is outside of any.
 _OF_A_PASS: dict[str, Any] = {"segments": None, "frame": None, "trains": False, "visible": None, "rotary": None}
 _OF_A_PASS |= {"entered": 0, "length": 0, "left": False, "method": None, "methods": (), "kept": None, "given": None}
+_OF_A_PASS["whole"] = False
 
 
 def _set_contexts(state: dict[str, Any], contexts: list[frozenset[str]]) -> None:
