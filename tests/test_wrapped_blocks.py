@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from execution_cases import registered
 from families import CASES, build, make_inputs
 from helpers import assert_identical, run
@@ -60,13 +61,17 @@ def test_a_wrapped_list_of_blocks_is_seen_through() -> None:
     assert tower.part("blocks") is blocks
 
 
+#: transformers 4 calls its blocks with keywords alone, which PEFT's wrapper of a saved module cannot be.
+_MLCD = () if tf.__version__.startswith("4.") else ("mlcd-vision",)
+
+
 def second_block(base: nn.Module) -> str:
     return next(path for path, part in base.named_modules() if part is find_tower(base).part("blocks")[1])
 
 
 @pytest.mark.parametrize("owner", ["registers", "LoRA"])
 @pytest.mark.parametrize("options", [{"insert_layer": 1}, {"deep": True}, {}], ids=str)
-@pytest.mark.parametrize("name", [name for name in ("vit", "dinov3", "beit", "mlcd-vision") if name in CASES])
+@pytest.mark.parametrize("name", [name for name in ("vit", "dinov3", "beit", *_MLCD) if name in CASES])
 def test_a_block_that_is_saved_as_a_whole_has_hooks_once(name: str, options: dict[str, Any], owner: str) -> None:
     """PEFT's copy of it has the hooks of a copy of the registers, which must not put theirs in."""
     model, inputs = add_registers(build(name), 3, **options).eval(), make_inputs(name)
