@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -372,6 +373,15 @@ def stored_targets(items: list[dict[str, Any]], tmp_path_factory: pytest.TempPat
     store = tmp_path_factory.mktemp("stored") / "targets"
     run_from_store(store, items)
     return store
+
+
+def test_what_targets_take_is_told_in_units_that_say_something(
+    items: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "register_adapter"):
+        run_from_store(tmp_path / "targets", items)
+    (said,) = (message for message in caplog.messages if message.startswith("targets of"))
+    assert re.search(r": \d+(\.\d+)? (kB|MB), about \d+ s$", said)
 
 
 @pytest.mark.parametrize(

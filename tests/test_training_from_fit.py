@@ -120,6 +120,18 @@ def flags(folder: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def test_a_fit_that_finds_nothing_advises_flags_that_the_run_has(
+    planted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = flags(planted, tmp_path / "out", "--init", "test_time", "--model-name-or-path", "clean")
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capfd.readouterr().err
+    assert "needs no registers" in said
+    assert "another --init; or say which patches are outliers to `register-adapter fit` (--threshold" in said
+    assert "threshold=" not in said
+
+
 def trained(folder: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "adapter_model.safetensors")
     return {key.rpartition(".")[2]: value for key, value in tensors.items() if "register_adapter_tokens" in key}

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..towers.modes import evaluating
 from ..tuner.hooks.tokens import cut_tokens
-from .subject import Subject, call
+from .subject import OTHER_FORMS, Subject, call
 
 __all__ = ["check_equal", "tensors"]
 
@@ -44,8 +44,8 @@ def check_equal(subject: Subject, plain: nn.Module, inputs: dict[str, torch.Tens
     """
     name = type(plain).__name__
     advice = (
-        f"The model reads or returns the registers of its own tower elsewhere, so {name} is not equivalent. Use "
-        "export_onnx(model, path) or export_program(model, path), or export the tower alone."
+        f"The model reads or returns the registers of its own tower elsewhere, so {name} is not equivalent. "
+        f"{OTHER_FORMS} Or export the tower alone."
     )
     with evaluating(subject.base, plain):
         try:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .comparison import check_equal
-from .subject import Subject, plain_state
+from .subject import OTHER_FORMS, Subject, plain_state
 from .subject import example_inputs as made_up
 from .timm_native import export_timm, is_timm, save_timm
 from .whole import model_folder
@@ -188,7 +188,7 @@ def _native_part(subject: Subject) -> str:
     if path is None:
         raise UnsupportedModelError(
             f"{type(tower).__name__} has no class with native registers. Those with one are {', '.join(NATIVE)}, and "
-            "timm's VisionTransformer and Eva. Use export_onnx(model, path) or export_program(model, path)."
+            f"timm's VisionTransformer and Eva. {OTHER_FORMS}"
         )
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(

@@ -18,7 +18,10 @@ from ..tuner.layer import RegisterLayer
 from ..tuner.registers import Segment
 from ..utils.parameters import check_module
 
-__all__ = ["Subject", "call", "example_inputs", "plain_state"]
+__all__ = ["OTHER_FORMS", "Subject", "call", "example_inputs", "plain_state"]
+
+#: What a model without a native form is exported by.
+OTHER_FORMS = "Use export_onnx(model, path) or export_program(model, path); in a command --format onnx or program."
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Subject:
             if unlike:
                 raise ValueError(
                     f"native registers enter once, as tokens, behind the embeddings; these have {', '.join(unlike)}, "
-                    "which no native class has. Use export_onnx(model, path) or export_program(model, path)."
+                    f"which no native class has. {OTHER_FORMS}"
                 )
 
 
@@ -156,7 +159,8 @@ def example_inputs(subject: Subject, image_size: int | None = None, batch: int =
     if size is None or name not in ("pixel_values", "x"):
         raise ValueError(
             f"cannot make up inputs for {type(subject.base).__name__} (main input {name!r}, image size {size}): give "
-            "example_inputs={'pixel_values': ..., ...}, the tensors of one forward pass by name."
+            "example_inputs={'pixel_values': ..., ...}, the tensors of one forward pass by name, to export_onnx, "
+            "export_program or export_native in Python. A command makes up images alone."
         )
     height, width = (size, size) if isinstance(size, int) else size
     weight: torch.Tensor = tower.part("patch_embedding").weight

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import MissingExtraError, UnsupportedModelError
 from ..tuner.layer import RegisterLayer
-from .subject import Subject
+from .subject import OTHER_FORMS, Subject
 from .whole import model_folder
 
 __all__ = ["export_timm", "is_timm", "save_timm"]
@@ -39,13 +39,12 @@ def export_timm(subject: Subject) -> nn.Module:
     """
     tower: Any = subject.tower
     name = type(tower).__name__
-    other = "Use export_onnx(model, path) or export_program(model, path)."
     if name not in _ARGUMENTS:
-        raise UnsupportedModelError(f"timm's {name} has no reg_tokens; {', '.join(_ARGUMENTS)} have. {other}")
+        raise UnsupportedModelError(f"timm's {name} has no reg_tokens; {', '.join(_ARGUMENTS)} have. {OTHER_FORMS}")
     if not isinstance(tower.norm_pre, nn.Identity):
         raise UnsupportedModelError(
             f"this {name} normalises its tokens before the first block (pre_norm), where native registers go in before "
-            f"and the adapter's behind the norm: no values of reg_tokens are equivalent. {other}"
+            f"and the adapter's behind the norm: no values of reg_tokens are equivalent. {OTHER_FORMS}"
         )
     base = copy.deepcopy(subject.base)
     plain = base.get_submodule(subject.path)

@@ -27,7 +27,10 @@ from .scores import Neuron, NeuronScores, ScoreSums, pool
 from .team import Team
 from .views import View
 
-__all__ = ["Search"]
+__all__ = ["ALL_THE_SAME", "Search"]
+
+#: How a fit is told where its outliers are.
+ALL_THE_SAME = "To go on all the same, give threshold= and top_block=."
 
 #: Lines that differ by less than this factor lie in the same gap between norms.
 _NEAR = 1.2
@@ -166,19 +169,19 @@ class Search:
         """Why there is nothing to fit: no artifacts, or none that norms tell from other patches."""
         statistics = self._views[0].statistics
         report = build_report(statistics, self.rule, self.rule_called, "")
-        who, rest = type(self.tower.module).__name__, "Nothing was changed. To go on all the same, give threshold= and "
+        who, rest = type(self.tower.module).__name__, f"Nothing was changed. {ALL_THE_SAME}"
         if report.verdict != "none":
             return RegisterAdapterError(
                 f"{who} has artifacts ({report.summary}) on {parts.num_images} images, but no line between norms tells "
                 "them from other patches, so that no unit can be found that writes them. Train registers instead "
-                f"(python -m register_adapter.train). {report.reason} {rest}top_block=."
+                f"(python -m register_adapter.train). {report.reason} {rest}"
             )
         said = (
             f"{who} may have artifacts that its norms do not show: the rule {self.rule_called!r} finds none"
             if report.unexplained
             else f"{who} needs no registers: the rule {self.rule_called!r} finds no artifacts"
         )
-        return NoArtifactsError(f"{said} on {parts.num_images} images. {report.reason} {rest}top_block=.")
+        return NoArtifactsError(f"{said} on {parts.num_images} images. {report.reason} {rest}")
 
 
 def _add_up(scores: dict[int | None, NeuronScores], parts: list[dict[int | None, ScoreSums]]) -> None:

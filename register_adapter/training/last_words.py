@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import RegisterAdapterError
+from ..neurons.search import ALL_THE_SAME
 from ..tuner.card_text import OFF
 from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import CheckpointError
 from .interruption import Interrupted
 
-__all__ = ["farewell", "summarise"]
+__all__ = ["farewell", "fit_advice", "summarise"]
 
 _RESUME, _OVERWRITE = "--resume-from-checkpoint", "--overwrite-output-dir"
 #: Metrics that are shares.
 _SHARES = ("accuracy", "zero_shot_agreement")
+
+
+@contextmanager
+def fit_advice() -> Iterator[None]:
+    """Where a fit before a run finds nothing, say what the run's flags can do: they name no threshold."""
+    try:
+        yield
+    except RegisterAdapterError as error:
+        if ALL_THE_SAME not in str(error):
+            raise
+        advice = (
+            "Choose another --init; or say which patches are outliers to `register-adapter fit` (--threshold, "
+            "--top-block), and train from what it writes (--adapter-name-or-path)."
+        )
+        raise type(error)(str(error).replace(ALL_THE_SAME, advice)) from error
 
 
 def summarise(results: dict[str, Any], output_dir: str) -> str:

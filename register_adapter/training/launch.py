@@ -44,7 +44,7 @@ from .bases import load_base, wrap
 from .callbacks import AnnealNeurons
 from .flags import ModelArguments, config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
-from .last_words import farewell, summarise
+from .last_words import farewell, fit_advice, summarise
 from .objectives import OBJECTIVES, ClassificationObjective, Objective
 from .objectives.flags import (
     add_objective_flags,
@@ -308,14 +308,15 @@ def _fitted_start(args: ModelArguments, base: nn.Module, images: ProcessedDatase
     if args.adapter_name_or_path is not None:
         source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
     else:
-        source = fit_test_time_registers(
-            base,
-            PixelBatches(images),
-            num_registers=args.num_registers,
-            max_images=_LOOKED_AT,
-            progress=progress,
-            shared=True,
-        )
+        with fit_advice():
+            source = fit_test_time_registers(
+                base,
+                PixelBatches(images),
+                num_registers=args.num_registers,
+                max_images=_LOOKED_AT,
+                progress=progress,
+                shared=True,
+            )
     few, dropped = range(min(len(images), 64)), args.neurons == "drop"
     batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
     start = start_from(source, args.neurons, batches)

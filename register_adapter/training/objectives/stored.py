@@ -20,6 +20,7 @@ from ...features.passes import keep_layer
 from ...features.prefix import check_prefix
 from ...features.store import STORE_NAME, FeatureStore, StoreError, StoreSpec, read_spec
 from ...towers.identity import TowerIdentity
+from ...utils.text import size_text
 from .base import Objective
 from .terms import Term, WeightedTerms
 from .tokens import prefix_key, read_base
@@ -139,7 +140,7 @@ def store_targets(
     missing = store.missing
     if missing and accelerator.is_main_process:
         time_needed = f", about {seconds:.0f} s" if seconds is not None else ""
-        logger.info("targets of %d images go to %s: %.2f GiB%s", len(dataset), folder, spec.nbytes / 2**30, time_needed)
+        logger.info("targets of %d images go to %s: %s%s", len(dataset), folder, size_text(spec.nbytes), time_needed)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     shown = progress and accelerator.is_local_main_process and bool(mine)
     total = sum(len(store.images_of(shard)) for shard in mine)
