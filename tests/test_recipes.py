@@ -35,9 +35,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a ``register-adapter`` that says what it is called with: words, each ended by 0, as is the call."""
+    """A folder with a ``register-adapter`` that says what it is called with: words, each ended by 0, as is the call.
+
+    Of a fit there is an empty config, as if it had found something.
+    """
     tool = tmp_path_factory.mktemp("tools") / "register-adapter"
-    tool.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" ''\n")
+    fitted = '[ "$1" != fit ] || { mkdir -p "${@: -1}"; touch "${@: -1}/adapter_config.json"; }'
+    tool.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" ''\n{fitted}\n")
     tool.chmod(0o755)
     return tool.parent
 
@@ -49,6 +53,9 @@ def calls(name: str, case: Path, tools: Path, out: Path, *more: str) -> list[lis
     # The flags come last, where they win.
     words = ["bash", str(ROOT / "examples" / "recipes" / f"{name}.sh"), *SHORT, *more]
     done = subprocess.run(words, env=os.environ | given | places, stdout=subprocess.PIPE, text=True, check=True)
+    config = Path(f"{out}.fitted", "adapter_config.json")
+    if config.exists() and not config.stat().st_size:
+        config.unlink()
     return [call.split("\0") for call in done.stdout.removesuffix("\0\0").split("\0\0")]
 
 
@@ -90,3 +97,14 @@ def test_each_says_how_it_is_run_on_one_and_on_eight() -> None:
         assert len(text.splitlines()) <= 60
         assert f"examples/recipes/{path.name}" in text
         assert "--num_processes 8" in text
+
+
+def test_nothing_is_trained_from_a_fit_that_found_nothing(tmp_path: Path) -> None:
+    tool = tmp_path / "register-adapter"
+    tool.write_text('#!/bin/sh\necho "$1"\n')  # a fit of a clean model ends well and writes nothing
+    tool.chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": "images", "OUT": str(tmp_path / "out")}
+    words = ["bash", str(ROOT / "examples" / "recipes" / "from_test_time.sh")]
+    done = subprocess.run(words, env={**os.environ, **given}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "fit\n")
+    assert done.stderr == "error: nothing was fitted, so there is nothing to train from\n"

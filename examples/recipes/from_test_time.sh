@@ -17,6 +17,8 @@ set -euo pipefail
 
 # The processes of one machine share the fit: run it once, before.
 [ -e "$OUT.fitted/adapter_config.json" ] || register-adapter fit "$MODEL" "$DATA" --out "$OUT.fitted"
+# A model without artifacts needs no registers: the fit says so, and writes nothing.
+[ -e "$OUT.fitted/adapter_config.json" ] || { echo "error: nothing was fitted, so there is nothing to train from" >&2; exit 1; }
 
 # shellcheck disable=SC2086 # a launcher is several words
 $LAUNCH --model-name-or-path "$MODEL" --train-dir "$DATA" --output-dir "$OUT" \
