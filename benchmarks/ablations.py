@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import grown_repair
+import grown_ruler
 import torch
 from measuring import describe_machine, hardware_name
 from overhead import SHAPES
@@ -96,7 +97,7 @@ def run_variants(config: dict[str, Any], grown: Path | None, done: set[Any]) -> 
                 if (label, name, seed) in done:
                     continue
                 base, twin = grown_repair.load_pair(name, model_seed, grown)
-                ruler = ruler or grown_repair.Ruler(base, twin, task, config["images"])
+                ruler = ruler or grown_ruler.Ruler(base, twin, task, config["images"])
                 torch.manual_seed(seed)
                 started = time.perf_counter()
                 model = make_variant(variant, base, task, seed, config)

@@ -8,7 +8,8 @@ over the median and the share of patches over 3 medians, each in the block with 
 attention that patches give to background tiles, in the block with most; how well a linear probe reads a tile's own
 contents (R²) where the model without registers has its outliers, and elsewhere; cosine of patch tokens behind the final
 LayerNorm to those of the twin that had registers from the start, after the rotation that fits best on other images; the
-audit's verdict. Controls: random and zero registers, and LoRA alone. The ceiling is that twin, with its own head.
+audit's verdict, and how many heads have attention sinks on patches and on registers, of which kind. Controls: random
+and zero registers, and LoRA alone. The ceiling is that twin, with its own head.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grown_ruler import Ruler, say_sinks
 from measuring import describe_machine, hardware_name
 from tables import cell, merge_rows, put_between, row_key, write_report
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from register_adapter import add_registers, audit, capture, find_tower, fit_test_time_registers
-from register_adapter.artifacts.norms import summarise_norms
+from register_adapter import add_registers, find_tower, fit_test_time_registers
 from register_adapter.neurons import start_from_outliers
 from register_adapter.testbed.grown import RECIPES, GrownModel, MosaicTask, load_grown, read_grown, weighted_error
 from register_adapter.training import (
@@ -50,17 +50,15 @@ __all__ = [
     "FIT_IMAGES",
     "FIT_SEED",
     "LABEL_FREE",
-    "TEST_SEED",
     "TRAIN_SEED",
     "Images",
-    "Ruler",
     "load_pair",
     "main",
     "make_table",
 ]
 
-#: Seeds of the images that are trained on (plus the run's), fitted on, probed on, and measured on.
-TRAIN_SEED, FIT_SEED, PROBE_SEED, TEST_SEED = 50_000, 60_001, 60_002, 60_003
+#: Seeds of the images that are trained on (plus the run's), and fitted on.
+TRAIN_SEED, FIT_SEED = 50_000, 60_001
 FIT_IMAGES = 128
 
 
@@ -186,75 +184,6 @@ ARMS: dict[str, Callable[[GrownModel, MosaicTask, int, int], Any]] = {
 }
 
 
-class Ruler:
-    """Measures models of one task against the model that grew and its twin."""
-
-    def __init__(self, base: GrownModel, twin: GrownModel, task: MosaicTask, count: int) -> None:
-        self.task = task
-        self.test, self.other = task.draw(count, TEST_SEED), task.draw(count, PROBE_SEED)
-        self.twin = [self._read(twin.backbone, drawn.pixel_values)[0] for drawn in (self.test, self.other)]
-        norms = self._read(base.backbone, self.test.pixel_values)[1]
-        worst = max(norms, key=lambda norm: summarise_norms(norm).share)
-        self.places = worst > 3 * worst.median()
-
-    @torch.no_grad()
-    def _read(self, model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Tokens behind the norm ``(B, P, D)``, norms ``(B, P)`` and attention received ``(B, P)`` of every block."""
-        tiles, last, norms, seen = self.task.num_patches, [], [], []
-        for batch in torch.split(pixels, 32):
-            with capture(model) as trace:
-                last.append(model(pixel_values=batch).last_hidden_state[:, -tiles:])
-            norms.append([hidden[:, -tiles:].norm(dim=-1) for hidden in trace.hidden_states[1:]])
-            # Columns of key/value pairs stand behind those of the sequence.
-            ends = [maps.shape[2] for maps in trace.attentions]
-            seen.append(
-                [
-                    m[:, :, end - tiles :, end - tiles : end].mean((1, 2))
-                    for m, end in zip(trace.attentions, ends, strict=True)
-                ]
-            )
-        first, second = ([torch.cat(parts) for parts in zip(*batches, strict=True)] for batches in (norms, seen))
-        return torch.cat(last), first, second
-
-    @staticmethod
-    def _fitted(inputs: torch.Tensor, wanted: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A ridge regression, tokens ``(N, D)`` to ``(N, C)``."""
-        ones = torch.ones(len(inputs), 1, dtype=torch.float64)
-        design = torch.cat([inputs.double(), ones], 1)
-        gram = design.T @ design + 1e-3 * len(design) * torch.eye(design.shape[1], dtype=torch.float64)
-        weights = torch.linalg.solve(gram, design.T @ wanted.double())
-        return lambda tokens: tokens.double() @ weights[:-1] + weights[-1]
-
-    def measure(self, model: Any, head: torch.nn.Linear) -> dict[str, Any]:
-        """The numbers of a row."""
-        model.eval()
-        patches, norms, seen = self._read(model, self.test.pixel_values)
-        others, _, _ = self._read(model, self.other.pixel_values)
-        summaries = [summarise_norms(norm) for norm in norms]
-        loss = weighted_error(head(patches), self.test.targets, self.test.weights, (-1, -2))
-        own = self.test.targets[..., : self.task.contents]
-        probe = self._fitted(others.flatten(0, 1), self.other.targets[..., : self.task.contents].flatten(0, 1))
-        left, _, right = torch.linalg.svd(others.flatten(0, 1).T @ self.twin[1].flatten(0, 1), full_matrices=False)
-        cosine = F.cosine_similarity(patches @ (left @ right), self.twin[0], dim=-1)
-
-        def explained(places: torch.Tensor) -> float:
-            rest = (own[places].double() - probe(patches[places])).square().sum()
-            return float(1 - rest / (own[places] - own[places].mean(0)).double().square().sum())
-
-        report = audit(model, list(torch.split(self.test.pixel_values, 32)), progress=False)
-        return {
-            "task_loss": float(loss),
-            "largest_ratio": max(summary.largest for summary in summaries),
-            "outlier_share": max(summary.share for summary in summaries),
-            "outlier_shares": [summary.share for summary in summaries],
-            "attention_on_background": max(float((block * self.test.is_background).sum(-1).mean()) for block in seen),
-            "contents_at_outliers": explained(self.places),
-            "contents_elsewhere": explained(~self.places),
-            "cosine_twin": float(cosine.mean()),
-            "verdict": report.verdict,
-        }
-
-
 def load_pair(recipe: str, seed: int, grown: Path | None) -> tuple[GrownModel, GrownModel]:
     """A grown model and its twin with registers."""
     if seed == 0 and grown is None:
@@ -282,11 +211,13 @@ def make_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for recipe in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == recipe]
-        heads = ["arm", *(heading for heading, *_ in _COLUMNS), "verdicts", "seeds"]
+        sinks = ["sinks on patches, heads", "sinks on registers, heads"]
+        heads = ["arm", *(heading for heading, *_ in _COLUMNS), *sinks, "verdicts", "seeds"]
         lines += ["", f"**{recipe}**", "", "| " + " | ".join(heads) + " |", "| --- |" + " --- |" * (len(heads) - 1)]
         for arm in dict.fromkeys(row["arm"] for row in mine):
             seeds = [row for row in mine if row["arm"] == arm]
             cells = [cell([row[key] for row in seeds], digits, factor) for _, key, digits, factor in _COLUMNS]
+            cells += [say_sinks(seeds, place) for place in ("patches", "registers")]
             verdicts = ", ".join(sorted({row["verdict"] for row in seeds}))
             lines.append(f"| {arm} | " + " | ".join(cells) + f" | {verdicts} | {len(seeds)} |")
     return [*lines, ""]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import grown_repair
+import grown_ruler
 import torch
 from measuring import describe_machine, hardware_name
 from repair import TEST_SEED, TRAIN_SEED
@@ -117,7 +118,7 @@ def grown_rows(args: argparse.Namespace, done: set[tuple[str, str, int]]) -> Ite
     for seed in args.seeds:
         for recipe in RECIPES:
             task = RECIPES[recipe].task
-            drawn = task.draw(args.images, grown_repair.TEST_SEED)
+            drawn = task.draw(args.images, grown_ruler.TEST_SEED)
             for arm in (*GROWN, TWIN):
                 if (arm, recipe, seed) in done:
                     continue
