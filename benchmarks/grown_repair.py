@@ -1,7 +1,7 @@
 """Are artifacts that grew by themselves repaired, and at what cost for the task?
 
     python benchmarks/grown_repair.py --out benchmarks/results/grown-repair.json --table docs/grown.md
-    python benchmarks/grown_repair.py --grown FOLDER --seeds 0 1 2 --out ...    # grown by scripts/grow_testbed.py
+    python benchmarks/grown_repair.py --grown FOLDER --seeds 0 1 2 3 4 --out ...    # grown by scripts/grow_testbed.py
 
 A row is one arm on one model. On held-out images: the task's own loss with the frozen head; the largest patch norm
 over the median and the share of patches over 3 medians, each in the block with most, before the final LayerNorm;
