@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import call
@@ -16,6 +18,7 @@ from register_adapter.errors import Farewell
 from register_adapter.testbed import SceneDataset, load_shipped
 from register_adapter.training.launch import main as train_main
 from register_adapter.training.objectives.flags import takers_of
+from register_adapter.utils.staging import staged
 from register_adapter.utils.text import without_password
 
 
@@ -83,6 +86,29 @@ def test_every_interrupted_command_says_so_once(
         getattr(cli, start)()
     assert ended.value.code == 130
     assert capsys.readouterr().err.strip() == said
+
+
+@pytest.mark.parametrize("start", ["main", "train_main"])
+def test_sigterm_leaves_nothing_half_done(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run() -> None:
+        with staged(tmp_path) as scratch:
+            (scratch / "half").write_text("a part")
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        for name in ("_run", "_run_training"):
+            monkeypatch.setattr(cli, name, run)
+        with pytest.raises(SystemExit) as ended:
+            getattr(cli, start)()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.strip() == "error: interrupted by SIGTERM"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

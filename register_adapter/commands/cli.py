@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..errors import Farewell, RegisterAdapterError, install_command
@@ -20,8 +23,8 @@ __all__ = ["COMMANDS", "build_app", "main", "train_main"]
 
 #: Modules of this package with a command each, in the order of the help.
 COMMANDS = ("audit", "probe", "eval", "features", "fit", "train", "study", "export", "demo", "families")
-#: What shells report of a process that Ctrl-C has ended.
-_INTERRUPTED = 130
+#: What shells report of a process that Ctrl-C has ended, and of one that SIGTERM has.
+_INTERRUPTED, _TERMINATED = 130, 128 + signal.SIGTERM
 
 
 def main() -> None:
@@ -36,14 +39,34 @@ def train_main() -> None:
 
 def _bounded(run: Callable[[], None]) -> None:
     try:
-        _report(run)
+        with _leaving_when_terminated():
+            _report(run)
     except KeyboardInterrupt:  # before typer is there, which makes the exit below of it
         _say_interrupted()
         sys.exit(_INTERRUPTED)
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED and not isinstance(stop, Farewell):
-            _say_interrupted()
+        if stop.code in (_INTERRUPTED, _TERMINATED) and not isinstance(stop, Farewell):
+            _say_interrupted(" by SIGTERM" if stop.code == _TERMINATED else "")
         raise
+
+
+@contextmanager
+def _leaving_when_terminated() -> Iterator[None]:
+    """Have SIGTERM leave nothing half done, as Ctrl-C does; a second one ends the process at once."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(_TERMINATED)
+
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # ignored, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run() -> None:
@@ -93,9 +116,9 @@ def _is_output_lost(error: Exception) -> bool:
     return False
 
 
-def _say_interrupted() -> None:
+def _say_interrupted(by: str = "") -> None:
     with suppress(OSError):
-        sys.stderr.write("\nerror: interrupted\n")
+        sys.stderr.write(f"\nerror: interrupted{by}\n")
 
 
 def _command() -> str | None:
