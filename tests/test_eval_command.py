@@ -262,6 +262,10 @@ def test_a_store_says_why_no_image_may_be_bad(folder: Path, monkeypatch: pytest.
     assert bad.name in said
     assert "A store holds the features of every image" in said
     assert "leave out --store" in said
+    assert "strict" not in said  # which nobody asked for
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 10}))
+    said = str(call(monkeypatch, *arguments[:3], str(folder / "classes"), *arguments[4:], "--k", "3"))
+    assert said.strip().endswith("has 10 bytes left: choose another folder or fewer images")
 
 
 def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:

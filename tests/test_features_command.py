@@ -189,5 +189,6 @@ def test_the_command_refuses_before_images_are_read(
 
     assert "is a file; name a folder" in said(str(folder), "--out", str(tmp_path / "file" / "features.parquet"))
     assert "must end with .safetensors or .parquet" in said(str(folder), "--out", str(tmp_path / "features.npz"))
+    assert "has no name before its ending" in said(str(folder), "--out", str(tmp_path / ".parquet"))
     assert "neither a folder nor a file" in said(str(tmp_path / "no"), "--out", str(tmp_path / "features.parquet"))
     assert "parquet has no bfloat16" in said(str(folder), "--out", str(tmp_path / "a.parquet"), "--dtype", "bfloat16")

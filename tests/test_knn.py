@@ -276,7 +276,7 @@ def test_images_in_both_sets_are_refused_by_name(model: Any, train: Drawn, tmp_p
     [
         ({"k": ()}, "k must be"),
         ({"k": (50,)}, "40 training images, and the smallest k is 50"),
-        ({"temperature": 0.0}, "temperature"),
+        *[({"temperature": value}, "temperature") for value in (0.0, -1.0, 1e-50, float("nan"), float("inf"))],
         ({"feature": "dogs"}, "feature='dogs'"),
         ({"batch_size": 0}, "batch_size"),
     ],

@@ -77,7 +77,7 @@ def features_command(
     )
     with collect_skipped() as skipped:
         written = run_features(arguments, None if quiet else print_size)
-    print_skipped(skipped, "")
+    print_skipped(skipped, None)
     print_result(written.to_dict(), lambda: print_file(written), as_json=as_json, quiet=quiet)
 
 

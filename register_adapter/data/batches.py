@@ -303,7 +303,7 @@ def refuse_bad(lines: Sequence[str]) -> NoReturn:
     Raises:
         ImageFileError: Always.
     """
-    raise ImageFileError(f"{_counted(lines)}, and none may be (strict): {first_few(lines)}")
+    raise ImageFileError(f"{_counted(lines)}, and none may be: {first_few(lines)}")
 
 
 def warn_of_skipped(lines: Sequence[str]) -> None:

@@ -71,7 +71,7 @@ def skip_bad(
     lines = list(faults.values())
     if strict:
         counted = f"{len(lines)} of {len(dataset)} files are bad"
-        raise ImageFileError(f"{counted}, and none may be (strict): {first_few(lines)}")
+        raise ImageFileError(f"{counted}, and none may be: {first_few(lines)}")
     if len(faults) == len(dataset):
         raise ImageFileError(f"none of {len(dataset)} files is an image that can be read: {first_few(lines)}")
     if state.is_main_process:

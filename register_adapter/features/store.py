@@ -100,6 +100,7 @@ class FeatureStore:
     Args:
         folder: Where it is, or will be.
         spec: What it shall hold. A folder that holds a part of the same is gone on with.
+        instead: What to choose where the disk has no room, for the message.
 
     Raises:
         StoreError: The folder holds features of something else, which the message names; or they do not fit on the
@@ -114,8 +115,10 @@ class FeatureStore:
         torch.Size([256, 384])
     """
 
-    def __init__(self, folder: str | Path, spec: StoreSpec) -> None:
-        self.folder, self.spec = Path(folder), spec
+    def __init__(
+        self, folder: str | Path, spec: StoreSpec, instead: str = "another folder, fewer images, or dtype 'int8'"
+    ) -> None:
+        self.folder, self.spec, self._instead = Path(folder), spec, instead
         wanted = json.loads(json.dumps(spec.to_dict()))
         if (self.folder / STORE_NAME).exists():
             _compare(self.folder, _read_spec(self.folder), wanted)
@@ -244,7 +247,7 @@ class FeatureStore:
         written = min(self.spec.count, there_already * self.spec.images_per_shard)
         needed = (self.spec.count - written) * self.spec.bytes_per_image
         what = f"the features of {self.spec.count} images"
-        check_space(self.folder, needed, what, "another folder, fewer images, or dtype 'int8'")
+        check_space(self.folder, needed, what, self._instead)
 
 
 def check_space(folder: Path, nbytes: int, what: str, instead: str) -> None:

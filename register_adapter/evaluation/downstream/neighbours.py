@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ __all__ = ["evaluate_knn", "vote"]
 Feature = Literal["auto", "cls", "mean", "cls+mean"]
 #: Memory for the similarities of a chunk, in bytes; features themselves are not counted.
 BUDGET = 2**28
+#: The smallest temperature: cosines over it are numbers of float32.
+_LEAST = 1e-30
 
 
 def evaluate_knn(
@@ -78,8 +81,9 @@ def evaluate_knn(
     """
     if not k or min(k) < 1:
         raise ValueError(f"k must be numbers of neighbours, at least 1, got {tuple(k)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    # Similarities are divided by it in float32; JSON has no infinity.
+    if not _LEAST <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least {_LEAST:.0e}, got {temperature}")
     if feature not in _FEATURES:
         raise ValueError(f"feature={feature!r}, expected one of {', '.join(_FEATURES)}")
     reading = reading_of(image_processor, batch_size, num_workers, strict, progress, antialias, store)

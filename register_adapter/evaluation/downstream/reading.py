@@ -288,7 +288,7 @@ def _stored(
     }
     # One folder each, so that models, splits and settings stand beside one another.
     folder = Path(options.store) / combined_digest([json.dumps(source, sort_keys=True, default=str)])[:16]
-    store = FeatureStore(folder, StoreSpec(len(images), shapes, source, "float32"))
+    store = FeatureStore(folder, StoreSpec(len(images), shapes, source, "float32"), "another folder or fewer images")
     total = sum(len(store.images_of(shard)) for shard in store.missing)
     with tqdm(total=total, desc=title, unit="image", disable=not options.progress or not total) as bar:
 

@@ -84,6 +84,8 @@ def check_format(path: Path, dtype: str) -> None:
     Raises:
         ValueError: It is so.
     """
+    if path.name in WRITERS:
+        raise ValueError(f"{path} has no name before its ending; call it features{path.name}, for example")
     if path.suffix not in WRITERS:
         raise ValueError(f"{path} must end with {' or '.join(WRITERS)}, which says how features are written")
     if dtype not in DTYPES:
