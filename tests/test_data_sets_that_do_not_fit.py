@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Image
 from PIL import Image as PILImage
+from training_cases import relabel
 
 from register_adapter.data.datasets import DataArguments, load_data
 from register_adapter.data.images import check_image
@@ -63,6 +64,14 @@ def test_what_does_not_fit_is_refused_before_the_run(case: str, tmp_path: Path) 
     folder = write(tmp_path / "data", splits)
     with pytest.raises(ValueError, match=message):
         load_data(DataArguments(dataset_name=str(folder)), progress=False)
+
+
+@pytest.mark.parametrize("load", [load_data, load_stream])
+def test_a_label_that_is_of_no_class_is_refused(load: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", {"train": {"image": IMAGES, "label": [0, 1] * 4}})
+    relabel(folder / "train.parquet", 5, 99)
+    with pytest.raises(ValueError, match=r"item 5 of .* has the label 99, and there are 2 classes"):
+        load(DataArguments(dataset_name=str(folder), max_eval_samples=7), progress=False)
 
 
 @pytest.mark.parametrize("load", [load_data, load_stream])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 from processes import run_two_processes
 from safetensors.torch import load_file
-from training_cases import results_of, start, stopped, write_case
+from training_cases import relabel, results_of, start, stopped, write_case
 from training_helpers import adapter_bytes, write_vit
 
 from register_adapter.data import StreamedDataset, load_image_processor
+from register_adapter.data.datasets import DataArguments
+from register_adapter.data.stream_loading import load_stream
 from register_adapter.data.streaming import StreamedBatches
 
 CLASSES = ["a", "b"]
@@ -105,6 +109,40 @@ def test_a_bad_image_is_left_out_or_refused(case: Path, caplog: pytest.LogCaptur
         list(StreamedBatches(StreamedDataset(stream, processor, shuffle_buffer=1, strict=True), 4))
     with pytest.raises(ValueError, match="fewer than 9 images"):
         list(StreamedBatches(StreamedDataset(stream, processor), 9))
+
+
+@pytest.mark.parametrize("column", ["image", "picture"])
+def test_images_of_a_stream_are_the_files_that_stand_in_it(column: str, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Pillow.open(io.BytesIO(png(0))).save(file, "jpeg", quality=95)
+    data = [file.getvalue(), file.getvalue()[:-99], png(1)]  # the second is cut
+    features = Features({column: Image(), "label": ClassLabel(names=CLASSES)})
+    images = [{"bytes": image, "path": f"{n}.jpg"} for n, image in enumerate(data)]
+    shard = tmp_path / "train-0-of-1.parquet"
+    Dataset.from_dict({column: images, "label": [0, 1, 0]}, features).to_parquet(shard)
+    arguments = DataArguments(dataset_name=str(tmp_path), image_column_name=column, max_eval_samples=1)
+    loaded = load_stream(arguments, progress=False)
+    assert [item["image"] for item in (*loaded.validation, *loaded.train)] == images
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-99]), "the data set {data} cannot be read"),
+        (lambda file: relabel(file, 2, 9), "7.png of {data} has the label 9, and there are 2 classes"),
+    ],
+    ids=["a shard that is cut", "a label that is of no class"],
+)
+def test_what_is_wrong_in_a_shard_is_told_with_the_name_of_the_data_set(
+    damage: Callable[[Path], object], message: str, case: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(case / "parquet", tmp_path / "data")
+    damage(data / "train-1-of-4.parquet")
+    loaded = load_stream(DataArguments(dataset_name=str(data), max_eval_samples=4), progress=False)
+    processor = load_image_processor(str(case / "vit"))
+    stream = StreamedDataset(loaded.train, processor, shuffle_buffer=1, name=loaded.name)
+    with pytest.raises(ValueError, match=message.format(data=data)):
+        list(StreamedBatches(stream, 2))
 
 
 @pytest.mark.slow

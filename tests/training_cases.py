@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from pyarrow import parquet
 from training_helpers import write_vit
 
 from register_adapter.training.launch import main
@@ -56,3 +58,12 @@ def stopped(argv: list[str]) -> int:
 def results_of(out: Path) -> dict[str, Any]:
     results: dict[str, Any] = json.loads((out / "results.json").read_text("utf-8"))
     return results
+
+
+def relabel(file: Path, item: int, label: int) -> None:
+    """Give an item in a parquet file another label, which ``datasets`` would not write."""
+    table = parquet.read_table(file)
+    labels = table.column("label").to_pylist()
+    labels[item] = label
+    place, field = table.column_names.index("label"), table.schema.field("label")
+    parquet.write_table(table.set_column(place, field, pyarrow.array(labels, field.type)), file)

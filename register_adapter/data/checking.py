@@ -111,13 +111,17 @@ def check_image_column(feature: Any, column: str, name: str) -> None:
         )
 
 
-def check_labels(data: Dataset, name: str) -> None:
+def check_labels(data: Dataset, name: str, num_classes: int) -> None:
     """Refuse items without a label now, and not when a run comes to them.
 
     Raises:
-        ValueError: A label is ``None`` or negative, as in sets for a competition.
+        ValueError: A label is ``None`` or negative, as in sets for a competition, or beyond the classes.
     """
-    if all(label is not None and label >= 0 for label in data.unique("label")):
+    labels = data.unique("label")
+    if beyond := sorted(label for label in labels if label is not None and label >= num_classes):
+        place = list(data["label"]).index(beyond[0])
+        raise ValueError(f"item {place} of {name} has the label {beyond[0]}, and there are {num_classes} classes")
+    if all(label is not None and label >= 0 for label in labels):
         return
     missing = [index for index, label in enumerate(data["label"]) if label is None or label < 0]
     if missing:

@@ -235,7 +235,7 @@ def _from_hub(args: DataArguments, token: str | None, keys: Collection[str]) -> 
         sets = [split.cast_column("label", labels) for split in sets] if labels else sets
     for split, part in zip(chosen, sets, strict=True):
         if labels:
-            check_labels(part, f"{args.dataset_name} (split {split.split})")
+            check_labels(part, f"{args.dataset_name} (split {split.split})", labels.num_classes)
     return sets[0], sets[1] if len(sets) > 1 else None
 
 

@@ -69,13 +69,13 @@ def load_stream(
     if not held_out:
         raise ValueError(f"{name} has no images for the evaluation")
     validation = Dataset.from_list(held_out).cast_column("image", Image(decode=False))
+    labels = list(train.features["label"].names) if labelled else []
     skipped: list[str] = []
     if args.verify != "none":
         decode = args.verify == "full"
         validation, skipped = skip_bad(validation, "image", decode, args.strict, num_workers, progress)
     if labelled:
-        check_labels(validation, name)
-    labels = list(train.features["label"].names) if labelled else []
+        check_labels(validation, name, len(labels))
     return Data(train, validation, labels, skipped, name, name)
 
 
@@ -96,5 +96,7 @@ def _with_columns(stream: Any, args: DataArguments, keys: Collection[str]) -> An
             "not searched for; make it a ClassLabel, leave out --streaming, or train without labels"
         )
     renamed = {columns[key]: key for key in keys if columns[key] != key}
-    chosen = stream.select_columns([columns[key] for key in keys]).rename_columns(renamed)
-    return chosen.cast_column("image", Image(decode=False))
+    chosen = stream.select_columns([columns[key] for key in keys])
+    # First: renaming maps the items, and images that it decodes are encoded again, a JPEG to other pixels.
+    chosen = chosen.cast_column(columns["image"], Image(decode=False))
+    return chosen.rename_columns(renamed) if renamed else chosen

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .augmentation import Augmentation
-from .checking import item_name
+from .checking import item_name, named_errors
 from .datasets import ProcessedDataset
 from .images import ImageFileError
 
@@ -39,6 +39,7 @@ class StreamedDataset:
         seed: Of the order; every epoch has another one.
         shuffle_buffer: The next image is drawn from so many that wait in memory; 1 keeps the stream's own order.
         strict: Refuse bad images instead of skipping them with a warning.
+        name: What errors call it.
 
     Raises:
         ValueError: ``shuffle_buffer`` is below 1.
@@ -53,11 +54,12 @@ class StreamedDataset:
         seed: int = 0,
         shuffle_buffer: int = 1000,
         strict: bool = False,
+        name: str = "that is streamed",
     ) -> None:
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
         self.stream, self.seed, self.shuffle_buffer, self.strict = stream, seed, shuffle_buffer, strict
-        self.image_processor, self.augmentation = image_processor, augmentation
+        self.image_processor, self.augmentation, self.name = image_processor, augmentation, name
         self.epoch = 0
 
     @cached_property
@@ -65,19 +67,38 @@ class StreamedDataset:
         """The first images of the stream, held in memory: what a run looks at before it begins.
 
         Raises:
-            ValueError: The stream is empty.
+            ValueError: The stream is empty, or a shard is damaged.
         """
-        items = list(self.stream.take(_HEAD))
+        with named_errors(self.name):
+            items = list(self.stream.take(_HEAD))
         if not items:
             raise ValueError("the stream of training images is empty")
         return ProcessedDataset(items, self.image_processor)
 
     def order(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
-        """The items of an epoch from the place ``start`` on, not processed; those before it are not decoded."""
+        """The items of an epoch from the place ``start`` on, not processed; those before it are not decoded.
+
+        Raises:
+            ValueError: A shard is damaged, or an item has a label that is of no class.
+        """
         stream = self.stream
         if self.shuffle_buffer > 1:
             stream = stream.shuffle(seed=self.seed + epoch, buffer_size=self.shuffle_buffer)
-        yield from stream.skip(start) if start else stream
+        num_classes = getattr((stream.features or {}).get("label"), "num_classes", None)
+        items = iter(stream.skip(start) if start else stream)
+        while True:
+            with named_errors(self.name):
+                item = next(items, None)
+            if item is None:
+                return
+            label = item.get("label")
+            if num_classes is not None and label is not None and label >= num_classes:
+                raise ValueError(
+                    f"{item_name(item['image'], start)} of {self.name} has the label {label}, and there are "
+                    f"{num_classes} classes"
+                )
+            yield item
+            start += 1
 
 
 class StreamedBatches(torch.utils.data.IterableDataset[list[dict[str, Any]]]):

@@ -248,6 +248,7 @@ def _train(
             seed=args.seed,
             shuffle_buffer=data_args.shuffle_buffer,
             strict=data_args.strict,
+            name=data.name,
         )
         images = train_data.head
     else:
