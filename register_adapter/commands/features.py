@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..utils.text import size_text
 from . import options
 from .output import collect_skipped, echo, make_console, print_result, print_skipped, silence_libraries
 
@@ -83,12 +82,16 @@ def features_command(
 
 def print_size(spec: FileSpec) -> None:
     """Say how large the file will be, on the standard error, which has the bar."""
+    from ..utils.text import size_text
+
     if spec.nbytes is not None:
         echo(f"\n{spec.total} images of {size_text(spec.bytes_per_image)}: {size_text(spec.nbytes)}", err=True)
 
 
 def print_file(written: FeatureFile) -> None:
     """Print what is in the file."""
+    from ..utils.text import size_text
+
     console = make_console()
     for kind, shape in written.shapes.items():
         console.print(f"{kind}: {' × '.join(map(str, shape))} {written.dtype}")
