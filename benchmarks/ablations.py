@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +108,20 @@ def run_variants(config: dict[str, Any], grown: Path | None, done: set[Any]) -> 
 
 
 def count_flops(config: dict[str, Any], grown: Path | None, done: set[Any]) -> Iterator[dict[str, Any]]:
-    """A row a model shape and number of registers."""
-    size, patch = config["flops"]["size"], config["flops"]["patch_size"]
-    for shape in config["flops"]["shapes"]:
+    """A row a model shape and what registers it has; ``"insert_layer": "half"`` is half the depth."""
+    size = config["flops"]["size"]
+    for patch, shape in product(config["flops"]["patch_sizes"], config["flops"]["shapes"]):
         width, blocks, heads = SHAPES[shape]
         sizes = {"hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads}
         made = ViTConfig(**sizes, intermediate_size=4 * width, image_size=size, patch_size=patch)
-        for count in config["flops"]["num_registers"]:
-            label, name = str(count), f"ViT-{shape.upper()}/{patch}"
+        for label, options in config["flops"]["variants"].items():
+            name = f"ViT-{shape.upper()}/{patch}"
             if (label, name, 0) in done:
                 continue
+            if options.get("insert_layer") == "half":
+                options = options | {"insert_layer": blocks // 2}
             model: Any = ViTModel(made).eval()
-            model = add_registers(model, count) if count else model
+            model = add_registers(model, **options) if options else model
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model(pixel_values=torch.zeros(1, 3, size, size))
             yield {"variant": label, "model": name, "seed": 0, "flops": counter.get_total_flops()}
