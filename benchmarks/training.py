@@ -16,6 +16,7 @@ weights mean. Every variant runs an epoch over the same images in one process, i
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
 import tempfile
@@ -175,9 +176,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         calls = make_calls(case, Path(name), args.workers)
         pairs = [*LIMITS, ("plain", "published")]
         turns = take_turns(calls, pairs, torch.device(case.device).type, args.repeats, 0.0, args.budget)
+        write_all(args, case, turns, {}, started)  # counting bytes takes as long again on a CPU, and may be stopped
         peaks = {
             name: memory(call, [], [], case.device, compiled=False)["activation_peak"] for name, call in calls.items()
         }
+    return write_all(args, case, turns, peaks, started)
+
+
+def write_all(
+    args: argparse.Namespace, case: Case, turns: dict[str, Any], peaks: dict[str, int], started: float
+) -> dict[str, Any]:
+    """Write the report of times and, if they are known, of bytes; return it."""
     medians = {name: values["median"] for name, values in turns["milliseconds"].items()}
     speed = {name: round(1000 * case.images / value, 2) for name, value in medians.items()}
     targets = [
