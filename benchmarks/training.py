@@ -21,7 +21,7 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def write_all(
-    args: argparse.Namespace, case: Case, turns: dict[str, Any], peaks: dict[str, int], started: float
+    args: argparse.Namespace, case: Case, turns: dict[str, Any], peaks: Mapping[str, int | None], started: float
 ) -> dict[str, Any]:
     """Write the report of times and, if they are known, of bytes; return it."""
     medians = {name: values["median"] for name, values in turns["milliseconds"].items()}
