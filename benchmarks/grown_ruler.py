@@ -10,15 +10,13 @@ from torch.nn import functional as F
 
 from register_adapter import audit, capture
 from register_adapter.artifacts.norms import summarise_norms
-from register_adapter.artifacts.sink_report import SinkReport, merge_sinks
+from register_adapter.artifacts.sink_report import SinkReport, head_kind
 from register_adapter.testbed.grown import GrownModel, MosaicTask, weighted_error
 
 __all__ = ["TEST_SEED", "Ruler", "count_sinks", "say_sinks"]
 
 #: Seeds of the images that probes are fitted on, and that are measured.
 PROBE_SEED, TEST_SEED = 60_002, 60_003
-#: A head has sinks if there are at least so many an image, as in the audit.
-_FEW = 0.01
 _PLACES = {"patches": ("outlier", "other"), "registers": ("register",)}
 
 
@@ -27,9 +25,9 @@ def count_sinks(report: SinkReport) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {place: {} for place in _PLACES}
     for head in report.heads:
         for place, tokens in _PLACES.items():
-            parts = [head.tokens[token] for token in tokens if token in head.tokens]
-            if parts and (together := merge_sinks(parts)).per_image >= _FEW:
-                counts[place][together.kind] = counts[place].get(together.kind, 0) + 1
+            kind = head_kind({token: head.tokens[token] for token in tokens if token in head.tokens})
+            if kind is not None:
+                counts[place][kind] = counts[place].get(kind, 0) + 1
     return counts
 
 

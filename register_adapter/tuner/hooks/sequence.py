@@ -242,7 +242,6 @@ class SequenceHooks(LayerHooks):
         return cast(torch.Tensor, cut_tokens(hidden_states, self.prefix + present, missing, hidden_states.shape[1]))
 
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
-        refuse_tracing(args[0])
         self._end_if_over()
         counts = [] if self.call.method is not None else self._counts
         if not counts or not self._leave(counts[-1], args[0].shape[1]):
