@@ -404,6 +404,8 @@ def test_three_methods_and_a_second_round() -> None:
 # What is refused
 
 
+#: Where the blocks of a ViT are, in this transformers.
+BLOCKS_PATH = next(name for name, part in build("vit-classifier").named_modules() if isinstance(part, nn.ModuleList))
 REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a bad name": (lambda: {"a.b": registers()}, "letters, digits"),
     "no config": (lambda: {"a": {"r": 4}}, "expected a config of PEFT"),
@@ -420,6 +422,17 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "no such target": (lambda: {"r": registers(), "l": LoraConfig(target_modules=["nowhere"])}, "(?i)target.?modules"),
     "no such head": (lambda: {"l": METHODS["lora"](), "r": registers(modules_to_save=["nowhere"])}, "nowhere"),
+    "a layer in another's head": (
+        lambda: {
+            "r": registers(modules_to_save=["classifier"]),
+            "l": LoraConfig(target_modules=r".*(q_proj|query|original_module|modules_to_save\.r)"),
+        },
+        "'l' has a layer on 'classifier', and the adapter 'r' trains and saves 'classifier' as a whole",
+    ),
+    "another's layers in a block": (
+        lambda: {"l": METHODS["lora"](), "r": registers(modules_to_save=[f"{BLOCKS_PATH}.1"])},
+        f"'l' has a layer on '{BLOCKS_PATH}.1.*', and the adapter 'r' trains and saves '{BLOCKS_PATH}.1' as a whole",
+    ),
     "one target for two": (
         lambda: {
             "l": METHODS["lora"](),
@@ -439,6 +452,34 @@ def test_what_cannot_be_composed_leaves_the_model_as_it_was(case: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         compose(base, configs())
     snapshot.check()
+
+
+@pytest.mark.parametrize("by", ["compose", "add_adapter"])
+def test_all_linear_layers_are_those_outside_of_a_trained_head(by: str, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    base, inputs = build("vit-classifier"), make_inputs("vit-classifier")
+    heads = {"r": registers(modules_to_save=["classifier"])}
+    model = compose(base, {**heads, "l": config} if by == "compose" else heads)
+    if by == "add_adapter":
+        model.add_adapter("l", config)
+    assert not any("lora" in name for name, _ in base.classifier.named_modules())
+    model.eval().save_pretrained(tmp_path)
+    assert_identical(run(load_adapters(build("vit-classifier"), tmp_path).eval(), inputs), run(model, inputs))
+
+
+def test_layers_in_a_trained_block_are_refused_by_name_also_without_compose(tmp_path: Path) -> None:
+    config, message = registers(modules_to_save=[f"{BLOCKS_PATH}.1"]), "as a whole .modules_to_save.: what is saved"
+    base = get_peft_model(build("vit-classifier"), METHODS["lora"](), "l").get_base_model()
+    snapshot = Snapshot(base, make_inputs("vit-classifier"))
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, config, "r")
+    snapshot.check()
+    base = build("vit-classifier")
+    base.add_adapter(config, "r")
+    model = get_peft_model(base, METHODS["lora"](), "l")
+    with pytest.raises(ValueError, match=message):
+        save_adapters(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_refused_method_leaves_the_others_at_work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 import transformers as tf
 from families import CASES, build, make_inputs
 from helpers import assert_identical, run
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from register_adapter import RegisterConfig, add_registers, compose, find_register_layer, load_adapters
+from register_adapter import PositionConfig, RegisterConfig, add_registers, compose, find_register_layer, load_adapters
 from register_adapter.utils.adapter_file import read_header
 
 
@@ -105,6 +106,51 @@ def test_a_module_without_parameters_is_no_head(holder: str, name: str) -> None:
     with pytest.raises(ValueError, match=f"modules_to_save names '{name}', .* without parameters"):
         model.add_adapter(config) if holder == "transformers" else get_peft_model(model, config)
     assert list(model.state_dict()) == before
+
+
+#: What is trained on the model for depth, whose head holds a module of the same name.
+WITH_A_HEAD: dict[str, Callable[[Any, list[str]], Any]] = {
+    "registers": lambda base, heads: add_registers(base, 2, modules_to_save=heads),
+    "positions": lambda base, heads: get_peft_model(base, PositionConfig(modules_to_save=heads)),
+    "composed": lambda base, heads: compose(
+        base, {"l": LoraConfig(target_modules=["query", "q_proj"], modules_to_save=heads), "r": RegisterConfig()}
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WITH_A_HEAD)
+def test_a_head_inside_of_one_of_the_same_name(way: str, tmp_path: Path) -> None:
+    """PEFT copies both, and finds one of them in its file."""
+    base = build("depth")
+    before = list(base.state_dict())
+    with pytest.raises(ValueError, match=r"copy \['head.head'\] too.* Name \['head.head'\] instead"):
+        WITH_A_HEAD[way](base, ["head"])
+    assert list(base.state_dict()) == before
+    model = WITH_A_HEAD[way](base, ["head.head"]).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "modules_to_save" in name:
+                value += 0.1
+    model.save_pretrained(tmp_path)
+    load: Any = load_adapters if way == "composed" else PeftModel.from_pretrained
+    loaded = load(build("depth"), tmp_path).eval()
+    assert_identical(run(loaded, make_inputs("depth")), run(model, make_inputs("depth")))
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [(["head"], "Name ['head', 'auxiliary_head'] instead"), (["1"], "'more.1'] instead"), (["more.1"], None)],
+)
+def test_modules_whose_names_only_end_so(names: list[str], advice: str | None) -> None:
+    """PEFT copies them too, and registers' loaders look for the module that is called so."""
+    base = build("vit")
+    base.head, base.auxiliary_head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    base.more = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    if advice is None:
+        add_registers(base, 2, modules_to_save=names)
+        return
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        add_registers(base, 2, modules_to_save=names)
 
 
 @pytest.mark.skipif(

@@ -17,6 +17,7 @@ import peft.peft_model
 import peft.utils.save_and_load
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import nn
@@ -28,6 +29,7 @@ __all__ = [
     "PREFIX",
     "REMAPS",
     "member",
+    "name_linear_layers",
     "peft_type",
     "register",
     "register_positions",
@@ -47,6 +49,11 @@ CHECKS_IMPORTS = hasattr(peft.auto, "check_import_allowlist")
 def peft_type() -> Any:
     """The enum member ``PeftType.REGISTER_ADAPTER``, made on first use."""
     return member(METHOD)
+
+
+def name_linear_layers(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """Have the config's ``target_modules="all-linear"`` name the layers that PEFT means by it."""
+    return tuners_utils._maybe_include_all_linear_layers(config, model)
 
 
 def member(method: str) -> Any:

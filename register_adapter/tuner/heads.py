@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..towers.tower import Tower
 from ..utils.adapter_file import TensorInfo, is_of
+from ..utils.module_names import names_that_load
 
 __all__ = [
     "TASK_HEADS",
@@ -277,7 +278,7 @@ def warn_of_new_weights(model: nn.Module, names: Iterable[str]) -> None:
     places = sorted({key.rpartition(".")[0] for key in _new_weights(model)})
     kept = [path for path in places if not any(f".{name}." in f".{path}." for name in names)]
     if kept:
-        heads = list(dict.fromkeys(path.partition(".")[0] for path in kept))
+        heads = names_that_load(model, [path.partition(".")[0] for path in kept])
         warnings.warn(
             f"the checkpoint of the base had no weights for {', '.join(kept[:_SHOWN])}"
             f"{f' and {len(kept) - _SHOWN} more' if len(kept) > _SHOWN else ''} of {type(model).__name__}: they were "

@@ -129,7 +129,7 @@ class RegisterModel(BaseTuner):
         if anatomy is not None:
             check_anatomy(tower, given)
         check_task(model, given)
-        heads, lacking, layout = heads_of(model, tower, given)
+        heads, lacking, layout = heads_of(model, tower, given, adapter_name)
         check_adapter_name(model, adapter_name, [*heads, *given.task_heads])
         labels = given.id2label if heads else None
         if not given.from_file:

@@ -11,12 +11,14 @@ from ...errors import AdapterFileError, BaseModelMismatchError, UnsupportedModel
 from ...towers.identity import TowerIdentity
 from ...towers.tower import Tower
 from ...utils.adapter_file import TensorInfo
+from ...utils.module_names import check_copies_load
 from ...utils.shipped import is_shipped, shipped_name
 from ..config import RegisterConfig
 from ..heads import lacking_modules, modules_called
 from ..hooks.attention import reads_implementation
 from ..hooks.fitting import misfit
 from ..neuron_shift import count_neurons
+from .copied_layers import check_free
 from .saved_heads import check_saved_heads
 
 __all__ = ["by_block", "check_placement", "check_task", "check_units", "checked_identity", "heads_of"]
@@ -97,7 +99,7 @@ def check_placement(tower: Tower, config: RegisterConfig) -> None:
 
 
 def heads_of(
-    model: nn.Module, tower: Tower, config: RegisterConfig
+    model: nn.Module, tower: Tower, config: RegisterConfig, adapter_name: str
 ) -> tuple[list[str], list[str], dict[str, TensorInfo] | None]:
     """The ``modules_to_save`` that the model has, those of a saved adapter that it lacks, and what its file has.
 
@@ -117,6 +119,9 @@ def heads_of(
                 "in it to train or to save. Leave it out, or put a module with parameters in its place first."
             )
     heads = [name for name in names if name not in lacking]
+    if not config.from_file:
+        check_copies_load(model, heads)
+    check_free(model, heads, adapter_name)
     layout = None
     if config.saved_weights is not None:
         present = [name for name in dict.fromkeys(heads) if modules_called(model, name)]

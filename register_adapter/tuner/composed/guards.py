@@ -12,10 +12,21 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
+from .._peft_compat import name_linear_layers
+from ..checks.copied_layers import check_own_layers, wrappers
 from ..layer import RegisterLayer
 from ..left_out import in_context
 
-__all__ = ["SWITCHING", "check_heads", "check_merges", "check_switched_on", "flags_kept", "hooks_lifted"]
+__all__ = [
+    "SWITCHING",
+    "check_heads",
+    "check_layers",
+    "check_merges",
+    "check_switched_on",
+    "flags_kept",
+    "hooks_lifted",
+    "leave_out_copies",
+]
 
 #: Held by a thread that switches layers of PEFT's.
 SWITCHING = threading.RLock()
@@ -92,3 +103,34 @@ def check_merges(layers: Iterable[tuple[BaseTunerLayer, list[str] | None]], safe
         with onload_layer(layer):
             trial: Any = copy.deepcopy(layer)
             trial.merge(safe_merge=safe_merge, adapter_names=names)
+
+
+def leave_out_copies(model: nn.Module, config: PeftConfig) -> None:
+    """Have ``target_modules="all-linear"`` name the linear layers outside of what other adapters train as a whole."""
+    copied = tuple(f"{path}." for path in wrappers(model))
+    if copied and str(getattr(config, "target_modules", None)).lower() == "all-linear":
+        every: Any = name_linear_layers(config, model)
+        every.target_modules = {name for name in every.target_modules if not name.startswith(copied)}
+
+
+def check_layers(model: nn.Module, name: str) -> None:
+    """An adapter's layers are on none of another method's, and in no module that another adapter trains as a whole.
+
+    Raises:
+        ValueError: They could not be merged or taken off one by one, or saved.
+    """
+    for path, layer in model.named_modules():
+        inner = getattr(layer, "base_layer", None) if isinstance(layer, BaseTunerLayer) else None
+        below = [inner, *(inner.children() if isinstance(inner, nn.Module) else ())]
+        others = [part for part in below if isinstance(part, BaseTunerLayer) and _method(part) != _method(layer)]
+        if others:
+            raise ValueError(
+                f"the adapter {name!r} targets {path!r}, which the method {_method(others[0])!r} wraps already: "
+                "stacked layers cannot be merged or taken off one by one. Give them different target_modules."
+            )
+    check_own_layers(model)
+
+
+def _method(layer: Any) -> str:
+    # Layers of one method (linear, convolution, quantised) have several classes, in one package.
+    return type(layer).__module__.rpartition(".")[0]

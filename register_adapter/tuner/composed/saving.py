@@ -16,6 +16,7 @@ from ...utils.adapter_file import check_plain, check_savable_values
 from ...utils.hub import MANIFEST_NAME, check_folder
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
+from ..checks.copied_layers import check_own_layers
 from ..fields import check_known, check_string
 from ..layer import renew_bases
 from ..positions.model import renew_base
@@ -47,6 +48,7 @@ def write_adapters(
         names = check_known(selected_adapters, composed.peft_config)
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
+    check_own_layers(composed.get_base_model(), names)
     state = state_with_values(composed) if state_dict is None else state_dict
     renew_bases(composed)
     for config in composed.peft_config.values():

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...utils.module_names import check_copies_load
 from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
 from ..fields import check_known
@@ -21,14 +22,9 @@ from ..model import RegisterModel
 from ..positions import PositionLayer, position_layers
 from ..registers import refuse_merging
 from .aside import Aside
-from .guards import check_heads, check_merges, flags_kept, hooks_lifted
+from .guards import check_heads, check_layers, check_merges, flags_kept, hooks_lifted, leave_out_copies
 
 __all__ = ["ComposedTuner"]
-
-
-def _method(layer: Any) -> str:
-    # Layers of one method (linear, convolution, quantised) have several classes, in one package.
-    return type(layer).__module__.rpartition(".")[0]
 
 
 class ComposedTuner(BaseTuner):
@@ -140,6 +136,8 @@ class ComposedTuner(BaseTuner):
         rivals, active = self._of(method), self.active_adapters
         if not rivals:
             check_heads({**self.peft_config, name: config}, [*active, name])
+        check_copies_load(self.model, getattr(config, "modules_to_save", None) or (), by_end=False)
+        leave_out_copies(self.model, config)
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
         kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
         with kept, hooks_lifted(self.model):
@@ -153,7 +151,7 @@ class ComposedTuner(BaseTuner):
                         kind = PEFT_TYPE_TO_TUNER_MAPPING[method]
                         tuner = kind(self.model, {name: config}, name, low_cpu_mem_usage=low_cpu_mem_usage)
                     config = tuner.peft_config[name]  # a tuner without configs of its own has those that are shown
-                self._check_not_stacked(name)
+                check_layers(self.model, name)
             except Exception:
                 self.peft_config[name] = config
                 self._take_off(name)
@@ -163,17 +161,6 @@ class ComposedTuner(BaseTuner):
         self._set_active(
             [*active, *([] if rivals else [name])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
         )
-
-    def _check_not_stacked(self, name: str) -> None:
-        for path, layer in self.model.named_modules():
-            inner = getattr(layer, "base_layer", None) if isinstance(layer, BaseTunerLayer) else None
-            below = [inner, *(inner.children() if isinstance(inner, nn.Module) else ())]
-            others = [part for part in below if isinstance(part, BaseTunerLayer) and _method(part) != _method(layer)]
-            if others:
-                raise ValueError(
-                    f"the adapter {name!r} targets {path!r}, which the method {_method(others[0])!r} wraps already: "
-                    "stacked layers cannot be merged or taken off one by one. Give them different target_modules."
-                )
 
     def activate(self, names: list[str], inference_mode: bool = False, methods: Iterable[Any] = ()) -> None:
         """Make ``names`` the active adapters of their methods, and of ``methods``; others stay as they are.

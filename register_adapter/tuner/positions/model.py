@@ -16,6 +16,7 @@ from ...errors import UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.identity import TowerIdentity, check_finite_base, identity_now
 from ...towers.tower import Tower, find_tower
+from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
 from ..checks.placing import checked_identity
 from ..fields import check_name
@@ -57,6 +58,8 @@ class PositionModel(BaseTuner):
             before.forget(adapter_name)
             check_name(adapter_name)
             tower = find_tower(model, config.tower_name)
+            if not config.from_file:
+                check_copies_load(model, config.modules_to_save or (), by_end=False)
             self._place = place_of_positions(tower)
             present = TowerIdentity.of(tower)
             check_finite_base(tower, present)
