@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from register_adapter import (
     load_adapters,
 )
 from register_adapter.tuner.composed import folder as adapter_folder
+from register_adapter.tuner.composed import saving
 from register_adapter.utils.adapter_file import read_tensors
 
 
@@ -212,3 +215,23 @@ def test_a_register_adapter_is_saved_with_the_values_that_are_given(tmp_path: Pa
     saved = read_tensors(tmp_path / "adapter_model.safetensors")
     assert any("registers" in key for key in saved)
     assert all(bool((value == 0.5).all()) for value in saved.values())
+
+
+def test_two_threads_save_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither sees the other in the middle of it, and the model keeps all its adapters."""
+    model, both, plain = composed().eval(), threading.Barrier(2), saving.get_peft_model_state_dict
+
+    def meet(*args: Any, **kwargs: Any) -> Any:
+        both.wait(timeout=30)
+        tensors = plain(*args, **kwargs)
+        both.wait(timeout=30)
+        return tensors
+
+    expected, names = run(model, make_inputs("vit-classifier")), list(model.peft_config)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(saving, "get_peft_model_state_dict", meet)
+        list(pool.map(model.save_pretrained, (tmp_path / "one", tmp_path / "two")))
+    assert list(model.peft_config) == names
+    for folder in ("one", "two"):
+        loaded = load_adapters(build("vit-classifier"), tmp_path / folder).eval()
+        assert_identical(run(loaded, make_inputs("vit-classifier")), expected)

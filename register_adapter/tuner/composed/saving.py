@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -74,11 +75,18 @@ def adapter_tensors(composed: SavesAll, name: str, state: dict[str, torch.Tensor
             tables = (*module.adapter_layer_names, *module.other_param_names)
             foreign += [f"{path}.{table}.{other}." for table in tables for other in others]
     own = {key: value for key, value in state.items() if not f"{key}.".startswith(tuple(foreign))}
-    with composed.base_model.showing([name]):
-        return cast(
-            "dict[str, torch.Tensor]",
-            get_peft_model_state_dict(composed, own, adapter_name=name, save_embedding_layers=False),
-        )
+    return cast(
+        "dict[str, torch.Tensor]",
+        get_peft_model_state_dict(_with_one(composed, name), own, adapter_name=name, save_embedding_layers=False),
+    )
+
+
+def _with_one(composed: SavesAll, name: str) -> SavesAll:
+    """The same modules with one adapter's config: a view, since other threads run or save the model meanwhile."""
+    view, tuner = copy.copy(composed), copy.copy(composed.base_model)
+    tuner.__dict__["shown"] = {name: composed.peft_config[name]}
+    view.__dict__["_modules"] = {**composed._modules, "base_model": tuner}
+    return view
 
 
 class SavesAll(PeftModel):

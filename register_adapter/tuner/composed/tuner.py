@@ -38,6 +38,8 @@ class ComposedTuner(BaseTuner):
     model: Any
     prefix = ""
     tuner_layer_cls = BaseTunerLayer
+    #: In a view of a model, the configs that are to be seen.
+    shown: dict[str, PeftConfig] | None = None
 
     def __init__(self, model: nn.Module, tuners: Iterable[BaseTuner] = ()) -> None:
         nn.Module.__init__(self)  # not BaseTuner's own, which injects an adapter
@@ -65,7 +67,7 @@ class ComposedTuner(BaseTuner):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Config by adapter name, of all methods."""
-        return cast("dict[str, PeftConfig]", self.model.peft_config)
+        return cast("dict[str, PeftConfig]", self.model.peft_config if self.shown is None else self.shown)
 
     @property
     def shared(self) -> list[str]:
