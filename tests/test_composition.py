@@ -422,6 +422,10 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "no such target": (lambda: {"r": registers(), "l": LoraConfig(target_modules=["nowhere"])}, "(?i)target.?modules"),
     "no such head": (lambda: {"l": METHODS["lora"](), "r": registers(modules_to_save=["nowhere"])}, "nowhere"),
+    "token indices": (
+        lambda: {"l": LoraConfig(target_modules=["q_proj", "query"], trainable_token_indices=[1]), "r": registers()},
+        "'l' has trainable_token_indices: .*TrainableTokensConfig",
+    ),
     "a layer in another's head": (
         lambda: {
             "r": registers(modules_to_save=["classifier"]),

@@ -88,22 +88,11 @@ def check_adapters(base: nn.Module, new: Mapping[str, PeftConfig]) -> None:
 
     Raises:
         ValueError: A name is in use, is not a plain name, or stands for two adapters; a method puts no layers on a
-            model, or repeats blocks.
+            model, repeats blocks, or has token indices.
         TypeError: What is to come is not a config.
     """
     check_module(base)
     known = configs_of(base)
-    for layer in base.modules():
-        if isinstance(layer, BaseTunerLayer):
-            for name in layer._all_available_adapter_names():
-                method = known[name].peft_type if name in known else None
-                if method is None or not isinstance(layer, PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls):
-                    raise ValueError(
-                        f"{type(layer).__name__} holds the adapter {name!r}, but the model's peft_config has "
-                        f"{ {key: config.peft_type.value for key, config in known.items()} }: an adapter of another "
-                        "method was given the same name, or the config was deleted. Build the model again with "
-                        "compose(base, {name: config, ...})."
-                    )
     for name, config in new.items():
         if check_name(name) in known:
             raise ValueError(f"the model has an adapter {name!r} already; choose another name than {list(known)}")
@@ -120,3 +109,20 @@ def check_adapters(base: nn.Module, new: Mapping[str, PeftConfig]) -> None:
                 f"the adapter {name!r} has layer_replication: LoRA repeats blocks of the base, and neither takes them "
                 "off again nor merges them rightly: it cannot be composed with others. Leave layer_replication out."
             )
+        if getattr(config, "trainable_token_indices", None):
+            raise ValueError(
+                f"the adapter {name!r} has trainable_token_indices: what is saved of them beside adapters of other "
+                "methods could not be loaded. Leave them out, and train the tokens by an adapter of their own: "
+                "TrainableTokensConfig(target_modules=…, token_indices=…)."
+            )
+    for layer in base.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for name in layer._all_available_adapter_names():
+                method = known[name].peft_type if name in known else None
+                if method is None or not isinstance(layer, PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls):
+                    raise ValueError(
+                        f"{type(layer).__name__} holds the adapter {name!r}, but the model's peft_config has "
+                        f"{ {key: config.peft_type.value for key, config in known.items()} }: an adapter of another "
+                        "method was given the same name, or the config was deleted. Build the model again with "
+                        "compose(base, {name: config, ...})."
+                    )
