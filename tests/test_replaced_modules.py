@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, make_inputs
-from helpers import assert_identical, run
+from helpers import assert_identical, flatten, run
 from processes import run_script
 from stacks_cases import build_stack, images
 from torch import nn
@@ -57,13 +57,82 @@ def test_registers_that_do_not_come_out_are_an_error() -> None:
         model(**inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"insert_layer": 1}, {"register_neurons": {1: [3]}}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"insert_layer": 1}, {"deep": True}], ids=str)
 @pytest.mark.parametrize(
     "stack",
-    ["timm", "timm-avg", "timm-no-class", "eva02", "dinov3-timm", "features_only", "open_clip-avg", "torchvision"],
+    [
+        "timm",
+        "timm-avg",
+        "timm-no-class",
+        "timm-registers",
+        "timm-unpooled",
+        "features_only",
+        "open_clip-avg",
+        "torchvision",
+    ],
 )
-def test_tracing_by_fx_is_refused(stack: str, options: dict[str, Any]) -> None:
-    """Also where registers enter and leave at layers of torch, whose hooks do not run while they are recorded."""
+def test_fx_records_registers_inside_of_blocks(stack: str, options: dict[str, Any]) -> None:
+    """What a user asks for between blocks is without them, and so are layers of torch, which run with their hooks."""
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction", reason="traces with torch.fx")
+    model, pixels = add_registers(build_stack(stack), 3, init_std=1.0, **options).eval(), images()
+    tower, layer = find_tower(model), find_register_layer(model)
+    eager, blocks = tower.module, list(tower.part("blocks"))
+    seen: list[torch.Tensor] = []
+    handles = [block.register_forward_hook(lambda module, args, output: seen.append(output)) for block in blocks]
+    with torch.no_grad():
+        expected = eager(pixels)
+    for handle in handles:
+        handle.remove()
+    graph = torch.fx.symbolic_trace(eager)
+    with torch.no_grad():
+        assert_near(graph(pixels), expected)
+        assert_near(eager(pixels), expected)
+        assert_near(torch.fx.Interpreter(graph).run(pixels), expected)
+    names = {module: name for name, module in eager.named_modules()}
+    wanted = {names[block]: str(index) for index, block in enumerate(blocks)}
+    with torch.no_grad():
+        found = feature_extraction.create_feature_extractor(eager, wanted, suppress_diff_warning=True)(pixels)
+    for index, hidden in enumerate(seen):
+        count = layer.count_at(index)
+        patches = torch.cat([hidden[:, : tower.prefix], hidden[:, tower.prefix + count :]], dim=1)
+        torch.testing.assert_close(found[str(index)], patches, rtol=1e-5, atol=1e-5)
+    graph(pixels)[0].sum().backward()
+    assert layer.tokens("default").weight.grad.abs().sum() > 0
+    with layer.without(["default"]):
+        base = torch.fx.symbolic_trace(eager)
+        with torch.no_grad():
+            plain = eager(pixels)
+    with torch.no_grad():
+        assert_near(base(pixels), plain)
+
+
+def assert_near(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(flatten(actual), flatten(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_graph_that_fx_recorded_is_not_compiled() -> None:
+    model, pixels = add_registers(build_stack("torchvision"), 3).eval(), images()
+    tower = find_tower(model).module
+    graph, expected = torch.fx.symbolic_trace(tower), tower(pixels)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="Compile the model itself"):
+        torch.compile(graph, backend="eager", fullgraph=True)(pixels)
+    torch._dynamo.reset()
+    assert_near(torch.compile(tower, backend="eager", fullgraph=True)(pixels), expected)
+
+
+@pytest.mark.parametrize(
+    ("stack", "options"),
+    [
+        ("timm", {"register_neurons": {1: [3]}}),
+        ("torchvision", {"register_neurons": {1: [3]}}),
+        ("eva02", {}),
+        ("dinov3-timm", {}),
+    ],
+    ids=str,
+)
+def test_what_fx_cannot_record_is_refused(stack: str, options: dict[str, Any]) -> None:
     pytest.importorskip("torchvision.models.feature_extraction", reason="traces with torch.fx")
     model = add_registers(build_stack(stack), 3, **options).eval()
     with pytest.raises(UnsupportedModelError, match=r"torch\.fx is tracing"):

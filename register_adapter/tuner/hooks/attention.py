@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .base import ATTACHING, LayerHooks
 from .call_state import RecordPairs
+from .masks import grow_block_mask, is_block_mask
 
 if TYPE_CHECKING:
     from ...towers.tower import Tower
@@ -28,8 +29,6 @@ __all__ = [
     "AttentionConfig",
     "AttentionHooks",
     "attention_modules",
-    "grow_block_mask",
-    "is_block_mask",
     "reads_implementation",
 ]
 
@@ -80,40 +79,6 @@ def _additive(
     weights = (query @ key.transpose(-1, -2) * scaling + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def is_block_mask(mask: Any) -> bool:
-    """Whether a mask is flex attention's: a function of two positions, and the blocks in which it is not empty."""
-    return hasattr(mask, "mask_mod") and hasattr(mask, "seq_lengths")
-
-
-def grow_block_mask(mask: Any, start: int, count: int, rows: bool = True) -> Any:
-    """Make room for registers in flex attention's ``BlockMask``, as :func:`~.tokens.grow_mask` does in a tensor.
-
-    Args:
-        mask: For sequences of ``N`` tokens.
-        start: Position of the first register.
-        count: Number of registers.
-        rows: Whether they are queries too, not keys alone.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask  # not in every release of torch
-
-    inner, (queries, keys) = mask.mask_mod, mask.seq_lengths
-
-    def behind(index: torch.Tensor) -> torch.Tensor:  # a register is where the token before it is
-        return torch.where(index < start + count, index.clamp(max=max(start - 1, 0)), index - count)
-
-    def grown(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        register = (key >= start) & (key < start + count)
-        place = torch.where(key < start, key, behind(key))
-        asking = torch.where(query < start, query, behind(query)) if rows else query
-        seen: torch.Tensor = inner(batch, head, asking, place)
-        return register | seen
-
-    batch, heads = mask.kv_num_blocks.shape[:2]
-    device = mask.kv_num_blocks.device
-    length = queries + count if rows else queries
-    return create_block_mask(grown, batch, heads, length, keys + count, device, mask.BLOCK_SIZE)
 
 
 class AttentionConfig:

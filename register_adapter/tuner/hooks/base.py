@@ -22,7 +22,7 @@ from .tokens import cut_tokens
 if TYPE_CHECKING:
     from ...towers.tower import Tower
 
-__all__ = ["ATTACHING", "LayerHooks", "refuse_tracing"]
+__all__ = ["ATTACHING", "LayerHooks"]
 
 #: Held by a thread that puts hooks and stand-ins in place.
 ATTACHING = threading.RLock()
@@ -46,6 +46,10 @@ class LayerHooks:
     _hooked: list[Any]
     #: Adapters that cannot work in the blocks that the tower has now, and why.
     misfits: dict[str, str]
+    #: torch.fx has traced the tower, so that its layers may be parts of a graph.
+    recorded: bool = False
+    #: A pass of a tower that was traced is being compiled. Not in ``call``: dynamo follows no thread's attributes.
+    compiled: bool = False
 
     @property
     @abstractmethod
@@ -100,6 +104,7 @@ class LayerHooks:
         """
         if torch.compiler.is_compiling():
             self._end_pass()
+            self.compiled = self.recorded
         elif not self.call.begin():
             self.inputs.leave_all()
         if without:
@@ -174,6 +179,8 @@ class LayerHooks:
             return
         self.call.segments = self.call.frame = self.call.visible = self.call.rotary = None
         self.call.entered, self.call.length, self.call.left = 0, 0, False
+        if self.recorded:
+            self.compiled = False
         if self.call.kept is not None:
             self.call.asked, self.call.kept = self.call.kept, None
 
@@ -293,20 +300,6 @@ def _drop_copied_hooks(module: Any, layer: LayerHooks) -> None:
             owner = getattr(getattr(hook, "func", hook), "__self__", None)
             if isinstance(owner, LayerHooks) and owner is not layer:
                 del hooks[key]
-
-
-def refuse_tracing(value: Any) -> None:
-    """Refuse a pass that torch.fx traces: what it records has no hooks.
-
-    Raises:
-        UnsupportedModelError: ``value`` stands for a tensor.
-    """
-    if isinstance(value, torch.fx.Proxy):
-        raise UnsupportedModelError(
-            "torch.fx is tracing a model with register hooks (torchvision's create_feature_extractor? timm's "
-            "features_cls='fx'?), and what it records would leave the registers out, or in. Trace the base without "
-            "registers or export_native(model), use capture(model) for features, or torch.export for a graph."
-        )
 
 
 def _is_compiled(module: Any) -> bool:

@@ -18,6 +18,7 @@ from ...towers.anatomy import parent
 from ...towers.calls import hidden_states_of
 from .base import LayerHooks
 from .call_state import MethodCall
+from .recording import is_recorded
 from .stand_in import StandIn
 from .tokens import cut_tokens
 
@@ -83,6 +84,8 @@ class MethodHooks(LayerHooks):
             **kwargs: The method's.
         """
         method = own or getattr(type(owner), path.rpartition(".")[2])
+        if is_recorded(*args, *kwargs.values()):
+            return method(owner, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self.inputs.leave_all()
         self._end_if_over()

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from ...towers.calls import first_of, hidden_states_of, place_of_argument, with_first, with_hidden_states
-from .attention import grow_block_mask, is_block_mask
-from .base import LayerHooks, refuse_tracing
+from .masks import grow_masks
 from .recomputation import checkpoints_reentrantly
+from .recording import RecordingHooks, is_recorded
 from .tokens import cut_tokens, grow_bias, grow_mask, grow_rotary, insert_tokens, pad_tokens
 
 __all__ = ["SequenceHooks"]
 
 
-class SequenceHooks(LayerHooks):
+class SequenceHooks(RecordingHooks):
     """What a :class:`RegisterLayer` does to the sequence; mixed into it."""
 
     def _sequence_hooks(self) -> list[Any]:
@@ -83,7 +83,7 @@ class SequenceHooks(LayerHooks):
         return needed and not all(hasattr(block, "gradient_checkpointing") for block in self.tower.part("blocks"))
 
     def _again_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_recorded(hidden_states_of(args, kwargs)):
             return
         self._end_if_over()
         if self.call.segments is None:
@@ -109,6 +109,8 @@ class SequenceHooks(LayerHooks):
     def _tower_input_hook(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         # One hook for both: the pass may begin with new hooks, and torch would go on with those that it has listed.
         # A replica of DataParallel runs in a thread of its own, and does what the one that made it asks.
+        if is_recorded(*args, *kwargs.values()):
+            return None
         replica: Any = module if getattr(module, "_is_replica", False) else None
         self._begin_pass(replica.registers.asked if replica is not None else frozenset(), depth=2)
         # Elsewhere the mask grows where registers join.
@@ -118,7 +120,8 @@ class SequenceHooks(LayerHooks):
         self._end_pass()
 
     def _insert(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        refuse_tracing(hidden_states)
+        if self._leaves_to_graph(hidden_states):
+            return None
         self._end_if_over()
         if self.call.method is not None:
             self.call.method.enter(hidden_states.shape[1], self.num_active)
@@ -168,16 +171,14 @@ class SequenceHooks(LayerHooks):
         if grown is None:
             return None
         count = self.count_at(0)
-        args, kwargs = _grow_masks(args, kwargs, self.prefix, count, grown.shape[1])
+        args, kwargs = grow_masks(args, kwargs, self.prefix, count, grown.shape[1])
         return with_hidden_states(args, kwargs, grown)
-
-    def _first_block_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # torch.fx records layers of torch as they are: where registers enter or leave at one, no other hook runs.
-        refuse_tracing(hidden_states_of(args, kwargs))
 
     def _block_hook(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Registers that start at this block, fresh ones of deep adapters, and masks made for another length."""
         hidden = given = hidden_states_of(args, kwargs)
+        if is_recorded(hidden):
+            return None
         self._end_if_over()
         segments = [s for s in self.sequence if s.placement.insert_layer <= index]
         count = sum(segment.count for segment in segments)
@@ -200,7 +201,7 @@ class SequenceHooks(LayerHooks):
             return None
         before = self.count_at(0)
         if count > before:
-            args, kwargs = _grow_masks(args, kwargs, self.prefix + before, count - before, hidden.shape[1])
+            args, kwargs = grow_masks(args, kwargs, self.prefix + before, count - before, hidden.shape[1])
         return with_hidden_states(args, kwargs, hidden)
 
     def _rotary_hook(self, index: int, place: int | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -242,6 +243,8 @@ class SequenceHooks(LayerHooks):
         return cast(torch.Tensor, cut_tokens(hidden_states, self.prefix + present, missing, hidden_states.shape[1]))
 
     def _remove_from_input_hook(self, module: nn.Module, args: Any) -> Any:
+        if self._leaves_to_graph(args[0]):
+            return None
         self._end_if_over()
         counts = [] if self.call.method is not None else self._counts
         if not counts or not self._leave(counts[-1], args[0].shape[1]):
@@ -253,7 +256,9 @@ class SequenceHooks(LayerHooks):
         counts = [] if self.call.method is not None else self._counts
         if not counts:
             return None
-        hidden = output if isinstance(output, torch.Tensor) else _entries(output)[0]
+        hidden = output if isinstance(output, torch.Tensor) or is_recorded(output) else _entries(output)[0]
+        if self._leaves_to_graph(hidden):
+            return None
         if not self._leave(counts[-1], hidden.shape[1]):
             return None
         return self._cut(output, hidden.shape[1] - counts[-1], counts)
@@ -265,7 +270,9 @@ class SequenceHooks(LayerHooks):
             self._check_left(counts)
         if not counts:
             return None
-        entries = [] if isinstance(output, torch.Tensor) else _entries(output)
+        entries = [] if isinstance(output, torch.Tensor) or is_recorded(output) else _entries(output)
+        if is_recorded(output, *entries[:1]):
+            return None
         # No ``next(..., None)``: the graph compiler of older torch does not know it.
         last = entries[0] if entries else None
         if isinstance(last, (tuple, list)) and last:  # a backbone's feature maps, (B, D, h, w) or (B, N, D)
@@ -328,22 +335,3 @@ class SequenceHooks(LayerHooks):
 def _entries(output: Any) -> list[Any]:
     """What a tuple, a ``ModelOutput`` or a plain dictionary, as DINOv2's own code returns it, has in it."""
     return list(output.values() if isinstance(output, dict) else output)
-
-
-def _grow_masks(args: Any, kwargs: Any, start: int, count: int, length: int) -> Any:
-    """Make room for ``count`` registers in the masks and biases that come with a sequence, now ``length`` tokens."""
-
-    def grow(value: Any, name: str = "") -> Any:
-        if is_block_mask(value) and value.seq_lengths[1] == length - count:
-            return grow_block_mask(value, start, count)
-        if not isinstance(value, torch.Tensor) or value.shape[-1:] != (length - count,):
-            return value
-        if value.ndim > 2 and "bias" in name:
-            return grow_bias(value, start, count)
-        return grow_mask(value, start, count) if value.ndim == 4 or (value.ndim == 2 and name == mask) else value
-
-    mask = "attention_mask"
-    # Pix2Struct in transformers 4 hands (B, N) on, to its blocks as the first argument behind the sequence.
-    second = mask if len(args) > 1 and getattr(args[1], "shape", ())[:1] == args[0].shape[:1] else ""
-    grown = tuple(grow(value, "" if place else second) for place, value in enumerate(args[1:]))
-    return (*args[:1], *grown), {name: grow(value, name) for name, value in kwargs.items()}
