@@ -19,7 +19,7 @@ from training_cases import relabel, results_of, start, stopped, write_case
 from training_helpers import adapter_bytes, write_vit
 
 from register_adapter.data import StreamedDataset, load_image_processor
-from register_adapter.data.datasets import DataArguments
+from register_adapter.data.datasets import DataArguments, load_data
 from register_adapter.data.stream_loading import load_stream
 from register_adapter.data.streaming import StreamedBatches
 
@@ -202,3 +202,54 @@ def test_a_folder_of_images_is_no_stream(tmp_path: Path, capsys: pytest.CaptureF
     words = ["--model-name-or-path", str(folder / "vit"), "--train-dir", str(folder / "train"), "--streaming"]
     assert stopped([*words, "--max-train-steps", "1", "--output-dir", str(tmp_path / "out")]) == 2
     assert "--streaming reads shards" in capsys.readouterr().err
+
+
+def damage_tar(file: Path, how: str) -> str | None:
+    """Damage a shard at the header of its fourth image, where its reader stops without an error; what is to be said."""
+    whole = file.read_bytes()
+    with tarfile.open(file) as tar:
+        header = tar.getmembers()[3].offset
+    damaged = {
+        "a header": whole[:header] + b"x" * 512 + whole[header + 512 :],
+        "zeros": whole[:header] + bytes(512) + whole[header + 512 :],
+        "cut in a header": whole[: header + 99],
+        "two in one": whole + whole,
+        "no end mark": whole[:header],
+        "whole": whole,
+    }[how]
+    file.write_bytes(damaged)
+    where = r"[\d,]+" if how == "two in one" else f"{header:,}"
+    known = {"no end mark": "has no end mark: it may have been cut behind its last image", "whole": None}
+    return known.get(how, f"is damaged, or several in one: nothing behind byte {where} of {len(damaged):,} is read")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("how", ["a header", "zeros", "cut in a header", "two in one", "no end mark", "whole"])
+def test_images_of_a_damaged_tar_are_not_dropped_in_silence(
+    how: str,
+    streaming: bool,
+    case: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = shutil.copytree(case / "tars", tmp_path / "data")
+    message = damage_tar(data / "train-1.tar", how)
+    arguments = DataArguments(dataset_name=str(data), image_column_name="png", max_eval_samples=4)
+
+    def read() -> int:
+        if not streaming:
+            loaded = load_data(arguments, progress=False, labelled=False)
+            return len(loaded.train) + len(loaded.validation)
+        loaded = load_stream(arguments, progress=False, labelled=False)
+        stream = StreamedDataset(loaded.train, load_image_processor(str(case / "vit")), shuffle_buffer=1)
+        return len(loaded.validation) + sum(len(list(stream.order(epoch))) for epoch in (0, 1)) // 2
+
+    if message is None or how == "no end mark":
+        assert read() == (16 if message is None else 11)
+        said = [] if message is None else [f"the shard {data}/train-1.tar {message}"]
+        assert [record.message for record in caplog.records] == said
+        return
+    with pytest.raises(ValueError, match=rf"the shard {data}/train-1\.tar {message}"):
+        read()

@@ -18,6 +18,7 @@ from .checking import check_image_column, check_labels, item_name, named_errors,
 from .folders import read_captioned_folder, read_flat_folder, read_image_folder, split_at_random
 from .images import image_name, load_image, refuse_word
 from .processing import process_image
+from .shards import SHARD, check_shards, names_shards
 
 __all__ = [
     "Data",
@@ -225,6 +226,7 @@ def _from_hub(args: DataArguments, token: str | None, keys: Collection[str]) -> 
             f"{' and '.join(f'--{key}-column-name' for key in names.values())}"
         )
     renamed = {old: new for old, new in names.items() if old != new}
+    check_shards(place for split in chosen if names_shards(split.features) for place in split.unique(SHARD))
     check_image_column(chosen[0].features[args.image_column_name], args.image_column_name, args.dataset_name)
     labels = ClassLabel(names=_class_names(chosen[0], args.label_column_name)) if "label" in keys else None
     with named_errors(args.dataset_name):

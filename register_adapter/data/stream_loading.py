@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Image, load_dataset
 from ..utils.files import check_regular
 from .checking import check_image_column, check_labels, named_errors, skip_bad
 from .datasets import Data, DataArguments
+from .shards import SHARD, check_shards, names_shards
 
 __all__ = ["load_stream"]
 
@@ -57,6 +58,7 @@ def load_stream(
     source = train if other is None else _with_columns(splits[other], args, keys)
     with named_errors(name):
         held_out = list(islice(iter(source), wanted))
+    check_shards({item.pop(SHARD) for item in held_out if SHARD in item})
     if other is None:
         if 0 < len(held_out) < wanted:
             raise ValueError(
@@ -96,7 +98,8 @@ def _with_columns(stream: Any, args: DataArguments, keys: Collection[str]) -> An
             "not searched for; make it a ClassLabel, leave out --streaming, or train without labels"
         )
     renamed = {columns[key]: key for key in keys if columns[key] != key}
-    chosen = stream.select_columns([columns[key] for key in keys])
+    shard = [SHARD] if names_shards(features) else []
+    chosen = stream.select_columns([*(columns[key] for key in keys), *shard])
     # First: renaming maps the items, and images that it decodes are encoded again, a JPEG to other pixels.
     chosen = chosen.cast_column(columns["image"], Image(decode=False))
     return chosen.rename_columns(renamed) if renamed else chosen

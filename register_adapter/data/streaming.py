@@ -16,6 +16,7 @@ from .augmentation import Augmentation
 from .checking import item_name, named_errors
 from .datasets import ProcessedDataset
 from .images import ImageFileError
+from .shards import SHARD, check_shards
 
 __all__ = ["StreamedBatches", "StreamedDataset"]
 
@@ -60,7 +61,7 @@ class StreamedDataset:
             raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
         self.stream, self.seed, self.shuffle_buffer, self.strict = stream, seed, shuffle_buffer, strict
         self.image_processor, self.augmentation, self.name = image_processor, augmentation, name
-        self.epoch = 0
+        self.epoch, self._known = 0, set[str]()
 
     @cached_property
     def head(self) -> ProcessedDataset:
@@ -91,6 +92,9 @@ class StreamedDataset:
                 item = next(items, None)
             if item is None:
                 return
+            if (shard := item.pop(SHARD, None)) is not None and shard not in self._known:
+                self._known.add(shard)
+                check_shards([shard])
             label = item.get("label")
             if num_classes is not None and label is not None and label >= num_classes:
                 raise ValueError(
