@@ -523,6 +523,43 @@ def test_push_to_hub_uploads_all_and_shows_no_token(vit: Path, photos: Path, tmp
     assert not [text for text in (done.stdout, done.stderr, *written) if token in text]
 
 
+@pytest.mark.parametrize(
+    ("name", "offline", "token", "status", "message"),
+    [
+        ("author/regs", True, "hf_Author", 2, "'author/regs' cannot be pushed to: HF_HUB_OFFLINE is set"),
+        ("author/regs", False, None, 2, "'author/regs' cannot be pushed to without a token"),
+        ("author/a/b", False, "hf_Author", 2, "'author/a/b' is no name of a repository"),
+        ("author/regs", False, "hf_Other", 1, "the token may not do this with 'author/regs' (403)"),
+        ("author/regs", False, "hf_Expired", 1, "refused the token for 'author/regs'"),
+    ],
+)
+def test_what_cannot_be_pushed_is_told_before_training(
+    name: str,
+    offline: bool,
+    token: str | None,
+    status: int,
+    message: str,
+    vit: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("register_adapter.training.loop.Loop.fit", lambda loop: pytest.fail("trained"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    for module in ("register_adapter.training.saving", "register_adapter.utils.hub", "huggingface_hub.utils._headers"):
+        monkeypatch.setattr(f"{module}.get_token", lambda: token)
+    with HubServer({"hf_Author": "author", "hf_Other": "other"}) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        with pytest.raises(SystemExit) as stop:
+            main(flags(vit, photos, tmp_path, "--push_to_hub", "--hub_model_id", name))
+    assert stop.value.code == status
+    assert message in capfd.readouterr().err
+    assert not server.repos
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_the_example_runs_as_a_user_would_run_it(vit: Path, photos: Path, tmp_path: Path) -> None:
     script = ROOT / "examples" / "train_classifier.py"
     assert len(script.read_text().splitlines()) <= 60

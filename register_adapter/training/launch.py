@@ -56,7 +56,7 @@ from .objectives.flags import (
     takers_of,
 )
 from .run_lock import folder_lock
-from .saving import check_output_dir
+from .saving import check_output_dir, check_push
 from .setup import check_streamed, use_cpu
 from .trainer import train
 
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             if state.is_main_process:
                 held.enter_context(folder_lock(str(args.output_dir)))
             check_output_dir(args)
+            check_push(args)
             # Before data and model are loaded, which may take hours.
             check_writable(str(args.output_dir))
         except (ValueError, OSError) as error:

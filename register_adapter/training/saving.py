@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from accelerate import Accelerator
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 
 from ..tuner.card import update_model_card
 from ..tuner.composed import ComposedPeftModel
 from ..utils.environment import version
-from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, checked_token, hub_errors
-from ..utils.staging import staged
+from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors
+from ..utils.staging import check_writable, staged, write_text
 from . import checkpoints
 from .arguments import TrainArguments
 
-__all__ = ["RESULTS_NAME", "RUN_CONFIG", "check_finite", "check_output_dir", "describe_run", "push_run", "save_run"]
+__all__ = [
+    "RESULTS_NAME",
+    "RUN_CONFIG",
+    "check_finite",
+    "check_output_dir",
+    "check_push",
+    "describe_run",
+    "open_outputs",
+    "push_run",
+    "save_run",
+]
 
 RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
 #: Files of a finished run.
@@ -81,6 +95,59 @@ def describe_run(
         "metrics": metrics or None,
         "run": run | {"Steps": results["global_step"], "Seed": args.seed, "Objective": results["objective"]["name"]},
     }
+
+
+def open_outputs(
+    accelerator: Accelerator, args: TrainArguments, resumed: bool, run_config: str | None, token: str | None
+) -> None:
+    """The output folder, cleared of an earlier run if that is wanted, with the run's settings; and the trackers.
+
+    Before anything is removed, the repository is made that the run is to be pushed to, if it is not there.
+
+    Raises:
+        HubAccessError: It cannot be reached, or not be written to.
+        OSError: Nothing can be written into the folder.
+    """
+    if accelerator.is_main_process and args.output_dir:
+        check_writable(args.output_dir)
+        if args.push_to_hub:
+            _open_repository(args, token)
+        if args.overwrite_output_dir and not resumed:
+            checkpoints.remove_all(args.output_dir)
+        if run_config is not None:
+            write_text(Path(args.output_dir, RUN_CONFIG), run_config)
+    accelerator.wait_for_everyone()
+    if args.with_tracking:
+        flat = {key: value for key, value in asdict(args).items() if isinstance(value, bool | int | float | str)}
+        accelerator.init_trackers("register_adapter", flat)
+
+
+def check_push(args: TrainArguments, token: str | None = None) -> None:
+    """Refuse a run whose result could not be uploaded, as far as that is known without asking the Hub.
+
+    Raises:
+        HubAccessError: The name of the repository is none, offline mode is set, or there is no token.
+        ValueError: The token has characters that cannot be sent.
+    """
+    if not args.push_to_hub:
+        return
+    name, advice = str(args.hub_model_id), "Or leave out --push-to-hub. Nothing was trained"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise HubAccessError(f"hub_model_id {name!r} is no name of a repository ({error}); give user/name") from error
+    if constants.HF_HUB_OFFLINE:
+        raise HubAccessError(f"{name!r} cannot be pushed to: HF_HUB_OFFLINE is set. Unset it. {advice}")
+    if checked_token(token or get_token()) is None:
+        raise HubAccessError(
+            f"{name!r} cannot be pushed to without a token: log in with `hf auth login`, or set HF_TOKEN. {advice}"
+        )
+
+
+def _open_repository(args: TrainArguments, token: str | None) -> None:
+    name = str(args.hub_model_id)
+    with hub_errors(name, token=token):
+        HfApi(token=checked_token(token)).create_repo(name, private=args.hub_private, exist_ok=True)
 
 
 def push_run(

@@ -23,7 +23,6 @@ from ..tuner.card_text import OFF
 from ..tuner.layer import find_register_layer
 from ..utils.environment import git_commit, hardware, versions
 from ..utils.parameters import trainable_by_part, trained_parameters
-from ..utils.staging import check_writable, write_text
 from . import checkpoints
 from .arguments import TrainArguments
 from .block_modes import check_modes, modes_of_blocks
@@ -34,7 +33,7 @@ from .loop import Loop
 from .objectives import Objective
 from .objectives.stored import store_targets
 from .run_lock import folder_lock
-from .saving import RUN_CONFIG, check_finite, check_output_dir, describe_run, push_run, save_run
+from .saving import check_finite, check_output_dir, check_push, describe_run, open_outputs, push_run, save_run
 from .selection import Selection
 from .setup import (
     check_streamed,
@@ -102,6 +101,7 @@ def train(
     Raises:
         ValueError: Nothing can be trained, a data set is empty, or ``output_dir`` holds another run's result.
         FolderInUseError: Another run is writing into ``output_dir``.
+        HubAccessError: ``push_to_hub``, and the repository cannot be written to; told before training.
         CheckpointError: The checkpoint to resume from is missing, damaged, or of a run with other settings.
         MissingExtraError: The tracker is not installed.
         FloatingPointError: The loss, or what was trained, is not finite any more.
@@ -113,6 +113,7 @@ def train(
     holds = accelerator.is_main_process and args.output_dir is not None
     with folder_lock(str(args.output_dir)) if holds else nullcontext():
         check_output_dir(args)
+        check_push(args, hub_token)
         set_seed(args.seed, device_specific=True)
         image_processor = image_processor or image_processor_for(model, train_dataset)
         train_data = processed(train_dataset, image_processor, "train_dataset")
@@ -136,7 +137,7 @@ def train(
             image_processor,
         )
         resumed, first_step = loop.checkpoint, loop.state.global_step
-        _open_outputs(accelerator, args, resumed is not None, run_config)
+        open_outputs(accelerator, args, resumed is not None, run_config, hub_token)
         try:
             with modes_of_blocks(model, args):
                 metrics = loop.fit()
@@ -333,17 +334,3 @@ def _metric_names(accelerator: Accelerator, objective: Objective, model: torch.n
         model.eval()
         batch = send_to_device(objective.collate([data[0]]), accelerator.device)
         return sorted(objective.evaluate(model, batch))
-
-
-def _open_outputs(accelerator: Accelerator, args: TrainArguments, resumed: bool, run_config: str | None) -> None:
-    """The output folder, cleared of an earlier run if that is wanted, with the run's settings; and the trackers."""
-    if accelerator.is_main_process and args.output_dir:
-        check_writable(args.output_dir)
-        if args.overwrite_output_dir and not resumed:
-            checkpoints.remove_all(args.output_dir)
-        if run_config is not None:
-            write_text(Path(args.output_dir, RUN_CONFIG), run_config)
-    accelerator.wait_for_everyone()
-    if args.with_tracking:
-        flat = {key: value for key, value in asdict(args).items() if isinstance(value, bool | int | float | str)}
-        accelerator.init_trackers("register_adapter", flat)
