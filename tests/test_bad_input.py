@@ -544,3 +544,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         add_registers(build("vit"), 4).save_pretrained(str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_config_in_the_place_of_a_number_is_refused_with_the_call_that_takes_it():
+    with pytest.raises(TypeError, match=r"got a RegisterConfig; with a config, call get_peft_model\(model, config\)"):
+        add_registers(torch.nn.Linear(2, 2), RegisterConfig(num_registers=4))

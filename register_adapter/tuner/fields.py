@@ -65,7 +65,11 @@ def check_types(config: Any) -> None:
     for name, kind in _KINDS.items():
         value = getattr(config, name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise TypeError(f"{name} must be {_spell(kind)}, got {value!r} of type {type(value).__name__}")
+            if isinstance(value, type(config)):
+                found = f"a {type(value).__name__}; with a config, call get_peft_model(model, config)"
+            else:
+                found = f"{value!r} of type {type(value).__name__}"
+            raise TypeError(f"{name} must be {_spell(kind)}, got {found}")
     for name in ("target_modules", "modules_to_save"):
         value = getattr(config, name)
         if not isinstance(value, str) and any(not isinstance(item, str) for item in value or ()):
