@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from register_adapter.data import ImageBatches, ImageFileError, list_images
+from register_adapter.data import ImageBatches, ImageFileError, ProcessedDataset, list_images
 from register_adapter.data.batches import batch_length, slice_batch
-from register_adapter.testbed import SceneDataset, load_image_processor
+from register_adapter.data.processing import settings_of
+from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
+from register_adapter.viz import attention_map
 
 
 class Tower(nn.Module):
@@ -96,6 +98,43 @@ def test_a_function_from_an_image_to_a_tensor_is_a_processor():
     scenes = SceneDataset(3, seed=3, split=None)
     _, collected = read(scenes, lambda image: torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255, batch_size=2)
     assert [tuple(batch.shape) for batch in collected] == [(2, 3, 80, 80), (1, 3, 80, 80)]
+
+
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, image):
+        return torch.tensor(np.asarray(image)).permute(2, 0, 1) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ("facebook/dinov2-base", r"from_pretrained\('facebook/dinov2-base'\)"),
+        ({"size": 224}, r"found \{'size': 224\} \(dict\)"),
+        ((load_image_processor, 1), "tuple"),
+        (Scaled, "the class Scaled: make one"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path, processor: read([path], processor),
+        lambda path, processor: ProcessedDataset([{"image": path}], processor),
+        lambda path, processor: attention_map(load_vit(), path, image_processor=processor),
+    ],
+    ids=["batches", "data set", "map"],
+)
+def test_what_cannot_process_an_image_is_refused_before_one_is_read(use, processor, message, tmp_path):
+    with pytest.raises(ValueError, match=f"image_processor must be .*{message}"):
+        use(tmp_path / "not_there.png", processor)
+
+
+def test_functions_of_one_class_are_told_apart_by_what_they_make():
+    assert settings_of(Scaled(0.5)) == settings_of(Scaled(0.5)) != settings_of(Scaled(0.25))
+    assert settings_of(load_image_processor()) == load_image_processor().to_dict()
+    assert settings_of(lambda image: image.nothing) == "<lambda>"
 
 
 def test_ready_batches_keep_their_size_and_lose_what_the_tower_does_not_take():

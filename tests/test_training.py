@@ -138,6 +138,20 @@ def test_a_frozen_head_is_kept_and_labels_are_found_by_name(photos: Path, tmp_pa
     assert objective.collate(items)["labels"].tolist() == [2, 3, 1]
 
 
+def test_a_function_that_processes_images_costs_no_result(tmp_path: Path) -> None:
+    """A torchvision transform, say, which has no file to be saved in."""
+    vit = write_vit(tmp_path / "vit", list(LABELS))
+    scenes = SceneDataset(8, size=32, split=None)
+    args = TrainArguments(output_dir=str(tmp_path / "out"), max_train_steps=1, use_cpu=True, quiet=True)
+    model = add_registers(ViTForImageClassification.from_pretrained(vit))
+    objective = ClassificationObjective(freeze_head=True)
+    processor = AutoImageProcessor.from_pretrained(vit)
+    train(model, objective, scenes, args, image_processor=lambda image: processor(image).pixel_values[0])
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "results.json"} <= written
+    assert "preprocessor_config.json" not in written
+
+
 def test_registers_alone_learn_in_process_on_scenes(tmp_path: Path) -> None:
     vit = write_vit(tmp_path / "vit", list(LABELS), dropout=0.0, std=0.2)
     base = ViTForImageClassification.from_pretrained(vit)

@@ -18,6 +18,7 @@ from .checking import check_image_column, check_labels, item_name, named_errors,
 from .folders import read_captioned_folder, read_flat_folder, read_image_folder, split_at_random
 from .images import image_name, load_image, refuse_word
 from .processing import process_image
+from .processors import check_processor
 from .shards import SHARD, check_shards, names_shards
 
 __all__ = [
@@ -131,6 +132,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(
         self, dataset: Any, image_processor: Callable[..., Any], augmentation: Augmentation | None = None
     ) -> None:
+        check_processor(image_processor)
         self.dataset, self.image_processor, self.augmentation = dataset, image_processor, augmentation
         self.epoch = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 
 from ..utils.text import printable
 from .images import ImageFileError
+from .processors import check_processor
 
-__all__ = ["LARGE", "Batch", "Processing", "check_fits", "process_image", "reduced"]
+__all__ = ["LARGE", "Batch", "Processing", "check_fits", "process_image", "reduced", "settings_of"]
 
 #: Pixels of an image that is processed as it is: beyond what cameras of most phones make.
 LARGE = 2**25
@@ -46,6 +48,29 @@ def process_image(processor: Any, image: Image.Image, name: str) -> Batch:
         raise ImageFileError(
             f"{name}: {_called(processor)} fails on {size} ({type(error).__name__}: {said})"
         ) from error
+
+
+def settings_of(processor: Any) -> Any:
+    """What tells a processor from another one, ready for JSON: its settings, or, of a function, what it does.
+
+    Args:
+        processor: Of transformers, or a function from a PIL image to ``(3, H, W)``, which is tried on one image: a
+            torchvision transform of other steps makes other pixel values, which its class does not say.
+    """
+    if processor is None or isinstance(processor, type):
+        return type(processor).__name__
+    settings = processor.to_dict() if hasattr(processor, "to_dict") else getattr(processor, "settings", None)
+    if settings:
+        return settings
+    rows, columns = np.mgrid[:288, :352]
+    pattern = np.stack([rows * 7 + columns * 3, rows ^ columns, rows * columns // 5], axis=-1).astype(np.uint8)
+    try:
+        made = process_image(processor, Image.fromarray(pattern), "a test image")
+    except ImageFileError:  # what it does with real ones is found out there
+        return _called(processor)
+    pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
+    digest = hashlib.sha256(pixels.detach().cpu().float().contiguous().numpy().tobytes())
+    return f"{_called(processor)} {tuple(pixels.shape[1:])} {digest.hexdigest()[:32]}"
 
 
 def reduced(processor: Any, image: Image.Image) -> Image.Image:
@@ -98,9 +123,13 @@ class Processing:
 
     Args:
         processor: Of transformers, or a function from a PIL image to ``(3, H, W)``.
+
+    Raises:
+        ValueError: It is neither.
     """
 
     def __init__(self, processor: Any) -> None:
+        check_processor(processor)
         self.processor = processor
         inner = getattr(processor, "image_processor", processor)
         #: Whether it makes images of one size by looking at all of them.

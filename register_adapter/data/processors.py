@@ -13,7 +13,7 @@ from ..utils.files import check_regular
 from ..utils.models import loading, require_model
 from ..utils.shipped import local_folder
 
-__all__ = ["find_image_processor", "load_image_processor", "normalisation_of", "source_of"]
+__all__ = ["check_processor", "find_image_processor", "load_image_processor", "normalisation_of", "source_of"]
 
 
 def source_of(model: nn.Module, tower: Tower | None = None) -> str | None:
@@ -28,6 +28,28 @@ def source_of(model: nn.Module, tower: Tower | None = None) -> str | None:
         if name:
             return str(name)
     return None
+
+
+def check_processor(processor: Any) -> None:
+    """Refuse what cannot process an image, before any image is read: it is no image's fault.
+
+    Args:
+        processor: What a user gave as ``image_processor``; ``None`` is none.
+
+    Raises:
+        ValueError: It cannot be called, or is a class and not one of its objects.
+    """
+    if processor is None or (callable(processor) and not isinstance(processor, type)):
+        return
+    found, advice = f"{processor!r:.100} ({type(processor).__name__})", "leave it out for the model's own"
+    if isinstance(processor, str):
+        advice = f"load it: AutoImageProcessor.from_pretrained({processor!r:.100})"
+    elif isinstance(processor, type):
+        found, advice = f"the class {processor.__name__}", "make one of it, with from_pretrained or its arguments"
+    raise ValueError(
+        "image_processor must be an image processor of transformers or a function from a PIL image to a tensor "
+        f"(3, H, W), found {found}: {advice}"
+    )
 
 
 def find_image_processor(source: str | None) -> Any:

@@ -16,6 +16,7 @@ from .augmentation import Augmentation
 from .checking import item_name, named_errors
 from .datasets import ProcessedDataset
 from .images import ImageFileError
+from .processors import check_processor
 from .shards import SHARD, check_shards
 
 __all__ = ["StreamedBatches", "StreamedDataset"]
@@ -57,6 +58,7 @@ class StreamedDataset:
         strict: bool = False,
         name: str = "that is streamed",
     ) -> None:
+        check_processor(image_processor)
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
         self.stream, self.seed, self.shuffle_buffer, self.strict = stream, seed, shuffle_buffer, strict

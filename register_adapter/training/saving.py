@@ -65,9 +65,14 @@ def save_run(
             shutil.copyfile(folder / "README.md", scratch / "README.md")
         model.save_pretrained(str(scratch), state_dict=weights)
         _write_card(model, scratch, {**card, "adapter": folder.absolute().name})
-        if image_processor is not None:
+        if _can_be_saved(image_processor):
             image_processor.save_pretrained(scratch)
         (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+
+def _can_be_saved(image_processor: Any) -> bool:
+    """Whether it is one of transformers; a function, such as a torchvision transform, has no file to be written to."""
+    return hasattr(image_processor, "save_pretrained")
 
 
 def _write_card(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
@@ -158,7 +163,7 @@ def push_run(
     if isinstance(model, ComposedPeftModel):
         return _push_folder(name, Path(str(args.output_dir)), [*model.peft_config], args.hub_private, token)
     commit = model.push_to_hub(name, private=args.hub_private, token=token, **card)
-    if image_processor is not None:
+    if _can_be_saved(image_processor):
         with hub_errors(name, token=token):
             image_processor.push_to_hub(name, token=token)
     return str(commit.repo_url)

@@ -82,7 +82,8 @@ def train(
             :class:`register_adapter.data.ProcessedDataset` does.
         args: The knobs.
         eval_dataset: The same for the evaluations, without augmentation; ``None`` for none.
-        image_processor: Turns images into pixel values; by default that of the base model's folder or repository.
+        image_processor: Turns images into pixel values; by default that of the base model's folder or repository. A
+            function from a PIL image to ``(3, H, W)``, such as a torchvision transform, is not saved with the adapter.
         training_data: What the model card says about the data.
         evaluation_data: What it says about ``eval_dataset``; default the training data.
         details: More for ``results.json``.

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.images import load_image
-from ..data.processors import load_image_processor, normalisation_of, source_of
+from ..data.processors import check_processor, load_image_processor, normalisation_of, source_of
 from ..errors import MissingExtraError, RegisterAdapterError
 from ..towers.tower import Tower
 
@@ -81,6 +81,7 @@ def prepare_image(
         if size is not None:
             pixels = F.interpolate(pixels, _sides(size, *pixels.shape[2:]), mode="bicubic", antialias=True)
         return _cropped(tower, pixels, None)
+    check_processor(image_processor)
     image = load_image(source)
     processor = image_processor if image_processor is not None else _own_processor(model, tower)
     if size is not None:

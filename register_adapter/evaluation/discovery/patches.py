@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ...data.batches import list_images
 from ...data.images import check_pixels, load_image
-from ...data.processors import find_image_processor, normalisation_of, source_of
+from ...data.processors import check_processor, find_image_processor, normalisation_of, source_of
 from ...errors import RegisterAdapterError, UnsupportedModelError
 from ...features.grid import patch_tokens, watch_patches
 from ...features.layout import find_layout, tower_of
@@ -86,6 +86,7 @@ class Preparation:
             raise UnsupportedModelError(
                 f"the side of a patch of {type(tower.module).__name__} is not known, so images cannot be padded to it"
             )
+        check_processor(image_processor)
         if size is not None:
             _check_size(size)
         self.patch_size: int = tower.patch_size

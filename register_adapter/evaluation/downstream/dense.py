@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ...data.processing import settings_of
 from ...data.processors import find_image_processor, source_of
 from ...features.layout import tower_of
 from ...features.subjects import Subject
@@ -162,8 +163,7 @@ class _Whole:
     @property
     def settings(self) -> dict[str, Any]:
         """What a store's features depend on."""
-        own = self.processor.to_dict() if hasattr(self.processor, "to_dict") else type(self.processor).__name__
-        return {"size": list(self.size), "normalised as": own}
+        return {"size": list(self.size), "normalised as": settings_of(self.processor)}
 
 
 def _native_size(processor: Any, tower: Tower) -> tuple[int, int]:

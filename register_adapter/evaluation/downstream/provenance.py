@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ...data.processing import settings_of
 from ...features.layout import tower_of
 from ...features.subjects import Subject, looking_at
 from ...towers.identity import TowerIdentity
@@ -32,12 +33,11 @@ def source_of_features(subject: Subject, processor: Any, antialias: bool) -> dic
         if isinstance(model, PeftModel):
             active = [] if isinstance(subject, tuple) and subject[1] is None else model.active_adapters
             adapters = {name: _settings(model.peft_config[name].to_dict()) for name in active}
-        settings = processor.to_dict() if hasattr(processor, "to_dict") else getattr(processor, "settings", None)
         return {
             "base": TowerIdentity.of(tower).to_dict(),
             "weights": combined_digest(_bytes(tower.module)),
             "adapters": combined_digest(sorted(map(str, adapters.items()))),
-            "processor": settings or type(processor).__name__,
+            "processor": settings_of(processor),
             "antialias": antialias,
         }
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ...data.processing import settings_of
 from ...features.layout import tower_of
 from ...features.passes import keep_layer
 from ...features.prefix import check_prefix
@@ -130,7 +131,7 @@ def store_targets(
         shapes = {name: tuple(value.shape[1:]) for name, value in first.items()}
     source = {
         "base": TowerIdentity.of(tower).to_dict(),
-        "processor": processor.to_dict() if hasattr(processor, "to_dict") else str(type(processor).__name__),
+        "processor": settings_of(processor),
         "terms": objective.details(),
         **({"prefix": prefix} if prefix is not None else {}),
     }
