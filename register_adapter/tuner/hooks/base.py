@@ -63,6 +63,11 @@ class LayerHooks:
 
     @property
     @abstractmethod
+    def _in_attention(self) -> bool:
+        """Whether an adapter has key/value pairs or a gate."""
+
+    @property
+    @abstractmethod
     def _neuron_blocks(self) -> set[int]:
         """Blocks with register neurons."""
 

@@ -8,7 +8,6 @@ block gets the registers with what it is given, and its output, which a user may
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -58,11 +57,6 @@ class RecordingHooks(LayerHooks):
     _recording: tuple[Any, ...] = ()
     #: ``(B, R, D)``, the registers behind the block that was traced last.
     _carried: Any = None
-
-    @property
-    @abstractmethod
-    def _in_attention(self) -> bool:
-        """Whether an adapter has key/value pairs or a gate."""
 
     def _leaves_to_graph(self, value: Any) -> bool:
         """Whether a hook outside of the blocks has nothing to do, as a graph does it, or a trace for a graph.
