@@ -67,6 +67,8 @@ def test_registers_that_do_not_come_out_are_an_error() -> None:
         "timm-registers",
         "timm-unpooled",
         "features_only",
+        "timm-clip",
+        "open_clip",
         "open_clip-avg",
         "torchvision",
     ],

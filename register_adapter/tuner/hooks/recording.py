@@ -118,6 +118,9 @@ class RecordingHooks(LayerHooks):
             self._refuse_to_record("every image has an adapter of its own (adapter_names)")
         if id(self) not in map(id, root.modules()):
             self._refuse_to_record(f"{type(root).__name__}, which it was given, is a part without the registers")
+        embeddings: Any = self.tower.part("embeddings")
+        if anatomy.insert_at == "input" and any(True for _ in embeddings.children()):
+            self._refuse_to_record(f"they enter before {anatomy.embeddings!r}, which is more than a single layer")
 
     def _refuse_to_record(self, reason: str) -> None:
         raise UnsupportedModelError(
@@ -139,7 +142,10 @@ class RecordingHooks(LayerHooks):
             if first == index or (deep and first < index):
                 # A proxy has no length for ``draw`` to go by.
                 drawn = segment.tokens[0](hidden, index - first if deep else None)
-                tokens.append(drawn.unsqueeze(0).expand(hidden.shape[0], -1, -1))
+                drawn = drawn.unsqueeze(0).expand(hidden.shape[0], -1, -1)
+                # A pass puts them in before this layer, a norm, which works on every token alone.
+                normed = index == 0 and self.tower.anatomy.insert_at == "input"
+                tokens.append(self.tower.part("embeddings")(drawn) if normed else drawn)
             elif first < index:
                 tokens.append(self._carried[:, start : start + segment.count])
             start += segment.count
