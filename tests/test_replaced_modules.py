@@ -112,6 +112,37 @@ def assert_near(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(flatten(actual), flatten(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("stack", "leaf"),
+    [
+        ("timm", "blocks.0"),
+        ("timm", "blocks.1"),
+        ("torchvision", "encoder.layers.encoder_layer_1"),
+        ("torchvision", "encoder.layers"),
+        ("torchvision", "encoder"),
+    ],
+)
+def test_blocks_that_a_user_has_fx_record_as_single_steps(stack: str, leaf: str) -> None:
+    """Registers would not enter them; what is around the places where they come in and leave is right as it is."""
+    model, pixels = add_registers(build_stack(stack), 3, init_std=1.0).eval(), images()
+    eager = find_tower(model).module
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return module_qualified_name == leaf or super().is_leaf_module(m, module_qualified_name)
+
+    def run_graph() -> Any:
+        return torch.fx.GraphModule(eager, Tracer().trace(eager))(pixels)
+
+    with torch.no_grad():
+        if leaf == "encoder":
+            assert_near(run_graph(), eager(pixels))
+            return
+        with pytest.raises(UnsupportedModelError, match="recorded its blocks as single steps"):
+            run_graph()
+        assert_near(torch.fx.symbolic_trace(eager)(pixels), eager(pixels))
+
+
 @pytest.mark.slow
 def test_a_graph_that_fx_recorded_is_not_compiled() -> None:
     model, pixels = add_registers(build_stack("torchvision"), 3).eval(), images()

@@ -29,6 +29,9 @@ _INSTEAD = (
 )
 
 
+_SINGLE = "torch.fx has recorded its blocks as single steps"
+
+
 def is_recorded(*values: Any) -> bool:
     """Whether torch.fx is tracing the pass that these values are arguments, or outputs, of."""
     return any(isinstance(value, Proxy) for value in values)
@@ -36,6 +39,18 @@ def is_recorded(*values: Any) -> bool:
 
 def _is_argument(value: Any) -> bool:
     return isinstance(value, Proxy) and value.node.op == "placeholder"
+
+
+def _is_graph(name: str) -> bool:
+    return name.startswith("<eval_with_key>") or name == interpreter.__file__
+
+
+def _is_below_graph() -> bool:
+    """Whether a graph of torch.fx has called what is running, or a module around it."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not _is_graph(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_in_graph() -> bool:
@@ -46,8 +61,7 @@ def _is_in_graph() -> bool:
         frame = frame.f_back
     while frame.f_back is not None and frame.f_code.co_filename == calls:
         frame = frame.f_back
-    name = frame.f_code.co_filename
-    return name.startswith("<eval_with_key>") or name == interpreter.__file__
+    return _is_graph(frame.f_code.co_filename)
 
 
 class RecordingHooks(LayerHooks):
@@ -82,8 +96,11 @@ class RecordingHooks(LayerHooks):
         hidden: Any = hidden_states_of(args, kwargs)
         if is_recorded(hidden):
             return self._record(hidden.tracer, args, kwargs)
-        if not torch.compiler.is_compiling() and self.call.segments is None and self.segments and _is_in_graph():
-            self._refuse_to_record("torch.fx has recorded its blocks as single steps")
+        if torch.compiler.is_compiling() or self.call.segments is not None or not self.segments:
+            return None
+        # Where the registers came in, a step is more than blocks.
+        if _is_in_graph() or (not self.call.length and _is_below_graph()):
+            self._refuse_to_record(_SINGLE)
         return None
 
     def _record(self, tracer: Any, args: Any, kwargs: Any) -> Any:
@@ -94,6 +111,8 @@ class RecordingHooks(LayerHooks):
             return None
         self._check_recordable(segments, tracer.root, args, kwargs)
         blocks = list(self.tower.part("blocks"))
+        if any(tracer.is_leaf_module(block, tracer.path_of_module(block)) for block in blocks):
+            self._refuse_to_record(_SINGLE)
         self._recording = tuple(
             handle
             for index, block in enumerate(blocks)
