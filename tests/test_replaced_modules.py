@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,21 @@ def test_fx_records_registers_inside_of_blocks(stack: str, options: dict[str, An
 
 def assert_near(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(flatten(actual), flatten(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_whose_trace_was_broken_off_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pixels = add_registers(build_stack("torchvision"), 3, init_std=1.0).eval(), images()
+    last = list(find_tower(model).part("blocks"))[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "forward", lambda hidden: hidden if hidden.sum() else None)
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(find_tower(model).module)
+    with torch.no_grad():
+        expected = find_tower(model).module(pixels)
+        for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            eager = find_tower(same).module
+            assert_near(eager(pixels), expected)
+            assert_near(torch.fx.symbolic_trace(eager)(pixels), expected)
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,23 @@ def _is_in_graph() -> bool:
     return _is_graph(frame.f_code.co_filename)
 
 
+class _Carried:
+    """Registers behind a block: proxies, which no copy of a model takes along if its trace was broken off."""
+
+    def __init__(self, tokens: Any = None) -> None:
+        self.tokens = tokens
+
+    def __reduce__(self) -> tuple[type[_Carried], tuple[()]]:
+        return _Carried, ()
+
+
 class RecordingHooks(LayerHooks):
     """What a :class:`RegisterLayer` does while torch.fx is tracing, and in the graph; mixed into it."""
 
     #: The hooks of the trace that is being made.
     _recording: tuple[Any, ...] = ()
     #: ``(B, R, D)``, the registers behind the block that was traced last.
-    _carried: Any = None
+    _carried: _Carried = _Carried()
 
     def _leaves_to_graph(self, value: Any) -> bool:
         """Whether a hook outside of the blocks has nothing to do, as a graph does it, or a trace for a graph.
@@ -166,7 +176,7 @@ class RecordingHooks(LayerHooks):
                 normed = index == 0 and self.tower.anatomy.insert_at == "input"
                 tokens.append(self.tower.part("embeddings")(drawn) if normed else drawn)
             elif first < index:
-                tokens.append(self._carried[:, start : start + segment.count])
+                tokens.append(self._carried.tokens[:, start : start + segment.count])
             start += segment.count
         return with_hidden_states(args, kwargs, insert_tokens(hidden, tokens, self.prefix)) if tokens else None
 
@@ -177,10 +187,10 @@ class RecordingHooks(LayerHooks):
             self._end_recording()
         if not is_recorded(hidden) or end == start:
             return None
-        self._carried = None if last else hidden[:, start:end]
+        self._carried = _Carried(None if last else hidden[:, start:end])
         return with_first(output, torch.cat([hidden[:, :start], hidden[:, end:]], dim=1))
 
     def _end_recording(self) -> None:
         for handle in self._recording:
             handle.remove()
-        self._recording, self._carried = (), None
+        self._recording, self._carried = (), _Carried()
