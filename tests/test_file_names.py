@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,10 @@ def test_a_training_set_takes_names_that_are_not_utf8(folder: Path) -> None:
     assert printable(shown) == shown
     again = read_image_folder(folder, data.labels)
     assert sum(load_image(item["image"]).width == 20 for item in again if "bad" not in item["image"]["path"]) == 16
+
+
+def test_class_folders_that_are_shown_as_one_are_refused(tmp_path: Path) -> None:
+    for name in (b"a\nb", rb"a\nb", b"c"):
+        (tmp_path / os.fsdecode(name)).mkdir()
+    with pytest.raises(ValueError, match=re.escape(r"2 class folders that are shown as 'a\\nb': [b'a\nb', b'a\\nb']")):
+        read_image_folder(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
         Columns ``image`` (undecoded ``datasets.Image``) and ``label`` (``datasets.ClassLabel``).
 
     Raises:
-        ValueError: The folder does not exist, has no sub-folders, or has classes that ``labels`` lacks.
+        ValueError: The folder does not exist, has no sub-folders, has classes that ``labels`` lacks, or two whose names
+            are shown as one.
         OSError: It cannot be listed.
     """
     root = named_folder(folder)
@@ -47,6 +49,11 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
     names = list(labels) if labels is not None else [printable(path.name) for path in classes]
     if not classes:
         raise ValueError(f"{root} has no sub-folders; expected one for each class, such as {root}/cat/1.jpg")
+    shown = [printable(path.name) for path in classes]
+    if len(set(shown)) < len(shown):
+        twice = next(name for name in shown if shown.count(name) > 1)
+        found = [os.fsencode(path.name) for path in classes if printable(path.name) == twice]
+        raise ValueError(f"{root} has {len(found)} class folders that are shown as {twice!r}: {found}; rename one")
     unknown = [printable(path.name) for path in classes if printable(path.name) not in names]
     if unknown:
         raise ValueError(f"{root} has the classes {unknown}, which the training set lacks; it has {names}")
