@@ -57,6 +57,16 @@ def test_an_adapter_beside_its_base(model: Any, images: torch.Tensor) -> None:
     assert [report.models[name]["registers"] for name in ("base", "default")] == [0, 2]
 
 
+@pytest.mark.parametrize("template", ["{{}}", "{ {} }", "{0} {}", "{x} a {}", "{} %s {0.__class__}"])
+def test_other_braces_of_a_template_are_text(model: Any, images: torch.Tensor, template: str) -> None:
+    names, words = ["red circle", "green ring", "blue star"], TextTokenizer.of(model)
+    with torch.no_grad():
+        tokens = words([template.replace("{}", name) for name in names])
+        said = model(pixel_values=images, **tokens).logits_per_image.argmax(1)
+    report = evaluate_zero_shot(model, (images, [0, 1, 2] * 4), names, templates=(template,))
+    assert report.rows[0].values == tuple((said == torch.tensor([0, 1, 2] * 4)).double().tolist())
+
+
 def test_names_from_files(tmp_path: Path) -> None:
     path = tmp_path / "classes.json"
     for content, read in (
@@ -81,6 +91,7 @@ def test_names_from_files(tmp_path: Path) -> None:
         ({"templates": ("a photo",)}, "every template needs one"),
         ({"templates": ()}, "every template needs one"),
         ({"classes": {"0": "red"}}, "classes names none of 1, 2"),
+        ({"classes": ["red", "green", "blue", "1"]}, r"among them \['1'\], which another class is called"),
         ({"classes": ["red"]}, "1 names, and images are of 3 classes"),
     ],
 )

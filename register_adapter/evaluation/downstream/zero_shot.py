@@ -93,7 +93,10 @@ def evaluate_zero_shot(
     for subject in subjects.values():
         _check(subject[0] if isinstance(subject, tuple) else subject)
     data, names = _named(label_images(test), classes)
-    texts = [[template.format(name) for name in of_class for template in templates] for of_class in names.values()]
+    # Replaced and not formatted: what else is in braces is text of the prompt.
+    texts = [
+        [template.replace("{}", name) for name in of_class for template in templates] for of_class in names.values()
+    ]
     setting = f"{len(templates)} template{'' if len(templates) == 1 else 's'}"
     hits, numbers = {}, []
     for name, subject in subjects.items():
@@ -188,6 +191,12 @@ def _named(
         if len(words) < len(data.classes) or isinstance(classes, str):
             raise ValueError(f"classes has {len(words)} names, and images are of {len(data.classes)} classes")
         keys = [*data.classes, *words[len(data.classes) :]]
+        if len(set(keys)) < len(keys):
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise ValueError(
+                f"classes has names beyond the images' {len(data.classes)} classes, among them {twice!r:.200}, which "
+                "another class is called too; give a mapping from classes to names"
+            )
         names = {key: [word] for key, word in zip(keys, words, strict=True)}
     if len(names) < 2:
         raise ValueError(f"there must be at least two classes to choose from, found {list(names)}")
