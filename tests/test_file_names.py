@@ -96,6 +96,14 @@ def test_a_console_interprets_nothing(capsys: pytest.CaptureFixture[str]) -> Non
         assert text in shown
 
 
+def test_a_terminal_of_no_width_is_printed_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    make_console().print("said")
+    assert capsys.readouterr().out == "said\n"
+
+
 def test_bad_files_are_listed_once_and_shortened(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for index in range(30):
         (tmp_path / f"{index:02}.bad").write_bytes(b"")

@@ -28,6 +28,8 @@ __all__ = [
 
 #: Which logger names the images that were left out.
 _LOGGER, _SHOWN = "register_adapter.data.batches", 20
+#: Width of what is printed where the environment says that there is none.
+_WIDTH = 80
 _CALL = re.compile(r"\w+\([^()]*\)")
 # An argument as Python has it, with the value if there is one, or a name that no English word is.
 _ARGUMENT = re.compile(
@@ -53,7 +55,10 @@ def make_console() -> Console:
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(printable(text, keep="\n"), **options)
 
-    return PlainConsole(markup=False, emoji=False)
+    console = PlainConsole(markup=False, emoji=False)
+    if console.width < 1:  # COLUMNS=0, with which nothing at all would be printed
+        console.width = _WIDTH
+    return console
 
 
 @contextmanager
