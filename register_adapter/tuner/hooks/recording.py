@@ -27,8 +27,6 @@ _INSTEAD = (
     "Trace the base without registers or export_native(model), use capture(model) for features, or torch.export for a "
     "graph."
 )
-
-
 _SINGLE = "torch.fx has recorded its blocks as single steps"
 
 
