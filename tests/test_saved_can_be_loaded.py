@@ -144,7 +144,7 @@ def test_a_head_inside_of_one_of_the_same_name(way: str, tmp_path: Path) -> None
 def test_modules_whose_names_only_end_so(names: list[str], advice: str | None) -> None:
     """PEFT copies them too, and registers' loaders look for the module that is called so."""
     base = build("vit")
-    base.head, base.auxiliary_head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    base.head, base.auxiliary_head, base.fc1 = (torch.nn.Linear(2, 2) for _ in range(3))
     base.more = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     if advice is None:
         add_registers(base, 2, modules_to_save=names)
