@@ -166,7 +166,7 @@ def test_a_graph_that_fx_recorded_is_not_compiled() -> None:
     graph, expected = torch.fx.symbolic_trace(tower), tower(pixels)
     torch._dynamo.reset()
     # Older torch leaves the words out: "Observed exception".
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="Compile the model itself|Observed exception"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Compile the model itself|Observed exception"):
         torch.compile(graph, backend="eager", fullgraph=True)(pixels)
     torch._dynamo.reset()
     assert_near(torch.compile(tower, backend="eager", fullgraph=True)(pixels), expected)
