@@ -1,6 +1,7 @@
 """Images from anywhere become batches; bad ones are named and left out."""
 
 import logging
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from register_adapter.data import ImageBatches, ImageFileError, ProcessedDataset, list_images
 from register_adapter.data.batches import batch_length, slice_batch
-from register_adapter.data.processing import settings_of
+from register_adapter.data.processing import process_image, settings_of
 from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
 from register_adapter.viz import attention_map
 
@@ -135,6 +136,33 @@ def test_functions_of_one_class_are_told_apart_by_what_they_make():
     assert settings_of(Scaled(0.5)) == settings_of(Scaled(0.5)) != settings_of(Scaled(0.25))
     assert settings_of(load_image_processor()) == load_image_processor().to_dict()
     assert settings_of(lambda image: image.nothing) == "<lambda>"
+
+
+def test_random_functions_are_told_apart_by_what_they_make_of_the_same_seeds():
+    """A training transform, say; the run's own random numbers are those that it would have had."""
+    state = torch.get_rng_state(), random.getstate()[1], np.random.get_state()[1].copy()
+    for draw in (torch.rand, lambda _: torch.tensor(random.random()), lambda _: torch.tensor(np.random.random())):
+        first, second = (lambda image, by=by, draw=draw: draw(3).sum() * by + torch.ones(3, 8, 8) for by in (1, 2))
+        assert settings_of(first) == settings_of(first) != settings_of(second)
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1] == random.getstate()[1]
+    assert (state[2] == np.random.get_state()[1]).all()
+    own = np.random.default_rng()
+    with pytest.raises(ValueError, match="random ones cannot be stored"):
+        settings_of(lambda image: torch.ones(3, 8, 8) * own.random())
+
+
+@pytest.mark.parametrize("made", [np.ones((1, 3, 8, 8)), [np.ones((3, 8, 8))], None], ids=["array", "list", "nothing"])
+def test_what_makes_no_tensors_has_the_name_of_its_class_in_a_store(made):
+    def as_transformers(images, return_tensors=None):
+        return {"other": 1} if made is None else {"pixel_values": made}
+
+    assert settings_of(as_transformers) == "as_transformers"
+
+
+def test_a_function_that_makes_an_array_is_named():
+    with pytest.raises(ImageFileError, match=r"<lambda> fails on .*it makes ndarray, and a tensor"):
+        process_image(lambda image: np.asarray(image), Image.new("RGB", (8, 8)), "x.png")
 
 
 def test_ready_batches_keep_their_size_and_lose_what_the_tower_does_not_take():

@@ -375,6 +375,20 @@ def stored_targets(items: list[dict[str, Any]], tmp_path_factory: pytest.TempPat
     return store
 
 
+def test_images_that_are_random_are_refused_before_targets_are_computed(
+    items: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    class Changing(list[dict[str, Any]]):
+        def __getitem__(self, index: Any) -> Any:
+            return {**super().__getitem__(index), "pixel_values": torch.rand(3, 80, 80)}
+
+    args = TrainArguments(max_train_steps=1, quiet=True, target_store=str(tmp_path / "targets"))
+    model = add_registers(load_planted_vit().model, 2)
+    with pytest.raises(ValueError, match="change whenever they are read"):
+        train(model, DistillationObjective(num_views=2), Changing(items), args, image_processor=str)
+    assert not (tmp_path / "targets").exists()
+
+
 def test_what_targets_take_is_told_in_units_that_say_something(
     items: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -41,7 +42,9 @@ def process_image(processor: Any, image: Image.Image, name: str) -> Batch:
         image = reduced(processor, image)
         if _is_processor(processor):
             return dict(processor(images=image, return_tensors="pt"))
-        pixels: torch.Tensor = processor(image)
+        pixels = processor(image)
+        if not isinstance(pixels, torch.Tensor):
+            raise TypeError(f"it makes {type(pixels).__name__}, and a tensor (3, H, W) is needed")
         return pixels[None]
     except Exception as error:
         said = printable(error).partition("\\n")[0] or "no message"
@@ -55,22 +58,46 @@ def settings_of(processor: Any) -> Any:
 
     Args:
         processor: Of transformers, or a function from a PIL image to ``(3, H, W)``, which is tried on one image: a
-            torchvision transform of other steps makes other pixel values, which its class does not say.
+            torchvision transform of other steps makes other pixel values, which its class does not say. Steps that are
+            random are tried from the same seeds whenever they are; the run's own random numbers stay as they are.
+
+    Raises:
+        ValueError: What it makes of one image changes in spite of the seeds.
     """
     if processor is None or isinstance(processor, type):
         return type(processor).__name__
-    settings = processor.to_dict() if hasattr(processor, "to_dict") else getattr(processor, "settings", None)
-    if settings:
+    if hasattr(processor, "to_dict") and (settings := processor.to_dict()):
         return settings
     rows, columns = np.mgrid[:288, :352]
     pattern = np.stack([rows * 7 + columns * 3, rows ^ columns, rows * columns // 5], axis=-1).astype(np.uint8)
+    made = [_digest(processor, Image.fromarray(pattern)) for _ in range(2)]
+    if made[0] != made[1]:
+        raise ValueError(
+            f"{_called(processor)} makes other pixel values of one image each time, and random ones cannot be stored: "
+            "leave the store out, or give an image processor without random steps"
+        )
+    return f"{_called(processor)} {made[0]}" if made[0] else _called(processor)
+
+
+def _digest(processor: Any, image: Image.Image) -> str | None:
+    """Shape and hash of what is made of an image from fixed seeds, ``None`` where that is no pixel values."""
+    kept = random.getstate(), np.random.get_state()
     try:
-        made = process_image(processor, Image.fromarray(pattern), "a test image")
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            made = process_image(processor, image, "a test image")
     except ImageFileError:  # what it does with real ones is found out there
-        return _called(processor)
-    pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
-    digest = hashlib.sha256(pixels.detach().cpu().float().contiguous().numpy().tobytes())
-    return f"{_called(processor)} {tuple(pixels.shape[1:])} {digest.hexdigest()[:32]}"
+        return None
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+    pixels = made.get("pixel_values") if isinstance(made, dict) else made
+    if not isinstance(pixels, torch.Tensor) or pixels.layout != torch.strided or pixels.is_meta:
+        return None
+    values = pixels.detach().cpu().float().contiguous().numpy()
+    return f"{tuple(pixels.shape[1:])} {hashlib.sha256(values.tobytes()).hexdigest()[:32]}"
 
 
 def reduced(processor: Any, image: Image.Image) -> Image.Image:

@@ -135,6 +135,12 @@ class Preparation:
         padded = F.pad(pixels, (0, -width % self.patch_size, 0, -height % self.patch_size))
         return Prepared(padded, (height, width), original)
 
+    @property
+    def normalisation(self) -> list[Any]:
+        """Factor of pixel values, their mean and their standard deviation, as numbers."""
+        factor, mean, std = self._normalisation()
+        return [factor, mean.flatten().tolist(), std.flatten().tolist()]
+
     def _normalisation(self) -> tuple[float, torch.Tensor, torch.Tensor]:
         if self._scaling is None:
             processor = self._processor if self._processor is not None else find_image_processor(self._source)

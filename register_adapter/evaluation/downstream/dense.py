@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ...data.processing import settings_of
 from ...data.processors import find_image_processor, source_of
 from ...features.layout import tower_of
 from ...features.subjects import Subject
@@ -160,10 +159,10 @@ class _Whole:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.prepare(image).pixels
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a store's features depend on."""
-        return {"size": list(self.size), "normalised as": settings_of(self.processor)}
+    def to_dict(self) -> dict[str, Any]:
+        """What a store's features depend on: of a transform the normalisation, all of it that is used."""
+        own = self.processor.to_dict() if hasattr(self.processor, "to_dict") else self.prepare.normalisation
+        return {"size": list(self.size), "normalised as": own}
 
 
 def _native_size(processor: Any, tower: Tower) -> tuple[int, int]:

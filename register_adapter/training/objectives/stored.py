@@ -112,6 +112,12 @@ def store_targets(
         raise ValueError(f"the objective {objective.name!r} asks the frozen base for nothing that could be stored")
     if getattr(dataset, "augmentation", None) is not None:
         raise ValueError("images that change at random have no targets that could be stored; leave augmentation out")
+    one, again = (dataset[0]["pixel_values"] for _ in range(2))
+    if not torch.equal(one.nan_to_num(), again.nan_to_num()):
+        raise ValueError(
+            "the training images change whenever they are read, and have no targets that could be stored: give an "
+            "image processor without random steps, or leave the store out"
+        )
     unfit = [term.name for term, _ in objective.terms if not term.storable]
     if unfit:
         raise ValueError(
