@@ -280,6 +280,10 @@ class _Call:
         repo.commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n*.bin filter=lfs\n", False)}, "initial commit")
         return _json(url)
 
+    def may_write(self, name: str) -> Answer:
+        self._repo(name, write=True)
+        return _json({})
+
     def validate(self) -> Answer:
         text = self._json_body["content"]
         match = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -433,6 +437,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", rf"/api/models/{_NAME}/commit/([^/]+)", _Call.commit),
     ("POST", rf"/api/models/{_NAME}/branch/([^/]+)", _Call.branch),
     ("POST", rf"/api/models/{_NAME}/tag/([^/]+)", _Call.tag),
+    ("GET", rf"/api/models/{_NAME}/auth-check/write", _Call.may_write),
     ("GET", rf"/api/models/{_NAME}/refs", _Call.refs),
     ("GET", rf"/api/models/{_NAME}/tree/([^/]+)(/.*)?", _Call.tree),
     ("GET", rf"/api/models/{_NAME}(?:/revision/([^/]+))?", _Call.info),

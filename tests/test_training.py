@@ -544,6 +544,7 @@ def test_push_to_hub_uploads_all_and_shows_no_token(vit: Path, photos: Path, tmp
         ("author/regs", False, None, 2, "'author/regs' cannot be pushed to without a token"),
         ("author/a/b", False, "hf_Author", 2, "'author/a/b' is no name of a repository"),
         ("author/regs", False, "hf_Other", 1, "the token may not do this with 'author/regs' (403)"),
+        ("author/there", False, "hf_Other", 1, "the token may not do this with 'author/there' (403)"),
         ("author/regs", False, "hf_Expired", 1, "refused the token for 'author/regs'"),
     ],
 )
@@ -566,11 +567,13 @@ def test_what_cannot_be_pushed_is_told_before_training(
         monkeypatch.setattr(f"{module}.get_token", lambda: token)
     with HubServer({"hf_Author": "author", "hf_Other": "other"}) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        there = server.seed("author/there", {})
         with pytest.raises(SystemExit) as stop:
             main(flags(vit, photos, tmp_path, "--push_to_hub", "--hub_model_id", name))
     assert stop.value.code == status
     assert message in capfd.readouterr().err
-    assert not server.repos
+    assert list(server.repos.values()) == [there]
+    assert len(there.commits) == 1
     assert not (tmp_path / "results.json").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 
@@ -151,8 +152,15 @@ def check_push(args: TrainArguments, token: str | None = None) -> None:
 
 def _open_repository(args: TrainArguments, token: str | None) -> None:
     name = str(args.hub_model_id)
+    api = HfApi(token=checked_token(token))
     with hub_errors(name, token=token):
-        HfApi(token=checked_token(token)).create_repo(name, private=args.hub_private, exist_ok=True)
+        repo = api.create_repo(name, private=args.hub_private, exist_ok=True).repo_id
+        if "write" in inspect.signature(api.auth_check).parameters:  # one that is there may be somebody else's
+            try:
+                api.auth_check(repo, write=True)
+            except HfHubHTTPError as error:
+                if error.response.status_code in (401, 403):
+                    raise
 
 
 def push_run(
