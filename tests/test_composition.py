@@ -282,6 +282,31 @@ def test_set_adapter_leaves_other_methods_alone() -> None:
         model.set_adapter("third")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part: part.set_adapter("second"),
+        lambda part: part.set_adapter(["registers", "other", "second"]),
+        lambda part: part.delete_adapter("other"),
+        lambda part: part.delete_adapter("registers"),
+    ],
+    ids=["one", "several", "delete", "delete registers"],
+)
+def test_the_tuner_switches_and_deletes_as_the_model_does(change: Callable[[Any], None]) -> None:
+    """``model.base_model.set_adapter`` is how users of PEFT make several adapters active."""
+    states: list[Any] = []
+    for part in ("itself", "base_model"):
+        torch.manual_seed(0)
+        model = pair()
+        model.add_adapter("second", METHODS["lora"]())
+        change(model if part == "itself" else model.base_model)
+        states.append(
+            (model.active_adapters, [*model.peft_config], trainable(model), run(model, make_inputs("vit-classifier")))
+        )
+    assert states[0][:3] == states[1][:3]
+    assert_identical(states[1][3], states[0][3])
+
+
 # Merging and taking off
 
 

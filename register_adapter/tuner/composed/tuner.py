@@ -209,6 +209,14 @@ class ComposedTuner(BaseTuner):
         with self._aside.lifted():
             self._take_off(name)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """What the model's own does, for those who call PEFT's ``model.base_model.set_adapter``."""
+        self.activate(check_known(adapter_name, self.peft_config), inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """What the model's own does."""
+        self.remove(*check_known([adapter_name], self.peft_config))
+
     def _take_off(self, name: str) -> None:
         method = self.peft_config[name].peft_type
         for layer in self._layers(method):
