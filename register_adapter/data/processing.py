@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..utils.random_states import same_random_state
 from ..utils.text import printable
 from .images import ImageFileError
 from .processors import check_processor
@@ -81,18 +82,14 @@ def settings_of(processor: Any) -> Any:
 
 def _digest(processor: Any, image: Image.Image) -> str | None:
     """Shape and hash of what is made of an image from fixed seeds, ``None`` where that is no pixel values."""
-    kept = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(0)
-            np.random.seed(0)
-            torch.default_generator.manual_seed(0)
+    with same_random_state():
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        try:
             made = process_image(processor, image, "a test image")
-    except ImageFileError:  # what it does with real ones is found out there
-        return None
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+        except ImageFileError:  # what it does with real ones is found out there
+            return None
     pixels = made.get("pixel_values") if isinstance(made, dict) else made
     if not isinstance(pixels, torch.Tensor) or pixels.layout != torch.strided or pixels.is_meta:
         return None
