@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from helpers import assert_identical
+from peft import IA3Config, LoHaConfig, LoraConfig
 from torch import nn
 
-from register_adapter import compose, load_adapters
+from register_adapter import RegisterConfig, compose, load_adapters
 from register_adapter.training.moving import Moving, put_on
 from register_adapter.training.objectives.tokens import read_tokens
 
@@ -77,6 +79,53 @@ def test_what_was_trained_on_a_backbone_works_under_a_head_and_back(name: str, m
     fresh, _, _ = pair(name)
     back = load_adapters(fresh, tmp_path / "again").eval()
     torch.testing.assert_close(patches(back, whole=False), expected)
+
+
+TARGETS = {
+    "an end of names": lambda: LoraConfig(r=2, target_modules=["q_proj"]),
+    "a longer end": lambda: LoraConfig(r=2, target_modules=["layers.0.self_attn.q_proj", "fc1"]),
+    "a pattern": lambda: LoraConfig(r=2, target_modules=r"(.*\.)?encoder\.layers\.\d\.mlp\.fc\d"),
+    "some layers": lambda: LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[1]),
+    "ranks": lambda: LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"encoder.layers.0.self_attn.q_proj": 3}),
+    "IA3": lambda: IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]),
+    "LoHa": lambda: LoHaConfig(r=2, target_modules=["out_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPVisionModelWithProjection"])
+@pytest.mark.parametrize("targets", TARGETS)
+def test_names_that_fit_the_text_tower_too_stay_in_the_vision_tower(targets: str, kind: str, tmp_path: Path) -> None:
+    _, whole, _ = pair("clip")
+    config = {"default": RegisterConfig(num_registers=2), "other": TARGETS[targets]()}
+    state = {key.removeprefix("vision_model."): value for key, value in whole.vision_model.state_dict().items()}
+
+    def tower() -> Any:
+        made = getattr(tf, kind)(whole.config.vision_config).eval()
+        into = getattr(made, "vision_model", made)
+        into.load_state_dict(state, strict=False)
+        return made
+
+    trained = shaken(compose(tower(), config))
+    trained.save_pretrained(tmp_path / "out")
+    loaded = load_adapters(whole, tmp_path / "out").eval()
+    assert not any("text_model" in key for key, value in loaded.named_parameters() if value.requires_grad)
+    expected = patches(trained, whole=False)
+    torch.testing.assert_close(patches(loaded, whole=True), expected)
+
+    loaded.save_pretrained(tmp_path / "again")
+    back = load_adapters(tower(), tmp_path / "again").eval()
+    torch.testing.assert_close(patches(back, whole=False), expected)
+
+
+def test_names_that_were_trained_in_both_towers_are_found_in_both(tmp_path: Path) -> None:
+    _, whole, _ = pair("clip")
+    trained = shaken(compose(whole, {"lora": LoraConfig(r=2, target_modules=["q_proj"])}))
+    trained.save_pretrained(tmp_path)
+    _, again, _ = pair("clip")
+    loaded = load_adapters(again, tmp_path).eval()
+    values = {key: value for key, value in trained.state_dict().items() if "lora" in key}
+    assert any("text_model" in key for key in values)
+    assert_identical(values, {key: value for key, value in loaded.state_dict().items() if "lora" in key})
 
 
 def test_values_are_put_into_a_model_with_a_head(tmp_path: Path) -> None:

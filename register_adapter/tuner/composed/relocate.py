@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,6 +26,9 @@ from .folder import SavedAdapter
 __all__ = ["relocated", "tower_path"]
 
 _ROOT = "base_model.model."
+#: Fields of PEFT's configs with names of modules, and with a value for some of them.
+_TARGETS = ("target_modules", "feedforward_modules")
+_BY_TARGET = ("rank_pattern", "alpha_pattern")
 
 
 def tower_path(base: nn.Module) -> str | None:
@@ -41,7 +46,9 @@ def tower_path(base: nn.Module) -> str | None:
 def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[SavedAdapter]]:
     """The adapters as they would have been saved from a model whose tower lies where it does in ``base``.
 
-    Register adapters find their tower themselves. Within the context, the others' files are at ``copied_to``.
+    Register adapters find their tower themselves. The names of the others' targets may be the ends of paths
+    (``"q_proj"``), which a text tower has too: there they are written out. Within the context, moved files are at
+    ``copied_to``.
 
     Args:
         saved: From :func:`read_folder`.
@@ -51,7 +58,9 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[Saved
     with tempfile.TemporaryDirectory() as scratch:
         yield [
             adapter
-            if isinstance(adapter.config, RegisterConfig) or None in (adapter.tower, here) or adapter.tower == here
+            if isinstance(adapter.config, RegisterConfig)
+            or None in (adapter.tower, here)
+            or {adapter.tower, here} == {""}
             else _moved(adapter, str(here), base, Path(scratch, adapter.name))
             for adapter in saved
         ]
@@ -60,23 +69,49 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[Saved
 def _moved(adapter: SavedAdapter, here: str, base: nn.Module, place: Path) -> SavedAdapter:
     old, new = (f"{path}." if path else "" for path in (adapter.tower, here))
     start = _ROOT + old
-    tensors = {
-        _ROOT + new + key.removeprefix(start) if key.startswith(start) else key: value
-        for key, value in read_tensors(adapter.path / WEIGHTS_NAME).items()
-    }
-    config = _on(adapter.config, old, new, base)
+    place_of = {key: _ROOT + new + key.removeprefix(start) if key.startswith(start) else key for key in adapter.keys}
+    try:
+        config = _on(adapter.config, old, new, base, place_of.values())
+    except (re.error, TypeError):  # no names and no pattern: PEFT says so
+        config = adapter.config
+    if old == new:
+        return replace(adapter, config=config)
+    tensors = {place_of[key]: value for key, value in read_tensors(adapter.path / WEIGHTS_NAME).items()}
     place.mkdir()
     save_file(tensors, place / WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(place))
     return replace(adapter, copied_to=place, config=config, keys=frozenset(tensors))
 
 
-def _on(config: PeftConfig, old: str, new: str, base: nn.Module) -> PeftConfig:
-    """The config with the names of its targets as they are in ``base``, in the tower and nowhere else."""
-    config = copy.deepcopy(config)
-    targets = getattr(config, "target_modules", None)
-    if isinstance(targets, list | set | tuple):
-        names = {name for name, _ in base.named_modules()}
-        inside = {name: new + name.removeprefix(old) for name in targets}
-        config.target_modules = [inside[name] if inside[name] in names else name for name in sorted(targets)]
-    return config
+def _on(config: PeftConfig, old: str, new: str, base: nn.Module, keys: Iterable[str]) -> PeftConfig:
+    """The config with the names of its targets as they are in ``base``: in the tower, and elsewhere if it was there."""
+    placed = copy.deepcopy(config)
+    filled: set[str] = set()
+    for key in keys:
+        parts = key.removeprefix(_ROOT).split(".")
+        filled.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    inner = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    names = [name for name, _ in base.named_modules() if name and not name.startswith(inner)]
+    for field in _TARGETS:
+        given = getattr(config, field, None)
+        if not isinstance(given, str | list | set | tuple):
+            continue
+        asked = copy.copy(config)
+        asked.target_modules = given
+        wanted = [
+            name
+            for name in names
+            if (name.startswith(new) and check_target_module_exists(asked, old + name.removeprefix(new)))
+            or (name in filled and check_target_module_exists(asked, name))
+        ]
+        if wanted and wanted != [name for name in names if check_target_module_exists(asked, name)]:
+            setattr(placed, field, wanted)
+    for field in _BY_TARGET:
+        given = getattr(config, field, None)
+        if isinstance(given, dict) and old:
+            setattr(placed, field, {_within(name, old, new): value for name, value in given.items()})
+    return placed
+
+
+def _within(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
