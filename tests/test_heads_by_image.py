@@ -22,7 +22,7 @@ def with_heads(together: bool) -> Any:
     head: dict[str, Any] = {"num_registers": 2, "init_std": 1.0, "modules_to_save": ["classifier"]}
     if together:
         model: Any = compose(
-            build(NAME), {"one": RegisterConfig(**head), "lora": LoraConfig(target_modules=["q_proj"])}
+            build(NAME), {"one": RegisterConfig(**head), "lora": LoraConfig(target_modules=["q_proj", "query"])}
         )
     else:
         model = add_registers(build(NAME), adapter_name="one", **head)

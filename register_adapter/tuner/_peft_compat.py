@@ -76,7 +76,7 @@ def register(config_cls: type, model_cls: type) -> None:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
         _read_with(config_cls)
         _load_with(model_cls)
-        _save_without_embeddings()
+        _save_with(model_cls)
 
 
 def register_positions(config_cls: type, model_cls: type) -> None:
@@ -140,10 +140,11 @@ _NO_EMBEDDINGS = (
 )
 
 
-def _save_without_embeddings() -> None:
-    """Have PEFT gather a register adapter's tensors without the base's embedding layers.
+def _save_with(model_cls: Any) -> None:
+    """Have PEFT gather a register adapter's tensors without the base's embedding layers, from what can be loaded.
 
     It would write those along where the vocabulary of a model around the tower was resized, and no loader takes them.
+    A PEFT without a hook for what a tuner saves (0.18) is given the state by ``model_cls.state_to_save``.
     """
     inherited = peft.utils.save_and_load.get_peft_model_state_dict
     signature = inspect.signature(inherited)
@@ -158,6 +159,11 @@ def _save_without_embeddings() -> None:
             if given.arguments["save_embedding_layers"] is True:
                 raise ValueError(_NO_EMBEDDINGS)
             given.arguments["save_embedding_layers"] = False
+            if not SAVES_BY_TUNER:
+                name, state = given.arguments["adapter_name"], given.arguments["state_dict"]
+                state = model_cls.state_to_save(model, name, model.state_dict() if state is None else state)
+                mark, own = f".{PREFIX}tokens.", f".{PREFIX}tokens.{name}."
+                given.arguments["state_dict"] = {k: v for k, v in state.items() if mark not in k or own in k}
         return inherited(*given.args, **given.kwargs)
 
     for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model, peft.functional):
@@ -176,6 +182,8 @@ def renamed_by_transformers(model: nn.Module) -> Callable[[str], str]:
     return lambda key: str(rename_source_key(key, renamings, [])[0])
 
 
+#: Whether PEFT asks a tuner what of a model's state is saved of an adapter (not 0.18).
+SAVES_BY_TUNER = hasattr(BaseTuner, "_get_adapter_state_dict")
 #: Whether PEFT asks a tuner where the keys of an adapter go that is loaded (not 0.18).
 REMAPS = hasattr(BaseTuner, "_remap_adapter_state_dict_for_load")
 
@@ -194,7 +202,7 @@ def remap_on_load(tuner: nn.Module, remap: Callable[..., dict[str, Any]], begin:
 
 def renew_on_save(holder: nn.Module) -> None:
     """Have ``holder.renew_bases()`` called before a save, also by a PEFT that has no hook for it (0.18)."""
-    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+    if not SAVES_BY_TUNER:
         holder.register_state_dict_pre_hook(_before_save)  # type: ignore[no-untyped-call]
 
 

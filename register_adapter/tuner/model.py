@@ -18,10 +18,9 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity, check_finite_base
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
-from ..utils.adapter_file import UNITS_KEY, check_range, check_savable, check_tensors, is_foreign
+from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
-from ..utils.offloaded import state_with_values
-from ._peft_compat import PREFIX, remap_on_load, renew_on_save
+from ._peft_compat import PREFIX, remap_on_load
 from .checks.dry_run import check_anatomy
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .config import RegisterConfig
@@ -35,11 +34,11 @@ from .heads import (
     warn_of_new_weights,
     without_left_out,
 )
-from .layer import BASE, RegisterLayer, attached_layers, register_layers, renew_bases
+from .layer import BASE, RegisterLayer, attached_layers, register_layers
 from .left_out import follow_contexts
 from .reading import naming
 from .registers import refuse_merging, refuse_summing
-from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key
+from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key, state_to_save
 from .undo import unchanged_if_refused, values_unchanged_if_refused
 
 __all__ = ["RegisterModel"]
@@ -197,7 +196,6 @@ class RegisterModel(BaseTuner):
         if layer is None:
             layer = RegisterLayer(self._tower)
             layer.train(self._tower.module.training)
-            renew_on_save(layer)
         layer.update_layer(adapter_name, peft_config, self._pending)
         layer.labels.bind(self.model)
         layer.bases[adapter_name] = self._present
@@ -239,6 +237,10 @@ class RegisterModel(BaseTuner):
                 stack.enter_context(layer.images_with(own))
             yield
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own pass, hooks of the base included (PEFT 0.18 calls ``model.forward``)."""
+        return self.model(*args, **kwargs)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Registers cannot be merged.
 
@@ -272,6 +274,9 @@ class RegisterModel(BaseTuner):
         base: nn.Module = self.model
         return base
 
+    #: What a PEFT asks that has no hook for the tensors of an adapter (0.18).
+    state_to_save = staticmethod(state_to_save)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -282,19 +287,11 @@ class RegisterModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         """One adapter's registers, from the state that the caller gave; ``ValueError`` for what no loader takes."""
-        own = f".register_adapter_tokens.{adapter_name}."
-        if not any(own in key for key in state_dict):
-            # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
-            state_dict = model.state_dict()
-        if any(own in key and value.is_meta for key, value in state_dict.items()):
-            state_dict = state_with_values(model)
-        if not getattr(model, "renews_bases", False):
-            renew_bases(model)
-            check_savable(state_dict, adapter_name)  # the others do so themselves, and look at what is still to come
+        state_dict = state_to_save(model, adapter_name, state_dict)
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return {key: value for key, value in tensors.items() if own in key}
+        return {key: value for key, value in tensors.items() if f".{PREFIX}tokens.{adapter_name}." in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

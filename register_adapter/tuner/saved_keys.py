@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, is_foreign
+from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_savable, is_foreign
+from ..utils.offloaded import state_with_values
 from ._peft_compat import renamed_by_transformers
+from .layer import renew_bases
 
-__all__ = ["class_rows", "copied_modules", "keys_of_copies", "place_of_key", "places", "saved_by_key"]
+__all__ = ["class_rows", "copied_modules", "keys_of_copies", "place_of_key", "places", "saved_by_key", "state_to_save"]
 
 _PREFIX = "base_model.model."
 
@@ -114,3 +117,26 @@ def place_of_key(model: nn.Module, adapter_name: str, key: str) -> str:
             name = end.removeprefix(f"{path}.")
             return next(k for k in model.state_dict() if k.endswith(f"{path}.{adapter_name}.{name}"))
     return key
+
+
+def state_to_save(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state that an adapter is saved from: its values are there, and loaders take them.
+
+    Args:
+        model: The model that is saved.
+        adapter_name: The adapter.
+        state_dict: What the caller gave; it may lack the adapter, or have empty tensors of it.
+
+    Raises:
+        ValueError: A loader would refuse the values, or the registers are no longer in the model.
+    """
+    own = f".register_adapter_tokens.{adapter_name}."
+    if not any(own in key for key in state_dict):
+        # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
+        state_dict = model.state_dict()
+    if any(own in key and value.is_meta for key, value in state_dict.items()):
+        state_dict = state_with_values(model)
+    if not getattr(model, "renews_bases", False):
+        renew_bases(model)
+        check_savable(state_dict, adapter_name)  # the others do so themselves, and look at what is still to come
+    return state_dict

@@ -207,7 +207,7 @@ class Choice(AttentionHooks):
 
     def _head_hook(self, images: list[str], inside: bool, module: Any, args: Any, *rest: Any) -> Any:
         # Not for another thread's pass, nor for one that runs inside of this one's: its head comes while this one runs.
-        if self.call.images is not images or module.disable_adapters or (self.call.segments is not None and not inside):
+        if self.call.images is not images or self.disable_adapters or (self.call.segments is not None and not inside):
             return None
         known = set(module.modules_to_save) - self.call.without
         names = [name if name in known else BASE for name in images]
