@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -187,6 +188,8 @@ TOWERS = tuple(
     )
     if name in CASES
 )
+#: Whether adapters are put into a tower below ``base_model_prefix`` (not by transformers 4: one place in both models).
+LOOKS_BELOW_PREFIX = "load_config" in inspect.signature(tf.PreTrainedModel.load_adapter).parameters
 #: The first model of every family. What happens inside the tower does not depend on the head around it.
 FAMILIES = tuple({case.family: name for name, case in reversed(CASES.items())}.values())[::-1]
 #: One model of each kind of anatomy, which is what an option can depend on: with and without tokens before the patches,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from families import build, make_inputs
+from families import LOOKS_BELOW_PREFIX, build, make_inputs
 from helpers import assert_identical, run
 from peft import (
     AutoPeftModel,
@@ -135,6 +135,8 @@ def _second(model: Any, adapter: Path) -> Any:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_registers_of_a_head_model_load_onto_the_backbone(route: str, trained: Path, tmp_path: Path) -> None:
+    if route in ("AutoModel", "load_adapter") and not LOOKS_BELOW_PREFIX:
+        pytest.skip("transformers 4 does not look below base_model_prefix")
     expected = torch.load(trained / "expected.pt")["features"]
     with pytest.warns(UserWarning, match="has 'classifier' trained beside its registers, and Dinov2Model has no"):
         model = ROUTES[route](trained).eval()

@@ -11,7 +11,8 @@ from helpers import run
 from stacks_cases import build_stack, images
 from torch.testing import assert_close
 
-from register_adapter import add_registers, capture, find_register_layer
+from register_adapter import add_registers, capture, find_register_layer, find_tower
+from register_adapter.tuner.hooks.attention import reads_implementation
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -30,6 +31,8 @@ def test_a_pass_inside_of_a_pass(name: str, way: str) -> None:
         base, inputs = build_stack(name), {"x": images()}
     else:
         base, inputs = build(name), make_inputs(name)
+        if way == "key_value" and not reads_implementation(find_tower(base)):
+            pytest.skip(f"{name} does not go through the attention interface in this version of transformers")
     torch.manual_seed(0)
     model = add_registers(base, num_registers=3, **({"init_std": 1.0} if way != "neurons" else {}), **WAYS[way]).eval()
     other = {key: value[:1].flip(-1) for key, value in inputs.items()}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from register_adapter import AdapterFileError, add_registers, find_register_layer
+from register_adapter.tuner._peft_compat import REMAPS
 
 PARTS = ("units", "usual", "limits", "strength", "weight")
 
@@ -60,7 +61,7 @@ def test_a_tensor_under_another_key(load: Callable[[Path, Path], Any], part: str
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     del config["weights_sha256"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    if load is _by_peft:  # finds them by the end of their key
+    if load is _by_peft and REMAPS:  # finds them by the end of their key
         assert torch.equal(run(load(folder, tmp_path).eval(), make_inputs("vit"))["last_hidden_state"], expected)
         return
     with pytest.raises(AdapterFileError, match=r"got no .* register values"):

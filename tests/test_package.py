@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import transformers
 from processes import run_script, run_script_alone
 
 import register_adapter
@@ -160,6 +161,8 @@ def test_the_library_needs_no_extra(tmp_path: Path) -> None:
     """Every module but the command line is imported in a process that has none of the optional packages."""
     missing = ("matplotlib", "onnx", "onnxscript", "open_clip", "rich", "skimage", "sklearn", "tensorboard")
     missing += ("timm", "torchvision", "typer")
+    if transformers.__version__.startswith("4."):  # its Trainer imports what it finds installed
+        missing = tuple(name for name in missing if name != "sklearn")
     names = [name for name in MODULES if not name.startswith("register_adapter.commands")]
     assert "imported" in run_script("import_without_extras", ",".join(missing), *names, cwd=tmp_path).stdout.split()
 

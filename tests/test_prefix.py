@@ -19,6 +19,7 @@ from register_adapter.features.passes import keep_layer
 from register_adapter.features.prefix import check_prefix, continued_from
 from register_adapter.training.moving import Moving, put_on
 from register_adapter.training.objectives.tokens import prefix_key, read_base, read_tokens
+from register_adapter.tuner.hooks.attention import reads_implementation
 
 NAMES = ["vit", "dinov2", "clip-vision", "siglip-vision", "beit", "deit", "dinov3"]
 MODES: list[dict[str, Any]] = [{}, {"deep": True}, {"key_value": True}, {"gate": -1.0}]
@@ -33,6 +34,8 @@ def pixels(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pass_that_begins_at_a_block_gives_the_same_tokens_and_gradients(name: str, options: dict[str, Any]) -> None:
     base = build(name)
+    if ({"key_value", "gate"} & set(options)) and not reads_implementation(find_tower(base)):
+        pytest.skip(f"{name} does not go through the attention interface in this version of transformers")
     block = len(find_tower(base).part("blocks")) - 1
     model = add_registers(base, 2, insert_layer=block, init_std=1.0, **options).train()
     tower, layer = tower_of(model)
@@ -76,7 +79,7 @@ def test_blocks_are_as_before_after_an_error() -> None:
     ("moving", "options", "message"),
     [
         ("registers", {}, "registers take part from block 0 on, .* train with --insert-layer 1"),
-        ("registers+lora", {"insert_layer": 1}, r"layers\.0\..*lora.* is trained and comes before block 1"),
+        ("registers+lora", {"insert_layer": 1}, r"layers?\.0\..*lora.* is trained and comes before block 1"),
         ("registers+patch_embedding", {"insert_layer": 1}, "embeddings.* is trained and comes before block 1"),
         ("registers+norms", {"insert_layer": 1}, "is trained and comes before block 1"),
     ],

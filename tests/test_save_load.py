@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from crossings import crossings
-from families import CASES, TOWERS, build, make_inputs
+from families import CASES, LOOKS_BELOW_PREFIX, TOWERS, build, make_inputs
 from helpers import Snapshot, assert_identical, differs, run
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from processes import run_script
@@ -44,8 +43,6 @@ NOT_FOUND_BY_TRANSFORMERS = {
     ("siglip-vision", "siglip"),
     ("siglip-vision", "siglip-classifier"),
 }
-# transformers 4 does not look below base_model_prefix: the tower must have one place in both models.
-LOOKS_BELOW_PREFIX = "load_config" in inspect.signature(tf.PreTrainedModel.load_adapter).parameters
 
 
 def tokens(model: torch.nn.Module, name: str = "default") -> torch.Tensor:

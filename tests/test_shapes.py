@@ -28,6 +28,7 @@ def test_every_model_has_one_tower_of_its_family() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("molmo2-vision" not in CASES, reason="transformers 4 has not all models of KINDS")
 def test_every_kind_of_anatomy_has_a_model_that_meets_every_option() -> None:
     kinds = {name: kind_of(find_tower(build(name))) for name in CASES}
     met = {kinds[name] for name in KINDS}

@@ -321,6 +321,8 @@ def test_zero_values_and_ties_have_finite_figures() -> None:
 
 @pytest.mark.parametrize("name", ["yolos", "data2vec", "molmo2-vision", "pix2struct-vision", "mlcd-vision"])
 def test_families(name: str) -> None:
+    if name not in families.CASES:
+        pytest.skip(f"this transformers has no {name}")
     model = families.build(name)
     with torch.no_grad(), collect_statistics(find_tower(model), sinks=True) as statistics:
         model(**make_inputs(name))

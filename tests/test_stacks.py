@@ -462,6 +462,8 @@ def test_lora_beside_registers(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), crossings([name for name in ONE_EACH if name not in SAME_GRAPH], MODES))
 def test_compiles_as_one_graph(name: str, mode: str) -> None:
+    if (name, mode) == ("features_only", "late") and torch.__version__ < "2.9":
+        pytest.skip("torch 2.8 follows no __dict__ of a module, from which a call of such a method makes its own")
     torch._dynamo.reset()
     model, kind = attach(name, mode), first_call(name)
     expected = call(kind, model, images())
