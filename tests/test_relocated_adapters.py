@@ -87,6 +87,8 @@ TARGETS = {
     "a pattern": lambda: LoraConfig(r=2, target_modules=r"(.*\.)?encoder\.layers\.\d\.mlp\.fc\d"),
     "some layers": lambda: LoraConfig(r=2, target_modules=["v_proj"], layers_to_transform=[1]),
     "ranks": lambda: LoraConfig(r=2, target_modules=["q_proj"], rank_pattern={"encoder.layers.0.self_attn.q_proj": 3}),
+    "parameters": lambda: LoraConfig(r=2, target_modules=[], target_parameters=["layers.0.mlp.fc1.weight"]),
+    "norms": lambda: LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layer_norm1", "post_layernorm"]),
     "IA3": lambda: IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]),
     "LoHa": lambda: LoHaConfig(r=2, target_modules=["out_proj"]),
 }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,9 +28,24 @@ from .folder import SavedAdapter
 __all__ = ["relocated", "tower_path"]
 
 _ROOT = "base_model.model."
-#: Fields of PEFT's configs with names of modules, and with a value for some of them.
-_TARGETS = ("target_modules", "feedforward_modules")
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+#: Fields of PEFT's configs with a value for some of the targets.
 _BY_TARGET = ("rank_pattern", "alpha_pattern")
+
+
+def _as_peft(config: PeftConfig, given: Any) -> Callable[[str], Any]:
+    asked = copy.copy(config)
+    asked.target_modules = given
+    return lambda name: check_target_module_exists(asked, name)
+
+
+#: Fields with names, and how PEFT tells whether one of them means a module or parameter of the model.
+_TARGETS: dict[str, Callable[[PeftConfig, Any], Callable[[str], Any]]] = {
+    "target_modules": _as_peft,
+    "feedforward_modules": _as_peft,
+    "modules_to_save": lambda _, given: lambda name: name.endswith(tuple(given)),
+    "target_parameters": lambda _, given: lambda name: f".{name}".endswith(tuple(f".{end}" for end in given)),
+}
 
 
 def tower_path(base: nn.Module) -> str | None:
@@ -90,21 +107,22 @@ def _on(config: PeftConfig, old: str, new: str, base: nn.Module, keys: Iterable[
     for key in keys:
         parts = key.removeprefix(_ROOT).split(".")
         filled.update(".".join(parts[:end]) for end in range(1, len(parts)))
-    inner = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
-    names = [name for name, _ in base.named_modules() if name and not name.startswith(inner)]
-    for field in _TARGETS:
+    inner = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, _ADAPTED))
+    modules = {name: module for name, module in base.named_modules() if name and not name.startswith(inner)}
+    own = [f"{name}.{key}" for name, module in modules.items() for key, _ in module.named_parameters(recurse=False)]
+    for field, matching in _TARGETS.items():
         given = getattr(config, field, None)
         if not isinstance(given, str | list | set | tuple):
             continue
-        asked = copy.copy(config)
-        asked.target_modules = given
+        matches = matching(config, given)
+        names = own if field == "target_parameters" else [*modules]
         wanted = [
             name
             for name in names
-            if (name.startswith(new) and check_target_module_exists(asked, old + name.removeprefix(new)))
-            or (name in filled and check_target_module_exists(asked, name))
+            if (name.startswith(new) and matches(old + name.removeprefix(new)))
+            or (not filled.isdisjoint((name, name.rpartition(".")[0])) and matches(name))
         ]
-        if wanted and wanted != [name for name in names if check_target_module_exists(asked, name)]:
+        if wanted and wanted != [name for name in names if matches(name)]:
             setattr(placed, field, wanted)
     for field in _BY_TARGET:
         given = getattr(config, field, None)
