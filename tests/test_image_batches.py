@@ -206,12 +206,21 @@ def test_max_images_stops_early():
         (torch.rand(3, 8, 8), {}, r"\(M, 3, H, W\)"),
         (torch.rand(1, 3, 8, 8), {"batch_size": 0}, "batch_size must be at least 1"),
         ([{"input_ids": torch.zeros(1, 3)}], {}, "takes"),
+        ([(Image.new("RGB", (8, 8)), 1)], {}, "item 0 of the images is a tuple of Image, int; give"),
+        ([np.zeros((8, 8, 3), np.uint8)], {}, r"a ndarray \(8, 8, 3\) and no image: give PIL.Image.fromarray"),
+        ([{"image": torch.zeros(3, 8, 8)}], {}, r"a Tensor \(3, 8, 8\) and no image: .*with_format"),
+        ([{"img": Image.new("RGB", (8, 8)), "label": 1}], {}, "a dict of img, label without the key 'image'"),
+        (b"JPEG", {}, "of type int and no image: give a path"),
+        ([(torch.rand(3, 8, 8), 1)], {}, "one by one, each with its label .*DataLoader"),
+        ([{"pixel_values": torch.rand(3, 8, 8), "labels": 1}], {}, "one by one, each with its label .*DataLoader"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), {}, r"must be floats, .* torch.uint8 \(1, 3, 8, 8\)"),
+        ([{"pixel_values": torch.zeros(1, 3, 8, 8, dtype=torch.int64)}], {}, "must be floats"),
     ],
 )
 def test_what_is_wrong_is_said(images, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        read(images, **options)
+        read(images, None if "image_processor" in message else load_image_processor(), **options)
 
 
 def test_an_empty_folder_and_images_of_several_sizes(tmp_path):

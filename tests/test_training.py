@@ -22,7 +22,8 @@ from training_helpers import ROOT, adapter_bytes, write_photographs, write_vit
 from transformers import AutoImageProcessor, ViTForImageClassification
 
 from register_adapter import add_registers
-from register_adapter.testbed import LABELS, SceneDataset
+from register_adapter.data import ProcessedDataset
+from register_adapter.testbed import LABELS, SceneDataset, load_image_processor
 from register_adapter.training import (
     OBJECTIVES,
     ClassificationObjective,
@@ -114,7 +115,7 @@ def test_what_was_trained_is_taken_off_the_base(trained: tuple[Path, dict[str, A
 
 
 def test_evaluation_is_that_of_the_saved_adapter(vit: Path, photos: Path, tmp_path: Path) -> None:
-    from register_adapter.data import ProcessedDataset, read_image_folder
+    from register_adapter.data import read_image_folder
 
     results = main(flags(vit, photos, tmp_path, "--max_train_steps", "4", "--per_device_eval_batch_size", "4"))
     model = AutoPeftModel.from_pretrained(tmp_path).eval()
@@ -487,6 +488,17 @@ def test_what_train_refuses(vit: Path) -> None:
         train(model, objective, SceneDataset(0, split=None), args)
     with pytest.raises(ValueError, match="must have the key 'image' or 'pixel_values', found"):
         train(model, objective, [{"text": "x"}], args)
+    pair = scenes[0]["image"], scenes[0]["label"]  # an item of a torchvision ImageFolder
+    for items in ([pair], ProcessedDataset([pair], load_image_processor())):
+        with pytest.raises(ValueError, match=r"items of train_dataset must be .*tuple of Image, int"):
+            train(model, objective, items, args)
+    for images in (None, "photos", iter(scenes)):
+        with pytest.raises(ValueError, match="train_dataset must be a data set with len"):
+            train(model, objective, images, args)
+    with pytest.raises(ValueError, match="need a number 'label'"):
+        train(
+            model, objective, [{"image": scenes[0]["image"], "labels": 0}], args, image_processor=load_image_processor()
+        )
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model needs a gradient"):
         train(model, objective, scenes, args)

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..utils.text import first_few
 from .images import ImageFileError, image_name, load_image, named_folder, walk_files
 from .processing import Batch, Processing, check_fits
 from .processors import find_image_processor
+from .sources import check_ready, image_of, iterate, no_image
 
 __all__ = [
     "Batch",
@@ -140,7 +141,7 @@ class ImageBatches:
             images = torch.split(images[:max_images], batch_size)
         elif isinstance(images, Image.Image):
             images = [images]
-        items = _iterate(images)
+        items = iterate(images)
         first = next(items, None)
         if first is None:
             raise ValueError("there are no images")
@@ -153,6 +154,8 @@ class ImageBatches:
         self._items = chain([first], items)
         self._processing: Processing | None = None
         if not self.ready:
+            if (fault := no_image(image_of(first))) is not None:
+                raise ValueError(f"item 0 of the images is {fault}")
             self._processing = Processing(image_processor or find_image_processor(model_name))
 
     def _count(self, images: Any) -> int | None:
@@ -221,6 +224,7 @@ class ImageBatches:
                 raise ValueError(f"a batch must be a tensor or a dictionary of tensors, found {type(batch).__name__}")
             batch = batch if isinstance(batch, torch.Tensor) else dict(batch)
             labels = _label_of(batch) if labels is None else labels
+            check_ready(batch, labels)
             number = batch_length(batch)
             if self.max_images is not None and start + number > self.max_images:
                 left = self.max_images - start
@@ -270,7 +274,7 @@ class ImageBatches:
         sources, numbers, labels, faults = [], [], [], []
         failures = 0
         for index, item in items:
-            source = item["image"] if isinstance(item, dict) and "image" in item else item
+            source = image_of(item)
             name = image_name(source)
             known = isinstance(source, str | Path) or (isinstance(source, dict) and source.get("path"))
             name = name if known else f"item {index} ({name})"
@@ -318,15 +322,6 @@ class _Made(NamedTuple):
     batch: Labelled | None
     faults: list[str]
     failures: int
-
-
-def _iterate(images: Any) -> Iterator[Any]:
-    if isinstance(images, Mapping) or not (isinstance(images, Iterable) or hasattr(images, "__getitem__")):
-        raise ValueError(f"images must be a folder, image files, images or batches, found {type(images).__name__}")
-    if hasattr(images, "__getitem__") and hasattr(images, "__len__"):
-        # A map-style data set need not end by itself.
-        return (images[index] for index in range(len(images)))
-    return iter(images)
 
 
 def is_batch(item: Any) -> bool:

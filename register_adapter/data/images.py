@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from ..errors import RegisterAdapterError
 from ..utils.files import open_regular
 from ..utils.text import printable
+from .sources import no_image
 
 __all__ = [
     "MAX_ASPECT",
@@ -307,6 +308,8 @@ def _reason(source: Any, error: Exception) -> str:
     """Pillow's errors speak of buffers and streams; say what is wrong with the file instead."""
     data = source.get("bytes") if isinstance(source, dict) else source
     path = source.get("path") if isinstance(source, dict) else source
+    if (wrong_kind := no_image(source)) is not None:
+        return wrong_kind
     if data is None and path is None:
         return "there is no image"
     size, mode = len(data) if isinstance(data, bytes) else 1, stat.S_IFREG

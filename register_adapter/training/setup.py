@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 
 from ..data.datasets import ProcessedDataset
 from ..data.processors import find_image_processor, source_of
+from ..data.sources import no_items
 from ..data.streaming import StreamedDataset
 from ..errors import MissingExtraError
 from ..tuner.config import RegisterConfig
@@ -140,15 +141,38 @@ def check_streamed(args: TrainArguments) -> None:
             raise ValueError(f"{name} must be a number of steps: the end of a streamed data set is not known before")
 
 
+def check_dataset(dataset: Any, name: str) -> None:
+    """Refuse what is no map-style data set of dictionaries.
+
+    Args:
+        dataset: What is to be trained on, or evaluated on.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: It has no length or no numbered items, none at all, or they have no keys.
+    """
+    if isinstance(dataset, str | Mapping) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise ValueError(
+            f"{name} must be a data set with len() and items {{'image': image, 'label': number}}, found "
+            f"{type(dataset).__name__}; load_data() of register_adapter.data reads folders, load_stream() shards"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty")
+    item = (dataset.dataset if isinstance(dataset, ProcessedDataset) else dataset)[0]
+    if (found := no_items(item)) is not None:
+        raise ValueError(f"items of {name} must be dictionaries {{'image': image, 'label': number}}, found {found}")
+
+
 def image_processor_for(model: PeftModel, dataset: Any) -> Any:
     """The image processor of the base model's folder or repository, ``None`` if the items are ready without one.
 
     Raises:
-        ValueError: The model does not say where it came from, or there is none.
+        ValueError: The model does not say where it came from, there is none, or this is no data set.
     """
     if isinstance(dataset, StreamedDataset):
         return dataset.image_processor
-    if len(dataset) == 0 or "pixel_values" in dataset[0]:
+    check_dataset(dataset, "train_dataset")
+    if "pixel_values" in dataset[0]:
         return None
     return find_image_processor(source_of(model.get_base_model()))
 
@@ -162,12 +186,11 @@ def processed(dataset: Any, image_processor: Any, name: str) -> Any:
         name: What to call the data set in an error.
 
     Raises:
-        ValueError: It is empty, or its items have neither images nor pixel values.
+        ValueError: It is no data set or empty, or its items have neither images nor pixel values.
     """
     if isinstance(dataset, StreamedDataset):
         return dataset
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty")
+    check_dataset(dataset, name)
     if isinstance(dataset, ProcessedDataset):
         return dataset
     item = dataset[0]

@@ -68,7 +68,10 @@ class Objective(ABC):
         """
         for name in ("pixel_values", *self.needs):
             if any(name not in item for item in items):
-                raise ValueError(f"the objective {self.name!r} needs items with {name!r}, found {sorted(items[0])}")
+                hint = "; the data set's items need a number 'label'" if name == "labels" else ""
+                raise ValueError(
+                    f"the objective {self.name!r} needs items with {name!r}, found {sorted(items[0])}{hint}"
+                )
 
     def collate(self, items: list[dict[str, Any]]) -> Batch:
         """A batch of items: every tensor or number that all of them have, ``pixel_values`` ``(B, 3, H, W)`` for one.
