@@ -19,7 +19,10 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
+from register_adapter import add_registers, export_program, save_adapters, save_native
+from register_adapter.testbed import load_vit
 from register_adapter.utils.staging import check_writable, staged, write_text
+from register_adapter.viz import plot_attention, read_examples
 
 
 def test_files_are_moved_when_all_are_whole(tmp_path: Path) -> None:
@@ -194,3 +197,28 @@ def test_words_about_a_scratch_folder_are_about_the_folder(tmp_path: Path) -> No
     said = rf"^could not be saved to {re.escape(str(tmp_path))}/new: full$"
     with pytest.raises(OSError, match=said), staged(tmp_path) as scratch:
         raise OSError(f"could not be saved to {scratch}/new: full")
+
+
+@pytest.mark.parametrize("call", ["save_pretrained", "save_adapters", "save_native", "export_program", "save", "plot"])
+def test_an_empty_name_is_not_the_folder_where_the_process_runs(call: str, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    model = add_registers(load_vit(), 1)
+    calls: dict[str, Any] = {
+        "save_pretrained": lambda: model.save_pretrained(""),
+        "save_adapters": lambda: save_adapters(model, ""),
+        "save_native": lambda: save_native(load_vit(), ""),
+        "export_program": lambda: export_program(model, ""),
+        "save": lambda: write_text("", "text"),
+        "plot": lambda: plot_attention(read_examples({"base": (model, None)}, [torch.zeros(3, 80, 80)])[0], path=""),
+    }
+    with pytest.raises(ValueError, match="is empty; name one"):
+        calls[call]()
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_folder_is_not_a_file_to_write(tmp_path: Path) -> None:
+    for call in (lambda: write_text(tmp_path, ""), lambda: export_program(add_registers(load_vit(), 1), tmp_path)):
+        with pytest.raises(ValueError, match=r"is a folder; name a file in it"):
+            call()

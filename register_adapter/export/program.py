@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..errors import MissingExtraError
 from ..towers.modes import evaluating
-from ..utils.staging import staged
+from ..utils.staging import file_to_write, staged
 from .comparison import tensors
 from .subject import Subject, call
 from .subject import example_inputs as made_up
@@ -66,11 +66,12 @@ def export_program(
         Names of the outputs.
 
     Raises:
-        ValueError: No active registers, or no inputs could be made up.
+        ValueError: No active registers, no inputs could be made up, or the path is a folder or empty.
         OSError: The file cannot be written; what was there before is untouched.
     """
+    target = file_to_write(path)
     program, names = _traced(model, example_inputs, dynamic_batch)
-    with staged(Path(path).parent) as scratch, (scratch / Path(path).name).open("wb") as file:
+    with staged(target.parent) as scratch, (scratch / target.name).open("wb") as file:
         written = _Remembering(file)
         torch.export.save(program, cast(Any, written))
         if written.error is not None:
@@ -126,18 +127,19 @@ def export_onnx(
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
-        ValueError: No active registers, or no inputs could be made up.
+        ValueError: No active registers, no inputs could be made up, or the path is a folder or empty.
         OSError: The file cannot be written; what was there before is untouched.
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError("ONNX files", package, "onnx")
+    target = file_to_write(path)
     program, names = _traced(model, example_inputs, dynamic_batch)
     # It traces the program again; with gradients SDPA would take a path whose views do not fit any batch.
     with torch.no_grad():
         onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(names))
-    with staged(Path(path).parent) as scratch:  # under its final name: large weights are referred to by name
-        onnx.save(str(scratch / Path(path).name))
+    with staged(target.parent) as scratch:  # under its final name: large weights are referred to by name
+        onnx.save(str(scratch / target.name))
     return names
 
 

@@ -177,7 +177,7 @@ class RegisterPeftModel(PeftModel):
                 check_savable(kwargs["state_dict"], name)
         try:
             # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.
-            with staged(target, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
+            with staged(save_directory, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
                 if (target / "README.md").is_file():
                     shutil.copyfile(target / "README.md", staging / "README.md")
                 self._save_each(staging, is_main_process, **kwargs)

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-__all__ = ["check_target", "check_writable", "naming_files", "scratch_folder", "staged", "write_text"]
+__all__ = ["check_target", "check_writable", "file_to_write", "naming_files", "scratch_folder", "staged", "write_text"]
 
 #: What the system says of a full disk, a limit on files or on what a user may have, and a broken disk.
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota
@@ -41,10 +41,10 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
 
     Raises:
         OSError: Nothing can be written there, or a file could not be written; what was there before is untouched.
-        ValueError: The target is a file.
+        ValueError: The target is a file, or it has no name.
     """
+    check_target(folder)
     target = Path(folder)
-    check_target(target)
     with scratch_folder(target) as scratch:
         with naming_files(scratch, target):
             yield scratch
@@ -163,10 +163,27 @@ def write_text(path: str | Path, text: str) -> None:
 
     Raises:
         OSError: It cannot be written.
+        ValueError: It is a folder, or has no name.
     """
-    target = Path(path)
+    target = file_to_write(path)
     with staged(target.parent) as scratch:
         (scratch / target.name).write_text(text, "utf-8")
+
+
+def file_to_write(path: str | Path) -> Path:
+    """The path of a file that can be written, before any work.
+
+    Raises:
+        OSError: Its folder cannot be written into.
+        ValueError: It is a folder, it has no name, or something above it is a file.
+    """
+    if not os.fspath(path):
+        raise ValueError("the name of the file to write is empty; name one")
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; name a file in it")
+    check_target(target.parent)
+    return target
 
 
 def check_target(folder: str | Path) -> None:

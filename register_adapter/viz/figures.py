@@ -12,7 +12,7 @@ from ..artifacts.report import ArtifactReport
 from ..data.images import load_image
 from ..errors import MissingExtraError
 from ..evaluation.discovery import DiscoveredObject, LostObject, TokenCutObject
-from ..utils.staging import staged
+from ..utils.staging import file_to_write, staged
 from .examples import Example
 from .maps import Maps
 
@@ -54,8 +54,9 @@ def _grid(rows: int, columns: int, side: float = 1.6, ticks: bool = False, **opt
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
-        with staged(Path(path).parent) as folder:
-            figure.savefig(folder / Path(path).name, dpi=_DPI)
+        target = file_to_write(path)
+        with staged(target.parent) as folder:
+            figure.savefig(folder / target.name, dpi=_DPI)
     return figure
 
 

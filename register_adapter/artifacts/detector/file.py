@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ...errors import AdapterFileError, install_command
 from ...utils.adapter_file import TensorInfo, read_header, read_metadata, read_tensors
-from ...utils.staging import staged
+from ...utils.staging import file_to_write, staged
 from .config import DetectorConfig
 
 __all__ = ["read_config", "read_weights", "write_detector"]
@@ -28,9 +28,11 @@ def write_detector(path: str | Path, tensors: Mapping[str, torch.Tensor], config
         ValueError: The path is a folder.
         OSError: It cannot be written; what was there is untouched.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; a detector is one file, for example {target / 'detector.safetensors'}")
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a folder; a detector is one file, for example {Path(path) / 'detector.safetensors'}"
+        )
+    target = file_to_write(path)
     header = {"format": "pt", _KEY: json.dumps({"format_version": _VERSION, **config.to_dict()})}
     whole = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with staged(target.parent) as scratch:

@@ -12,7 +12,7 @@ import torch
 
 from ...towers.anatomy import Anatomy
 from ...utils.environment import version
-from ...utils.staging import check_target, staged
+from ...utils.staging import file_to_write, staged
 from ..passes import PassOptions
 from ..store import check_space
 from ..subjects import Subject
@@ -119,11 +119,8 @@ def write_features(
     Example:
         >>> write_features(model, "imagenet/train", "features.safetensors", what=["cls", "mean"])
     """
-    target = Path(path)
-    check_format(target, file_dtype)
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; name a file in it")
-    check_target(target.parent)
+    check_format(Path(path), file_dtype)
+    target = file_to_write(path)
     wanted = Wanted(kinds_of(what), layer, norm, antialias)
     options = PassOptions(image_processor, batch_size, max_images, num_workers, strict, progress, dtype)
     batches = each_batch(model, images, wanted, options, target_modules=target_modules, anatomy=anatomy)

@@ -105,7 +105,7 @@ def write_folder(
     order = [*active, *names]
     entries = []
     try:
-        with staged(target, last=(MANIFEST_NAME,)) as staging:
+        with staged(folder, last=(MANIFEST_NAME,)) as staging:
             for name in sorted(names, key=order.index):
                 config, tensors = adapters[name]
                 config = copy.deepcopy(config)
