@@ -15,7 +15,7 @@ from families import build
 from page_cases import make_report
 from rich.console import Console
 
-from register_adapter import add_registers, capture
+from register_adapter import add_registers, capture, get_features
 from register_adapter.artifacts import apply_rule
 from register_adapter.commands.audit import audit_command, print_reports
 from register_adapter.commands.fit import fit_command
@@ -47,6 +47,11 @@ def test_a_trace_says_what_it_holds() -> None:
     tokens = trace.hidden_states[-1].shape[1]
     assert f"{len(trace.hidden_states)} hidden states (1, {tokens}, " in repr(trace)
     assert f"{len(trace.attentions)} attention maps (1, " in repr(trace)
+
+
+def test_features_say_how_many_there_are() -> None:
+    table = get_features(build("vit"), torch.randn(2, 3, 32, 32), what=["patch", "cls"])
+    assert repr(table) == "<FeatureTable: 2 images, patch (2, 16, 32), cls (2, 32), grid 4 × 4, 0 skipped>"
 
 
 def test_probes_and_registers_say_their_tables() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from ..towers.calls import as_named
+from ..utils.arguments import check_whole
 from ..utils.text import first_few
 from .images import ImageFileError, image_name, load_image, named_folder, walk_files
 from .processing import Batch, Processing, check_fits
@@ -117,6 +118,7 @@ class ImageBatches:
 
     Raises:
         ValueError: No images, no image processor, or a value out of range.
+        TypeError: A number is none.
     """
 
     def __init__(
@@ -131,8 +133,9 @@ class ImageBatches:
         num_workers: int = 2,
     ) -> None:
         for key, value in (("batch_size", batch_size), ("max_images", max_images), ("num_workers", num_workers)):
-            if value is not None and value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+            if value is not None or key != "max_images":
+                check_whole(key, value, least=1)
+        batch_size, max_images = int(batch_size), max_images and int(max_images)  # numpy's are no numbers to torch
         if isinstance(images, str | Path):
             images = list_images(images)
         elif isinstance(images, torch.Tensor):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..utils.arguments import check_whole
 from .comparison import check_equal
 from .subject import OTHER_FORMS, Subject, plain_state
 from .subject import example_inputs as made_up
@@ -246,7 +247,8 @@ def _positions(subject: Subject, image_size: int) -> torch.Tensor:
     size = subject.layer.tower.patch_size
     if positions is None or size is None:
         raise ValueError(f"{type(subject.tower).__name__} has no position embeddings to resize; leave out image_size")
-    patches = (image_size // size) ** 2
+    check_whole("image_size", image_size)
+    patches = (max(image_size, 0) // size) ** 2
     if patches < 1:
         raise ValueError(f"image_size={image_size} is smaller than one patch of {size} pixels")
     with torch.no_grad():

@@ -27,6 +27,7 @@ from ..towers.calls import first_of, hidden_states_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
+from ..utils.arguments import check_whole
 from .layout import tower_of
 from .threads import in_this_thread
 
@@ -124,6 +125,8 @@ class ImagePass:
         title: str,
     ) -> None:
         self.tower, self.registers = tower, registers
+        if (given := options.dtype) is not None and not (isinstance(given, torch.dtype) and given.is_floating_point):
+            raise TypeError(f"dtype must be a floating point dtype of torch, such as torch.bfloat16, got {given!r}")
         self.device, dtype = place_of(tower)
         self.dtype = options.dtype or dtype
         self._images = images
@@ -273,7 +276,9 @@ def resolve_layer(tower: Tower, layer: int) -> int:
 
     Raises:
         ValueError: The tower has no such layer.
+        TypeError: It is no whole number.
     """
+    check_whole("layer", layer)
     count = len(tower.part("blocks")) + 1
     if not -count <= layer < count:
         raise ValueError(

@@ -30,6 +30,7 @@ from ..tuner.hooks.attention import reads_implementation
 from ..tuner.layer import RegisterLayer, find_register_layer, require_register_layer
 from ..tuner.peft_model import RegisterPeftModel, add_registers
 from ..tuner.registers import RegisterTokens
+from ..utils.arguments import check_number, check_whole
 from .constants import constant_pairs
 from .parts import Parts
 from .repair import Repair, order_by_block
@@ -115,6 +116,7 @@ def fit_test_time_registers(
             artifacts by what they do in attention, and their norms do not tell them from others.
         UnsupportedModelError: No single vision tower, or no MLPs that the table describes.
         ValueError: An argument is out of range, or there are fewer than three images.
+        TypeError: An argument is of another kind.
 
     Example:
         >>> model = fit_test_time_registers(AutoModel.from_pretrained("facebook/dinov2-large"), "my_images")
@@ -170,8 +172,12 @@ def _check(
     model: nn.Module, num_neurons: int | None, max_neurons: int, threshold: float | None, top_block: int | None
 ) -> None:
     for name, value in (("num_neurons", num_neurons), ("max_neurons", max_neurons)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None or name == "max_neurons":
+            check_whole(name, value, least=1)
+    if top_block is not None:
+        check_whole("top_block", top_block)
+    if threshold is not None:
+        check_number("threshold", threshold)
     if threshold is not None and (top_block is None or not threshold > 0):
         raise ValueError(
             f"threshold is a norm behind one block: give top_block too, and a number above 0 (got {threshold})"
@@ -196,7 +202,10 @@ def _check_tower(tower: Tower, top_block: int | None, forms: Sequence[str]) -> N
 
 def _check_sizes(tower: Tower, sizes: Sequence[int]) -> None:
     patch = tower.patch_size or 1
+    if isinstance(sizes, int | str):
+        raise TypeError(f"image_sizes must be one or more sizes, such as (224, 518), got {sizes!r}")
     for size in sizes:
+        check_whole("a size of image_sizes", size)
         if size < patch:
             raise ValueError(f"image_sizes has {size}, and a patch of {type(tower.module).__name__} has {patch} pixels")
         try:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.images import load_image
+from ..data.images import check_pixels, load_image
 from ..data.processors import check_processor, load_image_processor, normalisation_of, source_of
 from ..errors import MissingExtraError, RegisterAdapterError
 from ..towers.tower import Tower
@@ -68,8 +68,8 @@ def prepare_image(
             and a tensor as it is.
 
     Raises:
-        ImageInputError: A tensor of another shape, no processor, one without a 3-channel result, or sides shorter
-            than a patch.
+        ImageInputError: A tensor of another shape, a size that is none or too large, no processor, one without a
+            3-channel result, or sides shorter than a patch.
         ImageFileError: The file is not an image.
     """
     if isinstance(source, torch.Tensor):
@@ -100,10 +100,22 @@ def prepare_image(
 
 
 def _sides(size: Size, height: int, width: int) -> tuple[int, int]:
-    if not isinstance(size, int):
-        return size
-    scale = size / min(height, width)
-    return round(height * scale), round(width * scale)
+    pair = isinstance(size, tuple | list)
+    given = list(size) if isinstance(size, tuple | list) else [size]
+    if len(given) != 1 + pair or any(isinstance(side, bool) or not isinstance(side, int) for side in given):
+        raise ImageInputError(f"size must be pixels of the shorter side, or (height, width), got {size!r:.100}")
+    if min(given) < 1:
+        raise ImageInputError(f"size={size} must be at least 1")
+    if pair:
+        height, width = given
+    else:
+        scale = given[0] / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+    try:
+        check_pixels(width, height)
+    except ValueError as error:
+        raise ImageInputError(f"size={size} is too large: {error}") from error
+    return height, width
 
 
 def _cropped(tower: Tower, pixels: torch.Tensor, statistics: tuple[Any, Any] | None) -> PreparedImage:

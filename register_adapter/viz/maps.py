@@ -22,6 +22,7 @@ from ..features.positions import antialiased_positions
 from ..features.subjects import looking_at
 from ..features.trace import capture
 from ..towers.tower import Tower
+from ..utils.arguments import check_whole
 from .images import ImageInputError, PreparedImage
 
 __all__ = ["ImageMaps", "Maps", "read_image_maps", "read_maps"]
@@ -96,6 +97,7 @@ def read_image_maps(model: nn.Module, image: PreparedImage, block: int = -1, ant
     """
     tower, registers = tower_of(model)
     blocks = len(tower.part("blocks"))
+    check_whole("block", block)
     if not -blocks <= block < blocks:
         raise ValueError(f"block={block}, and {type(tower.module).__name__} has {blocks} blocks")
     block %= blocks

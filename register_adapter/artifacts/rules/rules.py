@@ -99,8 +99,13 @@ def resolve_rule(rule: str | Rule) -> Rule:
 
     Raises:
         ValueError: There is no such rule, or it takes no such number.
+        TypeError: It is neither a name nor a function.
     """
     if not isinstance(rule, str):
+        if not callable(rule):
+            raise TypeError(
+                f"rule must be a name ({', '.join(RULES)}) or a function of (values, weights), got {rule!r:.80}"
+            )
         return rule
     name, colon, number = rule.partition(":")
     if name not in RULES:

@@ -25,6 +25,7 @@ from ...features.passes import keep_layer, place_of
 from ...features.positions import antialiased_positions
 from ...features.projections import PROJECTIONS, keep_projection
 from ...towers.tower import Tower
+from ...utils.arguments import check_whole
 from .boxes import DiscoveredObject
 
 __all__ = ["FEATURES", "Features", "PatchReader", "Preparation", "Prepared", "Size", "Wanted", "each_image"]
@@ -188,6 +189,7 @@ class PatchReader:
         for what, block in wanted:
             if what not in FEATURES:
                 raise ValueError(f"features={what!r}, expected one of {', '.join(FEATURES)}")
+            check_whole("block", block)
             if not -blocks <= block < blocks:
                 raise ValueError(f"block={block}, and {type(self.tower.module).__name__} has {blocks} blocks")
         self._wanted = {pair: Wanted(pair.features, pair.block % blocks) for pair in wanted}

@@ -56,6 +56,12 @@ class FeatureTable:
     def __len__(self) -> int:
         return len(self.files)
 
+    def __repr__(self) -> str:
+        """How many images there are, and the shape of each kind; the features are in the items."""
+        kinds = ", ".join(f"{kind} {tuple(values.shape)}" for kind, values in self.values.items())
+        grid = f", grid {self.grid[0]} × {self.grid[1]}" if self.grid else ""
+        return f"<FeatureTable: {len(self)} images, {kinds}{grid}, {len(self.skipped)} skipped>"
+
 
 class Wanted(NamedTuple):
     """What is read; see :func:`get_features`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal, cast, get_args
 
@@ -28,7 +28,10 @@ def kinds_of(what: str | Sequence[str]) -> tuple[Kind, ...]:
 
     Raises:
         ValueError: It is nothing, or there is no such kind.
+        TypeError: It is neither a name nor a series of them.
     """
+    if not isinstance(what, Iterable):
+        raise TypeError(f"what={what!r}, expected one or some of {', '.join(KINDS)}")
     asked = (what,) if isinstance(what, str) else tuple(dict.fromkeys(what))
     unknown = [kind for kind in asked if kind not in KINDS]
     if unknown or not asked:

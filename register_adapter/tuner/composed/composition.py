@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import AdapterFileError
+from ...utils.arguments import check_mapping
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import BASE, EVERYONE
@@ -58,6 +59,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
         ...     model(pixel_values)  # registers alone
     """
     base = innermost(model)
+    check_mapping("configs", configs, "of PEFT configs by the names of adapters")
     check_adapters(base, configs)
     check_switched_on(base)
     with _all_or_nothing(model, configs.values()):
