@@ -20,7 +20,9 @@ from register_adapter import (
     fit_test_time_registers,
     get_features,
 )
+from register_adapter.evaluation import evaluate_knn, evaluate_segmentation
 from register_adapter.evaluation.discovery import discover
+from register_adapter.studies import study
 from register_adapter.viz import read_examples
 
 PIXELS = torch.zeros(3, 3, 32, 32)
@@ -58,6 +60,7 @@ def shown(**options: Any) -> Any:
         (lambda: fit(image_sizes=["32"]), "a size of image_sizes must be a whole number"),
         (lambda: shown(block="last"), "block must be a whole number"),
         (lambda: discover(build("vit"), [PIXELS[0]], block=None), "block must be a whole number"),
+        (lambda: study(build("vit"), "photos", "study", seeds="3"), "seeds must be a whole number"),
         (lambda: compose(build("vit"), [RegisterConfig()]), "configs must be a dictionary of PEFT configs"),
         (lambda: export_native(add_registers(build("dinov2"), 1), image_size=(28, 28)), "image_size must be a whole"),
     ],
@@ -65,6 +68,18 @@ def shown(**options: Any) -> Any:
 def test_what_is_no_number_name_or_dictionary_is_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call()
+
+
+@pytest.mark.parametrize("data", ["photos", None, [("a.png",)], [{"image": 1}]], ids=["name", "none", "single", "item"])
+def test_sets_of_dense_tasks_that_are_no_pairs_are_named(data: Any) -> None:
+    with pytest.raises(ValueError, match="train must be pairs of an image and its target, found"):
+        evaluate_segmentation(build("vit"), data, data)
+
+
+@pytest.mark.parametrize("k", [5, "5", ["5"], [0], []])
+def test_what_is_no_number_of_neighbours_is_named(k: Any) -> None:
+    with pytest.raises(ValueError, match="k must be numbers of neighbours, at least 1"):
+        evaluate_knn(build("vit"), "train", "test", k=k)
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, "32", (32,), (1, 2, 3), 10**6, (10**6, 1000)])

@@ -20,6 +20,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from register_adapter import add_registers, export_program, save_adapters, save_native
+from register_adapter.studies import study
 from register_adapter.testbed import load_vit
 from register_adapter.utils.staging import check_writable, staged, write_text
 from register_adapter.viz import plot_attention, read_examples
@@ -199,7 +200,9 @@ def test_words_about_a_scratch_folder_are_about_the_folder(tmp_path: Path) -> No
         raise OSError(f"could not be saved to {scratch}/new: full")
 
 
-@pytest.mark.parametrize("call", ["save_pretrained", "save_adapters", "save_native", "export_program", "save", "plot"])
+@pytest.mark.parametrize(
+    "call", ["save_pretrained", "save_adapters", "save_native", "export_program", "save", "plot", "study"]
+)
 def test_an_empty_name_is_not_the_folder_where_the_process_runs(call: str, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "README.md").write_text("mine")
     monkeypatch.chdir(tmp_path)
@@ -209,6 +212,7 @@ def test_an_empty_name_is_not_the_folder_where_the_process_runs(call: str, tmp_p
         "save_adapters": lambda: save_adapters(model, ""),
         "save_native": lambda: save_native(load_vit(), ""),
         "export_program": lambda: export_program(model, ""),
+        "study": lambda: study(load_vit(), "photos", ""),
         "save": lambda: write_text("", "text"),
         "plot": lambda: plot_attention(read_examples({"base": (model, None)}, [torch.zeros(3, 80, 80)])[0], path=""),
     }

@@ -21,6 +21,7 @@ from ..errors import RegisterAdapterError, UnsupportedModelError
 from ..towers.identity import TowerIdentity
 from ..towers.tower import find_tower
 from ..training.run_lock import folder_lock
+from ..utils.arguments import check_whole
 from ..utils.environment import version
 from ..utils.staging import check_target
 from .arms import ARMS, TEACHER, Arm, Bench
@@ -101,14 +102,13 @@ def study(
         ("seed", seed, 0),
         ("batch_size", batch_size, 1),
     ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_whole(name, value, least)
     chosen = _chosen(arms)
     resolve_rule(rule)
     tower = find_tower(model)
     _check_call(model)
+    check_target(output_dir)
     out = Path(output_dir)
-    check_target(out)
     image_processor = image_processor or find_image_processor(source_of(model))
     shared = read_images(images, image_processor, max_images, strict)
     settings = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,15 @@ def two_dense_sets(
     """
     sets = []
     for name, data in (("train", train), ("test", test)):
+        if isinstance(data, str | os.PathLike) or not (isinstance(data, Iterable) or hasattr(data, "__getitem__")):
+            raise ValueError(
+                f"{name} must be pairs of an image and its target, found {data!r:.100}; read_masks(folder) and "
+                "read_depths(folder) of register_adapter.evaluation.downstream read folders"
+            )
         items = from_scenes(data) if hasattr(data, "scene") else list(data)
+        wrong = [item for item in items if not isinstance(item, DenseImage | list | tuple) or _is_no_pair(item)]
+        if wrong:
+            raise ValueError(f"{name} must be pairs of an image and its target, found one of {type(wrong[0]).__name__}")
         items = [
             item if isinstance(item, DenseImage) else DenseImage(item[0], item[1], f"{name} {number}")
             for number, item in enumerate(items)
@@ -64,6 +73,10 @@ def two_dense_sets(
         sets.append(items)
     refuse_leaks([item.image for item in sets[0]], [item.image for item in sets[1]], progress)
     return sets[0], sets[1]
+
+
+def _is_no_pair(item: Any) -> bool:
+    return not isinstance(item, DenseImage) and len(item) != 2
 
 
 class DenseReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -79,8 +80,8 @@ def evaluate_knn(
     Example:
         >>> print(evaluate_knn({"base": (model, None), "repaired": (model, "default")}, "train/", "test/"))
     """
-    if not k or min(k) < 1:
-        raise ValueError(f"k must be numbers of neighbours, at least 1, got {tuple(k)}")
+    if isinstance(k, int | str) or not k or not all(isinstance(number, Integral) and int(number) > 0 for number in k):
+        raise ValueError(f"k must be numbers of neighbours, at least 1, such as (10, 20), got {k!r}")
     # Similarities are divided by it in float32; JSON has no infinity.
     if not _LEAST <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number of at least {_LEAST:.0e}, got {temperature}")
