@@ -13,6 +13,7 @@ from command_line import call
 from PIL import Image
 from transformers import CLIPImageProcessor, Pix2StructImageProcessor, ViTConfig, ViTImageProcessor, ViTModel
 
+from register_adapter import add_registers
 from register_adapter.data.batches import ImageBatches
 from register_adapter.data.processing import check_fits, process_image
 from register_adapter.towers import find_tower
@@ -69,8 +70,12 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["audit", "train"])
-@pytest.mark.parametrize("damage", DAMAGE)
+CASES = [(damage, command) for damage in DAMAGE for command in ("audit", "train")]
+#: It copies the processor's file, and does not read it.
+CASES += [(damage, "export") for damage in DAMAGE if "weights" in damage or "width" in damage]
+
+
+@pytest.mark.parametrize(("damage", "command"), CASES)
 def test_a_damaged_model_is_named_in_one_line(
     damage: str,
     command: str,
@@ -82,9 +87,11 @@ def test_a_damaged_model_is_named_in_one_line(
 ) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(vit, folder)
+    add_registers(ViTModel.from_pretrained(folder), 2).save_pretrained(tmp_path / "adapter")
     DAMAGE[damage](folder)
     words: dict[str, tuple[Any, ...]] = {
         "audit": (folder, images, "--out", out, "--quiet"),
+        "export": (tmp_path / "adapter", "--out", out, "--format", "program", "--quiet"),
         "train": ("--model-name-or-path", folder, "--train-dir", images, "--output-dir", out, "--use-cpu", "--quiet"),
     }
     said = call(monkeypatch, command, *map(str, words[command]))

@@ -28,6 +28,7 @@ from register_adapter import (
     save_native,
 )
 from register_adapter.export import NATIVE, export_saved
+from register_adapter.export import saved as saved_module
 from register_adapter.export.comparison import check_equal, tensors
 from register_adapter.export.subject import Subject
 from register_adapter.tuner.hooks.tokens import cut_tokens
@@ -524,6 +525,17 @@ def test_a_saved_adapter_and_wrong_arguments(arguments, kind, message, saved, tm
         )
     assert sorted(saved[0].rglob("*")) == before
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_nothing_is_written_where_the_processor_cannot_be_fetched(saved, tmp_path, monkeypatch):
+    def lost(*args, **kwargs):
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(saved_module, "cached_file", lost)
+    with pytest.raises(ValueError, match="the image processor in"):
+        export_saved(str(saved[0] / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_argument_ends_in_one_clear_line(saved, tmp_path, monkeypatch):

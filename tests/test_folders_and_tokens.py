@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft.utils.save_and_load
@@ -23,7 +25,10 @@ from register_adapter import (
     compose,
     load_adapters,
 )
+from register_adapter.data import texts
+from register_adapter.data.checking import named_errors
 from register_adapter.utils import hub
+from register_adapter.utils.models import loading
 
 LOADERS: dict[str, Callable[[str], Any]] = {
     "PeftModel": lambda name: PeftModel.from_pretrained(build("vit"), name),
@@ -107,3 +112,33 @@ def test_no_token_in_the_error_of_a_readme_that_cannot_be_fetched(
     with pytest.raises(HubAccessError) as caught, hub.hub_errors("user/adapter", token=token if given else None):
         hub.fetch("user/adapter", "README.md", None, {"token": token if given else None})
     assert token not in "".join(traceback.format_exception(caught.value))
+
+
+READERS: dict[str, Callable[[str], AbstractContextManager[None]]] = {
+    "model": loading,
+    "image processor": lambda name: loading(name, "image processor"),
+    "data set": named_errors,
+    "tokenizer": lambda name: nullcontext(),
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "refused the token for 'user/base'"), (None, "'user/base' cannot be reached")]
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_another_library_was_refused_by_the_hub_is_told_in_one_line_without_the_token(
+    reader: str, status: int | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "_".join(("hf", "secret"))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        refused = hub._HTTP_ERRORS[0](f"not for you\nBearer {token}")
+        refused.response = SimpleNamespace(status_code=status)
+        raise OSError(f"There was a specific connection error with user/base:\n{refused}") from refused
+
+    monkeypatch.setattr(hub, "get_token", lambda: token)
+    monkeypatch.setattr(texts.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(HubAccessError, match=message) as caught, READERS[reader]("user/base"):
+        texts.load_tokenizer("user/base") if reader == "tokenizer" else fail()
+    assert token not in "".join(traceback.format_exception(caught.value))
+    assert "\n" not in str(caught.value)

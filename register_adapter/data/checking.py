@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Value
 from tqdm.auto import tqdm
 
+from ..utils.hub import access_error
 from ..utils.text import first_few, printable
 from .images import ImageFileError, check_image, image_name
 
@@ -84,11 +85,14 @@ def named_errors(name: str) -> Iterator[None]:
     """Give whatever the library ``datasets`` raises within the name of the data set.
 
     Raises:
+        HubAccessError: The Hub could not be reached, or refused; the message does not show the token.
         ValueError: Something was raised; an ``OSError`` or ``ValueError`` with the name in it passes as it is.
     """
     try:
         yield
     except Exception as error:
+        if (refused := access_error(name, error)) is not None:
+            raise refused from refused.__cause__
         if isinstance(error, OSError | ValueError) and name in str(error):
             raise
         cause = error.__cause__ or error  # generating a data set ends with an error that says no more than that

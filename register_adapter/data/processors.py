@@ -80,7 +80,7 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
     folder = local_folder(name_or_path)
     check_regular(folder)
     try:
-        with loading(name_or_path, "image processor"):
+        with loading(name_or_path, "image processor", kwargs.get("token")):
             return AutoImageProcessor.from_pretrained(folder, **kwargs)
     except OSError as error:
         require_model(name_or_path, **kwargs)

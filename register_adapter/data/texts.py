@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..utils.files import check_regular, parse_json, read_text
+from ..utils.hub import access_error
 from ..utils.models import require_model
 from ..utils.shipped import local_folder
 from .processors import source_of
@@ -75,7 +76,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:
     """The tokenizer of a model; ``kwargs`` go to ``AutoTokenizer.from_pretrained``.
 
     Raises:
-        HubAccessError: There is no model of that name at all.
+        HubAccessError: There is no model of that name at all, or the Hub cannot be reached.
         ValueError: The folder or repository holds no tokenizer.
         OSError: A pipe, a socket or a device is in the folder.
     """
@@ -86,7 +87,9 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes an empty one up
             raise ValueError("there is no vocabulary")
         return tokenizer
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+    except Exception as error:  # of the HTTP library too
+        if (refused := access_error(name_or_path, error, kwargs.get("token"))) is not None:
+            raise refused from refused.__cause__
         require_model(name_or_path, **kwargs)
         said = str(error).partition("\n")[0]
         raise ValueError(

@@ -18,7 +18,7 @@ from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.files import check_regular
 from ..utils.hub import HubAccessError
-from ..utils.models import require_model
+from ..utils.models import loading, require_model
 from ..utils.shipped import full_name, local_folder
 from ..utils.staging import check_target, staged
 from .native import export_native, save_native
@@ -109,15 +109,17 @@ def export_saved(
             "the base with --base"
         ) from error
     model = RegisterPeftModel.from_pretrained(loaded, adapter)
-    said = FORMATS[form](model, target, image_size)
+    processor = None
     if library == "transformers":
-        # So that AutoImageProcessor works on the folder too.
-        processor = cached_file(
-            local_folder(base), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-        )
-        if processor is not None:
-            with staged(target) as scratch:
-                shutil.copyfile(processor, scratch / "preprocessor_config.json")
+        # So that AutoImageProcessor works on the folder too; before anything is written.
+        with loading(base, "image processor"):
+            processor = cached_file(
+                local_folder(base), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+            )
+    said = FORMATS[form](model, target, image_size)
+    if processor is not None:
+        with staged(target) as scratch:
+            shutil.copyfile(processor, scratch / "preprocessor_config.json")
     return said
 
 
@@ -126,7 +128,8 @@ def _transformers(base: str, mapping: dict[str, str]) -> nn.Module:
     kind: Any = getattr(transformers, mapping.get("base_model_class", ""), transformers.AutoModel)
     require_model(base)
     try:
-        model: nn.Module = kind.from_pretrained(local_folder(base))
+        with loading(base):
+            model: nn.Module = kind.from_pretrained(local_folder(base))
     except HFValidationError as error:  # newer transformers say something like this themselves
         raise OSError(f"the base {base!r} is neither a folder nor the name of a repository on the Hub") from error
     return model
@@ -137,7 +140,8 @@ def _timm(base: str, mapping: dict[str, str]) -> nn.Module:
         import timm
     except ImportError as error:
         raise MissingExtraError("timm models", "timm", "timm") from error
-    model: nn.Module = timm.create_model(base, pretrained=True)
+    with loading(base):
+        model: nn.Module = timm.create_model(base, pretrained=True)
     return model
 
 

@@ -40,7 +40,7 @@ def load_base(objective: Objective, name_or_path: str, **kwargs: Any) -> nn.Modu
     folder = local_folder(name_or_path)
     check_regular(folder)
     require_model(name_or_path, **kwargs)
-    with loading(name_or_path):
+    with loading(name_or_path, token=kwargs.get("token")):
         base, info, may_be_new = BASES[objective.base](folder, **objective.base_options, **kwargs)
     objective.check_base(base)
     _check_loaded(base, info, name_or_path, may_be_new, bool(objective.base_options.get("freeze_head")))

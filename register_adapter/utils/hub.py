@@ -29,6 +29,7 @@ __all__ = [
     "OFFLINE",
     "WEIGHTS_NAME",
     "HubAccessError",
+    "access_error",
     "check_folder",
     "checked_token",
     "fetch",
@@ -42,6 +43,8 @@ CONFIG_NAME, WEIGHTS_NAME, _PICKLE = "adapter_config.json", "adapter_model.safet
 MANIFEST_NAME = "adapters.json"
 # The HTTP library behind huggingface_hub has changed twice; its base of all errors is above HfHubHTTPError in each.
 _HTTP_ERRORS = tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in ("HTTPError", "RequestException"))
+#: Answers that say that something is not on the Hub.
+_NOT_THERE = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
 _LOG_IN = "log in with `hf auth login`, or give a token that may read it: token=..."
 
 
@@ -104,9 +107,38 @@ def hub_errors(repo_id: str, revision: str | None = None, token: str | bool | No
         raise HubAccessError(message) from _shown(error, token)
 
 
+def access_error(repo_id: str, error: Exception, token: str | bool | None = None) -> HubAccessError | None:
+    """What kept another library from the Hub, where that is what is behind its error; the token is not in it.
+
+    Args:
+        repo_id: The repository, for the message.
+        error: What the library raised.
+        token: The token in use.
+
+    Returns:
+        An error with its cause, ``None`` if the Hub did answer, if only that there is no such repository or file.
+    """
+    shown, told = _shown(error, token), None
+    cause: BaseException | None = error
+    while isinstance(cause, Exception) and told is None:
+        if isinstance(cause, _HTTP_ERRORS) and not isinstance(cause, _NOT_THERE) and _status(cause) != 404:
+            told = _explain(repo_id, None, token, cause)
+        cause = cause.__cause__ or cause.__context__
+    if told is None and shown is not None:
+        return None
+    refused = HubAccessError(told or _hidden(repo_id, error))
+    refused.__cause__ = shown
+    return refused
+
+
+def _status(error: BaseException) -> int | None:
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
+
+
 def _explain(repo_id: str, revision: str | None, token: str | bool | None, error: Exception) -> str | None:
     """What an error of huggingface_hub means for the user, ``None`` for one that has nothing to do with the Hub."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     refused = "Invalid credentials" in str(error)
     if isinstance(error, HFValidationError):
         return f"{repo_id!r} is neither a folder that holds {CONFIG_NAME} nor a name on the Hub ('user/repo')."
@@ -136,7 +168,7 @@ def _explain(repo_id: str, revision: str | None, token: str | bool | None, error
 def _unreachable(repo_id: str, error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return f"no adapter {repo_id!r}: {OFFLINE}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     cause = f"it answered {status}" if status else type(error).__name__
     return (
         f"{repo_id!r} cannot be reached at {_endpoint()} ({cause}) and is not in the local cache; check the connection."

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import RegisterAdapterError
-from .hub import CONFIG_NAME, MANIFEST_NAME, OFFLINE, HubAccessError, hub_errors
+from .hub import CONFIG_NAME, MANIFEST_NAME, OFFLINE, HubAccessError, access_error, hub_errors
 from .shipped import is_shipped
 from .text import printable
 
@@ -28,14 +28,16 @@ _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", 
 
 
 @contextmanager
-def loading(name: str, what: str = "model") -> Iterator[None]:
-    """Turn whatever a library raises over damaged or odd files into one line that names their folder.
+def loading(name: str, what: str = "model", token: str | bool | None = None) -> Iterator[None]:
+    """Turn whatever a library raises over damaged or odd files, or over the Hub, into one line that names their folder.
 
     Args:
         name: Folder or name that is loaded within the context.
         what: What it is.
+        token: The token for the Hub; by default the one that huggingface_hub finds.
 
     Raises:
+        HubAccessError: The Hub could not be reached, or refused; the message does not show the token.
         ValueError: Something was raised within. The package's own errors, and a ``ValueError`` or ``OSError`` that
             names the folder already, pass as they are.
     """
@@ -44,6 +46,8 @@ def loading(name: str, what: str = "model") -> Iterator[None]:
     except RegisterAdapterError:
         raise
     except Exception as error:
+        if (refused := access_error(name, error, token)) is not None:
+            raise refused from refused.__cause__
         if isinstance(error, OSError | ValueError) and name in str(error):
             raise
         said = printable(next(filter(None, map(str.strip, str(error).splitlines())), "no message"))
