@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import shutil
 import tarfile
@@ -220,14 +221,16 @@ def damage_tar(file: Path, how: str) -> str | None:
     file.write_bytes(damaged)
     where = r"[\d,]+" if how == "two in one" else f"{header:,}"
     known = {"no end mark": "has no end mark: it may have been cut behind its last image", "whole": None}
-    return known.get(how, f"is damaged, or several in one: nothing behind byte {where} of {len(damaged):,} is read")
+    return known.get(how, f"is damaged, or several in one: nothing behind byte {where} of the tar file is read")
 
 
+@pytest.mark.parametrize("compress", [None, gzip.compress], ids=["plain", "gzip"])
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("how", ["a header", "zeros", "cut in a header", "two in one", "no end mark", "whole"])
 def test_images_of_a_damaged_tar_are_not_dropped_in_silence(
     how: str,
     streaming: bool,
+    compress: Callable[[bytes], bytes] | None,
     case: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -235,7 +238,13 @@ def test_images_of_a_damaged_tar_are_not_dropped_in_silence(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     data = shutil.copytree(case / "tars", tmp_path / "data")
-    message = damage_tar(data / "train-1.tar", how)
+    shard = data / "train-1.tar"
+    message = damage_tar(shard, how)
+    if compress is not None:
+        for path in data.glob("*.tar"):
+            path.with_suffix(".tar.gz").write_bytes(compress(path.read_bytes()))
+            path.unlink()
+        shard = data / "train-1.tar.gz"
     arguments = DataArguments(dataset_name=str(data), image_column_name="png", max_eval_samples=4)
 
     def read() -> int:
@@ -248,8 +257,8 @@ def test_images_of_a_damaged_tar_are_not_dropped_in_silence(
 
     if message is None or how == "no end mark":
         assert read() == (16 if message is None else 11)
-        said = [] if message is None else [f"the shard {data}/train-1.tar {message}"]
+        said = [] if message is None else [f"the shard {shard} {message}"]
         assert [record.message for record in caplog.records] == said
         return
-    with pytest.raises(ValueError, match=rf"the shard {data}/train-1\.tar {message}"):
+    with pytest.raises(ValueError, match=rf"the shard {shard} {message}"):
         read()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ def names_shards(features: Mapping[str, Any]) -> bool:
 def check_shards(places: Iterable[str | None]) -> None:
     """Look through the headers of the tar files among some shards for what keeps a reader from their end.
 
-    Compressed shards are left out, which have their own checksums, and those that are not on this machine.
+    Compressed shards are decompressed for it. Those that are not on this machine are left out.
 
     Args:
         places: Paths or addresses of shards; a shard without an end mark is warned of.
@@ -40,32 +42,28 @@ def check_shards(places: Iterable[str | None]) -> None:
     for place in places:
         if place is None or "://" in place or not (path := Path(place)).is_file():
             continue
-        size = path.stat().st_size
-        end = _end_of_members(path)
-        if end is None:
+        found = _end_of_members(path)
+        if found is None:
             continue
-        if end == size:
+        end, behind = found
+        if not behind:
             logger.warning("the shard %s has no end mark: it may have been cut behind its last image", printable(place))
-        elif _has_more(path, end):
+        elif behind.strip(b"\0"):
             raise ValueError(
-                f"the shard {place} is damaged, or several in one: nothing behind byte {end:,} of {size:,} is read. "
-                "Write it anew, or take it out"
+                f"the shard {place} is damaged, or several in one: nothing behind byte {end:,} of the tar file is "
+                "read. Write it anew, or take it out"
             )
 
 
-def _end_of_members(path: Path) -> int | None:
-    """Where the reader stops; ``None`` if it is no plain tar file, or if the reader itself tells what is wrong."""
-    try:
-        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while tar.next() is not None:
-                vars(tar)["members"] = []  # it keeps them all
-            return tar.offset
-    except tarfile.TarError:
-        return None
-
-
-def _has_more(path: Path, end: int) -> bool:
-    """Whether there is anything but zeros soon behind a place."""
+def _end_of_members(path: Path) -> tuple[int, bytes] | None:
+    """Where the reader stops, and what is there; ``None`` if it is no tar file, or the reader tells of a fault."""
     with open_regular(path) as file:
-        file.seek(end)
-        return bool(file.read(_BEHIND).strip(b"\0"))
+        try:
+            with tarfile.open(fileobj=file, mode="r:*") as tar:
+                while tar.next() is not None:
+                    vars(tar)["members"] = []  # it keeps them all
+                content: Any = tar.fileobj  # without the compression
+                content.seek(tar.offset)
+                return tar.offset, content.read(_BEHIND)
+        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
+            return None
