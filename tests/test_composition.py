@@ -526,6 +526,28 @@ def test_a_refused_method_leaves_the_others_at_work() -> None:
         assert (trainable(model), hooks(model), list(model.peft_config)) == (flags, hooked, ["registers", "other"])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["fc1", "dense", "k_proj", "key"]),
+        LoraConfig(target_modules=["fc1", "dense", "layernorm"]),
+        IA3Config(target_modules=["q_proj", "query", "fc2"], feedforward_modules=[]),
+    ],
+    ids=["on another's layer", "half way", "a first one of its method, half way"],
+)
+def test_a_refused_adapter_leaves_the_chosen_ones_of_its_method(config: Any) -> None:
+    scales = VeraConfig(target_modules=["k_proj", "key"], r=4, init_weights=False)
+    model = compose(build("vit-classifier"), {"l": METHODS["lora"](), "r": registers(), "scales": scales})
+    model.add_adapter("later", METHODS["lora"]())
+    model.set_adapter("later")
+    snapshot, active = Snapshot(model.eval(), make_inputs("vit-classifier")), model.active_adapters
+    with pytest.raises(ValueError, match=r"wraps already: stacked|is not supported"):
+        model.add_adapter("refused", config)
+    snapshot.check()
+    assert model.active_adapters == active
+    assert list(model.peft_config) == ["l", "r", "scales", "later"]
+
+
 def test_two_adapters_of_one_head_are_active_in_turn() -> None:
     model, inputs = pair(modules_to_save=["classifier"]), make_inputs("vit-classifier")
     model.add_adapter("more", registers(modules_to_save=["classifier"]))

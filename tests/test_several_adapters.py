@@ -198,6 +198,28 @@ def test_an_adapter_of_another_method_is_renamed(method: Any, tmp_path: Path) ->
     assert_identical(run(model, inputs), expected)
 
 
+def _of(method: str, targets: tuple[str, ...] = ("q_proj", "query")) -> Any:
+    if method == "lora":
+        return LoraConfig(target_modules=list(targets), init_lora_weights=False)
+    return RegisterConfig(num_registers=2, init_std=1.0)
+
+
+@pytest.mark.parametrize("change", ["delete", "rename"])
+@pytest.mark.parametrize("method", ["registers", "lora"])
+def test_one_is_added_after_the_first_of_its_method_went_or_was_renamed(method: str, change: str) -> None:
+    model, inputs = compose(build("vit"), {"first": _of(method), "second": _of(method)}).eval(), make_inputs("vit")
+    if change == "delete":
+        model.delete_adapter("first")
+    else:
+        rename_adapter(model, "first", "new")
+    expected, active = run(model, inputs), model.active_adapters
+    model.add_adapter("third", _of(method))
+    assert_identical(run(model.eval(), inputs), expected)
+    assert model.active_adapters == active
+    model.set_adapter("third")
+    assert differs(run(model, inputs), expected)
+
+
 def test_a_head_is_renamed_with_its_adapter() -> None:
     model = add_registers(build("vit-classifier"), 4, "old", modules_to_save=["classifier"], init_std=1.0).eval()
     with torch.no_grad():

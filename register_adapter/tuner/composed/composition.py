@@ -270,7 +270,7 @@ class ComposedPeftModel(SavesAll):
         """As in PEFT, for an adapter of any method: the first of a method is active, further ones wait.
 
         Raises:
-            ValueError: As :func:`compose`.
+            ValueError: As :func:`compose`; the model is unchanged.
         """
         check_string(adapter_name)
         base = self.get_base_model()
@@ -278,8 +278,9 @@ class ComposedPeftModel(SavesAll):
         config = copy.deepcopy(peft_config)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-        self.base_model.add(adapter_name, config, low_cpu_mem_usage)
-        cast_adapter_dtype(base, adapter_name, autocast_adapter_dtype)
+        with _all_or_nothing(self, [config]):
+            self.base_model.add(adapter_name, config, low_cpu_mem_usage)
+            cast_adapter_dtype(base, adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make the named adapters the active ones of *their* methods; other methods stay as they are.

@@ -129,7 +129,10 @@ class ComposedTuner(BaseTuner):
             self.model.peft_config = everything
 
     def add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
-        """Put an adapter on the model; the first of its method is active, a further one waits, frozen."""
+        """Put an adapter on the model; the first of its method is active, a further one waits, frozen.
+
+        Whoever calls it puts the model back if it raises.
+        """
         with self._aside.lifted():
             self._add(name, config, low_cpu_mem_usage)
 
@@ -143,21 +146,18 @@ class ComposedTuner(BaseTuner):
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
         kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
         with kept, hooks_lifted(self.model):
-            try:
-                with self.showing(rivals) as mine:
-                    if rivals and method in self._tuners:
-                        tuner = self._tuners[method]
-                        tuner.peft_config = {**mine, name: config}
-                        tuner.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
-                    else:
-                        kind = PEFT_TYPE_TO_TUNER_MAPPING[method]
-                        tuner = kind(self.model, {name: config}, name, low_cpu_mem_usage=low_cpu_mem_usage)
-                    config = tuner.peft_config[name]  # a tuner without configs of its own has those that are shown
-                check_layers(self.model, name)
-            except Exception:
-                self.peft_config[name] = config
-                self._take_off(name)
-                raise
+            with self.showing(rivals) as mine:
+                if rivals and method in self._tuners:
+                    tuner = self._tuners[method]
+                    tuner.peft_config = {**mine, name: config}
+                    # PEFT goes by these; the tuner's own are from when it was made, and may be gone or renamed.
+                    tuner.active_adapter = [other for other in active if other in mine]
+                    tuner.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
+                else:
+                    kind = PEFT_TYPE_TO_TUNER_MAPPING[method]
+                    tuner = kind(self.model, {name: config}, name, low_cpu_mem_usage=low_cpu_mem_usage)
+                config = tuner.peft_config[name]  # a tuner without configs of its own has those that are shown
+            check_layers(self.model, name)
             self.peft_config[name] = config
             self._keep(tuner)
         self._set_active(
