@@ -176,6 +176,20 @@ def test_composed_in_the_context(start: str, inner: bool, base: torch.Tensor) ->
         assert torch.equal(_output(later), base)
 
 
+@pytest.mark.parametrize("kind", ["registers", "lora"])
+def test_behind_the_switch_of_transformers(kind: str) -> None:
+    make = _lora if kind == "lora" else lambda: _registers(2)
+    base = _build()
+    plain = _output(base)
+    base.add_adapter(make(), "old")
+    base.disable_adapters()
+    with pytest.raises(ValueError, match="adapters of ViTModel are switched off"):
+        compose(base, {"later": _registers(3)})
+    assert list(base.peft_config) == ["old"]
+    base.delete_adapter("old")  # nothing is switched off any more
+    assert not torch.allclose(_output(compose(base, {"later": make()}).eval()), plain)
+
+
 def test_in_the_context_of_peft_itself(tmp_path: Path) -> None:
     model = get_peft_model(_build(), _lora()).eval()
     compose(_build(), {"saved": _registers(2)}).save_pretrained(tmp_path)

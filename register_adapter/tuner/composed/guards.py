@@ -50,8 +50,14 @@ def check_switched_on(model: nn.Module) -> None:
         ValueError: It is, and not because a model of this package has set them aside.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    others = [layer for layer in layers if not isinstance(layer, RegisterLayer)]
-    if others and all(layer.disable_adapters for layer in others) and not in_context(model):
+    for layer in layers:
+        if not layer._all_available_adapter_names():  # left behind by adapters that were deleted while they were off
+            layer._disable_adapters = False
+    off = [
+        [layer._disable_adapters for layer in layers if isinstance(layer, RegisterLayer) == ours]
+        for ours in (True, False)
+    ]
+    if any(switches and all(switches) for switches in off) and not in_context(model):
         raise ValueError(
             f"the adapters of {type(model).__name__} are switched off: is this inside `with model.disable_adapter()` "
             "of a PeftModel, or behind disable_adapters()? Add adapters after that context, or behind "
