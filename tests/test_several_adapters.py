@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, differs, run
-from peft import LoraConfig, PeftModel, VeraConfig
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
 
 from register_adapter import (
@@ -121,6 +121,29 @@ def test_an_adapter_may_be_called_like_a_module(names: tuple[str, ...], tmp_path
     loaded, inputs = load_adapters(build("vit"), tmp_path), make_inputs("vit")
     assert set(loaded.active_adapters) == {first, second, "lora"}
     assert_identical(run(loaded, inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["weight", "gate", "limits", "classifier"])
+@pytest.mark.parametrize("way", ["peft", "compose"])
+def test_an_adapter_may_be_called_like_a_tensor_of_another(way: str, name: str, tmp_path: Path) -> None:
+    base, inputs = build("vit-classifier"), make_inputs("vit-classifier")
+    first = RegisterConfig(num_registers=2, gate=0.5, register_neurons={1: [3, 4]}, modules_to_save=["classifier"])
+    model = compose(base, {"a": first}) if way == "compose" else get_peft_model(base, first, "a")
+    model.add_adapter(name, RegisterConfig(num_registers=2, init_std=1.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += parameter.requires_grad * torch.randn_like(parameter)
+    model.eval().save_pretrained(tmp_path)
+    base = build("vit-classifier")
+    if way == "compose":
+        loaded = load_adapters(base, tmp_path)
+    else:
+        loaded = PeftModel.from_pretrained(base, str(tmp_path / "a"), "a")
+        loaded.load_adapter(str(tmp_path / name), name)
+    for chosen in ("a", name):
+        model.set_adapter(chosen)
+        loaded.set_adapter(chosen)
+        assert_identical(run(loaded, inputs), run(model, inputs))
 
 
 def test_a_composed_model_switches_several_registers_beside_lora() -> None:

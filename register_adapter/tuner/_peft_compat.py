@@ -141,9 +141,10 @@ _NO_EMBEDDINGS = (
 
 
 def _save_with(model_cls: Any) -> None:
-    """Have PEFT gather a register adapter's tensors without the base's embedding layers, from what can be loaded.
+    """Have PEFT gather a register adapter's tensors alone, from what can be loaded.
 
-    It would write those along where the vocabulary of a model around the tower was resized, and no loader takes them.
+    It would write the base's embedding layers along where the vocabulary of a model around the tower was resized, which
+    no loader takes, and leave out what has another adapter's name anywhere in its key, be it "weight" or "gate".
     A PEFT without a hook for what a tuner saves (0.18) is given the state by ``model_cls.state_to_save``.
     """
     inherited = peft.utils.save_and_load.get_peft_model_state_dict
@@ -153,21 +154,44 @@ def _save_with(model_cls: Any) -> None:
     def get_peft_model_state_dict(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
-        model = getattr(given.arguments["model"], "_orig_mod", given.arguments["model"])
-        config = getattr(model, "peft_config", {}).get(given.arguments["adapter_name"])
-        if getattr(config, "peft_type", None) == peft_type():
-            if given.arguments["save_embedding_layers"] is True:
+        values = given.arguments
+        model, name = getattr(values["model"], "_orig_mod", values["model"]), values["adapter_name"]
+        configs = getattr(model, "peft_config", {})
+        if getattr(configs.get(name), "peft_type", None) == peft_type():
+            if values["save_embedding_layers"] is True:
                 raise ValueError(_NO_EMBEDDINGS)
-            given.arguments["save_embedding_layers"] = False
+            values["save_embedding_layers"] = False
+            state = model.state_dict() if values["state_dict"] is None else values["state_dict"]
             if not SAVES_BY_TUNER:
-                name, state = given.arguments["adapter_name"], given.arguments["state_dict"]
-                state = model_cls.state_to_save(model, name, model.state_dict() if state is None else state)
-                mark, own = f".{PREFIX}tokens.", f".{PREFIX}tokens.{name}."
-                given.arguments["state_dict"] = {k: v for k, v in state.items() if mark not in k or own in k}
+                state = model_cls.state_to_save(model, name, state)
+            mark, own = f".{PREFIX}tokens.", f".{PREFIX}tokens.{name}."
+            values["state_dict"] = {k: v for k, v in state.items() if mark not in k or own in k}
+            values["model"] = with_one(model, name)
         return inherited(*given.args, **given.kwargs)
 
     for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model, peft.functional):
         holder.get_peft_model_state_dict = get_peft_model_state_dict
+
+
+def view_of(module: Any, **attributes: Any) -> Any:
+    """Another object with a module's state, its very modules and tensors, but for these attributes."""
+    view = object.__new__(type(module))  # FSDP2 makes copies by a class's own, which wants arguments
+    view.__dict__.update({**vars(module), **attributes})
+    return view
+
+
+def with_one(model: Any, name: str) -> Any:
+    """A view of a model with one adapter's config in sight, since other threads run or save the model meanwhile.
+
+    ``viewed`` is the model itself, which may be the tower too.
+    """
+    shown = {name: model.peft_config[name]}
+    if "peft_config" in vars(model):
+        return view_of(model, peft_config=shown, viewed=model)
+    tuner = model.base_model
+    field = "shown" if hasattr(tuner, "shown") else "peft_config"
+    parts = {**model._modules, "base_model": view_of(tuner, **{field: shown})}
+    return view_of(model, _modules=parts, viewed=model)
 
 
 def renamed_by_transformers(model: nn.Module) -> Callable[[str], str]:

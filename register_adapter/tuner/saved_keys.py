@@ -132,11 +132,10 @@ def state_to_save(model: nn.Module, adapter_name: str, state_dict: dict[str, tor
     """
     own = f".register_adapter_tokens.{adapter_name}."
     if not any(own in key for key in state_dict):
-        # PEFT drops every key with another adapter's name anywhere in it, be it "registers".
         state_dict = model.state_dict()
     if any(own in key and value.is_meta for key, value in state_dict.items()):
         state_dict = state_with_values(model)
     if not getattr(model, "renews_bases", False):
-        renew_bases(model)
+        renew_bases(vars(model).get("viewed", model))
         check_savable(state_dict, adapter_name)  # the others do so themselves, and look at what is still to come
     return state_dict

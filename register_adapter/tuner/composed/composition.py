@@ -31,7 +31,7 @@ from .folder import SavedAdapter, check_alone, fetch_folder, holds_several, read
 from .guards import check_heads, check_switched_on, flags_kept
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
-from .saving import SavesAll, adapter_tensors, write_adapters
+from .saving import SavesAll, adapter_tensors, keys_of_others, write_adapters
 from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
@@ -154,6 +154,8 @@ def load_adapters(
             # PEFT takes any key with these letters in it for the adapter's.
             end = PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]
             unread = _unread(composed, result.missing_keys)
+            foreign = keys_of_others(composed, adapter.name)
+            unread = [key for key in unread if not f"{key}.".startswith(foreign)]
             missing = [key for key in unread if adapter.name in key.rpartition(end)[2].split(".")]
             # PEFT 0.18 draws VeRA's shared projections again from their seed, and leaves the saved ones unread.
             drawn = tuple(f"base_model.{child}" for child in composed.base_model.shared)

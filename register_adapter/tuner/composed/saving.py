@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +16,7 @@ from ...utils.adapter_file import check_plain, check_savable_values
 from ...utils.hub import MANIFEST_NAME, check_folder
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
+from .._peft_compat import with_one
 from ..checks.copied_layers import check_own_layers
 from ..fields import check_known, check_string
 from ..layer import renew_bases
@@ -27,7 +27,7 @@ from .folder import read_folder, write_folder
 from .relocate import relocated, tower_path
 from .tuner import ComposedTuner
 
-__all__ = ["SavesAll", "adapter_tensors", "write_adapters"]
+__all__ = ["SavesAll", "adapter_tensors", "keys_of_others", "write_adapters"]
 
 
 def write_adapters(
@@ -68,25 +68,23 @@ def adapter_tensors(composed: SavesAll, name: str, state: dict[str, torch.Tensor
     PEFT leaves out every key with another adapter's name *anywhere* in it: an adapter called "registers", or like any
     module of the base, would take the others' tensors along. So the others are left out here, where their names stand.
     """
-    others = [other for other in composed.peft_config if other != name]
-    foreign = [f"base_model.{child}.{other}." for child in composed.base_model.shared for other in others]
-    for path, module in composed.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            tables = (*module.adapter_layer_names, *module.other_param_names)
-            foreign += [f"{path}.{table}.{other}." for table in tables for other in others]
-    own = {key: value for key, value in state.items() if not f"{key}.".startswith(tuple(foreign))}
+    foreign = keys_of_others(composed, name)
+    own = {key: value for key, value in state.items() if not f"{key}.".startswith(foreign)}
     return cast(
         "dict[str, torch.Tensor]",
-        get_peft_model_state_dict(_with_one(composed, name), own, adapter_name=name, save_embedding_layers=False),
+        get_peft_model_state_dict(with_one(composed, name), own, adapter_name=name, save_embedding_layers=False),
     )
 
 
-def _with_one(composed: SavesAll, name: str) -> SavesAll:
-    """The same modules with one adapter's config: a view, since other threads run or save the model meanwhile."""
-    view, tuner = copy.copy(composed), copy.copy(composed.base_model)
-    tuner.__dict__["shown"] = {name: composed.peft_config[name]}
-    view.__dict__["_modules"] = {**composed._modules, "base_model": tuner}
-    return view
+def keys_of_others(composed: SavesAll, name: str) -> tuple[str, ...]:
+    """How the keys of the other adapters' tensors begin, with the adapter's name and a dot at their end."""
+    others = [other for other in composed.peft_config if other != name]
+    begins = [f"base_model.{child}.{other}." for child in composed.base_model.shared for other in others]
+    for path, module in composed.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            tables = (*module.adapter_layer_names, *module.other_param_names)
+            begins += [f"{path}.{table}.{other}." for table in tables for other in others]
+    return tuple(begins)
 
 
 class SavesAll(PeftModel):
