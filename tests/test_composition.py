@@ -576,6 +576,17 @@ def test_peft_refuses_registers_in_its_mixed_model_before_this_package_is_asked(
     snapshot.check()
 
 
+def test_a_batch_without_adapters_is_the_bases() -> None:
+    model, inputs = pair(modules_to_save=["classifier"]), make_inputs("vit-classifier")
+    assert_identical(run(model, inputs, adapter_names=["__base__"] * 2), run(build("vit-classifier"), inputs))
+    for names, mode, message in (
+        (["__base__"], False, "1 names for a batch of 2"),
+        (["__base__"] * 2, True, "training"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model.train(mode), inputs, adapter_names=names)
+
+
 def test_adapter_names_of_several_methods_in_one_batch_are_refused() -> None:
     model, inputs = pair(), make_inputs("vit-classifier")
     with pytest.raises(ValueError, match="must be of one method"):

@@ -24,7 +24,7 @@ from ._peft_compat import PREFIX, remap_on_load
 from .checks.dry_run import check_anatomy
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .config import RegisterConfig
-from .fields import check_name, check_string
+from .fields import check_name
 from .heads import (
     check_adapter_name,
     fit_heads,
@@ -34,6 +34,7 @@ from .heads import (
     warn_of_new_weights,
     without_left_out,
 )
+from .hooks.choice import check_batch
 from .layer import BASE, RegisterLayer, attached_layers, register_layers
 from .left_out import follow_contexts
 from .reading import naming
@@ -217,20 +218,13 @@ class RegisterModel(BaseTuner):
             yield
             return
         layers = register_layers(self.model)
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
-        for name in names:
-            check_string(name)
+        check_batch(names, args, kwargs, self.training)
         known = [name for layer in layers for name in layer.names]
         if unknown := sorted({*names} - {*known, BASE}):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has the register "
                 f"adapters {known}"
             )
-        images = kwargs.get("pixel_values", next(iter(args), None))
-        batch = len(images) if isinstance(images, torch.Tensor) and images.ndim in (3, 4) else len(names)
-        if len(names) != batch:
-            raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one per image")
         with ExitStack() as stack:
             for layer in layers:
                 own = [name if name in layer.names else BASE for name in names]

@@ -23,7 +23,7 @@ from ...errors import AdapterFileError
 from ...utils.arguments import check_mapping
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
-from ..hooks.choice import BASE, EVERYONE
+from ..hooks.choice import BASE, EVERYONE, check_batch
 from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
@@ -322,7 +322,11 @@ class ComposedPeftModel(SavesAll):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            names = set(check_known(kwargs.get("adapter_names") or (), [*self.peft_config, BASE])) - {BASE}
+            given = kwargs.get("adapter_names")
+            names = set(check_known(given or (), [*self.peft_config, BASE])) - {BASE}
+            if given is not None and not names:  # no adapter, and so no method, is named
+                check_batch(given, args, kwargs, self.training)
+                stack.enter_context(self.base_model.without([EVERYONE]))
             if names:
                 tuner = self.base_model.tuner_of(names)
                 tuner.training = self.training  # it is not a submodule, and train() does not reach it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -12,17 +12,41 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..fields import check_string
 from ..heads import HeadLabels
 from ..registers import Placement, RegisterTokens, Segment
 from .attention import AttentionHooks, reads_implementation
 from .base import ATTACHING
 
-__all__ = ["BASE", "EVERYONE", "Choice"]
+__all__ = ["BASE", "EVERYONE", "Choice", "check_batch"]
 
 #: Among ``adapter_names``, PEFT's name for an image without an adapter.
 BASE = "__base__"
 #: Among names that are left out, all adapters, those that come meanwhile too; no adapter can have it for a name.
 EVERYONE = ""
+
+
+def check_batch(names: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> None:
+    """Whether ``adapter_names=`` has a name for each image of a batch.
+
+    Args:
+        names: What was given.
+        args: The other arguments of the pass.
+        kwargs: Those by keyword.
+        training: Whether the model is in training mode.
+
+    Raises:
+        ValueError: It is in training mode, or the names are not as many as the images.
+        TypeError: A name is not a string.
+    """
+    if training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
+    for name in names:
+        check_string(name)
+    images = kwargs.get("pixel_values", next(iter(args), None))
+    batch = len(images) if isinstance(images, torch.Tensor) and images.ndim in (3, 4) else len(names)
+    if len(names) != batch:
+        raise ValueError(f"adapter_names has {len(names)} names for a batch of {batch} images; give one per image")
 
 
 class Choice(AttentionHooks):
