@@ -58,3 +58,29 @@ def test_hooks_stay_where_they_are(way: str) -> None:
     assert list(map(id, layer._handles)) == list(map(id, before))
     model.add_adapter("late", RegisterConfig(num_registers=1, register_neurons={0: [1]}, init="test_time"))
     assert list(map(id, layer._handles)) != list(map(id, before))
+
+
+def test_two_threads_add_adapters() -> None:
+    model, inputs = add_registers(build("vit"), init_std=1.0).eval(), make_inputs("vit")
+    expected, failed, switching = run(model, inputs), [], sys.getswitchinterval()
+
+    def add(name: str) -> None:
+        for number, way in enumerate((*WAYS, *WAYS)):
+            try:
+                model.add_adapter(f"{name}{number}", RegisterConfig(**WAYS[way]))
+            except Exception as error:
+                if "dictionary changed size" not in str(error):  # PEFT's own, for LoRA too
+                    failed.append(error)
+
+    threads = [threading.Thread(target=add, args=(name,)) for name in "pq"]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(switching)
+    assert not failed
+    assert_close(run(model, inputs), expected)
+    assert set(model.peft_config) <= set(find_register_layer(model).names)

@@ -34,6 +34,7 @@ from .heads import (
     warn_of_new_weights,
     without_left_out,
 )
+from .hooks.base import ATTACHING
 from .hooks.choice import check_batch
 from .layer import BASE, RegisterLayer, attached_layers, register_layers
 from .left_out import follow_contexts
@@ -97,7 +98,12 @@ class RegisterModel(BaseTuner):
         given = self.peft_config[adapter_name]
         if not isinstance(given, RegisterConfig):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
-        with unchanged_if_refused(model) as before, naming(given.folder) if given.folder else nullcontext():
+        folder = naming(given.folder) if given.folder else nullcontext()
+        with (
+            ATTACHING,
+            unchanged_if_refused(model) as before,
+            folder,
+        ):  # one thread at a time
             before.forget(adapter_name)
             check_name(adapter_name)
             try:
