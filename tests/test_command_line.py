@@ -98,9 +98,10 @@ def test_help_shows_flags_with_hyphens_only(
         assert "usage: register-adapter train" in text
         assert {"--model-name-or-path", "--freeze-head", "--json", "--quiet"} <= set(re.findall(r"--[\w-]+", text))
         assert "`--objective NAME --help`" in " ".join(text.split())  # where the other flags are
-    # An older typer shows no arguments; docs/commands.md
     takes_more = command in {"audit", "eval", "features", "fit", "probe"}
-    assert ("OpenCLIP" in text) == (takes_more and (command == "train" or "Arguments" in text))
+    if takes_more and "a name on the Hub" not in " ".join(text.split()):
+        pytest.skip("this version of typer shows no help for arguments")
+    assert ("OpenCLIP" in text) == takes_more  # docs/commands.md
 
 
 def test_without_a_command_there_is_help(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -64,5 +64,5 @@ def test_a_tensor_under_another_key(load: Callable[[Path, Path], Any], part: str
     if load is _by_peft and REMAPS:  # finds them by the end of their key
         assert torch.equal(run(load(folder, tmp_path).eval(), make_inputs("vit"))["last_hidden_state"], expected)
         return
-    with pytest.raises(AdapterFileError, match=r"got no .* register values"):
+    with pytest.raises(AdapterFileError, match=r"got no .* register values|found 0 among"):
         load(folder, tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import os
@@ -15,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hub_server import HubServer
+from huggingface_hub import HfApi
 from peft import AutoPeftModel
 from processes import launched_as, run_killed, run_module, run_two_processes
 from safetensors.torch import load_file
@@ -147,7 +150,8 @@ def test_a_function_that_processes_images_costs_no_result(tmp_path: Path) -> Non
     model = add_registers(ViTForImageClassification.from_pretrained(vit))
     objective = ClassificationObjective(freeze_head=True)
     processor = AutoImageProcessor.from_pretrained(vit)
-    train(model, objective, scenes, args, image_processor=lambda image: processor(image).pixel_values[0])
+    process = functools.partial(processor, return_tensors="pt")
+    train(model, objective, scenes, args, image_processor=lambda image: process(image).pixel_values[0])
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "results.json"} <= written
     assert "preprocessor_config.json" not in written
@@ -572,6 +576,8 @@ def test_what_cannot_be_pushed_is_told_before_training(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    if name == "author/there" and "write" not in inspect.signature(HfApi.auth_check).parameters:
+        pytest.skip("this version of huggingface_hub does not tell whether a repository can be written to")
     monkeypatch.setattr("register_adapter.training.loop.Loop.fit", lambda loop: pytest.fail("trained"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)

@@ -32,6 +32,7 @@ SELECTING += ("--greater-is-better", "true")
 @pytest.fixture(autouse=True)
 def _listens(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A shell's background processes ignore Ctrl-C, and a run leaves what is ignored alone."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)  # set by the TrainingArguments of transformers 4
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

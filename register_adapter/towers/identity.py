@@ -31,6 +31,15 @@ __all__ = ["TowerIdentity", "check_finite_base", "fingerprint", "identity_now", 
 BUCKETS = 8
 COLUMNS = 4096
 TOLERANCE = 0.02
+#: What wrappers call what they wrap: PEFT's, torch's.
+_WRAPPERS = {
+    "original_module",
+    "base_layer",
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 
 
 def is_finite(number: float) -> bool:
@@ -67,7 +76,12 @@ def _parts(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by name, in one order: transformers 4 has the MLP of ViT and its kin before the norms, 5 behind."""
     for block, module in blocks.named_children():
         inside = module.named_modules(prefix=block)
-        yield from sorted(inside, key=lambda part: part[0].split(".")[1:2] in (["intermediate"], ["output"]))
+        yield from sorted(inside, key=lambda part: _in_block(part[0]) in ("intermediate", "output"))
+
+
+def _in_block(name: str) -> str:
+    """The part of a block that a module belongs to, also where something is wrapped around the block."""
+    return next((part for part in name.split(".")[1:] if part not in _WRAPPERS), "")
 
 
 def _biases(blocks: nn.Module) -> Iterator[torch.Tensor]:
