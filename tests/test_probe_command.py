@@ -71,6 +71,8 @@ def test_without_classes_only_places_and_pixels_are_probed(folder: Path, tmp_pat
     scenes = SceneDataset(30, seed=5, split=None)
     for index in range(30):
         scenes[index]["image"].save(flat / f"{index}.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "registers.json").write_text("an earlier run's")
     said = run_here("probe", str(folder / "model"), str(flat), "--out", str(tmp_path / "out"), "--min_images", "20")
     assert "has no registers" in said
     assert not (tmp_path / "out" / "registers.json").exists()

@@ -122,6 +122,8 @@ def run_probes(args: ProbeArguments) -> list[Probed]:
         for kind, reports in to_dict(probed).items():
             if reports:
                 (folder / f"{kind}.json").write_text(json.dumps(reports, indent=1, allow_nan=False) + "\n", "utf-8")
+    if all(model.registers is None for model in probed):  # an earlier run's are of another model than the probes now
+        Path(args.output_dir, "registers.json").unlink(missing_ok=True)
     return probed
 
 
