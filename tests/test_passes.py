@@ -94,7 +94,7 @@ def test_too_few_labels_are_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_halves_are_the_whole(size: int) -> None:
-    pixels = torch.arange(3 * size).reshape(size, 3)
+    pixels = torch.arange(3.0 * size).reshape(size, 3)
     batches = [{"pixel_values": pixels, "labels": torch.arange(size), "size": torch.tensor(7)}]
     for batch in open_pass(load_vit(), batches, with_labels=True):
         halves = [batch.half(second) for second in (False, True)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -581,6 +582,8 @@ def test_what_cannot_be_pushed_is_told_before_training(
     monkeypatch.setattr("register_adapter.training.loop.Loop.fit", lambda loop: pytest.fail("trained"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    if hasattr(huggingface_hub.utils, "reset_sessions"):  # older ones keep a session that was opened offline
+        huggingface_hub.utils.reset_sessions()
     for module in ("register_adapter.training.saving", "register_adapter.utils.hub", "huggingface_hub.utils._headers"):
         monkeypatch.setattr(f"{module}.get_token", lambda: token)
     with HubServer({"hf_Author": "author", "hf_Other": "other"}) as server:
