@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ from register_adapter.training import (
     train,
     wrap,
 )
-from register_adapter.training.checkpoints import CheckpointError
+from register_adapter.training.checkpoints import CheckpointError, read_state
 from register_adapter.training.launch import main
 
 pytestmark = pytest.mark.slow
@@ -348,6 +349,37 @@ def test_a_damaged_checkpoint_is_refused(
         (copied / file).write_bytes(whole[: len(whole) // 2])
         refused(flags(vit, photos, tmp_path / file, *more), 1)
         assert file in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("global_step", value) for value in (float("nan"), 10**30, -3, 1.5, "a")),
+        *(("epoch", value) for value in (-1, True)),
+        *(("step", value) for value in (-5, None)),
+        *(("settings", value) for value in (None, [])),
+        *(("evaluations", value) for value in (5, [1], [{}])),
+    ],
+)
+def test_numbers_that_no_run_has_are_refused(name: str, value: Any, checkpoint: Path, tmp_path: Path) -> None:
+    copied = copy_run(checkpoint, tmp_path / "run")
+    state = json.loads((copied / "train_state.json").read_text())
+    read_state(copied, state["settings"])
+    (copied / "train_state.json").write_text(json.dumps({**state, name: value}))
+    with pytest.raises(CheckpointError, match=r"train_state\.json is damaged: .*Start anew in another output_dir"):
+        read_state(copied, state["settings"])
+
+
+def test_changed_tensors_of_a_checkpoint_are_damaged(checkpoint: Path, tmp_path: Path) -> None:
+    copied = copy_run(checkpoint, tmp_path / "run")
+    settings = json.loads((copied / "train_state.json").read_text())["settings"]
+    tensors = torch.load(copied / "train_state.pt", weights_only=True)
+    torch.save({**tensors, "optimizer": {**tensors["optimizer"], "state": {}}}, copied / "train_state.pt")
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoint-0")
+    with pytest.raises(
+        CheckpointError, match=r"train_state\.pt is not the file .*another checkpoint: \['checkpoint-0'\]"
+    ):
+        read_state(copied, settings)
 
 
 def test_other_settings_are_refused_on_resumption(

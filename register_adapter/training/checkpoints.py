@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 import shutil
 from collections.abc import Sequence
@@ -27,7 +26,8 @@ from torch import nn
 from ..errors import RegisterAdapterError
 from ..tuner.composed import ComposedPeftModel
 from ..utils.adapter_file import read_tensors
-from ..utils.files import open_regular, parse_json, read_text
+from ..utils.arguments import check_mapping, check_whole
+from ..utils.files import checksum, open_regular, parse_json, read_text
 from ..utils.parameters import trained_parameters
 from ..utils.random_states import random_state, same_random_state, set_random_state
 from ..utils.staging import naming_files, scratch_folder
@@ -54,6 +54,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE, _TENSORS, _ADAPTER = "train_state.json", "train_state.pt", "adapter_model.safetensors"
 #: The adapter of the best evaluation so far, where that is to be saved at the end.
 _BEST = "best_model.safetensors"
+#: More steps than any run has.
+_FARTHEST = 10**12
 #: A difference here changes how long the run is, not what a step does.
 _MAY_CHANGE = ("max_train_steps", "num_train_epochs")
 
@@ -72,6 +74,11 @@ class TrainState:
         step: Batches of that epoch done, per process.
         settings: What must be the same on resumption for the same result.
         evaluations: ``step`` and the metrics of each evaluation on the way.
+        files: Checksum by name of the checkpoint's files with tensors; those of older releases have none.
+
+    Raises:
+        TypeError: A value is of another kind.
+        ValueError: A number is negative, or no run gets that far.
     """
 
     global_step: int = 0
@@ -79,6 +86,17 @@ class TrainState:
     step: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("global_step", "epoch", "step"):
+            check_whole(name, getattr(self, name), least=0)
+            if getattr(self, name) > _FARTHEST:
+                raise ValueError(f"{name} is {getattr(self, name)}")
+        for name in ("settings", "files"):
+            check_mapping(name, getattr(self, name), "by name")
+        if not all(isinstance(entry, dict) and "step" in entry for entry in self.evaluations):
+            raise TypeError("evaluations must be numbers by name, 'step' among them")
 
 
 def find_all(output_dir: str | Path) -> list[Path]:
@@ -162,7 +180,9 @@ def save(
                 _write_tensors(tensors, new / _TENSORS)
                 if best is not None:
                     save_file({name: tensor.contiguous() for name, tensor in best.items()}, new / _BEST)
-                (new / _STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", "utf-8")
+                written = sorted(path for path in new.rglob("*") if path.suffix in (".pt", ".safetensors"))
+                files = {path.relative_to(new).as_posix(): checksum(path) for path in written}
+                (new / _STATE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2) + "\n", "utf-8")
             if target.exists():  # a run resumed from an earlier checkpoint comes by here again
                 target.replace(scratch / "old")
             new.replace(target)
@@ -244,7 +264,11 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
     try:
         state = TrainState(**parse_json(read_text(checkpoint / _STATE)))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / _STATE} is damaged: {error}") from error
+        raise CheckpointError(f"{checkpoint / _STATE} is damaged: {error}. {_others(checkpoint)}") from error
+    for name, digest in state.files.items():
+        path = checkpoint / name
+        if not path.is_file() or checksum(path) != digest:
+            raise CheckpointError(f"{path} is not the file that the run wrote: it is damaged. {_others(checkpoint)}")
     names = sorted(set(settings) | set(state.settings))
     changed = [name for name in names if settings.get(name) != state.settings.get(name)]
     listed = "; ".join(f"{name}: {state.settings.get(name)!r}, now {settings.get(name)!r}" for name in changed)
@@ -256,6 +280,11 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
     if changed:
         logger.warning("resuming a run of another length (%s): the schedule follows the new length", listed)
     return state
+
+
+def _others(checkpoint: Path) -> str:
+    names = [path.name for path in find_all(checkpoint.parent) if path.name != checkpoint.name]
+    return f"Go on from another checkpoint: {names}" if names else "Start anew in another output_dir"
 
 
 def load(
@@ -285,8 +314,9 @@ def load(
         for callback, own in zip(callbacks, tensors.get("callbacks", ()), strict=False):
             callback.load_state_dict(model, own)
         return tensors["random"][accelerator.process_index]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {error})") from error
+    except Exception as error:  # whatever becomes of a file that is damaged, or of another kind
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {said})") from error
 
 
 def adapter_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any] | None:
