@@ -46,15 +46,15 @@ def read_image_folder(folder: str | Path, labels: Sequence[str] | None = None) -
         raise ValueError(f"{root} is not a folder")
     visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     classes = [path for path in visible if path.is_dir() and not leads_up(path)]
-    names = list(labels) if labels is not None else [printable(path.name) for path in classes]
+    shown = [printable(path.name) for path in classes]
+    names = list(labels) if labels is not None else shown
     if not classes:
         raise ValueError(f"{root} has no sub-folders; expected one for each class, such as {root}/cat/1.jpg")
-    shown = [printable(path.name) for path in classes]
     if len(set(shown)) < len(shown):
         twice = next(name for name in shown if shown.count(name) > 1)
         found = [os.fsencode(path.name) for path in classes if printable(path.name) == twice]
         raise ValueError(f"{root} has {len(found)} class folders that are shown as {twice!r}: {found}; rename one")
-    unknown = [printable(path.name) for path in classes if printable(path.name) not in names]
+    unknown = [name for name in shown if name not in names]
     if unknown:
         raise ValueError(f"{root} has the classes {unknown}, which the training set lacks; it has {names}")
     loose = [printable(path.name) for path in visible if path not in classes]

@@ -99,11 +99,7 @@ class RegisterModel(BaseTuner):
         if not isinstance(given, RegisterConfig):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
         folder = naming(given.folder) if given.folder else nullcontext()
-        with (
-            ATTACHING,
-            unchanged_if_refused(model) as before,
-            folder,
-        ):  # one thread at a time
+        with ATTACHING, unchanged_if_refused(model) as before, folder:
             before.forget(adapter_name)
             check_name(adapter_name)
             try:

@@ -198,15 +198,13 @@ class RegisterPeftModel(PeftModel):
         state_dict: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Every adapter without the registers of the others, which PEFT 0.18 would write along."""
+        """The adapters, from one state of the model with their values."""
         state = state_with_values(self) if state_dict is None else state_dict
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
         renew_bases(self)
-        for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
-            foreign = [f".register_adapter_tokens.{other}." for other in self.peft_config if other != name]
-            own = {key: value for key, value in state.items() if not any(part in key for part in foreign)}
-            super().save_pretrained(
-                str(folder), is_main_process=is_main_process, selected_adapters=[name], state_dict=own, **kwargs
-            )
+        super().save_pretrained(
+            str(folder), is_main_process=is_main_process, selected_adapters=names, state_dict=state, **kwargs
+        )
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the adapter's model card into ``output_dir``, keeping the text of one that is there."""
