@@ -481,6 +481,33 @@ def test_a_new_input_size_and_a_new_head_of_timm() -> None:
     assert call("intermediates-nlc", model, images(64))["1.0"].shape == (2, 4 * PATCHES, WIDTH)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("first", [True, False], ids=["registers-first", "net-first"])
+@pytest.mark.parametrize("name", ["timm", "dinov3-timm"])
+def test_what_timm_collects_by_hooks_is_without_registers(name: str, first: bool, mode: str) -> None:
+    """``features_only=True, feature_cls="hook"``: its maps had rows of registers."""
+
+    def collecting(base: Any) -> Any:
+        base.feature_info = [{"module": f"blocks.{i}", "num_chs": WIDTH, "reduction": 8} for i in range(BLOCKS)]
+        return timm.models.FeatureHookNet(base, out_indices=range(BLOCKS))
+
+    base = build_stack(name)
+    plain = collecting(build_stack(name))(images())
+    net = None if first else collecting(base)
+    model = add_registers(base if first else net, R, init_std=1.0, **MODES[mode]).eval()
+    net = collecting(base) if first else model
+    with torch.no_grad():
+        expected = base.forward_intermediates(
+            images(), output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        )
+        expected = [torch.cat([prefix, patches], dim=1) for patches, prefix in expected]
+        torch.testing.assert_close(net(images()), expected)
+        with model.disable_adapter():
+            torch.testing.assert_close(net(images()), plain, rtol=0, atol=0)
+        base.norm_pre.compile(backend="eager")  # where registers enter: no eager hook sees the sequence before
+        torch.testing.assert_close(net(images()), expected)
+
+
 # What is refused
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...towers.calls import first_of, hidden_states_of, place_of_argument, with_first, with_hidden_states
+from .collected import cut_collected
 from .masks import grow_masks
 from .recomputation import checkpoints_reentrantly
 from .recording import RecordingHooks, is_recorded
@@ -117,7 +118,16 @@ class SequenceHooks(RecordingHooks):
         return self._grow_mask(args, kwargs) if self.tower.anatomy.insert_at == "output" else None
 
     def _end_pass_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._counts and not is_recorded(*args, output):
+            cut_collected(self.tower.part("blocks"), self._without_registers)
         self._end_pass()
+
+    def _without_registers(self, block: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What block ``block`` returned ``(B, N, D)``, without registers; of another pass, as it is."""
+        length, count = hidden_states.shape[1], self.count_at(block)
+        if self.call.length and length != self.call.length + count:
+            return hidden_states
+        return cast(torch.Tensor, cut_tokens(hidden_states, self.prefix, count, length))
 
     def _insert(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         if self._leaves_to_graph(hidden_states):
