@@ -47,6 +47,40 @@ def test_a_replaced_norm_gets_the_hooks(name: str, make: Any, options: dict[str,
     assert_identical(run(model, inputs), run(again, inputs))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "field", "options"),
+    [
+        ("vit", "embeddings", {}),
+        ("open_clip", "embeddings", {"deep": True}),
+        ("vit", "mlp_out", {"register_neurons": {0: [0, 3, 7]}}),
+    ],
+    ids=["embeddings", "norm", "neurons"],
+)
+def test_a_graph_of_replaced_modules_is_refused_until_the_hooks_have_moved(
+    name: str, field: str, options: dict[str, Any]
+) -> None:
+    """Three patches were cut, or no register or neuron took part any more."""
+    base, pixels = (build(name), make_inputs(name)["pixel_values"]) if name == "vit" else (build_stack(name), images())
+    model = add_registers(base, 3, init_std=1.0, **options).eval()
+    tower = find_tower(model)
+    old = tower.block_part(0, field) if field == "mlp_out" else tower.part(field)
+    path = next(path for path, module in tower.module.named_modules() if module is old)
+    place, _, attribute = path.rpartition(".")
+    plain = build(name) if name == "vit" else build_stack(name)
+    torch._dynamo.reset()
+    compiled, broken = (torch.compile(model, backend="eager", fullgraph=whole) for whole in (True, False))
+    with torch.no_grad():
+        expected = flatten(model(pixels))
+        torch.testing.assert_close(flatten(compiled(pixels)), expected)
+        setattr(tower.module.get_submodule(place), attribute, plain.get_submodule(path))
+        with pytest.raises(Exception, match="were replaced or wrapped after the registers were added"):
+            compiled(pixels)
+        torch.testing.assert_close(flatten(broken(pixels)), expected)
+        torch.testing.assert_close(flatten(model(pixels)), expected)
+        torch.testing.assert_close(flatten(compiled(pixels)), expected)
+
+
 def test_registers_that_do_not_come_out_are_an_error() -> None:
     model, inputs = add_registers(build("vit"), 3).eval(), make_inputs("vit")
     tower = find_tower(model)

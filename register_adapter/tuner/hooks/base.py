@@ -124,14 +124,8 @@ class LayerHooks:
             self.call.trains = torch.is_grad_enabled()
             if self.call.trains:
                 carry(self.tower.module, self, self._resume)
-        elif late := [segment for segment in self.segments if segment.placement.insert_layer]:
-            # A graph may be of a model that has lost blocks since its last pass.
-            count = len(self.tower.part("blocks"))
-            if any(segment.placement.insert_layer >= count for segment in late):
-                raise UnsupportedModelError(
-                    f"{type(self.tower.module).__name__} has {count} blocks now, and registers enter behind the last "
-                    "one. Put the blocks back, or take the adapter off and add one that fits."
-                )
+        elif segments := self.segments:
+            self._check_graph(segments)
 
     def _resume(self) -> Callable[[], AbstractContextManager[None]]:
         resumed = self.call.resume()
@@ -175,8 +169,28 @@ class LayerHooks:
                         _drop_copied_hooks(part, self)
                 self.attach()
 
-    def _is_hooked(self, points: list[Any]) -> bool:
-        return len(points) == len(self._hooked) and all(map(operator.is_, points, self._hooked))
+    def _check_graph(self, segments: list[Segment]) -> None:
+        """A graph may be of a model that has lost or got modules since its last pass: hooks do not move in it.
+
+        Raises:
+            UnsupportedModelError: Registers enter behind the last block, or a module that needs a hook has none.
+        """
+        name, count = type(self.tower.module).__name__, len(self.tower.part("blocks"))
+        if any(segment.placement.insert_layer >= count for segment in segments):
+            raise UnsupportedModelError(
+                f"{name} has {count} blocks now, and registers enter behind the last one. Put the blocks back, or take "
+                "the adapter off and add one that fits."
+            )
+        if not self._is_hooked([_unwrapped(point) for point in self._all_points()], unwrapped=True):
+            raise UnsupportedModelError(
+                f"modules of {name} were replaced or wrapped after the registers were added, and their hooks do not "
+                "move inside of a compiled model. Call the model once uncompiled, under torch.no_grad() if you like, "
+                "and compile it then."
+            )
+
+    def _is_hooked(self, points: list[Any], unwrapped: bool = False) -> bool:
+        hooked = [_unwrapped(point) for point in self._hooked] if unwrapped else self._hooked
+        return len(points) == len(hooked) and all(map(operator.is_, points, hooked))
 
     def _end_pass(self) -> None:
         if not torch.compiler.is_compiling():
@@ -305,6 +319,13 @@ def _drop_copied_hooks(module: Any, layer: LayerHooks) -> None:
             owner = getattr(getattr(hook, "func", hook), "__self__", None)
             if isinstance(owner, LayerHooks) and owner is not layer:
                 del hooks[key]
+
+
+def _unwrapped(module: Any) -> Any:
+    """A module without what compiles or checkpoints it, and calls its hooks."""
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        module = getattr(module, name, module)
+    return module
 
 
 def _is_compiled(module: Any) -> bool:
