@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from training_helpers import ROOT, adapter_bytes, write_vit
 from transformers import TrainingArguments
 
-from register_adapter import add_registers
+from register_adapter import RegisterConfig, add_registers
 from register_adapter.testbed import load_vit
 from register_adapter.training import (
     ClassificationObjective,
     DistillationObjective,
+    NormObjective,
     Objective,
     PreservationObjective,
     WeightedTerms,
@@ -62,11 +63,48 @@ def trainer(folder: Path, objective: Objective | None = None, **options: Any) ->
 def test_metrics_are_means_over_the_whole_set(tmp_path: Path) -> None:
     ours = trainer(tmp_path, None, per_device_eval_batch_size=2)
     metrics = ours.evaluate()
-    batch = ours.objective.collate(items(3))
-    values = ours.objective.evaluate(ours.model.eval(), batch)
+    batch = ours.trained_on.collate(items(3))
+    values = ours.trained_on.evaluate(ours.model.eval(), batch)
     assert {f"eval_{name}" for name in values} <= set(metrics)
     for name, value in values.items():
         assert metrics[f"eval_{name}"] == pytest.approx(value.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"eval_do_concat_batches": False}, {"batch_eval_metrics": True}])
+def test_metrics_are_the_same_batch_by_batch(options: dict[str, Any], tmp_path: Path) -> None:
+    ours = trainer(tmp_path, None, per_device_eval_batch_size=2, **options)
+    wanted = trainer(tmp_path, None, per_device_eval_batch_size=2).evaluate()
+    for _ in range(2):  # an evaluation leaves nothing to the next
+        metrics = ours.evaluate()
+        for name in ("eval_loss", "eval_distillation", "eval_preserve"):
+            assert metrics[name] == pytest.approx(wanted[name], rel=1e-4)
+
+
+def test_a_search_for_hyperparameters_makes_models_that_the_objective_is_made_ready_for(tmp_path: Path) -> None:
+    ready = []
+
+    class Watched(DistillationObjective):
+        def prepare(self, model: torch.nn.Module, images: Any) -> None:
+            ready.append((model, len(images)))
+            super().prepare(model, images)
+
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    make = {"model_init": lambda: add_registers(load_vit(), 2)}
+    ours = RegisterTrainer(None, args, Watched(num_views=2), items(), items(3), **make)
+    for _trial in range(2):
+        ours.objective = None  # as every backend of the search does before a trial
+        ours.train()
+        assert ready[-1] == (ours.model, 10)
+    assert np.isfinite(ours.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("objective", [DistillationObjective(num_views=2), PreservationObjective(), NormObjective()])
+def test_a_model_whose_adapters_have_no_switch_is_refused_by_name(objective: Objective, tmp_path: Path) -> None:
+    base = load_vit()
+    base.add_adapter(RegisterConfig(num_registers=2))
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    with pytest.raises(TypeError, match=r"disable_adapter\(\).*found ViTForImageClassification"):
+        RegisterTrainer(base, args, objective, items()).train()
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ...artifacts.auditing import audit_outliers
@@ -17,6 +16,7 @@ from ...artifacts.rules import Threshold
 from ...data.datasets import PixelBatches
 from ...errors import NoArtifactsError
 from .terms import Term
+from .tokens import with_switch
 
 __all__ = ["AuditedTerm", "Outliers", "audit_base"]
 
@@ -69,8 +69,9 @@ def audit_base(model: nn.Module, images: Any, rule: str = "auto", batch_size: in
 
     Raises:
         NoArtifactsError: There are none.
+        TypeError: The adapters have no switch.
     """
-    inner: Any = extract_model_from_parallel(model)
+    inner = with_switch(model)
     batches = PixelBatches(images, batch_size, AUDITED_IMAGES)
     with inner.disable_adapter():
         report = audit_outliers(inner, batches, rule)

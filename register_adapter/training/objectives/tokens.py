@@ -27,6 +27,7 @@ __all__ = [
     "prefix_key",
     "read_base",
     "read_tokens",
+    "with_switch",
     "without_prefix",
 ]
 
@@ -133,10 +134,31 @@ def base_alone(model: nn.Module) -> Iterator[nn.Module]:
 
     Args:
         model: As for :func:`read_base`.
+
+    Raises:
+        TypeError: Its adapters have no switch.
     """
-    inner: Any = extract_model_from_parallel(model)
+    inner = with_switch(model)
     with evaluating(inner, seed=None), inner.disable_adapter():
         yield inner
+
+
+def with_switch(model: nn.Module) -> Any:
+    """The model, not wrapped for distributed training, whose ``disable_adapter()`` gives the base's outputs.
+
+    Args:
+        model: As for :func:`read_base`.
+
+    Raises:
+        TypeError: It has no such method.
+    """
+    inner: Any = extract_model_from_parallel(model)
+    if not hasattr(inner, "disable_adapter"):
+        raise TypeError(
+            f"the objective compares with the frozen base, and needs a model with disable_adapter(), such as those of "
+            f"add_registers, get_peft_model and compose; found {type(inner).__name__}, which has none"
+        )
+    return inner
 
 
 def copy_of_base(model: nn.Module) -> nn.Module:
@@ -144,9 +166,12 @@ def copy_of_base(model: nn.Module) -> nn.Module:
 
     Args:
         model: With adapters, not wrapped for distributed training yet.
+
+    Raises:
+        TypeError: As for :func:`with_switch`.
     """
     shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    copied: Any = copy.deepcopy(extract_model_from_parallel(model), shared)
+    copied: Any = copy.deepcopy(with_switch(model), shared)
     base: nn.Module = copied.unload()
     return base
 
