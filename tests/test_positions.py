@@ -14,7 +14,7 @@ from helpers import hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from register_adapter import add_registers, attention_map, capture, find_tower
+from register_adapter import UnsupportedModelError, add_registers, attention_map, capture, find_tower
 from register_adapter.features import antialiased_positions
 
 PATCH, TRAINED, SMALLER, WIDTH = 4, 37, 16, 32
@@ -143,6 +143,32 @@ def test_positions_between_blocks_are_reached_too() -> None:
     options = {"use_mid_position_embeddings": True, "intermediate_size": 64, "num_detection_tokens": 2}
     model = tf.YolosModel(tf.YolosConfig(**{**_SHAPE, "image_size": [32, 32]}, **options)).eval()
     assert _interpolations(model, 16) == [True, True]
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_registers_get_none_of_the_positions_between_blocks(side: int) -> None:
+    """As of the blocks called one by one; from a later block on there would be no room for them."""
+    options = {"use_mid_position_embeddings": True, "intermediate_size": 64, "num_detection_tokens": 2}
+    base = tf.YolosModel(tf.YolosConfig(**{**_SHAPE, "image_size": [32, 32]}, **options)).eval()
+    torch.nn.init.normal_(base.encoder.interpolation.mid_position_embeddings)
+    with pytest.raises(UnsupportedModelError, match="insert_layer cannot be had with YolosModel"):
+        add_registers(base, 2, insert_layer=1)
+    pixels = torch.randn(1, 3, side, side)
+    model = add_registers(base, 2, init_std=1.0).eval()
+    with torch.no_grad():
+        output = model(pixel_values=pixels).last_hidden_state
+        (registers,) = (value[None] for value in model.parameters() if value.requires_grad)
+        base = model.unload()
+        positions = base.encoder.interpolation((side, side))
+        hidden = base.embeddings(pixels)
+        hidden = torch.cat([hidden[:, :1], registers, hidden[:, 1:]], 1)
+        for index, block in enumerate(base.encoder.layer):
+            hidden = block(hidden)
+            if index < len(positions):
+                zeros = torch.zeros_like(registers)
+                hidden = hidden + torch.cat([positions[index][:, :1], zeros, positions[index][:, 1:]], 1)
+        wanted = base.layernorm(torch.cat([hidden[:, :1], hidden[:, 3:]], 1))
+    torch.testing.assert_close(output, wanted)
 
 
 def test_relative_position_biases_are_left_alone() -> None:
