@@ -144,6 +144,21 @@ def test_a_folder_of_several_gives_the_adapters_their_values_or_is_refused(tmp_p
         alone.load_adapter(tmp_path, "registers")
 
 
+def test_an_adapter_takes_no_values_from_another_methods(tmp_path: Path) -> None:
+    """PEFT reads nothing of such a folder, and says nothing, as of a checkpoint that a Trainer goes on from."""
+    add_registers(build("vit-classifier")).save_pretrained(tmp_path / "alone")
+    model = composed()
+    with pytest.raises(AdapterFileError, match=r"of the method REGISTER_ADAPTER; the one .* is of LORA"):
+        model.load_adapter(tmp_path / "alone", "lora")
+    model.load_adapter(tmp_path / "alone", "registers")
+    swapped = {"lora": RegisterConfig(), "registers": LoraConfig(target_modules=["q_proj", "query"])}
+    compose(build("vit-classifier"), swapped).save_pretrained(tmp_path / "swapped")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterFileError, match="Nothing was changed"):
+        model.load_adapter(tmp_path / "swapped", "lora")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @dataclass
 class Hub:
     folder: Path

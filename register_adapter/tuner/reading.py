@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft import PeftType
+from peft import PeftConfig, PeftType
 
 from ..errors import AdapterFileError, RegisterAdapterError
 from ..utils.adapter_file import TensorInfo
@@ -89,11 +89,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def check_method(folder: str | Path, subfolder: str | None) -> None:
+def check_method(folder: str | Path, subfolder: str | None, present: PeftConfig | None = None) -> None:
     """Refuse a local folder whose config names no method of PEFT's, before PEFT looks the name up.
 
+    Args:
+        folder: The folder.
+        subfolder: The folder in it, if any.
+        present: Config of the adapter that is to take the values; another method's would leave it as it is.
+
     Raises:
-        AdapterFileError: It is so, or the config is no JSON.
+        AdapterFileError: It is so, or the config is no JSON, or of another method than ``present``.
     """
     path = Path(folder, subfolder or "", CONFIG_NAME)
     if path.is_file():
@@ -102,6 +107,12 @@ def check_method(folder: str | Path, subfolder: str | None) -> None:
             raise AdapterFileError(
                 f"{path} names the method {method!r:.100}, which PEFT does not have; registers are {METHOD.upper()!r}. "
                 "Nothing was changed."
+            )
+        if present is not None and method != PeftType(present.peft_type).value:
+            raise AdapterFileError(
+                f"{path} is an adapter of the method {method}; the one of this name in the model is of "
+                f"{PeftType(present.peft_type).value}, and takes no values from it. Give the name of an adapter of "
+                f"{method}, or a new name. Nothing was changed."
             )
 
 

@@ -147,13 +147,14 @@ class SavesAll(PeftModel):
             **kwargs: As in PEFT.
 
         Raises:
-            AdapterFileError: Something in a folder of several is missing or damaged; nothing was loaded.
+            AdapterFileError: Something in a folder of several is missing or damaged, or a folder is of another method
+                than the model's adapter of that name; nothing was loaded.
             ValueError: A folder of several has an adapter that the model lacks.
         """
         check_string(adapter_name)
         if not Path(model_id, MANIFEST_NAME).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
-            check_method(model_id, kwargs.get("subfolder"))
+            check_method(model_id, kwargs.get("subfolder"), self.peft_config.get(adapter_name))
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         saved = read_folder(model_id)
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
@@ -161,6 +162,8 @@ class SavesAll(PeftModel):
                 f"{model_id} holds the adapters {lacking}, which the model lacks; it has {list(self.peft_config)}. Put "
                 "them on a base with load_adapters(base, folder)."
             )
+        for adapter in saved:
+            check_method(adapter.path, None, self.peft_config[adapter.name])
         result = None
         with relocated(saved, self.get_base_model()) as placed:
             for adapter in placed:
