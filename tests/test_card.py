@@ -264,7 +264,17 @@ def test_what_is_written_cannot_end_the_block(card: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00", b"---\na: [1\n---\ntext", b"---\n- 1\n---\ntext", b"---\ntrue: 1\n---\ntext"]
+    "content",
+    [
+        b"\xff\xfe\x00",
+        b"---\na: [1\n---\ntext",
+        b"---\n- 1\n---\ntext",
+        b"---\ntrue: 1\n---\ntext",
+        b"---\ntags: 5\n---\ntext",
+        b"---\ntags: [{a: 1}]\n---\ntext",
+        b"---\na: !!omap [b: 1]\n---\ntext",
+        b"---\na: " + b"{a: " * 5000 + b"}" * 5000 + b"\n---\ntext",
+    ],
 )
 def test_a_readme_that_is_no_card_is_left_alone(card: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     card.parent.mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ..tuner.card import update_model_card
 from ..tuner.composed import ComposedPeftModel
 from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors
+from ..utils.readme import copy_readme
 from ..utils.staging import check_writable, staged, write_text
 from . import checkpoints
 from .arguments import TrainArguments
@@ -62,8 +62,7 @@ def save_run(
 ) -> None:
     """Write adapter, card, image processor and results, all or nothing."""
     with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
-        if (folder / "README.md").is_file():
-            shutil.copyfile(folder / "README.md", scratch / "README.md")
+        copy_readme(folder, scratch)
         model.save_pretrained(str(scratch), state_dict=weights)
         _write_card(model, scratch, {**card, "adapter": folder.absolute().name})
         if _can_be_saved(image_processor):

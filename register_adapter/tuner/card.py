@@ -12,13 +12,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import EvalResult, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from peft import PeftConfig, PeftModel
 from transformers.models.auto import modeling_auto
 
+from ..utils.files import parse_json
 from ..utils.hub import WEIGHTS_NAME
+from ..utils.readme import find_block, read_readme, write_readme
 from .card_text import (
     OFF,
     base_name,
@@ -40,8 +41,9 @@ logger = logging.getLogger(__name__)
 
 _BEGIN, _END = "<!-- register-adapter: begin", "<!-- register-adapter: end -->"
 _NOTE = "generated, and replaced at the next save; write outside of these two comments"
-# The last begin before an end, so that a marker whose partner was deleted never swallows the user's text.
-_BLOCK = re.compile(rf"{_BEGIN} \([^)]*\) (?P<record>[^\r\n]*?) -->(?:(?!{_BEGIN}).)*?{_END}", re.DOTALL)
+#: What the record in the first comment holds, beside the metrics.
+_RECORD = {"weights": str, "training_data": str, "evaluation_data": str, "run": dict, "license": str, "metadata": dict}
+_HEAD = re.compile(rf"{_BEGIN} \([^)]*\) (?P<record>[^\r\n]*?) -->")
 # Tables of transformers' Auto classes whose heads are a task of the Hub's, the more special first.
 _TASKS = {
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "image-classification",
@@ -97,14 +99,12 @@ def update_model_card(
         TypeError, ValueError: ``metrics`` are no numbers, ``license`` is not one line, or ``tags`` are a string.
     """
     path, measured = Path(path), check_facts(metrics=metrics, license=license, tags=tags)
-    try:
-        card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        logger.warning("%s is not a model card in UTF-8 with valid metadata and is left as it is: %s", path, error)
+    card = read_readme(path)
+    if card is None:
         return
     mend_trainers_card(card)
-    generated = _BLOCK.search(card.text)
-    old = _read_record(generated["record"]) if generated else {}
+    generated = find_block(card.text, _BEGIN, _HEAD, _END)
+    old = _read_record(generated[0]["record"]) if generated else {}
     training_data = named(training_data) if training_data else None
     weights = _digest(path.parent / (subfolder or "") / WEIGHTS_NAME) or old.get("weights")
     if weights == old.get("weights"):
@@ -133,7 +133,7 @@ def update_model_card(
     noted = json.dumps(record, default=str).replace(">", "\\u003e")
     text = body(config, base_class, training_data, measured, adapter, subfolder, evaluation_data, run)
     block = f"{_BEGIN} ({_NOTE}) {noted} -->\n\n{text}\n{_END}"
-    start, end = generated.span() if generated else (len(card.text), len(card.text))
+    start, end = (generated[0].start(), generated[1]) if generated else (len(card.text), len(card.text))
     if not card.text.strip():
         name = plain(base_name(config.base_model_name_or_path) or base_class.__name__)
         block = f"\n# Register tokens for {name}\n\n{block}\n"
@@ -142,7 +142,7 @@ def update_model_card(
     if "\r\n" in card.text:
         block = block.replace("\n", "\r\n")
     card.text = card.text[:start] + block + card.text[end:]
-    card.save(path)
+    write_readme(card, path)
 
 
 def check_facts(
@@ -189,10 +189,13 @@ def warn_of_local_base(configs: Mapping[str, PeftConfig]) -> None:
 def _read_record(text: str) -> dict[str, Any]:
     """What the last update wrote; nothing if somebody has edited it."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
+        record = parse_json(text)
+        checked_metrics(record.get("metrics"))
+        whole = all(isinstance(record.get(key), kind | None) for key, kind in _RECORD.items())
+        whole = whole and isinstance(record["metadata"].get("tags", []), list)
+    except (ValueError, TypeError, LookupError, AttributeError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return record if whole else {}
 
 
 def _digest(path: Path) -> str | None:

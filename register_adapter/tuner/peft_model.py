@@ -19,6 +19,7 @@ from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
 from ..utils.offloaded import state_with_values
 from ..utils.parameters import check_module, trainable_in_words
+from ..utils.readme import copy_readme
 from ..utils.staging import staged
 from .card import check_facts, check_passed_on, update_model_card, warn_of_local_base
 from .config import RegisterConfig
@@ -178,8 +179,7 @@ class RegisterPeftModel(PeftModel):
         try:
             # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.
             with staged(save_directory, last=(CONFIG_NAME, WEIGHTS_NAME)) as staging:
-                if (target / "README.md").is_file():
-                    shutil.copyfile(target / "README.md", staging / "README.md")
+                copy_readme(target, staging)
                 self._save_each(staging, is_main_process, **kwargs)
                 if is_main_process:
                     note_checksums(staging)

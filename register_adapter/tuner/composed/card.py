@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped, unused-ignore]
-from huggingface_hub import RepoCard
 from peft import PeftConfig
 
 from ...utils.environment import version
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
+from ...utils.readme import find_block, read_readme, write_readme
 from ..card_text import (
     INSTALL,
     base_name,
@@ -30,7 +29,7 @@ from ..card_text import (
 __all__ = ["write_card"]
 
 _BEGIN, _END = "<!-- register-adapter: adapters", "<!-- register-adapter: end -->"
-_BLOCK = re.compile(rf"{_BEGIN} (?P<weights>\w+) -->.*?{_END}", re.DOTALL)
+_HEAD = re.compile(rf"{_BEGIN} (?P<weights>\w+) -->")
 _LOAD = """
 ```bash
 {install}
@@ -73,10 +72,9 @@ def write_card(
         run: More to say of the run.
     """
     measured = checked_metrics(metrics)
-    try:
-        card = RepoCard.load(path) if path.is_file() else RepoCard("---\n\n---\n")
-    except (ValueError, TypeError, yaml.YAMLError):
-        return  # somebody's own text
+    card = read_readme(path)
+    if card is None:
+        return
     mend_trainers_card(card)
     existing = card.data.get("tags")
     tags = [existing] if isinstance(existing, str) else list(existing or [])
@@ -85,13 +83,13 @@ def write_card(
     card.data["tags"] = list(dict.fromkeys([*tags, "peft", "register-adapter", *methods]))
     if is_hub_name(base):
         card.data["base_model"] = card.data.get("base_model") or base
-    written = _BLOCK.search(card.text)
+    written = find_block(card.text, _BEGIN, _HEAD, _END)
     told = training_data is not None or run is not None
     weights = _digest(path.parent)
     if written is None and card.text.strip() and not told:
-        card.save(path)
+        write_readme(card, path)
         return
-    if written is None or told or written["weights"] != weights:
+    if written is None or told or written[0]["weights"] != weights:
         rows = {
             "Base model": f"{code(base_name(base) or 'not named')} (`{base_class.__name__}`)",
             **{f"Adapter `{name}`": plain(str(config.peft_type.value)) for name, config in configs.items()},
@@ -108,12 +106,12 @@ def write_card(
             *(results_table(measured) if measured else ["None recorded."]),
         ]
         block = f"{_BEGIN} {weights} -->\n" + "\n".join(parts) + f"\n{_END}"
-        start, end = written.span() if written else (len(card.text), len(card.text))
+        start, end = (written[0].start(), written[1]) if written else (len(card.text), len(card.text))
         if not card.text.strip():
             names = ", ".join(f"`{name}`" for name in configs)
             block = f"\n# Adapters of several PEFT methods: {names}\n\n{block}\n"
         card.text = card.text[:start] + block + card.text[end:]
-    card.save(path)
+    write_readme(card, path)
 
 
 def _digest(folder: Path) -> str:
