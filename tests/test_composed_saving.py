@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 import transformers
 from families import build, make_inputs
 from helpers import assert_identical, run
+from huggingface_hub import CommitOperationAdd
 from peft import LoraConfig
 
 from register_adapter import (
     AdapterFileError,
     ComposedPeftModel,
+    HubAccessError,
     RegisterConfig,
     add_registers,
     compose,
@@ -28,6 +31,7 @@ from register_adapter import (
 )
 from register_adapter.tuner.composed import folder as adapter_folder
 from register_adapter.tuner.composed import saving
+from register_adapter.utils import readme
 from register_adapter.utils.adapter_file import read_tensors
 
 
@@ -164,6 +168,7 @@ class Hub:
     folder: Path
     #: Name and revision of every file asked for.
     asked: list[tuple[str, Any]] = field(default_factory=list)
+    client: mock.MagicMock = field(default_factory=mock.MagicMock)
 
 
 @pytest.fixture
@@ -171,18 +176,16 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """A folder that stands for the Hub, to be pushed to and loaded from."""
     hub = Hub(tmp_path / "remote")
 
-    def upload(_: Any, folder: str, *args: Any, **kwargs: Any) -> str:
-        shutil.copytree(folder, hub.folder)
+    def commit(_: str, operations: list[CommitOperationAdd], **kwargs: Any) -> str:
+        for one in operations:
+            place = hub.folder / one.path_in_repo
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(str(one.path_or_fileobj), place)
         return "done"
 
-    monkeypatch.setattr(type(composed()), "_upload_modified_files", upload)
-    library = transformers.utils.hub
-    client = mock.MagicMock(**{"create_repo.return_value.repo_id": "me/pair"})
-    for name in ("hf_api", "create_repo"):
-        if hasattr(library, name):
-            made = client if name == "hf_api" else client.create_repo.return_value
-            monkeypatch.setattr(library, name, mock.MagicMock(return_value=made))
-    monkeypatch.setattr(library, "create_and_tag_model_card", mock.MagicMock())
+    hub.client.create_repo.return_value.repo_id = "me/pair"
+    hub.client.create_commit.side_effect = commit
+    monkeypatch.setattr(readme, "HfApi", mock.MagicMock(return_value=hub.client))
 
     def fetch(name: str, filename: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
         hub.asked.append((name, options.get("revision")))
@@ -190,16 +193,37 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         return path if path.is_file() else None
 
     monkeypatch.setattr(adapter_folder, "fetch", fetch)
+    monkeypatch.setattr(readme, "fetch", fetch)
     return hub
 
 
 def test_what_is_pushed_is_loaded_from_the_hub(remote: Hub) -> None:
     model = composed().eval()
     model.push_to_hub("me/pair")
+    remote.asked.clear()
     loaded = load_adapters(build("vit-classifier"), "me/pair", revision="v1").eval()
     assert set(remote.asked) == {("me/pair", "v1")}
     inputs = make_inputs("vit-classifier")
     assert_identical(run(loaded, inputs), run(model, inputs))
+
+
+def test_what_is_pushed_says_how_it_is_loaded_and_keeps_the_text_of_the_repository(remote: Hub) -> None:
+    composed().push_to_hub("me/pair", tags=["mine"])
+    text = (remote.folder / "README.md").read_text()
+    assert 'load_adapters(base, "me/pair")' in text
+    assert "\n- mine\n" in text
+    (remote.folder / "README.md").write_text(f"{text}My text.\n")
+    composed(seed=1).push_to_hub("me/pair")
+    assert (remote.folder / "README.md").read_text().endswith("\nMy text.\n")
+
+
+def test_a_push_that_is_answered_by_something_else_says_so_without_the_token(remote: Hub) -> None:
+    token = "_".join(("hf", "secret"))
+    remote.client.create_repo.side_effect = json.JSONDecodeError(f"You sent {token}", "<html>", 0)
+    with pytest.raises(HubAccessError, match="not what the Hub answers") as caught:
+        composed().push_to_hub("me/pair", token=f"{token}\n")
+    assert token not in "".join(traceback.format_exception(caught.value))
+    assert not remote.folder.exists()
 
 
 def test_a_folder_on_the_hub_without_a_manifest_is_refused(remote: Hub) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
 from ..utils.adapter_file import check_savable
-from ..utils.environment import version
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, hub_errors
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token
 from ..utils.offloaded import state_with_values
 from ..utils.parameters import check_module, trainable_in_words
-from ..utils.readme import copy_readme
+from ..utils.readme import copy_readme, upload
 from ..utils.staging import staged
 from .card import check_facts, check_passed_on, update_model_card, warn_of_local_base
 from .config import RegisterConfig
@@ -279,32 +277,24 @@ class RegisterPeftModel(PeftModel):
         }
         facts |= {"evaluation_data": evaluation_data, "run": run}
         check_facts(**facts)
-        api = HfApi(token=token, library_name="register-adapter", library_version=version())
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "adapter")
             self.save_pretrained(folder, **kwargs)  # what cannot be saved makes no repository
-            stack.enter_context(hub_errors(repo_id, revision, token))
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not revision.startswith("refs/pr/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # The commit goes on top of this one or fails, so that an edit of the README meanwhile is not lost.
-            head = api.repo_info(repo_id, revision=revision).sha
-            # From the server and not from the cache, which may hold an older text when the server stumbles.
-            hub = {"revision": head, "token": token, "force_download": True}
-            readme = fetch(repo_id, "README.md", None, hub)
-            if readme is not None:
-                shutil.copyfile(readme, folder / "README.md")
-            self._write_card(folder, adapter=repo_id, names=kwargs.get("selected_adapters"), **facts)
-            warn_of_local_base(self.peft_config)
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return api.create_commit(
+
+            def write_card(name: str) -> None:
+                self._write_card(folder, adapter=name, names=kwargs.get("selected_adapters"), **facts)
+                warn_of_local_base(self.peft_config)
+
+            return upload(
+                folder,
                 repo_id,
-                [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+                write_card,
                 commit_message=commit_message,
                 commit_description=commit_description,
+                private=private,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
-                parent_commit=head,
             )
 
 

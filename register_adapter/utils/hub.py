@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, file_exists, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -96,9 +98,11 @@ def hub_errors(repo_id: str, revision: str | None = None, token: str | bool | No
         if _shown(error, token) is None:
             raise HubAccessError(_hidden(repo_id, error)) from None
         raise
+    except HubAccessError:  # of a call in this one
+        raise
     except Exception as error:
-        # An upload that fails in a thread of huggingface_hub comes wrapped.
-        inner = error.__cause__ if isinstance(error, RuntimeError) else None
+        # An upload that fails in a thread of huggingface_hub comes wrapped, and so does a forced download.
+        inner = error.__cause__ if isinstance(error, RuntimeError | ValueError) else None
         message = _explain(repo_id, revision, token, inner if isinstance(inner, Exception) else error)
         if message is None:
             if _shown(error, token) is None:
@@ -162,6 +166,11 @@ def _explain(repo_id: str, revision: str | None, token: str | bool | None, error
         return f"{_endpoint()} answered {status} for {repo_id!r}{said}. Nothing was loaded or uploaded."
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo_id!r} cannot be reached: HF_HUB_OFFLINE is set. Unset it."
+    if isinstance(error, JSONDecodeError | FileMetadataError):
+        return (
+            f"what {_endpoint()} answered about {repo_id!r} is not what the Hub answers; check HF_ENDPOINT, the proxy, "
+            "and whether the network wants a login."
+        )
     return _unreachable(repo_id, error) if isinstance(error, _HTTP_ERRORS) else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..card_text import (
     checked_metrics,
     code,
     is_hub_name,
+    line,
     mend_trainers_card,
     plain,
     quoted,
@@ -56,6 +57,7 @@ def write_card(
     evaluation_data: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     run: dict[str, Any] | None = None,
+    tags: Sequence[str] = (),
 ) -> None:
     """Write the README, or bring the generated part of one that is there up to date; other text stays.
 
@@ -70,6 +72,7 @@ def write_card(
         evaluation_data: What ``metrics`` were measured on.
         metrics: Measured results.
         run: More to say of the run.
+        tags: More tags for the metadata.
     """
     measured = checked_metrics(metrics)
     card = read_readme(path)
@@ -77,10 +80,10 @@ def write_card(
         return
     mend_trainers_card(card)
     existing = card.data.get("tags")
-    tags = [existing] if isinstance(existing, str) else list(existing or [])
+    theirs = [existing] if isinstance(existing, str) else list(existing or [])
     methods = sorted({str(config.peft_type.value).lower() for config in configs.values()})
     card.data["library_name"] = "peft"
-    card.data["tags"] = list(dict.fromkeys([*tags, "peft", "register-adapter", *methods]))
+    card.data["tags"] = list(dict.fromkeys([*theirs, "peft", "register-adapter", *methods, *map(line, tags)]))
     if is_hub_name(base):
         card.data["base_model"] = card.data.get("base_model") or base
     written = find_block(card.text, _BEGIN, _HEAD, _END)

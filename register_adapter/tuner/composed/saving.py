@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 from peft.functional import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...utils.adapter_file import check_plain, check_savable_values
-from ...utils.hub import MANIFEST_NAME, check_folder
+from ...utils.hub import MANIFEST_NAME, check_folder, checked_token
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
+from ...utils.readme import upload
 from .._peft_compat import with_one
+from ..card import check_facts
 from ..checks.copied_layers import check_own_layers
 from ..fields import check_known, check_string
 from ..layer import renew_bases
@@ -187,3 +191,52 @@ class SavesAll(PeftModel):
             sizes=trainable_by_part(self),
             **facts,
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """As in PEFT, in one commit, with the README of the repository kept and brought up to date.
+
+        Args:
+            repo_id: The repository, ``"user/repo"``; it is made if it does not exist.
+            commit_message: First line of the commit.
+            commit_description: The rest of it.
+            private: Make a new repository private.
+            token: Access token; ``None`` uses the one of ``hf auth login`` or ``HF_TOKEN``.
+            revision: Branch to commit to, made if it does not exist; default ``main``.
+            create_pr: Open a pull request instead of committing.
+            max_shard_size: Not used; adapters are one file each.
+            tags: More tags for the card.
+
+        Raises:
+            HubAccessError: The Hub refused it or cannot be reached, or somebody else has committed meanwhile.
+            TypeError, ValueError: The token has characters that no token has, the tags are no list of strings, or an
+                adapter cannot be saved; nothing was uploaded.
+        """
+        token = checked_token(token)
+        check_facts(tags=tags)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "adapters")
+            self.save_pretrained(folder)  # what cannot be saved makes no repository
+            (folder / "README.md").unlink()  # it says how to load a folder of no name
+            return upload(
+                folder,
+                repo_id,
+                lambda name: self.create_or_update_model_card(str(folder), adapter=name, tags=tags or ()),
+                commit_message=commit_message,
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
