@@ -31,7 +31,7 @@ from register_adapter import (
     compose,
     load_adapters,
 )
-from register_adapter.training.checkpoints import _write_tensors
+from register_adapter.training.checkpoints.folder import _write_tensors
 from register_adapter.training.launch import main
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -382,6 +382,31 @@ def test_changed_tensors_of_a_checkpoint_are_damaged(checkpoint: Path, tmp_path:
         read_state(copied, settings)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"epoch": 10**9}, {"step": 7}, {"evaluations": [{"step": 1}]}], ids=["epoch", "step", "evaluations"]
+)
+def test_changed_numbers_of_a_checkpoint_are_damaged(changed: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
+    copied = copy_run(checkpoint, tmp_path / "run")
+    state = json.loads((copied / "train_state.json").read_text())
+    (copied / "train_state.json").write_text(json.dumps({**state, **changed}))
+    with pytest.raises(CheckpointError, match=r"train_state\.json is not the file that the run wrote"):
+        read_state(copied, state["settings"])
+
+
+def test_random_states_that_cannot_be_set_are_refused_before_the_first_step(
+    vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = copy_run(checkpoint, tmp_path / "run")
+    tensors = torch.load(copied / "train_state.pt", weights_only=True)
+    tensors["random"][0]["torch"] = tensors["random"][0]["torch"][:10]
+    torch.save(tensors, copied / "train_state.pt")
+    state = json.loads((copied / "train_state.json").read_text())
+    del state["files"]  # as older releases wrote it
+    (copied / "train_state.json").write_text(json.dumps(state))
+    refused(flags(vit, photos, tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest"), 1)
+    assert "train_state.pt cannot be loaded" in capsys.readouterr().err
+
+
 def test_other_settings_are_refused_on_resumption(
     vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

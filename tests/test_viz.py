@@ -233,6 +233,8 @@ def test_a_model_of_one_size_only_says_so() -> None:
         read_examples({"b": (add_registers(build("vit"), 2), "b")}, [_pixels()])
     with pytest.raises(ValueError, match="is not a PeftModel"):
         read_examples({"b": (build("vit"), "b")}, [_pixels()])
+    with pytest.raises(ValueError, match="no adapters to disable: give the model alone"):
+        read_examples({"b": (build("vit"), None)}, [_pixels()])
 
 
 # A model is left as it was

@@ -56,7 +56,8 @@ def looking_at(subject: Subject) -> Iterator[nn.Module]:
 def _adapter(model: Any, name: str | None) -> Iterator[None]:
     """``model`` with one adapter active, or with none."""
     if not isinstance(model, PeftModel):
-        raise ValueError(f"{type(model).__name__} is not a PeftModel, so it has no adapter {name!r} to look at")
+        lacks = "adapters to disable" if name is None else f"adapter {name!r} to look at"
+        raise ValueError(f"{type(model).__name__} is not a PeftModel, so it has no {lacks}: give the model alone")
     if name is not None:
         check_string(name)
     if name is not None and name not in model.peft_config:

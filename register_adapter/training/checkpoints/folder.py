@@ -8,11 +8,8 @@ on without the random states if they cannot be read, which would break a bit-exa
 from __future__ import annotations
 
 import json
-import logging
-import re
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,116 +20,28 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import RegisterAdapterError
-from ..tuner.composed import ComposedPeftModel
-from ..utils.adapter_file import read_tensors
-from ..utils.arguments import check_mapping, check_whole
-from ..utils.files import checksum, open_regular, parse_json, read_text
-from ..utils.parameters import trained_parameters
-from ..utils.random_states import random_state, same_random_state, set_random_state
-from ..utils.staging import naming_files, scratch_folder
-from .callbacks import Callback
+from ...tuner.composed import ComposedPeftModel
+from ...utils.adapter_file import read_tensors
+from ...utils.files import checksum, open_regular
+from ...utils.parameters import trained_parameters
+from ...utils.random_states import random_state, same_random_state, set_random_state
+from ...utils.staging import naming_files, scratch_folder
+from ..callbacks import Callback
+from .state import STATE, CheckpointError, TrainState, find_all
 
 __all__ = [
-    "CheckpointError",
-    "TrainState",
     "adapter_weights",
     "copy_weights",
-    "find",
-    "find_all",
     "load",
     "load_adapter",
     "put_weights",
     "read_best",
-    "remove_all",
-    "same_random_state",
-    "set_random_state",
+    "save",
 ]
 
-logger = logging.getLogger(__name__)
-_NAME = re.compile(r"checkpoint-(\d+)")
-_STATE, _TENSORS, _ADAPTER = "train_state.json", "train_state.pt", "adapter_model.safetensors"
+_TENSORS, _ADAPTER = "train_state.pt", "adapter_model.safetensors"
 #: The adapter of the best evaluation so far, where that is to be saved at the end.
 _BEST = "best_model.safetensors"
-#: More steps than any run has.
-_FARTHEST = 10**12
-#: A difference here changes how long the run is, not what a step does.
-_MAY_CHANGE = ("max_train_steps", "num_train_epochs")
-
-
-class CheckpointError(RegisterAdapterError, ValueError):
-    """A checkpoint is missing, damaged, or belongs to a run with other settings."""
-
-
-@dataclass
-class TrainState:
-    """Where a run is, and what it was started with.
-
-    Attributes:
-        global_step: Optimiser steps done.
-        epoch: Epoch that the next batch belongs to.
-        step: Batches of that epoch done, per process.
-        settings: What must be the same on resumption for the same result.
-        evaluations: ``step`` and the metrics of each evaluation on the way.
-        files: Checksum by name of the checkpoint's files with tensors; those of older releases have none.
-
-    Raises:
-        TypeError: A value is of another kind.
-        ValueError: A number is negative, or no run gets that far.
-    """
-
-    global_step: int = 0
-    epoch: int = 0
-    step: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("global_step", "epoch", "step"):
-            check_whole(name, getattr(self, name), least=0)
-            if getattr(self, name) > _FARTHEST:
-                raise ValueError(f"{name} is {getattr(self, name)}")
-        for name in ("settings", "files"):
-            check_mapping(name, getattr(self, name), "by name")
-        if not all(isinstance(entry, dict) and "step" in entry for entry in self.evaluations):
-            raise TypeError("evaluations must be numbers by name, 'step' among them")
-
-
-def find_all(output_dir: str | Path) -> list[Path]:
-    """The whole checkpoints in a folder, the oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    whole = [path for path in folders if (path / _STATE).is_file()]
-    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def find(name: str, output_dir: str | Path) -> Path | None:
-    """The checkpoint that ``resume_from_checkpoint`` means.
-
-    Args:
-        name: A folder, or ``"latest"`` for the newest whole one in ``output_dir``.
-        output_dir: The run's folder.
-
-    Returns:
-        Its path; ``None`` for ``"latest"`` in a folder without any.
-
-    Raises:
-        CheckpointError: The folder is not a checkpoint.
-    """
-    whole = find_all(output_dir)
-    if name == "latest":
-        return whole[-1] if whole else None
-    path = Path(name)
-    if not (path / _STATE).is_file():
-        others = f"{output_dir} has {[path.name for path in whole]}" if whole else f"{output_dir} has none"
-        raise CheckpointError(f"{path} is not a checkpoint (there is no {_STATE} in it); {others}")
-    return path
-
-
-def remove_all(output_dir: str | Path) -> None:
-    """Remove the checkpoints of an earlier run."""
-    for path in find_all(output_dir):
-        shutil.rmtree(path)
 
 
 def save(
@@ -182,7 +91,8 @@ def save(
                     save_file({name: tensor.contiguous() for name, tensor in best.items()}, new / _BEST)
                 written = sorted(path for path in new.rglob("*") if path.suffix in (".pt", ".safetensors"))
                 files = {path.relative_to(new).as_posix(): checksum(path) for path in written}
-                (new / _STATE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2) + "\n", "utf-8")
+                files[STATE] = state.checksum()
+                (new / STATE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2) + "\n", "utf-8")
             if target.exists():  # a run resumed from an earlier checkpoint comes by here again
                 target.replace(scratch / "old")
             new.replace(target)
@@ -250,43 +160,6 @@ def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, t
             parameter.copy_(weights[name])
 
 
-def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
-    """Where the checkpoint's run was.
-
-    Args:
-        checkpoint: The folder.
-        settings: The settings of the run that goes on.
-
-    Raises:
-        CheckpointError: The file is damaged, or the checkpoint was written with other settings; the result would
-            neither be that of the old run nor that of a new one.
-    """
-    try:
-        state = TrainState(**parse_json(read_text(checkpoint / _STATE)))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / _STATE} is damaged: {error}. {_others(checkpoint)}") from error
-    for name, digest in state.files.items():
-        path = checkpoint / name
-        if not path.is_file() or checksum(path) != digest:
-            raise CheckpointError(f"{path} is not the file that the run wrote: it is damaged. {_others(checkpoint)}")
-    names = sorted(set(settings) | set(state.settings))
-    changed = [name for name in names if settings.get(name) != state.settings.get(name)]
-    listed = "; ".join(f"{name}: {state.settings.get(name)!r}, now {settings.get(name)!r}" for name in changed)
-    if any(name not in _MAY_CHANGE for name in changed):
-        raise CheckpointError(
-            f"{checkpoint} was written by a run with other settings ({listed}); resume with the same ones, or start "
-            "anew in another output_dir"
-        )
-    if changed:
-        logger.warning("resuming a run of another length (%s): the schedule follows the new length", listed)
-    return state
-
-
-def _others(checkpoint: Path) -> str:
-    names = [path.name for path in find_all(checkpoint.parent) if path.name != checkpoint.name]
-    return f"Go on from another checkpoint: {names}" if names else "Start anew in another output_dir"
-
-
 def load(
     checkpoint: Path,
     accelerator: Accelerator,
@@ -311,21 +184,23 @@ def load(
         _load_optimizer_state(accelerator, model, optimizer, tensors["optimizer"])
         if accelerator.scaler is not None and tensors["scaler"] is not None:
             accelerator.scaler.load_state_dict(tensors["scaler"])
-        for callback, own in zip(callbacks, tensors.get("callbacks", ()), strict=False):
-            callback.load_state_dict(model, own)
-        return tensors["random"][accelerator.process_index]
+        for callback, said in zip(callbacks, tensors.get("callbacks", ()), strict=False):
+            callback.load_state_dict(model, said)
+        own = tensors["random"][accelerator.process_index]
+        with same_random_state():  # that it can be set is known before the first step
+            set_random_state(own)
+        return own
     except Exception as error:  # whatever becomes of a file that is damaged, or of another kind
-        said = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {said})") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def adapter_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any] | None:
     """What is trained, gathered from all processes where it is sharded; ``None`` where the model has it whole."""
     if accelerator.distributed_type == DistributedType.FSDP:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        return get_model_state_dict(model, options=options)
+        return get_model_state_dict(model, options=_gathered())
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return dict(accelerator.get_state_dict(model))
     return None
@@ -333,18 +208,22 @@ def adapter_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any
 
 def _optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Any:
     if accelerator.distributed_type == DistributedType.FSDP:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        return get_optimizer_state_dict(model, optimizer.optimizer, options=options)
+        return get_optimizer_state_dict(model, optimizer.optimizer, options=_gathered())
     return optimizer.state_dict()
 
 
 def _load_optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer: Any, state: Any) -> None:
     if accelerator.distributed_type == DistributedType.FSDP:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        set_optimizer_state_dict(model, optimizer.optimizer, state, options=options)
+        set_optimizer_state_dict(model, optimizer.optimizer, state, options=_gathered())
     else:
         optimizer.load_state_dict(state)
+
+
+def _gathered() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
