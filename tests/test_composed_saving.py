@@ -31,7 +31,7 @@ from register_adapter import (
 )
 from register_adapter.tuner.composed import folder as adapter_folder
 from register_adapter.tuner.composed import saving
-from register_adapter.utils import readme
+from register_adapter.utils import hub as hub_files
 from register_adapter.utils.adapter_file import read_tensors
 
 
@@ -185,7 +185,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
     hub.client.create_repo.return_value.repo_id = "me/pair"
     hub.client.create_commit.side_effect = commit
-    monkeypatch.setattr(readme, "HfApi", mock.MagicMock(return_value=hub.client))
+    monkeypatch.setattr(hub_files, "HfApi", mock.MagicMock(return_value=hub.client))
 
     def fetch(name: str, filename: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
         hub.asked.append((name, options.get("revision")))
@@ -193,7 +193,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         return path if path.is_file() else None
 
     monkeypatch.setattr(adapter_folder, "fetch", fetch)
-    monkeypatch.setattr(readme, "fetch", fetch)
+    monkeypatch.setattr(hub_files, "fetch", fetch)
     return hub
 
 

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..utils.adapter_file import check_savable
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, upload
 from ..utils.offloaded import state_with_values
 from ..utils.parameters import check_module, trainable_in_words
-from ..utils.readme import copy_readme, upload
+from ..utils.readme import copy_readme
 from ..utils.staging import staged
 from .card import check_facts, check_passed_on, update_model_card, warn_of_local_base
 from .config import RegisterConfig

@@ -1,16 +1,17 @@
-"""Fetching an adapter's files from a folder or the Hub, with errors that say what to do and never show a token."""
+"""An adapter's files fetched from a folder or the Hub, and uploaded; errors say what to do and never show a token."""
 
 from __future__ import annotations
 
+import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, file_exists, get_token, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, file_exists, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import AdapterFileError, RegisterAdapterError
+from .environment import version
 
 __all__ = [
     "CONFIG_NAME",
@@ -38,6 +40,7 @@ __all__ = [
     "find_config",
     "find_weights",
     "hub_errors",
+    "upload",
 ]
 
 CONFIG_NAME, WEIGHTS_NAME, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -269,6 +272,58 @@ def find_weights(name: str, subfolder: str | None, hub: dict[str, Any]) -> Path 
             f"and are never loaded. Ask for {WEIGHTS_NAME}."
         )
     return path
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    write_card: Callable[[str], None],
+    *,
+    commit_message: str | None,
+    commit_description: str | None,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+) -> CommitInfo:
+    """Upload a folder in one commit, with the README of the repository brought up to date.
+
+    Args:
+        folder: What is uploaded.
+        repo_id: The repository, which is made if it does not exist.
+        write_card: Brings the folder's README up to date, given the repository's full name.
+        commit_message: First line of the commit.
+        commit_description: The rest of it.
+        private: Make a new repository private.
+        token: Access token, checked.
+        revision: Branch to commit to, made if it does not exist.
+        create_pr: Open a pull request instead.
+
+    Raises:
+        HubAccessError: The Hub refused it or cannot be reached, or somebody else has committed meanwhile.
+    """
+    api = HfApi(token=token, library_name="register-adapter", library_version=version())
+    with hub_errors(repo_id, revision, token):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # The commit goes on top of this one or fails, so that an edit of the README meanwhile is not lost.
+        head = api.repo_info(repo_id, revision=revision).sha
+        # From the server and not from the cache, which may hold an older text when the server stumbles.
+        readme = fetch(repo_id, "README.md", None, {"revision": head, "token": token, "force_download": True})
+        if readme is not None:
+            shutil.copyfile(readme, folder / "README.md")
+        write_card(repo_id)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+            commit_message=commit_message or "Upload register adapter",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,
+        )
 
 
 def check_folder(name: str | Path, subfolder: str | None = None) -> None:

@@ -1,21 +1,18 @@
-"""READMEs of the Hub's that may be somebody else's: read, written, and brought up to date in an upload."""
+"""Reading and writing a README of the Hub's that may be somebody else's."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from re import Match, Pattern
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoCard
+from huggingface_hub import RepoCard
 
-from .environment import version
-from .hub import fetch, hub_errors
 from .staging import staged
 
-__all__ = ["copy_readme", "find_block", "read_readme", "upload", "write_readme"]
+__all__ = ["copy_readme", "find_block", "read_readme", "write_readme"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,55 +85,3 @@ def find_block(text: str, begin: str, head: Pattern[str], end: str) -> tuple[Mat
         if found:
             return found, start
     return None
-
-
-def upload(
-    folder: Path,
-    repo_id: str,
-    write_card: Callable[[str], None],
-    *,
-    commit_message: str | None,
-    commit_description: str | None,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    create_pr: bool,
-) -> CommitInfo:
-    """Upload a folder in one commit, with the README of the repository brought up to date.
-
-    Args:
-        folder: What is uploaded.
-        repo_id: The repository, which is made if it does not exist.
-        write_card: Brings the folder's README up to date, given the repository's full name.
-        commit_message: First line of the commit.
-        commit_description: The rest of it.
-        private: Make a new repository private.
-        token: Access token, checked.
-        revision: Branch to commit to, made if it does not exist.
-        create_pr: Open a pull request instead.
-
-    Raises:
-        HubAccessError: The Hub refused it or cannot be reached, or somebody else has committed meanwhile.
-    """
-    api = HfApi(token=token, library_name="register-adapter", library_version=version())
-    with hub_errors(repo_id, revision, token):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # The commit goes on top of this one or fails, so that an edit of the README meanwhile is not lost.
-        head = api.repo_info(repo_id, revision=revision).sha
-        # From the server and not from the cache, which may hold an older text when the server stumbles.
-        readme = fetch(repo_id, "README.md", None, {"revision": head, "token": token, "force_download": True})
-        if readme is not None:
-            shutil.copyfile(readme, folder / "README.md")
-        write_card(repo_id)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
-            commit_message=commit_message or "Upload register adapter",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
-        )

@@ -15,10 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...utils.adapter_file import check_plain, check_savable_values
-from ...utils.hub import MANIFEST_NAME, check_folder, checked_token
+from ...utils.hub import MANIFEST_NAME, check_folder, checked_token, upload
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
-from ...utils.readme import upload
 from .._peft_compat import with_one
 from ..card import check_facts
 from ..checks.copied_layers import check_own_layers
