@@ -18,7 +18,8 @@ import transformers
 from families import build, make_inputs
 from helpers import assert_identical, run
 from huggingface_hub import CommitOperationAdd
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from register_adapter import (
     AdapterFileError,
@@ -29,6 +30,7 @@ from register_adapter import (
     compose,
     load_adapters,
 )
+from register_adapter.towers import find_tower
 from register_adapter.tuner.composed import folder as adapter_folder
 from register_adapter.tuner.composed import saving
 from register_adapter.utils import hub as hub_files
@@ -274,3 +276,66 @@ def test_two_threads_save_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for folder in ("one", "two"):
         loaded = load_adapters(build("vit-classifier"), tmp_path / folder).eval()
         assert_identical(run(loaded, make_inputs("vit-classifier")), expected)
+
+
+# Modules that torch wraps: their names have its words in them, the keys of the state have not
+
+
+def in_blocks(seed: int, several: bool) -> PeftModel:
+    """Registers with a saved module in every block, alone or beside LoRA there."""
+    registers = RegisterConfig(num_registers=2, register_neurons={1: [3]}, modules_to_save=["layernorm_before"])
+    base = build("vit-classifier")
+    torch.manual_seed(seed)
+    lora = LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)
+    model = compose(base, {"registers": registers, "lora": lora}) if several else get_peft_model(base, registers)
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.requires_grad:
+                value.add_(torch.randn_like(value), alpha=0.2)
+    return model.eval()
+
+
+def wrap_blocks(model: torch.nn.Module) -> None:
+    kind = type(find_tower(model).part("blocks")[0])
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, kind))
+
+
+def wrap_tower(model: torch.nn.Module) -> None:
+    kind = type(find_tower(model).module)
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, kind))
+
+
+@pytest.mark.parametrize("several", [True, False], ids=["composed", "registers"])
+@pytest.mark.parametrize("wrap", [wrap_blocks, wrap_tower])
+def test_what_is_saved_of_wrapped_modules_loads_on_a_plain_base_and_on_a_wrapped_one(
+    wrap: Any, several: bool, tmp_path: Path
+) -> None:
+    inputs, model, other = make_inputs("vit-classifier"), in_blocks(0, several), in_blocks(1, several)
+    expected = run(model, inputs)
+    wrap(model)
+    model.save_pretrained(str(tmp_path))
+    load = load_adapters if several else PeftModel.from_pretrained
+    assert_identical(run(load(build("vit-classifier"), tmp_path).eval(), inputs), expected)
+    wrap(other)
+    other.load_adapter(str(tmp_path), "registers" if several else "default")
+    assert_identical(run(other, inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_every_adapter_is_saved_from_a_model_in_shards_of_blocks(tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    inputs, model = make_inputs("vit-classifier"), composed().eval()
+    expected = run(model, inputs)
+    policy = ModuleWrapPolicy({type(find_tower(model).part("blocks")[0])})
+    store = tmp_path / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        sharded: Any = FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        model.save_pretrained(tmp_path / "saved", state_dict=sharded.state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_identical(run(load_adapters(build("vit-classifier"), tmp_path / "saved").eval(), inputs), expected)

@@ -7,7 +7,8 @@ transformers calls ``.value`` on it, so the enum gets real members.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "REMAPS",
     "member",
     "name_linear_layers",
+    "named_as_in_state",
     "peft_type",
     "register",
     "register_positions",
@@ -42,6 +44,7 @@ METHOD = "register_adapter"
 PREFIX = "register_adapter_"
 #: The method that moves position embeddings.
 POSITIONS = "offset_positions"
+_LEFT_OUT = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: Whether AutoPeftModel itself refuses to import packages that are not on a list (not in PEFT 0.18).
 CHECKS_IMPORTS = hasattr(peft.auto, "check_import_allowlist")
 
@@ -125,7 +128,10 @@ def _load_with(model_cls: Any) -> None:
         model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
         config = getattr(model, "peft_config", {}).get(adapter_name)
-        if getattr(config, "peft_type", None) != peft_type():
+        ours = getattr(config, "peft_type", None) == peft_type()
+        if ours or hasattr(model, "renews_bases"):  # one of ours around adapters of other methods
+            model = _as_in_state(model)
+        if not ours:
             return inherited(model, peft_model_state_dict, adapter_name, *args, **kwargs)
         with model_cls.loading(model, peft_model_state_dict, adapter_name) as placed:
             return inherited(model, placed, adapter_name, *args, **kwargs)
@@ -183,15 +189,32 @@ def view_of(module: Any, **attributes: Any) -> Any:
 def with_one(model: Any, name: str) -> Any:
     """A view of a model with one adapter's config in sight, since other threads run or save the model meanwhile.
 
-    ``viewed`` is the model itself, which may be the tower too.
+    ``viewed`` is the model itself, which may be the tower too. Names of modules are those in the keys of its state:
+    PEFT looks for the values of a tuner's layers, and of copied modules, by the names that their modules have.
     """
     shown = {name: model.peft_config[name]}
+    named = partial(named_as_in_state, model)
     if "peft_config" in vars(model):
-        return view_of(model, peft_config=shown, viewed=model)
+        return view_of(model, peft_config=shown, viewed=model, named_modules=named)
     tuner = model.base_model
     field = "shown" if hasattr(tuner, "shown") else "peft_config"
     parts = {**model._modules, "base_model": view_of(tuner, **{field: shown})}
-    return view_of(model, _modules=parts, viewed=model)
+    return view_of(model, _modules=parts, viewed=model, named_modules=named)
+
+
+def named_as_in_state(model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+    """A model's modules by the names that the keys of its state have.
+
+    FSDP1 and torch's ``checkpoint_wrapper`` leave out there what they call the modules that they wrap.
+    """
+    for name, module in model.named_modules(*args, **kwargs):
+        yield _LEFT_OUT.sub("", f"{name}.")[:-1], module
+
+
+def _as_in_state(model: nn.Module) -> Any:
+    """A view of a model whose modules have the names of :func:`named_as_in_state`; itself if they have them anyway."""
+    wrapped = any(_LEFT_OUT.search(f"{name}.") for name, _ in model.named_modules())
+    return view_of(model, named_modules=partial(named_as_in_state, model)) if wrapped else model
 
 
 def renamed_by_transformers(model: nn.Module) -> Callable[[str], str]:

@@ -18,7 +18,7 @@ from ...utils.adapter_file import check_plain, check_savable_values
 from ...utils.hub import MANIFEST_NAME, check_folder, checked_token, upload
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
-from .._peft_compat import with_one
+from .._peft_compat import named_as_in_state, with_one
 from ..card import check_facts
 from ..checks.copied_layers import check_own_layers
 from ..fields import check_known, check_string
@@ -83,7 +83,7 @@ def keys_of_others(composed: SavesAll, name: str) -> tuple[str, ...]:
     """How the keys of the other adapters' tensors begin, with the adapter's name and a dot at their end."""
     others = [other for other in composed.peft_config if other != name]
     begins = [f"base_model.{child}.{other}." for child in composed.base_model.shared for other in others]
-    for path, module in composed.named_modules():
+    for path, module in named_as_in_state(composed):
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             tables = (*module.adapter_layer_names, *module.other_param_names)
             begins += [f"{path}.{table}.{other}." for table in tables for other in others]
