@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from register_adapter import (
+    RegisterConfig,
     RegisterPeftModel,
     UnsupportedModelError,
     add_registers,
@@ -28,8 +29,9 @@ from register_adapter import (
 
 def replace(model: nn.Module, field: str, make: Callable[[nn.Module], nn.Module]) -> None:
     tower = find_tower(model)
-    place, _, name = getattr(tower.anatomy, field).rpartition(".")
-    setattr(tower.module.get_submodule(place), name, make(tower.part(field)))
+    old = tower.part(field)
+    place, _, name = next(path for path, module in tower.module.named_modules() if module is old).rpartition(".")
+    setattr(tower.module.get_submodule(place), name, make(old))
 
 
 @pytest.mark.parametrize("options", [{}, {"insert_layer": 1}], ids=str)
@@ -44,6 +46,51 @@ def test_a_replaced_norm_gets_the_hooks(name: str, make: Any, options: dict[str,
     with torch.no_grad():
         find_register_layer(again).tokens("default").weight.copy_(find_register_layer(model).tokens("default").weight)
     replace(base, "remove", make)
+    assert_identical(run(model, inputs), run(again, inputs))
+
+
+@pytest.mark.parametrize("step", ["add", "save", "unload"])
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("embeddings", {}),
+        ("remove", {"insert_layer": 1}),
+        ("blocks", {"deep": True}),
+        ("blocks", {"key_value": True}),
+        ("blocks", {"register_neurons": {1: [0, 5]}}),
+    ],
+    ids=str,
+)
+def test_a_copy_of_a_hooked_module_is_as_any_other_before_the_next_pass(
+    field: str, options: dict[str, Any], step: str, tmp_path: Path
+) -> None:
+    """Its hooks, of a copy of the layer, stayed: registers in the output, also of the unloaded base; no save."""
+    model, inputs = add_registers(build("vit"), 3, init_std=1.0, **options).eval(), make_inputs("vit")
+    expected = run(model, inputs)
+    replace(model, field, copy.deepcopy)
+    if step == "unload":
+        base = model.unload()
+        assert_identical(run(base, inputs), run(build("vit"), inputs))
+        assert not any(type(vars(part).get("config")).__name__ == "AttentionConfig" for part in base.modules())
+        return
+    if step == "add":
+        model.add_adapter("other", RegisterConfig(num_registers=2, **options))
+        model.delete_adapter("other")
+    else:
+        model.save_pretrained(tmp_path)
+        assert_identical(run(RegisterPeftModel.from_pretrained(build("vit"), tmp_path), inputs), expected)
+    assert_identical(run(model, inputs), expected)
+
+
+def test_a_copied_block_behind_the_others_has_no_neurons_of_the_one_it_was() -> None:
+    model, inputs = add_registers(build("vit"), 3, register_neurons={1: [0, 5]}).eval(), make_inputs("vit")
+    weight = find_register_layer(model).tokens("default").weight
+    replace(model, "blocks", lambda old: nn.ModuleList([*old, copy.deepcopy(old[1])]))
+    longer = build("vit")
+    replace(longer, "blocks", lambda old: nn.ModuleList([*old, copy.deepcopy(old[1])]))
+    again = add_registers(longer, 3, register_neurons={1: [0, 5]}).eval()
+    with torch.no_grad():
+        find_register_layer(again).tokens("default").weight.copy_(weight)
     assert_identical(run(model, inputs), run(again, inputs))
 
 

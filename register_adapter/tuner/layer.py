@@ -281,6 +281,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         del self.tower.module._modules["registers"]
 
     def _remove_hooks(self) -> None:
+        if self._handles:
+            self._drop_copies()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -340,4 +342,7 @@ def attached_layers(model: nn.Module) -> list[RegisterLayer]:
     # In lists, because another thread may put on hooks of its own meanwhile (capture).
     hooks = [hook for module in model.modules() for hook in list(module._forward_pre_hooks.values())]
     owners = (getattr(getattr(hook, "func", hook), "__self__", None) for hook in hooks)
-    return list(dict.fromkeys([*register_layers(model), *(own for own in owners if isinstance(own, RegisterLayer))]))
+    modules = set(model.modules())
+    # The copy of a hooked module has hooks of a copy of its layer, with a whole model of its own.
+    replaced = [own for own in owners if isinstance(own, RegisterLayer) and own.labels.model in {None, *modules}]
+    return list(dict.fromkeys([*register_layers(model), *replaced]))

@@ -164,6 +164,10 @@ class AttentionHooks(LayerHooks):
     def _leave_attention(self) -> None:
         for module, config in self._configs:
             module.config = config
+        for module in self.tower.module.modules() if self._configs else ():
+            config = vars(module).get("config")
+            if isinstance(config, AttentionConfig) and config.layer is not self:  # a copied block's
+                module.config = config.config
         self._configs = []
 
     def attend(

@@ -164,10 +164,18 @@ class LayerHooks:
         with ATTACHING:
             points = self._all_points()
             if not self._is_hooked(points):  # by another thread meanwhile
-                for module in points:
-                    for part in module.modules():  # PEFT keeps copies of a hooked block inside of what wraps it
-                        _drop_copied_hooks(part, self)
                 self.attach()
+
+    def _drop_copies(self) -> None:
+        """Take off the hooks that copies of hooked modules have: those of copies of this layer, which came along."""
+        parts = list(self.tower.module.modules())
+        known = {id(self), *map(id, parts)}
+        for part in parts:
+            for hooks in (part._forward_pre_hooks, part._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    owner = getattr(getattr(hook, "func", hook), "__self__", None)
+                    if isinstance(owner, LayerHooks) and id(owner) not in known:
+                        del hooks[key]
 
     def _check_graph(self, segments: list[Segment]) -> None:
         """A graph may be of a model that has lost or got modules since its last pass: hooks do not move in it.
@@ -310,15 +318,6 @@ class LayerHooks:
         for count in counts:
             value = cut_tokens(value, self.prefix, count, length + count, self._cuts_attentions)
         return value
-
-
-def _drop_copied_hooks(module: Any, layer: LayerHooks) -> None:
-    """Take off the hooks that a copy of a hooked module has: those of a copy of the layer, which came along."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            owner = getattr(getattr(hook, "func", hook), "__self__", None)
-            if isinstance(owner, LayerHooks) and owner is not layer:
-                del hooks[key]
 
 
 def _unwrapped(module: Any) -> Any:

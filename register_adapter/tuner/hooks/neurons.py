@@ -36,7 +36,8 @@ class NeuronHooks(LayerHooks):
         parts = self.tower.part("blocks")
         places = [block for block in sorted(blocks) if block < len(parts)]
         ends = [self.tower.block_part(block, "mlp_out") for block in places]
-        return [*(parts[block] for block in places), *(end for end in ends if end is not None)]
+        # All blocks: a copy of one with neurons may have been put behind them.
+        return [*parts, *(end for end in ends if end is not None)]
 
     def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._end_if_over()
