@@ -17,6 +17,7 @@ from register_adapter.artifacts import ArtifactReport
 from register_adapter.data.folders import read_captioned_folder
 from register_adapter.data.texts import read_prompts
 from register_adapter.evaluation.discovery import read_coco
+from register_adapter.evaluation.discovery.annotations import read_lines
 from register_adapter.evaluation.downstream.dense_images import DenseImage, to_classes
 from register_adapter.evaluation.downstream.zero_shot import read_classes, read_templates
 from register_adapter.features.extraction.files import FileSpec, opened_writer
@@ -48,6 +49,27 @@ def test_a_damaged_file_is_named(reader: str, text: str, tmp_path: Path) -> None
         read(tmp_path / name)
     assert str(tmp_path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("reader", [*READERS, "lines of templates", "lines of prompts", "list of VOC"])
+def test_a_file_that_is_no_utf8_is_named(reader: str, tmp_path: Path) -> None:
+    plain: dict[str, tuple[str, Callable[[Path], Any]]] = {
+        "lines of templates": ("templates.txt", read_templates),
+        "lines of prompts": ("prompts.txt", read_prompts),
+        "list of VOC": ("trainval.txt", read_lines),
+    }
+    name, read = (READERS | plain)[reader]
+    (tmp_path / name).write_bytes("café {}\n".encode("latin-1"))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - each has words of its own
+        read(tmp_path / name)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_half_a_surrogate_pair_is_no_name_of_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "boxes.json"
+    path.write_text('{"images": [{"id": 1, "file_name": "\\ud800.jpg"}], "annotations": []}', "utf-8")
+    with pytest.raises(ValueError, match=r"boxes\.json is not an annotation file"):
+        read_coco(path, tmp_path)
 
 
 def test_a_report_nested_too_deeply_is_no_report(tmp_path: Path) -> None:

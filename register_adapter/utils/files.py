@@ -55,7 +55,11 @@ def read_text(path: str | Path) -> str:
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_TEXT:
             raise ValueError(f"{path} has {size} bytes, and at most {_MAX_TEXT} are read")
-        return file.read(_MAX_TEXT).decode("utf-8")
+        content = file.read(_MAX_TEXT)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def parse_json(text: str | bytes) -> Any:

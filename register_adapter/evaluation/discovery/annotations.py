@@ -102,8 +102,11 @@ def read_lines(path: Path) -> list[str]:
     if not path.is_file():
         near = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt") if "_" not in other.stem))
         raise ValueError(f"there is no list of images {path}; there are {near or 'none'}")
-    with open_regular(path) as file:
-        names = [line.split()[0].decode() for line in file if line.strip()]
+    try:
+        with open_regular(path) as file:
+            names = [line.split()[0].decode() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
     if not names:
         raise ValueError(f"{path} names no images")
     if strange := [name for name in names if Path(name).name != name]:
@@ -148,6 +151,7 @@ def read_coco(file: str | Path, folder: str | Path, *, crowd: bool = False) -> l
         with open_regular(path) as opened:
             content = parse_json(opened.read())
         images = [(item["id"], str(item["file_name"])) for item in content["images"]]
+        "".join(name for _, name in images).encode()  # half of a surrogate pair is the name of no file
         boxes: dict[Any, list[list[float]]] = {number: [] for number, _ in images}
         for item in content["annotations"]:
             if crowd or not item.get("iscrowd", 0):
