@@ -17,7 +17,7 @@ import torch
 import transformers
 from families import build, make_inputs
 from helpers import assert_identical, run
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -188,6 +188,15 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub.client.create_repo.return_value.repo_id = "me/pair"
     hub.client.create_commit.side_effect = commit
     monkeypatch.setattr(hub_files, "HfApi", mock.MagicMock(return_value=hub.client))
+    library = transformers.utils.hub
+    for name, made in (("hf_api", lambda: hub.client), ("create_repo", hub.client.create_repo)):
+        if hasattr(library, name):
+            monkeypatch.setattr(library, name, made)
+    monkeypatch.setattr(
+        library,
+        "create_and_tag_model_card",
+        lambda repo_id, tags=None, **_: ModelCard.from_template(ModelCardData(tags=list(tags or []))),
+    )
 
     def fetch(name: str, filename: str, subfolder: str | None, options: dict[str, Any]) -> Path | None:
         hub.asked.append((name, options.get("revision")))

@@ -15,9 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...utils.adapter_file import check_plain, check_savable_values
-from ...utils.hub import MANIFEST_NAME, check_folder, checked_token, upload
+from ...utils.hub import MANIFEST_NAME, check_folder, checked_token, hub_errors, upload
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
+from ...utils.readme import read_readme
 from .._peft_compat import named_as_in_state, with_one
 from ..card import check_facts
 from ..checks.copied_layers import check_own_layers
@@ -225,8 +226,41 @@ class SavesAll(PeftModel):
         token = checked_token(token)
         check_facts(tags=tags)
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch, "adapters")
-            self.save_pretrained(folder)  # what cannot be saved makes no repository
+            self.save_pretrained(Path(scratch, "adapters"))  # what cannot be saved makes no repository
+        options = {
+            "commit_message": commit_message,
+            "commit_description": commit_description,
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr,
+            "max_shard_size": max_shard_size,
+            "tags": tags,
+        }
+        with hub_errors(repo_id, revision, token):
+            pushed = super().push_to_hub(repo_id, **{key: value for key, value in options.items() if value is not None})
+        return cast(CommitInfo, pushed)
+
+    def _upload_modified_files(
+        self,
+        working_dir: str,
+        repo_id: str,
+        files_timestamps: Any = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_description: str | None = None,
+    ) -> CommitInfo:
+        """The last step of transformers' ``push_to_hub``, with a card that tells of the adapters.
+
+        That of transformers is empty, or the repository's old one; the tags come from it.
+        """
+        card = read_readme(Path(working_dir, "README.md"))
+        tags = card.data.get("tags") if card is not None else None
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "adapters")  # the working folder may be the user's own, with other files
+            self.save_pretrained(folder)
             (folder / "README.md").unlink()  # it says how to load a folder of no name
             return upload(
                 folder,
@@ -234,7 +268,7 @@ class SavesAll(PeftModel):
                 lambda name: self.create_or_update_model_card(str(folder), adapter=name, tags=tags or ()),
                 commit_message=commit_message,
                 commit_description=commit_description,
-                private=private,
+                private=None,
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
