@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from register_adapter import HubAccessError, RegisterConfig, RegisterPeftModel, add_registers
+from register_adapter import HubAccessError, RegisterConfig, RegisterPeftModel, add_registers, compose, load_adapters
 
 torch.set_num_threads(1)
 OWN_TEXT = "# My registers\n\nTrained on a Sunday.  Two spaces, kept.\n"
@@ -98,6 +98,17 @@ def author(out: Path) -> None:
     model.set_adapter("extra")
     outputs["extra"] = logits(model)
     model.save_pretrained(out / "adapter")
+
+    lora = LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)
+    pair = compose(small_base(), {"registers": RegisterConfig(num_registers=2, init_std=1.0), "lora": lora})
+    pair.push_to_hub("author/pair", token=f"{token}\n", tags=["scenes"])
+    longer = Path(hf_hub_download("author/pair", "README.md")).read_text() + OWN_TEXT
+    api.upload_file(path_or_fileobj=longer.encode(), path_in_repo="README.md", repo_id="author/pair")
+    with torch.no_grad():
+        for value in pair.parameters():
+            value.add_(value.requires_grad)
+    pair.push_to_hub("author/pair", token=token)
+    outputs["pair"] = logits(pair)
     write(out, outputs, facts)
 
 
@@ -134,6 +145,7 @@ def reader(out: Path) -> None:
     }
     for name, (repo, options) in ways.items():
         outputs[name] = logits(RegisterPeftModel.from_pretrained(base(), repo, **options))
+    outputs["pair: load_adapters"] = logits(load_adapters(small_base(), "author/pair"))
     outputs["first: PeftModel, commit"] = logits(PeftModel.from_pretrained(base(), "author/regs", revision=first))
     outputs["second: PeftModel, private"] = logits(PeftModel.from_pretrained(base(), "author/secret", token=token))
     os.environ["HF_TOKEN"] = token
@@ -191,12 +203,16 @@ def stranger(out: Path) -> None:
     attempt("push: no token", lambda: model.push_to_hub("author/regs"))
     attempt("push: other's repository", lambda: model.push_to_hub("author/regs", token=other))
     attempt("push: other's name", lambda: model.push_to_hub("author/new", token=other))
+    pair = compose(small_base(), {"registers": RegisterConfig()})
+    attempt("push of several: wrong token", lambda: pair.push_to_hub("author/pair", token=wrong))
+    attempt("push of several: other's name", lambda: pair.push_to_hub("author/new", token=other))
     attempt("push: token of two lines", lambda: model.push_to_hub("author/regs", token=f"{wrong}\n{wrong}"))
 
     logging.getLogger().setLevel(logging.WARNING)  # what a server says is the HTTP library's to log
     wait(out, "echo")
     load("echo: load", "author/secret", token=wrong)
     attempt("echo: push", lambda: model.push_to_hub("author/regs", token=wrong))
+    attempt("echo: push of several", lambda: pair.push_to_hub("author/pair", token=wrong))
     wait(out, "down")
     load("down: load", "author/regs")
     attempt("down: push", lambda: model.push_to_hub("author/regs", token=other))

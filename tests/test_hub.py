@@ -28,6 +28,7 @@ LOADED_AS = {
     "extra: PeftModel.load_adapter",
     "extra: load_adapter",
     "extra: subfolder",
+    "pair: load_adapters",
     "first: PeftModel, commit",
     "first: commit",
     "first: tag",
@@ -76,8 +77,8 @@ class Session:
     facts: dict[str, Any]
     output: str
 
-    def readme(self, revision: str = "main") -> str:
-        commit = self.server.repos["author/regs"].at(revision)
+    def readme(self, revision: str = "main", repo: str = "author/regs") -> str:
+        commit = self.server.repos[repo].at(revision)
         assert commit is not None
         return commit.files["README.md"].data.decode()
 
@@ -120,6 +121,16 @@ def test_a_push_is_one_commit_with_the_weights_in_lfs(session: Session) -> None:
     assert first.files["adapter_model.safetensors"] != second.files["adapter_model.safetensors"]
     # The author's edit is the one commit between the two.
     assert [commit.oid for commit in repo.commits].index(second.oid) == 3
+
+
+def test_a_push_of_several_brings_the_card_in_the_repository_up_to_date(session: Session) -> None:
+    commits = session.server.repos["author/pair"].commits
+    edited, last = (session.readme(commit.oid, "author/pair") for commit in commits[-2:])
+    assert 'load_adapters(base, "author/pair")' in edited
+    assert "\n- scenes\n" in edited
+    assert last != edited
+    assert last.endswith(OWN_TEXT)
+    assert 'load_adapters(base, "author/pair")' in last
 
 
 def test_the_same_adapter_again_is_no_new_commit(session: Session) -> None:
@@ -249,9 +260,12 @@ def failures(session: Session, tmp_path_factory: pytest.TempPathFactory) -> tupl
         ("push: no token", "HubAccessError", ["'author/regs'", "token"]),
         ("push: other's repository", "HubAccessError", ["'author/regs'", "403"]),
         ("push: other's name", "HubAccessError", ["'author/new'", "403"]),
+        ("push of several: wrong token", "HubAccessError", ["'author/pair'", "refused the token"]),
+        ("push of several: other's name", "HubAccessError", ["'author/new'", "403"]),
         ("push: token of two lines", "ValueError", ["the token", "copy it again"]),
         ("echo: load", "HubAccessError", ["'author/secret'", "token"]),
         ("echo: push", "HubAccessError", ["'author/regs'", "token"]),
+        ("echo: push of several", "HubAccessError", ["'author/pair'", "token"]),
         ("down: load", "HubAccessError", ["'author/regs'", "cannot be reached", "http://127.0.0.1", "connection"]),
         ("down: push", "HubAccessError", ["'author/regs'", "cannot be reached", "http://127.0.0.1", "connection"]),
     ],
