@@ -393,6 +393,23 @@ def test_changed_numbers_of_a_checkpoint_are_damaged(changed: dict[str, Any], ch
         read_state(copied, state["settings"])
 
 
+@pytest.mark.parametrize("files", [True, False], ids=["checksums", "older"])
+def test_a_checkpoint_of_several_adapters_without_its_list_is_refused(
+    files: bool, vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It went on with fresh adapters, in silence."""
+    more = ["--train", "registers+lora", "--max_train_steps", "2", "--checkpointing_steps", "1"]
+    main(flags(vit, photos, tmp_path, *more))
+    state = json.loads((tmp_path / "checkpoint-1" / "train_state.json").read_text())
+    assert {"adapters.json", "lora/adapter_config.json"} < set(state["files"])
+    (tmp_path / "checkpoint-1" / "adapters.json").unlink()
+    if not files:
+        del state["files"]
+        (tmp_path / "checkpoint-1" / "train_state.json").write_text(json.dumps(state))
+    refused(flags(vit, photos, tmp_path, *more, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")), 1)
+    assert "adapters.json" in capsys.readouterr().err
+
+
 def test_random_states_that_cannot_be_set_are_refused_before_the_first_step(
     vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 from ...tuner.composed import ComposedPeftModel
 from ...utils.adapter_file import read_tensors
 from ...utils.files import checksum, open_regular
+from ...utils.hub import MANIFEST_NAME
 from ...utils.parameters import trained_parameters
 from ...utils.random_states import random_state, same_random_state, set_random_state
 from ...utils.staging import naming_files, scratch_folder
@@ -89,7 +90,7 @@ def save(
                 _write_tensors(tensors, new / _TENSORS)
                 if best is not None:
                     save_file({name: tensor.contiguous() for name, tensor in best.items()}, new / _BEST)
-                written = sorted(path for path in new.rglob("*") if path.suffix in (".pt", ".safetensors"))
+                written = sorted(path for path in new.rglob("*") if path.suffix in (".pt", ".safetensors", ".json"))
                 files = {path.relative_to(new).as_posix(): checksum(path) for path in written}
                 files[STATE] = state.checksum()
                 (new / STATE).write_text(json.dumps(asdict(state) | {"files": files}, indent=2) + "\n", "utf-8")
@@ -120,8 +121,11 @@ def load_adapter(model: PeftModel, checkpoint: Path) -> None:
 
     Raises:
         AdapterFileError: The file is damaged or does not fit the model.
+        CheckpointError: It is not of a model with several adapters, and the model is one.
     """
     if isinstance(model, ComposedPeftModel):
+        if not (checkpoint / MANIFEST_NAME).is_file():  # PEFT would take the folder for one adapter's
+            raise CheckpointError(f"{checkpoint} has no file {MANIFEST_NAME}, which says what adapters it holds")
         model.load_adapter(checkpoint, str(model.active_adapter), is_trainable=True)
         return
     name = str(model.active_adapter)

@@ -41,7 +41,8 @@ class TrainState:
         step: Batches of that epoch done, per process.
         settings: What must be the same on resumption for the same result.
         evaluations: ``step`` and the metrics of each evaluation on the way.
-        files: Checksum by name of the checkpoint's files, this one's without ``files``; older releases have none.
+        files: Checksum by name of the checkpoint's files but its card, this one's without ``files``; older releases
+            have none.
 
     Raises:
         TypeError: A value is of another kind.
