@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from command_line import call, run_here
+from PIL import Image
 
 from register_adapter import UnsupportedModelError, add_registers
 from register_adapter.commands.runs.inputs import load_base, load_images, load_processor
 from register_adapter.commands.runs.study import StudyArguments, run_study
+from register_adapter.data import load_image
 from register_adapter.studies import ARMS, Accuracy, Figures, study
 from register_adapter.studies.choice import LEAVE, NOTHING, choose
 from register_adapter.studies.records import Records
@@ -223,6 +225,33 @@ def test_bad_images_are_skipped_and_named(tmp_path: Path) -> None:
     result = study(model, folder, tmp_path / "out", image_processor=load_processor("grown-tiles"), progress=False)
     assert [Path(line.partition(":")[0]).name for line in result.values["skipped"]] == ["07.png"]
     assert sum(result.values["parts"].values()) == 31
+
+
+def _of_every_kind(folder: Path) -> list[Any]:
+    """Paths, a JPEG that is to be turned, and CMYK."""
+    sources: list[Any] = [item["image"] for item in load_images("tiles", 24)]
+    for number in range(8):
+        sources[number].save(folder / f"{number}.jpg")
+        sources[number] = folder / f"{number}.jpg"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sources[8].crop((0, 0, 32, 20)).save(folder / "turned.jpg", exif=turned)
+    sources[8] = Image.open(folder / "turned.jpg")
+    sources[9] = sources[9].convert("CMYK")
+    return sources
+
+
+def test_a_list_of_images_of_every_kind_is_written_for_the_command_whole_and_upright(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    sources = _of_every_kind(tmp_path / "given")
+    processor = load_processor("grown-tiles")
+    options: dict[str, Any] = {"arms": ["train: 4 registers"], "steps": 1, "batch_size": 8, "progress": False}
+    result = study(load_grown("tiles").backbone, sources, tmp_path / "out", image_processor=processor, **options)
+    assert str(tmp_path / "out" / "images") in str(result.command)
+    written = sorted((tmp_path / "out" / "images").iterdir())
+    assert len(written) == len(sources)
+    for path, source in zip(written, sources, strict=True):
+        assert load_image(path).tobytes() == load_image(source).tobytes()
 
 
 # The task, and the rule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ..data.batches import list_images, refuse_bad, warn_of_skipped
 from ..data.datasets import PixelBatches, ProcessedDataset
-from ..data.images import check_image, image_name
+from ..data.images import check_image, image_name, load_image
 
 __all__ = ["LEAST", "Images", "Part", "read_images"]
 
@@ -74,7 +75,7 @@ class Images:
     def __init__(
         self, items: Sequence[dict[str, Any]], numbers: Sequence[int], skipped: Sequence[str], image_processor: Any
     ) -> None:
-        self.items, self.skipped = list(items), list(skipped)
+        self.items, self.numbers, self.skipped = list(items), list(numbers), list(skipped)
         order = np.random.default_rng(0).permutation(len(items))
         first = round(_MADE_WITH * len(items))
         second = first + (len(items) - first) // 2
@@ -104,9 +105,13 @@ class Images:
         return digest.hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
-        """Write the images that arms are made with as files, for a command to read."""
-        for number, item in zip(self.make.numbers, self.make.items, strict=True):
-            item["image"].save(folder / f"{number:06d}.png")
+        """Write all of the images into one folder, for a command to read: files as they are, others as PNG."""
+        for number, item in zip(self.numbers, self.items, strict=True):
+            source = item["image"]
+            if isinstance(source, str | Path):
+                shutil.copyfile(source, folder / f"{number:06d}{Path(source).suffix}")
+            else:
+                load_image(source).save(folder / f"{number:06d}.png")
 
 
 def read_images(images: Any, image_processor: Any, max_images: int | None, strict: bool) -> Images:
