@@ -83,10 +83,14 @@ def test_a_copy_of_a_hooked_module_is_as_any_other_before_the_next_pass(
 
 
 def test_a_copied_block_behind_the_others_has_no_neurons_of_the_one_it_was() -> None:
-    model, inputs = add_registers(build("vit"), 3, register_neurons={1: [0, 5]}).eval(), make_inputs("vit")
+    # The ViT of transformers 4 takes as many blocks as its config says.
+    model, inputs = (
+        add_registers(build("clip-vision"), 3, register_neurons={1: [0, 5]}).eval(),
+        make_inputs("clip-vision"),
+    )
     weight = find_register_layer(model).tokens("default").weight
     replace(model, "blocks", lambda old: nn.ModuleList([*old, copy.deepcopy(old[1])]))
-    longer = build("vit")
+    longer = build("clip-vision")
     replace(longer, "blocks", lambda old: nn.ModuleList([*old, copy.deepcopy(old[1])]))
     again = add_registers(longer, 3, register_neurons={1: [0, 5]}).eval()
     with torch.no_grad():
@@ -121,7 +125,8 @@ def test_a_graph_of_replaced_modules_is_refused_until_the_hooks_have_moved(
         expected = flatten(model(pixels))
         torch.testing.assert_close(flatten(compiled(pixels)), expected)
         setattr(tower.module.get_submodule(place), attribute, plain.get_submodule(path))
-        with pytest.raises(Exception, match="were replaced or wrapped after the registers were added"):
+        # Of an error inside a graph torch 2.8 tells the kind alone.
+        with pytest.raises(Exception, match=r"were replaced or wrapped after the registers|UnsupportedModelError"):
             compiled(pixels)
         torch.testing.assert_close(flatten(broken(pixels)), expected)
         torch.testing.assert_close(flatten(model(pixels)), expected)
