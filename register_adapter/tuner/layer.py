@@ -28,6 +28,7 @@ from .hooks.methods import MethodHooks
 from .hooks.neurons import NeuronHooks
 from .hooks.place import PlaceHooks
 from .hooks.recomputation import Inputs, drop
+from .hooks.recording import show_hooks_to_compiler
 from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens, refuse_merging
 from .undo import Before
@@ -251,6 +252,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
             self.misfits = {name: sentence for name in self.names if (sentence := self._misfit(name))}
             return
         self._kinds = kinds
+        show_hooks_to_compiler()
         attending = self._in_attention or bool(self._configs)
         self._remove_hooks()
         self._handles = self._sequence_hooks()
@@ -268,8 +270,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
 
     def _all_points(self) -> list[Any]:
         points = self._hook_points()
-        if blocks := self._neuron_blocks:
-            points += self._neuron_points(blocks)
+        if self._neuron_blocks:
+            points += self._neuron_points()
         return points + self._attention_points() if self._in_attention or self._configs else points
 
     def detach(self) -> None:

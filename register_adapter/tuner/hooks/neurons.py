@@ -19,24 +19,24 @@ class NeuronHooks(LayerHooks):
     """What a :class:`RegisterLayer` does inside MLPs; mixed into it."""
 
     def _neuron_hooks(self, blocks: set[int]) -> list[Any]:
-        """Register the hooks on the blocks that have register neurons."""
-        handles = []
-        modules = self.tower.part("blocks")
-        for block in sorted(blocks):
-            last = self.tower.block_part(block, "mlp_out") if block < len(modules) else None
-            if last is None:  # a pass with these neurons is refused
+        """Register the hooks for register neurons in ``blocks``; where a block has none, they do nothing.
+
+        That block has them too: a graph of one without hooks would do for all, as torch's compiler sees it.
+        """
+        handles: list[Any] = []
+        for block, module in enumerate(self.tower.part("blocks")) if blocks else ():
+            last = self.tower.block_part(block, "mlp_out")
+            if last is None:  # a pass with neurons here is refused
                 continue
             handles.append(last.register_forward_pre_hook(partial(self._shift_hook, block)))
-            module = modules[block]
-            handles.append(module.register_forward_pre_hook(self._visible_hook, with_kwargs=True))
+            if block in blocks:
+                handles.append(module.register_forward_pre_hook(self._visible_hook, with_kwargs=True))
         return handles
 
-    def _neuron_points(self, blocks: set[int]) -> list[Any]:
+    def _neuron_points(self) -> list[Any]:
         """As ``_hook_points``, for these hooks."""
         parts = self.tower.part("blocks")
-        places = [block for block in sorted(blocks) if block < len(parts)]
-        ends = [self.tower.block_part(block, "mlp_out") for block in places]
-        # All blocks: a copy of one with neurons may have been put behind them.
+        ends = [self.tower.block_part(block, "mlp_out") for block in range(len(parts))]
         return [*parts, *(end for end in ends if end is not None)]
 
     def _visible_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -8,7 +8,7 @@ block gets the registers with what it is given, and its output, which a user may
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,13 +21,30 @@ from ..registers import Segment
 from .base import LayerHooks
 from .tokens import insert_tokens
 
-__all__ = ["RecordingHooks", "is_recorded"]
+__all__ = ["RecordingHooks", "is_recorded", "show_hooks_to_compiler"]
 
 _INSTEAD = (
     "Trace the base without registers or export_native(model), use capture(model) for features, or torch.export for a "
     "graph."
 )
 _SINGLE = "torch.fx has recorded its blocks as single steps"
+
+
+def show_hooks_to_compiler() -> None:
+    """Have the graphs that this thread compiles look whether a module has hooks, and drop those made before the first.
+
+    By default torch runs the graph of a module without hooks for others of its class that have some, in silence
+    (``torch._dynamo.config.skip_nnmodule_hook_guards``, which torch's source calls unsafe).
+    """
+    config: Any = torch._dynamo.config
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        _drop_graphs()
+
+
+@cache  # once: other threads may be at work with theirs
+def _drop_graphs() -> None:
+    torch.compiler.reset()
 
 
 def is_recorded(*values: Any) -> bool:
