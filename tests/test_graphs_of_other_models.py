@@ -10,10 +10,10 @@ import pytest
 import torch
 from execution_cases import registered
 from families import build, make_inputs
-from helpers import assert_identical, differs, run
+from helpers import assert_identical, differs, flatten, run
 from torch import nn
 
-from register_adapter import RegisterConfig, add_registers, find_tower
+from register_adapter import RegisterConfig, add_registers, capture, find_tower
 from register_adapter.tuner.hooks.recording import _drop_graphs
 
 
@@ -89,3 +89,21 @@ def test_register_neurons_of_one_block_are_in_graphs_that_another_thread_makes(h
     compile_parts(model, how)
     with ThreadPoolExecutor(1) as pool:
         assert_identical(pool.submit(run, model, inputs).result(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["tower", "blocks"])
+def test_capture_sees_a_model_that_was_compiled_and_run_before(how: str) -> None:
+    """There was nothing in the trace, or no attention map."""
+    inputs = make_inputs("vit")
+    model, eager = (build("vit", "eager").eval() for _ in range(2))
+    compile_parts(model, how)
+    run(model, inputs)
+    traces = []
+    for each in (model, eager):
+        with torch.no_grad(), capture(each) as trace:
+            each(**inputs)
+        traces.append({"hidden": trace.hidden_states, "attentions": trace.attentions})
+    assert traces[1]["hidden"] and traces[1]["attentions"]
+    assert_identical(flatten(traces[0]), flatten(traces[1]))
+    assert_identical(run(model, inputs), run(eager, inputs))

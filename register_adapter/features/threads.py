@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..tuner.hooks.recomputation import is_recomputing
+from ..tuner.hooks.recording import show_hooks_to_compiler
 
 __all__ = ["Here", "in_this_thread"]
 
@@ -48,6 +49,7 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     to the first.
     """
     here = Here()
+    show_hooks_to_compiler()
 
     def call(*args: Any) -> Any:
         return hook(*args) if here.is_here and not is_recomputing() else None

@@ -37,7 +37,7 @@ def show_hooks_to_compiler() -> None:
     (``torch._dynamo.config.skip_nnmodule_hook_guards``, which torch's source calls unsafe).
     """
     config: Any = torch._dynamo.config
-    if config.skip_nnmodule_hook_guards:
+    if not torch.compiler.is_compiling() and config.skip_nnmodule_hook_guards:
         config.skip_nnmodule_hook_guards = False
         _drop_graphs()
 
