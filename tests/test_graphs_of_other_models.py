@@ -104,6 +104,7 @@ def test_capture_sees_a_model_that_was_compiled_and_run_before(how: str) -> None
         with torch.no_grad(), capture(each) as trace:
             each(**inputs)
         traces.append({"hidden": trace.hidden_states, "attentions": trace.attentions})
-    assert traces[1]["hidden"] and traces[1]["attentions"]
+    assert traces[1]["hidden"]
+    assert traces[1]["attentions"]
     assert_identical(flatten(traces[0]), flatten(traces[1]))
     assert_identical(run(model, inputs), run(eager, inputs))
