@@ -246,6 +246,9 @@ def test_what_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "named twice" in said("knn", model, data, *("--adapter", str(folder / "adapter")) * 2)
     assert "must hold images/ and masks/" in said("segmentation", model, data)
     assert "ImageSets" in said("discovery", model, data)
+    (tmp_path / "eval.json").write_text('{"task": "depth"}')
+    assert "eval.json is the result of 'depth', which knn would" in said("knn", model, data, "--out", str(tmp_path))
+    assert (tmp_path / "eval.json").read_text() == '{"task": "depth"}'
     leaky = tmp_path / "leaky"
     shutil.copytree(data, leaky)
     image = next((leaky / "train").rglob("*.png"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,8 @@ def run_eval(args: EvalArguments) -> TaskReport:
     """Evaluate the model and every adapter, and write ``eval.json`` and ``index.html`` if a folder is given.
 
     Raises:
-        ValueError: There is no such task, or the data do not have its layout; and as for the task's function.
+        ValueError: There is no such task, the data do not have its layout, or ``output_dir`` holds another task's
+            result; and as for the task's function.
         OSError: Something cannot be read or written.
         RegisterAdapterError: An adapter is another base's; and as for the task's function.
     """
@@ -116,6 +118,7 @@ def run_eval(args: EvalArguments) -> TaskReport:
     for place in (args.output_dir, args.store):
         if place is not None:
             check_target(place)
+    _refuse_another_task(args)
     data = load_task_data(
         args.task,
         args.data,
@@ -271,3 +274,21 @@ def _refuse_others(args: EvalArguments) -> None:
             raise ValueError(f"{argument}= is for {', '.join(tasks)}; {args.task} takes no such thing")
         if argument in mine & _NAMES and getattr(args, argument) == "":
             raise ValueError(f"{argument}= is empty; give a name, or leave it out")
+
+
+def _refuse_another_task(args: EvalArguments) -> None:
+    """Keep a result that this one is not a newer form of.
+
+    Raises:
+        ValueError: ``output_dir`` has another task's.
+    """
+    path = Path(args.output_dir, RESULT) if args.output_dir is not None else None
+    if path is None or not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        task = found["task"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no result of an evaluation; give another folder, or move it away") from error
+    if task != args.task:
+        raise ValueError(f"{path} is the result of {task!r}, which {args.task} would write over; give another folder")
