@@ -20,6 +20,7 @@ from training_helpers import adapter_bytes
 from register_adapter.training import ClassificationObjective, TrainArguments, checkpoints
 from register_adapter.training.checkpoints import TrainState
 from register_adapter.training.interruption import Interrupted, Interruption
+from register_adapter.training.last_words import summarise
 from register_adapter.training.selection import Selection
 
 pytestmark = pytest.mark.slow
@@ -201,6 +202,9 @@ def test_a_run_says_what_came_of_it(
     assert f"saved is step {results['best']['step']}, with eval_loss" in said
     assert str(tmp_path) in said
     assert len(said.splitlines()) <= 6
+    kept = {**results, "arguments": {**results["arguments"], "load_best_model_at_end": False}}
+    for step, word in ((8, "saved is step 8, with eval_loss"), (5, "saved is the last step; best was step 5, with")):
+        assert word in summarise({**kept, "best": {**results["best"], "step": step}}, "out")
     short = flags(case, tmp_path, "--max-train-steps", "1", "--overwrite-output-dir")
     start([*short, "--quiet"])
     assert capsys.readouterr().out == ""

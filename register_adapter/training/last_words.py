@@ -57,7 +57,8 @@ def summarise(results: dict[str, Any], output_dir: str) -> str:
             lines.append(f"{name} on {results['eval_samples']} held-out images: {_number(name, value)}{without}")
     best = results["best"]
     if best:
-        saved = "saved is" if results["arguments"]["load_best_model_at_end"] else "saved is the last step; best was"
+        is_saved = results["arguments"]["load_best_model_at_end"] or best["step"] == steps
+        saved = "saved is" if is_saved else "saved is the last step; best was"
         value = _number(best["metric"].removeprefix("eval_"), best["value"])
         lines.append(f"{saved} step {best['step']}, with {best['metric']} {value}")
     lines.append(f"adapter, card, results.json and run.yaml: {output_dir}")
