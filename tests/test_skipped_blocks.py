@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from families import build, make_inputs
-from helpers import assert_identical, run
+from helpers import assert_identical, flatten, run
 from stacks_cases import build_stack, images
 from torch import nn
 
 from register_adapter import UnsupportedModelError, add_registers
+from register_adapter.towers.calls import first_of
+from register_adapter.tuner.layer import require_register_layer
 
 WAYS: list[dict[str, Any]] = [{"insert_layer": 1}, {"insert_layer": 1, "deep": True}, {"insert_layer": 1, "gate": -1.0}]
 
@@ -133,3 +136,50 @@ def test_compiled_parts_that_are_skipped_are_told_by_the_length(blocks: tuple[in
         run(model, inputs)
     del base.encoder.forward
     torch.testing.assert_close(run(model, inputs)["last_hidden_state"], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"deep": True}, {"insert_layer": 1}, {"gate": -1.0}], ids=str)
+@pytest.mark.parametrize("family", ["vit", "clip", "dinov2", "timm"])
+def test_a_hook_that_returns_a_sequence_without_registers_is_refused(family: str, options: dict[str, Any]) -> None:
+    """Patches would be cut out in their place: what the base had there is put into a pass with registers."""
+    if family == "timm" and "gate" in options:
+        pytest.skip("timm has no place for gates")
+    base, given = (build_stack("timm"), (images(),)) if family == "timm" else (build(family), ())
+    inputs = make_inputs(family) if family != "timm" else {}
+    model = add_registers(base, 3, init_std=1.0, **options).eval()
+    block, kept = require_register_layer(model).tower.part("blocks")[1], []
+    with torch.no_grad():
+        expected = flatten(model(*given, **inputs))
+        for there in (model.disable_adapter(), nullcontext()):
+            handle = block.register_forward_hook(lambda module, args, output: kept.append(output))
+            with there:
+                model(*given, **inputs)
+            handle.remove()
+        handle = block.register_forward_hook(lambda module, args, output: kept[0])
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match=r"3 registers entered \w+, and behind its blocks"):
+                model(*given, **inputs)
+        with model.disable_adapter():
+            model(*given, **inputs)
+        handle.remove()
+        handle = block.register_forward_hook(lambda module, args, output: kept[1])
+        torch.testing.assert_close(flatten(model(*given, **inputs)), expected)
+        handle.remove()
+    torch.testing.assert_close(flatten(model(*given, **inputs)), expected)
+
+
+def test_a_norm_gets_a_sequence_without_registers_after_the_embeddings_were_called() -> None:
+    base = build_stack("timm")
+    tokens = torch.randn(2, 17, base.embed_dim)
+    expected = base.norm(tokens)
+    add_registers(base, 3).eval()
+    base.norm_pre(base.patch_drop(base._pos_embed(base.patch_embed(images()))))
+    torch.testing.assert_close(base.norm(tokens), expected)
+
+
+def test_blocks_may_drop_other_tokens() -> None:
+    """As token pruning does: registers stay where they are."""
+    model, inputs = add_registers(four_blocks(), 3, init_std=1.0).eval(), make_inputs("dinov2")
+    length = run(model, inputs)["last_hidden_state"].shape[1]
+    model.get_base_model().encoder.layer[1].register_forward_hook(lambda module, args, output: first_of(output)[:, :-5])
+    assert run(model, inputs)["last_hidden_state"].shape[1] == length - 5

@@ -255,6 +255,11 @@ class LayerHooks:
             # Compiled parts do not tell what entered in them; how long the sequence is tells it too.
             known = self.call.length
             self._refuse_skipped(count, None if not known or length == known + count else length - known)
+        elif known := 0 if torch.compiler.is_compiling() else self.call.length:
+            if alone and length == known:  # the same, after the embeddings were called alone
+                return False
+            if (missing := known + count - length) in self._counts:
+                self._refuse_without(missing, length)
         self.call.left = True
         if alone and not torch.compiler.is_compiling():
             self.call.entered = self.call.length = 0
@@ -285,6 +290,15 @@ class LayerHooks:
             f"{count} registers should be in the sequence of {name} by now, and {entered} are: they enter at "
             f"{' and '.join(places)}, which this forward pass did not call exactly once. Does code of yours skip or "
             "repeat blocks? Call all of them in order, or run it without registers: with model.disable_adapter()."
+        )
+
+    def _refuse_without(self, missing: int, length: int) -> None:
+        name = type(self.tower.module).__name__
+        self._end_pass()
+        raise UnsupportedModelError(
+            f"{missing} registers entered {name}, and behind its blocks the sequence of {length} tokens is without "
+            "them. Did a hook or a block of yours return a sequence of a pass without registers? Have it return one of "
+            "a pass with them, or run both without: with model.disable_adapter()."
         )
 
     @property
