@@ -188,3 +188,18 @@ def test_padding_does_not_leak_where_registers_join_at_the_encoder(name: str, ma
     model = add_registers(base, 4, init_std=1.0).eval()
     assert (outputs(model, 0.0) - plain).abs().max() > 1e-4
     torch.testing.assert_close(outputs(model, 3.0), outputs(model, 0.0))
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_registers_that_start_late_have_room_in_the_masks_of_every_block_behind(layer: int) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(**{**build("vit").config.to_dict(), "num_hidden_layers": 4})
+    model, inputs = (
+        add_registers(ViTModel(config).eval(), 3, init_std=1.0, insert_layer=layer).eval(),
+        make_inputs("vit"),
+    )
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        program = torch.export.export(model, (), inputs, strict=False)  # a ViT makes its mask here
+        torch.testing.assert_close(program.module()(**inputs).last_hidden_state, expected)

@@ -207,10 +207,10 @@ class SequenceHooks(RecordingHooks):
                 fresh = segment.draw(hidden, index)
                 hidden = torch.cat([hidden[:, :start], fresh, hidden[:, start + segment.count :]], dim=1)
             start += segment.count
-        if hidden is given:
-            return None
         before = self.count_at(0)
-        if count > before:
+        if hidden is given and count == before:
+            return None
+        if count > before:  # in every block from there on: each is given the mask that was made before the first
             args, kwargs = grow_masks(args, kwargs, self.prefix + before, count - before, hidden.shape[1])
         return with_hidden_states(args, kwargs, hidden)
 
