@@ -220,3 +220,13 @@ def test_a_command_that_fails_names_the_files_that_were_read_so_far(capsys: pyte
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "30 images are bad and skipped, of those read before it ended:"
     assert said[-1] == "  and 10 more"
+
+
+@pytest.mark.parametrize("place", ["out", "cat/out", "../images/out"])
+def test_an_output_folder_among_classes_is_refused(place: str, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"is in the folder of images .* taken for a class"):
+        check_target(images / place, None, images)
+    check_target(tmp_path / "images-out", images)
+    assert [path.name for path in images.rglob("*")] == ["cat"]

@@ -186,15 +186,25 @@ def file_to_write(path: str | Path) -> Path:
     return target
 
 
-def check_target(folder: str | Path) -> None:
+def check_target(folder: str | Path, *class_folders: str | Path | None) -> None:
     """Say what would keep a folder from being made or written into, before any work; nothing stays behind.
+
+    Args:
+        folder: The target.
+        class_folders: Folders of images with a sub-folder per class, in which the target would be a class.
 
     Raises:
         OSError: It, or the folder that it would be made in, cannot be written into.
-        ValueError: The target, or something above it, is a file; or it has no name.
+        ValueError: The target, or something above it, is a file; it has no name; or it lies among classes.
     """
     if not os.fspath(folder):
         raise ValueError("the name of the folder to write into is empty; name one")
+    for images in class_folders:
+        if images is not None and Path(images).resolve() in Path(folder).resolve().parents:
+            raise ValueError(
+                f"{folder} is in the folder of images {images}, where it would be taken for a class; name a folder "
+                "elsewhere to write into"
+            )
     target = Path(folder)
     for place in (target, *target.absolute().parents):
         if not os.path.lexists(place):
