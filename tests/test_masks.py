@@ -203,3 +203,17 @@ def test_registers_that_start_late_have_room_in_the_masks_of_every_block_behind(
         expected = model(**inputs).last_hidden_state
         program = torch.export.export(model, (), inputs, strict=False)  # a ViT makes its mask here
         torch.testing.assert_close(program.module()(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_padding_does_not_leak_where_registers_start_late(layer: int) -> None:
+    kind, config = type(build("siglip2-vision")), build("siglip2-vision").config
+    base = kind(type(config)(**{**config.to_dict(), "num_hidden_layers": 4}))
+    model, inputs = add_registers(base, 3, init_std=1.0, insert_layer=layer).eval(), make_inputs("siglip2-vision")
+    inputs["pixel_attention_mask"][:, -HIDDEN:] = 0
+    outputs = []
+    for change in (0.0, 3.0):
+        inputs["pixel_values"][:, -HIDDEN:] += change
+        with torch.no_grad():
+            outputs.append(model(**inputs).last_hidden_state[:, :-HIDDEN])
+    torch.testing.assert_close(outputs[1], outputs[0])
