@@ -46,7 +46,7 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that does nothing in other threads, or coroutines, than the one that makes it.
 
     They may run the same model meanwhile. Nor does it where gradient checkpointing computes blocks again, from the last
-    to the first.
+    to the first. A model that was compiled before is compiled anew, with its hooks.
     """
     here = Here()
     show_hooks_to_compiler()

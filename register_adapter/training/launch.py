@@ -86,9 +86,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
     state = PartialState(cpu=use_cpu(args))
     with _messages(state.is_main_process, args.quiet), Interruption() as interruption, ExitStack() as held:
         try:
-            classes = "labels" in needed_keys(model_args.objective, flags)
-            for folder in filter(None, (str(args.output_dir), args.target_store)):
-                check_target(folder, *([data_args.train_dir, data_args.validation_dir] if classes else []))
+            labelled = "labels" in needed_keys(model_args.objective, flags)
+            classes = (data_args.train_dir, data_args.validation_dir) if labelled else ()
+            for folder in (str(args.output_dir), *([] if args.target_store is None else [args.target_store])):
+                check_target(folder, *classes)
             if state.is_main_process:
                 held.enter_context(folder_lock(str(args.output_dir)))
             check_output_dir(args)

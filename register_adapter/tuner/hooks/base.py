@@ -248,20 +248,20 @@ class LayerHooks:
         Raises:
             UnsupportedModelError: There is another number of them: what would be cut out are patches.
         """
-        alone = self.call.segments is None
-        if self.call.entered != count and not torch.compiler.is_compiling():
+        alone, compiling = self.call.segments is None, torch.compiler.is_compiling()
+        known = 0 if compiling else self.call.length
+        if self.call.entered != count and not compiling:
             if alone and not self.call.entered:  # a module that somebody calls with a sequence of their own
                 return False
             # Compiled parts do not tell what entered in them; how long the sequence is tells it too.
-            known = self.call.length
             self._refuse_skipped(count, None if not known or length == known + count else length - known)
-        elif known := 0 if torch.compiler.is_compiling() else self.call.length:
+        elif known:
             if alone and length == known:  # the same, after the embeddings were called alone
                 return False
             if (missing := known + count - length) in self._counts:
                 self._refuse_without(missing, length)
         self.call.left = True
-        if alone and not torch.compiler.is_compiling():
+        if alone and not compiling:
             self.call.entered = self.call.length = 0
         return True
 

@@ -2,7 +2,8 @@
 
 While it records, torch.fx calls a model with proxies for tensors, hooks included; but torch's own layers, and their
 hooks, it leaves for the time when the graph runs. So what is recorded does not rest on hooks at single layers: every
-block gets the registers with what it is given, and its output, which a user may ask for, is without them.
+block gets the registers with what it is given, and its output, which a user may ask for, is without them. What torch's
+compiler makes does rest on hooks, of which it has to be told.
 """
 
 from __future__ import annotations
