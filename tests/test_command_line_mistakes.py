@@ -37,6 +37,11 @@ def images(tmp_path: Path) -> Path:
         (("audit", "", "{images}", "--out", "{out}"), "name of the model is empty"),
         (("audit", "planted", "{images}", "--adapter", "", "--out", "{out}"), "name of an adapter is empty"),
         (("audit", "planted", "{images}", "--out", ""), "name of the folder to write into is empty"),
+        (("probe", "planted", "{images}", "--out", "{images}/out"), "out is in the folder of images"),
+        (
+            ("demo", "--model", "planted", "--images", "{images}", "--out", "{images}/out"),
+            "out is in the folder of images",
+        ),
         (("eval", "discovery", "planted", "{images}", "--annotations", "", "--out", "{out}"), "--annotations is empty"),
         (("eval", "zero-shot", "planted", "{images}", "--tokenizer", "", "--out", "{out}"), "--tokenizer is empty"),
         (("export", "no/such", "--base", "", "--out", "{out}"), "--base is empty"),
@@ -230,3 +235,16 @@ def test_an_output_folder_among_classes_is_refused(place: str, tmp_path: Path) -
         check_target(images / place, None, images)
     check_target(tmp_path / "images-out", images)
     assert [path.name for path in images.rglob("*")] == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("{images}/run", "run is in the folder of images"), ("", "folder to write into is empty")]
+)
+def test_train_refuses_its_output_folder(
+    out: str, message: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model-name-or-path", "register-adapter://planted", "--train-dir", str(images), "--use-cpu"]
+    with pytest.raises(SystemExit):
+        train_main([*flags, "--output-dir", out.format(images=images)])
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in images.iterdir()) == ["cat", "dog"]
