@@ -13,7 +13,7 @@ from families import build, make_inputs
 from helpers import assert_identical, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
 
 from register_adapter import PositionConfig, RegisterConfig, add_registers, compose, find_register_layer, load_adapters
 from register_adapter.utils.adapter_file import read_tensors
@@ -78,6 +78,8 @@ MADE: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda tokens: prune.l1_unstructured(tokens, "weight", 0.5),
         lambda tokens: prune.remove(tokens, "weight"),
     ),
+    "normed": (weight_norm, remove_weight_norm),
+    "normed by its spectrum": (spectral_norm, remove_spectral_norm),
 }
 
 

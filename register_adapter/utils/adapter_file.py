@@ -234,12 +234,14 @@ def check_plain(keys: list[str], adapter_name: str) -> None:
     Raises:
         ValueError: They are computed from other tensors.
     """
-    made = [key for key in keys if "parametrizations." in key or key.endswith("_orig")]
+    own = {key.rpartition(".")[2] for key in (TOKENS_KEY, GATE_KEY, *NEURON_KEYS)}
+    made = [key for key in keys if key.rpartition(".")[2] not in own]
     if made:
         raise ValueError(
             f"adapter {adapter_name!r} is not saved, since its registers are computed from other tensors ({made[0]}): "
             "no file with those can be loaded. Make them plain first, with "
-            "torch.nn.utils.parametrize.remove_parametrizations(...) or torch.nn.utils.prune.remove(...)."
+            "torch.nn.utils.parametrize.remove_parametrizations(...), or prune.remove(...), remove_weight_norm(...) or "
+            "remove_spectral_norm(...) of torch.nn.utils."
         )
 
 
