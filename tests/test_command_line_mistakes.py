@@ -237,6 +237,39 @@ def test_an_output_folder_among_classes_is_refused(place: str, tmp_path: Path) -
     assert [path.name for path in images.rglob("*")] == ["cat"]
 
 
+@pytest.mark.parametrize("place", ["images/run", "images/run/out", "images/cat/out", "photos/cat/out", "links/run"])
+def test_an_output_folder_that_links_make_a_class_is_refused(place: str, tmp_path: Path) -> None:
+    for name in ("images/dog", "photos/cat", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    for link, target in (("cat", "photos/cat"), ("run", "elsewhere"), ("up", "."), (".hidden", "photos")):
+        (tmp_path / "images" / link).symlink_to(tmp_path / target)
+    (tmp_path / "links").symlink_to(tmp_path / "images")
+    with pytest.raises(ValueError, match=r"is in the folder of images .* taken for a class"):
+        check_target(tmp_path / place, tmp_path / "links")
+    for free in ("out", "photos/out", "elsewhere-too"):
+        check_target(tmp_path / free, tmp_path / "images", tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--output-dir", "{loop}/out"), "{loop} is a link to loop, which is not there"),
+        (("--target-store", "{loop}/x"), "{loop} is a link to loop, which is not there"),
+        (("--train-dir", "{loop}"), "{loop} is not a folder"),
+        (("--validation-dir", "{loop}"), "{loop} is not a folder"),
+    ],
+)
+def test_links_that_lead_to_themselves_are_named(
+    flags: tuple[str, str], message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    usual = ["--model-name-or-path", "register-adapter://planted", "--train-dir", str(images), "--use-cpu"]
+    with pytest.raises(SystemExit):
+        train_main([*usual, "--output-dir", str(tmp_path / "out"), *(word.format(loop=loop) for word in flags)])
+    assert message.format(loop=loop) in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("out", "message"), [("{images}/run", "run is in the folder of images"), ("", "folder to write into is empty")]
 )

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 
 from ..utils.files import check_regular
+from ..utils.staging import real_path
 from .augmentation import AUGMENTATIONS, Augmentation
 from .checking import check_image_column, check_labels, item_name, named_errors, skip_bad
 from .folders import read_captioned_folder, read_flat_folder, read_image_folder, split_at_random
@@ -254,7 +255,7 @@ def _from_folder(
 
 def _warn_of_overlap(train: Path, validation: Path) -> None:
     """Say that what is measured on images that were trained on says nothing of others."""
-    one_of, other = train.resolve(), validation.resolve()
+    one_of, other = real_path(train), real_path(validation)
     if (one_of == other or one_of in other.parents or other in one_of.parents) and PartialState().is_main_process:
         same = "the same folder" if one_of == other else "one in the other"
         logger.warning(
@@ -313,7 +314,7 @@ def load_data(
         ImageFileError: Bad files and ``strict``, or not one good file.
     """
     if args.train_dir is not None:
-        name = Path(args.train_dir).resolve().name
+        name = real_path(args.train_dir).name
         folder, validation = args.validation_dir, None
         train = _from_folder(args.train_dir, args, labelled, texts)
         if folder:
@@ -321,7 +322,7 @@ def load_data(
             validation = _from_folder(
                 folder, args, labelled, texts, train.features["label"].names if labelled else None
             )
-        validation_name = Path(folder).resolve().name if folder else name
+        validation_name = real_path(folder).name if folder else name
     else:
         name = str(args.dataset_name)
         train, validation = _from_hub(args, token, [*(["label"] if labelled else []), *(["text"] if texts else [])])

@@ -20,7 +20,7 @@ from ..utils.files import check_regular
 from ..utils.hub import HubAccessError
 from ..utils.models import loading, require_model
 from ..utils.shipped import full_name, local_folder
-from ..utils.staging import check_target, staged
+from ..utils.staging import check_target, real_path, staged
 from .native import export_native, save_native
 from .program import export_onnx, export_program
 from .subject import Subject, example_inputs
@@ -89,7 +89,7 @@ def export_saved(
     if not base:
         raise ValueError(f"the adapter {str(adapter)!r} does not name its base model: give it with --base")
     target = Path(out)
-    if target.resolve() in {Path(adapter).resolve(), Path(base.removeprefix("local-dir:")).resolve()}:
+    if real_path(target) in map(real_path, (adapter, base.removeprefix("local-dir:"))):
         raise ValueError(f"{target} holds the adapter or its base; give another folder with --out")
     mapping = config.auto_mapping or {}
     library = mapping.get("parent_library", "transformers").partition(".")[0]

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import RegisterAdapterError
 from ..neurons.search import ALL_THE_SAME
 from ..tuner.card_text import OFF
+from ..utils.staging import real_path
 from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import CheckpointError
@@ -83,7 +84,7 @@ def farewell(stop: Interrupted, args: TrainArguments, prog: str, argv: Sequence[
     checkpoint = stop.checkpoint or _resumed(args)
     if checkpoint is None:
         return f"{stop}; no checkpoint is there; start again with: {_command(prog, argv)}"
-    own = checkpoint.resolve().parent == Path(str(args.output_dir)).resolve()
+    own = real_path(checkpoint).parent == real_path(str(args.output_dir))
     words = [*_without(argv, (_RESUME, _OVERWRITE)), _RESUME, "latest" if own else str(checkpoint)]
     return f"{stop}; {checkpoint} is complete; go on with: {_command(prog, words)}"
 

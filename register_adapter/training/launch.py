@@ -11,7 +11,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -37,7 +36,7 @@ from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
 from ..utils.shipped import full_name
-from ..utils.staging import check_target, check_writable
+from ..utils.staging import check_target, check_writable, real_path
 from ..utils.text import printable, without_password
 from .arguments import TrainArguments
 from .bases import load_base, wrap
@@ -195,10 +194,10 @@ def _check_store(store: str | None, others: Sequence[str | None]) -> None:
     """Refuse a store of targets where the run reads something else, or writes it."""
     if store is None:
         return
-    place = Path(store).resolve()
-    for name in others:
-        folder = Path(name).resolve() if name is not None else None
-        if folder == place or (folder is not None and name != others[-1] and folder in place.parents):
+    place = real_path(store)
+    for name in filter(None, others):
+        folder = real_path(name)
+        if folder == place or (name != others[-1] and folder in place.parents):
             raise ValueError(f"--target-store {store} is in {name}, which holds something else; name another folder")
 
 

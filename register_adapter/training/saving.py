@@ -20,7 +20,7 @@ from ..tuner.composed import ComposedPeftModel
 from ..utils.environment import version
 from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors
 from ..utils.readme import copy_readme
-from ..utils.staging import check_writable, staged, write_text
+from ..utils.staging import check_writable, real_path, staged, write_text
 from . import checkpoints
 from .arguments import TrainArguments
 
@@ -219,4 +219,4 @@ def _resumes_in(folder: Path, whole: list[Path], name: str | None) -> bool:
     """Whether a run goes on from one of the checkpoints in its own folder."""
     if name is None or name == "latest":
         return name is not None and bool(whole)
-    return Path(name).resolve() in [path.resolve() for path in whole]
+    return real_path(name) in map(real_path, whole)

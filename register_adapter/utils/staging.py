@@ -14,7 +14,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-__all__ = ["check_target", "check_writable", "file_to_write", "naming_files", "scratch_folder", "staged", "write_text"]
+__all__ = [
+    "check_target",
+    "check_writable",
+    "file_to_write",
+    "naming_files",
+    "real_path",
+    "scratch_folder",
+    "staged",
+    "write_text",
+]
 
 #: What the system says of a full disk, a limit on files or on what a user may have, and a broken disk.
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota
@@ -200,7 +209,7 @@ def check_target(folder: str | Path, *class_folders: str | Path | None) -> None:
     if not os.fspath(folder):
         raise ValueError("the name of the folder to write into is empty; name one")
     for images in class_folders:
-        if images is not None and Path(images).resolve() in Path(folder).resolve().parents:
+        if images is not None and _among_classes(folder, images):
             raise ValueError(
                 f"{folder} is in the folder of images {images}, where it would be taken for a class; name a folder "
                 "elsewhere to write into"
@@ -215,6 +224,25 @@ def check_target(folder: str | Path, *class_folders: str | Path | None) -> None:
             raise ValueError(f"{place} is a link to {place.readlink()}, which is not there; name another folder")
         _try(place)
         return
+
+
+def real_path(path: str | Path) -> Path:
+    """Where a name leads, to compare places; unlike ``Path.resolve`` before Python 3.13, also of a link to itself."""
+    return Path(os.path.realpath(path))
+
+
+def _among_classes(folder: str | Path, images: str | Path) -> bool:
+    """Whether a target lies among folders of classes, or in one that a link among them leads to."""
+    target, root = real_path(folder), real_path(images)
+    if root in target.parents:
+        return True
+    with suppress(OSError), os.scandir(root) as entries:  # what cannot be listed is told by those who read it
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.is_symlink() and entry.is_dir():
+                place = real_path(entry.path)
+                if place not in (root, *root.parents) and place in (target, *target.parents):
+                    return True
+    return False
 
 
 def _try(folder: Path) -> None:
