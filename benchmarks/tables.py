@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 __all__ = ["cell", "merge_rows", "put_between", "read_rows", "row_key", "write_report"]
@@ -14,7 +15,7 @@ def cell(values: Iterable[float], digits: int, factor: float = 1.0) -> str:
     """Mean, and the range over the seeds where there is one."""
     scaled = [value * factor for value in values]
     low, high = (f"{value:.{digits}f}" for value in (min(scaled), max(scaled)))
-    mean = f"{sum(scaled) / len(scaled):.{digits}f}"
+    mean = f"{fmean(scaled):.{digits}f}"  # sum() rounds in another way since Python 3.12
     return mean if low == high else f"{mean} ({low}…{high})"
 
 
