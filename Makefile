@@ -22,7 +22,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS)
 # So what a first process compiles must stay: with this set, every process would compile for 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-oldest test-deepspeed lint types format families docs bench results wheel clean
+.PHONY: help demo test test-fast test-oldest test-gpu test-deepspeed lint types format families docs bench results wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test    run the tests (PYTEST_ARGS='-k layer' for some of them, WORKERS=1 for one process)"
 	@echo "make test-fast  one case of each test, without the slow ones: under two minutes"
 	@echo "make test-oldest  the same with the oldest versions that are supported (docs/versions.md)"
+	@echo "make test-gpu   the tests of a CUDA device, which the others leave alone"
 	@echo "make test-deepspeed  the tests of DeepSpeed, which the others skip because it is not installed"
 	@echo "make lint    check style (ruff) and spelling (codespell)"
 	@echo "make types   check types (mypy --strict)"
@@ -76,6 +77,9 @@ test-fast:
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) CONSTRAINTS=constraints-oldest.txt TEST_EXTRA=test
+
+test-gpu:
+	REGISTER_ADAPTER_TEST_GPU=1 $(MAKE) test PYTEST_ARGS='tests/test_cuda.py tests/test_cuda_execution.py $(PYTEST_ARGS)'
 
 test-deepspeed:
 	$(MAKE) test VENV=.venv-deepspeed TEST_EXTRA=test-deepspeed PYTEST_ARGS='-k "deepspeed or zero3" $(PYTEST_ARGS)'

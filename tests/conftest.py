@@ -1,4 +1,4 @@
-"""Test-wide settings: no network, one thread, quiet libraries; ``--fast`` runs one case of each kind."""
+"""Test-wide settings: no network, no GPU, one thread, quiet libraries; ``--fast`` runs one case of each kind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("REGISTER_ADAPTER_TEST_GPU") != "1":
+    # What a CPU gives bit for bit is tested on a CPU, also where there is a GPU; ``make test-gpu`` shows it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 

@@ -20,7 +20,7 @@ from register_adapter.training import DistillationObjective, TrainArguments, tra
 DEVICE = "cuda"
 #: Families that give a ``last_hidden_state`` with a gradient.
 PLAIN = [name for name in FAMILIES if CASES[name].output == "last_hidden_state" and not CASES[name].no_gradient]
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and make test-gpu")
 
 
 @pytest.fixture(autouse=True)
