@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from families import LOOKS_BELOW_PREFIX, build, make_inputs
+from families import LOADS_HEADS, LOOKS_BELOW_PREFIX, build, loads_heads, make_inputs
 from helpers import assert_identical, run
 from peft import (
     AutoPeftModel,
@@ -19,9 +19,11 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from peft.utils import ModulesToSaveWrapper
 from PIL import Image
 
 from register_adapter import (
+    AdapterFileError,
     RegisterConfig,
     RegisterPeftModel,
     add_registers,
@@ -188,7 +190,9 @@ HEADS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("route", HEADS)
 def test_a_loaded_head_brings_its_classes_and_takes_them_along(route: str, trained: Path) -> None:
-    model = HEADS[route](trained).eval()
+    by_transformers = route in ("AutoModel", "load_adapter")
+    model = loads_heads(lambda: HEADS[route](trained)) if by_transformers else HEADS[route](trained)
+    model.eval()
     expected = torch.load(trained / "expected.pt")["logits"]
     assert (model.config.num_labels, model.config.id2label) == (5, NAMES)
     assert model.config.label2id == {name: number for number, name in NAMES.items()}
@@ -207,6 +211,15 @@ def test_a_loaded_head_brings_its_classes_and_takes_them_along(route: str, train
         base = model
     assert base.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     assert base.config.label2id == {"LABEL_0": 0, "LABEL_1": 1}
+
+
+@pytest.mark.skipif(not LOADS_HEADS or not LOOKS_BELOW_PREFIX, reason="transformers loads heads in another way")
+@pytest.mark.parametrize("route", ["AutoModel", "load_adapter"])
+def test_a_head_that_transformers_forgets_is_missed(route: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from 5.0 to 5.17, where the head was one of other values, under a table of missing keys."""
+    monkeypatch.setattr(ModulesToSaveWrapper, "adapter_state_dict_load_map", lambda *_: {})
+    with pytest.raises(AdapterFileError, match=r"has not put 'classifier' .* PeftModel\.from_pretrained"):
+        HEADS[route](trained)
 
 
 def test_the_pipeline_and_an_export_have_the_names(trained: Path) -> None:

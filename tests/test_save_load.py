@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from crossings import crossings
-from families import CASES, LOOKS_BELOW_PREFIX, TOWERS, build, make_inputs
+from families import CASES, LOADS_HEADS, LOOKS_BELOW_PREFIX, TOWERS, build, loads_heads, make_inputs
 from helpers import Snapshot, assert_identical, differs, run
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from processes import run_script
@@ -91,7 +91,9 @@ def class_of(name: str) -> Any:
 def test_a_fresh_process_gets_the_same_bits_by_every_route(reports: dict[str, dict[str, str]]) -> None:
     results = {(name, route): result for name, routes in reports.items() for route, result in routes.items()}
     assert set(results) == set(LOADED)
-    assert {where: result for where, result in results.items() if result != "identical"} == {}
+    forgotten = [] if LOADS_HEADS else ["forgets modules_to_save"]
+    others = {where: result for where, result in results.items() if result != "identical"}
+    assert {where: result for where, result in others.items() if not any(part in result for part in forgotten)} == {}
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -113,7 +115,7 @@ def test_auto_model_with_a_head_loads_an_adapter_folder(tmp_path: Path) -> None:
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].weight += 1
     adapter = saved(model, tmp_path / "adapter")
-    loaded = tf.AutoModelForImageClassification.from_pretrained(adapter)
+    loaded = loads_heads(lambda: tf.AutoModelForImageClassification.from_pretrained(adapter))
     assert_identical(run(loaded, inputs), run(model, inputs))
 
 
@@ -157,6 +159,8 @@ def test_transformers_loads_another_models_adapter_or_says_that_it_cannot(
 
 def found_by_transformers(source: str, target: str) -> bool:
     if LOOKS_BELOW_PREFIX:
+        if (source, target) == ("clip-vision", "clip-projection"):
+            return LOADS_HEADS  # its tower was found in the same release
         return (source, target) not in NOT_FOUND_BY_TRANSFORMERS
     return find_tower(build(source)).path == find_tower(build(target)).path
 

@@ -15,7 +15,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..errors import AdapterFileError
 from ..towers.identity import TowerIdentity, identity_now
 from ..towers.tower import Tower
 from ..utils.parameters import check_module
@@ -31,7 +30,7 @@ from .hooks.recomputation import Inputs, drop
 from .hooks.recording import show_hooks_to_compiler
 from .hooks.sequence import SequenceHooks
 from .registers import Placement, RegisterTokens, refuse_merging
-from .undo import Before
+from .undo import Before, check_arrived, refuse_without_values
 
 __all__ = [
     "BASE",
@@ -42,17 +41,6 @@ __all__ = [
     "renew_bases",
     "require_register_layer",
 ]
-
-
-_NO_VALUES = (
-    "the adapter {name!r} got no (finite) register values from its file: the tensor is missing, damaged, or from a "
-    "model in which the vision tower has another place."
-)
-_LOAD_WITH_PEFT = (
-    "transformers' own loaders look for the tower in its place in the model that the adapter was trained on (a "
-    "CLIPVisionModel, say, where AutoModel makes a CLIPModel of its checkpoint). Load a whole file with "
-    "PeftModel.from_pretrained(base, adapter), which finds the tower in any model."
-)
 
 
 class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks, nn.Module, BaseTunerLayer):
@@ -167,27 +155,15 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         """As for any module; loaders call ``eval()`` once the weights are in, so this is where missing ones are found.
 
         Raises:
-            AdapterFileError: No finite values have come in from an adapter's file.
+            AdapterFileError: No finite values have come in from an adapter's file, or not those of its heads.
         """
         for name in self.names:
-            if self.tokens(name).pending and not self.tokens(name).weight.is_meta:
-                before = self.before
-                # transformers has put the adapter on itself, and nobody else holds it: it can be taken off again.
-                if before is not None and getattr(before.model, "_hf_peft_config_loaded", False):
-                    before.restore()
-                    said = _NO_VALUES.format(name=name)
-                    raise AdapterFileError(f"{said} The model is as it was before. {_LOAD_WITH_PEFT}")
-                self._refuse(name)
+            check_arrived(self.tokens(name), name, self.before)
         self.before = None
         super().train(mode)
         return self
 
-    @staticmethod
-    def _refuse(adapter_name: str) -> None:
-        raise AdapterFileError(
-            f"{_NO_VALUES.format(name=adapter_name)} The model behaves as without it. Take it off with "
-            f"delete_adapter({adapter_name!r}). {_LOAD_WITH_PEFT}"
-        )
+    _refuse = staticmethod(refuse_without_values)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; the last adapter takes the hooks with it."""

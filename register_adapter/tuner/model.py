@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
@@ -23,6 +24,7 @@ from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load
 from .checks.dry_run import check_anatomy
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
+from .checks.saved_heads import lost_heads
 from .config import RegisterConfig
 from .fields import check_name
 from .heads import (
@@ -101,6 +103,8 @@ class RegisterModel(BaseTuner):
         folder = naming(given.folder) if given.folder else nullcontext()
         with ATTACHING, unchanged_if_refused(model) as before, folder:
             before.forget(adapter_name)
+            if given.saved_weights is not None:
+                before.lost[adapter_name] = partial(lost_heads, model, adapter_name, given.saved_weights)
             check_name(adapter_name)
             try:
                 self._inject(model, adapter_name, given, *args, **kwargs)

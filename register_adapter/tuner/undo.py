@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -12,7 +12,31 @@ from torch import nn
 
 from ..errors import AdapterFileError
 
-__all__ = ["Before", "unchanged_if_refused", "values_unchanged_if_refused"]
+if TYPE_CHECKING:
+    from .registers import RegisterTokens
+
+__all__ = [
+    "Before",
+    "check_arrived",
+    "refuse_without_values",
+    "unchanged_if_refused",
+    "values_unchanged_if_refused",
+]
+
+_NO_VALUES = (
+    "the adapter {name!r} got no (finite) register values from its file: the tensor is missing, damaged, or from a "
+    "model in which the vision tower has another place."
+)
+_LOAD_WITH_PEFT = (
+    "transformers' own loaders look for the tower in its place in the model that the adapter was trained on (a "
+    "CLIPVisionModel, say, where AutoModel makes a CLIPModel of its checkpoint). Load a whole file with "
+    "PeftModel.from_pretrained(base, adapter), which finds the tower in any model."
+)
+_LOST_HEADS = (
+    "transformers has not put {modules} of the adapter {name!r} into the model, but other values: the load_adapter of "
+    "transformers 5.0 to 5.17 forgets modules_to_save, with every PEFT method. The model is as it was before. Load "
+    "with PeftModel.from_pretrained(base, adapter), or update transformers."
+)
 
 
 class Before:
@@ -27,6 +51,8 @@ class Before:
 
     def __init__(self, model: nn.Module, values: bool = False) -> None:
         self.model = model
+        #: By adapter that a loader fills: asks which modules that are saved as a whole have other values than the file.
+        self.lost: dict[str, Callable[[], list[str]]] = {}
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
         self._classes = [(module, type(module)) for module in model.modules()]
         self._tables: list[tuple[Any, Any]] = []
@@ -84,6 +110,40 @@ class Before:
         if "peft_config" not in vars(self.model) and vars(self.model).get("_hf_peft_config_loaded"):
             # transformers notes an adapter before it tries to put it on.
             del self.model._hf_peft_config_loaded
+
+
+def check_arrived(tokens: RegisterTokens, adapter_name: str, before: Before | None) -> None:
+    """What is asked when a loader calls ``eval()``, its last step.
+
+    Args:
+        tokens: The adapter's registers.
+        adapter_name: Its name.
+        before: The model as it was before a loader put the adapter on, if one is at work.
+
+    Raises:
+        AdapterFileError: The registers have no values; or transformers has put the adapter on for inference, and a
+            module that is saved as a whole has other values than the file. There the model is as it was before.
+    """
+    # transformers puts an adapter on by itself, and nobody else holds it: it can be taken off again.
+    undo = before if before is not None and getattr(before.model, "_hf_peft_config_loaded", False) else None
+    if tokens.pending and not tokens.weight.is_meta:
+        if undo is None:
+            refuse_without_values(adapter_name)
+        undo.restore()
+        raise AdapterFileError(
+            f"{_NO_VALUES.format(name=adapter_name)} The model is as it was before. {_LOAD_WITH_PEFT}"
+        )
+    if undo is not None and adapter_name in undo.lost and (lost := undo.lost[adapter_name]()):
+        undo.restore()
+        raise AdapterFileError(_LOST_HEADS.format(modules=" and ".join(map(repr, lost)), name=adapter_name))
+
+
+def refuse_without_values(adapter_name: str) -> NoReturn:
+    """``AdapterFileError``: nothing has come in, and the adapter stays, because others may hold it."""
+    raise AdapterFileError(
+        f"{_NO_VALUES.format(name=adapter_name)} The model behaves as without it. Take it off with "
+        f"delete_adapter({adapter_name!r}). {_LOAD_WITH_PEFT}"
+    )
 
 
 @contextmanager

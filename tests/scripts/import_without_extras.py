@@ -18,6 +18,7 @@ from transformers import (  # noqa: F401
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    Trainer,
     ViTModel,
 )
 

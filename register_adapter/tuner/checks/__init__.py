@@ -2,7 +2,7 @@
 
 from .dry_run import check_anatomy
 from .placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
-from .saved_heads import check_saved_heads
+from .saved_heads import check_saved_heads, lost_heads
 
 __all__ = [
     "by_block",
@@ -13,4 +13,5 @@ __all__ = [
     "check_units",
     "checked_identity",
     "heads_of",
+    "lost_heads",
 ]

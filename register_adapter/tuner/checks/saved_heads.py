@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import nn
 
 from ...errors import AdapterFileError
 from ...towers.tower import Tower
 from ...utils.adapter_file import TensorInfo, is_foreign, is_of
 from ..reading import SavedWeights
-from ..saved_keys import copied_modules, places
+from ..saved_keys import copied_modules, places, saved_by_key
 
-__all__ = ["check_saved_heads"]
+__all__ = ["check_saved_heads", "lost_heads"]
 
 _SHOWN = 10
 
@@ -51,6 +54,31 @@ def check_saved_heads(model: nn.Module, tower: Tower, names: list[str], saved: S
             "Nothing was changed."
         )
     return layout
+
+
+def lost_heads(model: nn.Module, adapter_name: str, saved: SavedWeights) -> list[str]:
+    """Modules that are saved as a whole and have other values than the file, once a loader has put them in.
+
+    A trainable adapter is not looked at: it may have been trained when somebody asks.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is None or not config.inference_mode or not config.modules_to_save:
+        return []
+    wrappers = {path: part for path, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)}
+    lost: dict[str, None] = {}
+    with safe_open(saved.path, framework="pt", device="cpu") as file:
+        for key, place in saved_by_key(model, adapter_name, saved.layout).items():
+            path = next((path for path in wrappers if place.startswith(f"{path}.")), None)
+            if path is None or adapter_name not in wrappers[path].modules_to_save:
+                continue
+            now = wrappers[path].modules_to_save[adapter_name].state_dict().get(place.removeprefix(f"{path}."))
+            # Quantised values, and those that are elsewhere, are not compared.
+            if now is None or now.is_meta or not now.is_floating_point() or now.element_size() == 1:
+                continue
+            value = file.get_tensor(key)
+            if value.shape != now.shape or not torch.equal(value.to(now.dtype), now.detach().cpu()):
+                lost.setdefault(path)
+    return list(lost)
 
 
 def _misshapen(
