@@ -239,6 +239,7 @@ def spoil_config(folder: Path, **values: Any) -> None:
         ),
         ({"anatomy": {"family": "mine", "prefix": "1"}}, "'prefix' of an anatomy must be int, got '1'"),
         ({"format_version": "new"}, "format_version must be int, got 'new'"),
+        ({"format_version": 0}, "format_version must be at least 1, got 0"),
         ({"task_type": "NO_SUCH_TASK"}, "NO_SUCH_TASK"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

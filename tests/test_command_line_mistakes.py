@@ -234,6 +234,7 @@ def test_an_output_folder_among_classes_is_refused(place: str, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"is in the folder of images .* taken for a class"):
         check_target(images / place, None, images)
     check_target(tmp_path / "images-out", images)
+    check_target(tmp_path / "scenes" / place, tmp_path / "scenes")  # a word for images that the package makes
     assert [path.name for path in images.rglob("*")] == ["cat"]
 
 

@@ -643,6 +643,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda folder: (folder / "adapters.json").unlink(), "no adapters.json"),
     "no JSON": (lambda folder: (folder / "adapters.json").write_text("{"), "not a manifest"),
     "no object": (_manifest(lambda values: [1]), "not a manifest"),
+    "of no format": (_manifest(lambda values: values.update(format_version=0)), "format 0, which there is not"),
     "newer": (_manifest(lambda values: values.update(format_version=2)), "format 2.*Upgrade"),
     "empty": (_manifest(lambda values: values.update(adapters=[])), "lists no adapters"),
     "twice": (_manifest(lambda values: values["adapters"].append(values["adapters"][0])), "one twice"),

@@ -369,6 +369,7 @@ def _tensor(name, value):
     [
         (_header(format_version=99), "pip install -U"),
         (_header(format_version="1"), "format"),
+        (_header(format_version=0), "format 0, which there is not"),
         (_header(blocks=-1), "blocks must be"),
         (_header(blocks=True), "blocks must be"),
         (_header(heads=10**9), "parameters"),

@@ -82,6 +82,8 @@ def check_values(config: Any) -> None:
         raise ValueError(f"num_registers must be at least 1, got {config.num_registers}")
     if config.num_registers > _MOST:
         raise ValueError(f"num_registers must be at most {_MOST}, got {config.num_registers}")
+    if config.format_version < 1:
+        raise ValueError(f"format_version must be at least 1, got {config.format_version}")
     for name, allowed in (("init", _INITS), ("attentions", _ATTENTIONS), ("remove", tuple(REMOVALS))):
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")

@@ -209,7 +209,8 @@ def check_target(folder: str | Path, *class_folders: str | Path | None) -> None:
     if not os.fspath(folder):
         raise ValueError("the name of the folder to write into is empty; name one")
     for images in class_folders:
-        if images is not None and _among_classes(folder, images):
+        # What is no folder may be a word for images that the package makes.
+        if images is not None and Path(images).is_dir() and _among_classes(folder, images):
             raise ValueError(
                 f"{folder} is in the folder of images {images}, where it would be taken for a class; name a folder "
                 "elsewhere to write into"

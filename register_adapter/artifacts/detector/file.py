@@ -55,7 +55,9 @@ def read_config(path: str | Path) -> DetectorConfig:
     try:
         values = json.loads(header[_KEY])
         version = values.pop("format_version")
-        if type(version) is not int or version > _VERSION:
+        if type(version) is not int or version < 1:
+            raise ValueError(f"it has format {version!r}, which there is not; save it again")
+        if version > _VERSION:
             raise ValueError(
                 f"it has format {version!r}, the newest this release knows is {_VERSION}; "
                 f"upgrade with: {install_command(upgrade=True)}"

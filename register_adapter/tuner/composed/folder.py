@@ -219,7 +219,9 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise AdapterFileError(f"{path} is not a manifest of adapters ({type(error).__name__}: {error})") from error
-    if not isinstance(version, int) or version > _VERSION:
+    if type(version) is not int or version < 1:
+        raise AdapterFileError(f"{path} has format {version!r}, which there is not. Save the adapters again.")
+    if version > _VERSION:
         raise AdapterFileError(
             f"{path} has format {version!r}, the newest this release knows is {_VERSION}. "
             f"Upgrade with: {install_command(upgrade=True)}"
