@@ -648,7 +648,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (_manifest(lambda values: values.update(adapters=[])), "lists no adapters"),
     "twice": (_manifest(lambda values: values["adapters"].append(values["adapters"][0])), "one twice"),
     "outside": (_manifest(lambda values: values["adapters"][0].update(name="../x")), "not a manifest.*letters"),
-    "method": (_manifest(lambda values: values["adapters"][1].update(method="IA3")), "'IA3' in adapters.json"),
+    "method": (_manifest(lambda values: values["adapters"][1].update(method="IA3")), "'IA3' in /.*adapter_config"),
     "unknown method": (_manifest(lambda values: values["adapters"][1].update(method="X")), "this peft knows"),
     "no weights": (
         lambda folder: (folder / "other" / "adapter_model.safetensors").unlink(),

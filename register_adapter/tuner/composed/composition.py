@@ -31,7 +31,7 @@ from .folder import SavedAdapter, check_alone, fetch_folder, holds_several, read
 from .guards import check_heads, check_switched_on, flags_kept
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
-from .saving import SavesAll, adapter_tensors, keys_of_others, write_adapters
+from .saving import INITS, SavesAll, adapter_tensors, keys_of_others, write_adapters
 from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
@@ -74,9 +74,8 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
 
 def _all_or_nothing(model: nn.Module, configs: Iterable[PeftConfig]) -> contextlib.AbstractContextManager[Any]:
     """A context that takes off again what was put on a model, if not all of it could be."""
-    # Some methods (PiSSA, OLoRA) begin by changing the base's weights.
-    fields = ("init_lora_weights", "init_weights")
-    changing = any(isinstance(getattr(config, field, None), str) for config in configs for field in fields)
+    # Some methods begin by changing the base's weights.
+    changing = any(isinstance(getattr(config, field, None), str) for config in configs for field in INITS)
     return unchanged_if_refused(model, values=changing)
 
 
@@ -145,8 +144,8 @@ def load_adapters(
                 composed.add_adapter(adapter.name, adapter.config, options.get("low_cpu_mem_usage", False))
             _check_own(composed, adapter)
             try:
-                folder = adapter.copied_to or adapter.path
-                result = composed.load_adapter(folder, adapter.name, is_trainable=is_trainable, **options)
+                place = str(adapter.copied_to or adapter.path)
+                result = PeftModel.load_adapter(composed, place, adapter.name, is_trainable=is_trainable, **options)
             except (RuntimeError, KeyError) as error:
                 raise AdapterFileError(
                     f"the tensors in {adapter.path} do not fit {type(base).__name__}: {error}"

@@ -9,7 +9,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ class SavedAdapter:
         keys: Keys of its tensors.
         tower: Where the tower lay in the model that it was saved from, ``None`` if the manifest does not say.
         copied_to: Where its files are read from, if not from ``path``.
+        digests: Checksums of its files as they were checked, by name.
     """
 
     name: str
@@ -78,6 +79,7 @@ class SavedAdapter:
     keys: frozenset[str]
     tower: str | None = None
     copied_to: Path | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_folder(
@@ -249,11 +251,14 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     said = read_json(place / _CONFIG).get("peft_type")
     if said != method:
         raise AdapterFileError(
-            f"the adapter {name!r} is of the method {method!r:.100} in {MANIFEST_NAME} and {said!r:.100} in its "
-            f"config; this peft knows {', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}"
+            f"the adapter {name!r} is of the method {method!r:.100} in {folder / MANIFEST_NAME} and {said!r:.100} in "
+            f"{place / _CONFIG}; this peft knows "
+            f"{', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}. Nothing was changed."
         )
     config, keys = _read_files(place / _CONFIG, place / WEIGHTS_NAME)
-    return SavedAdapter(name, place, config, entry["active"], keys)
+    # Manifests of old releases have no checksum of the config.
+    found = {file: digest for file, digest in digests.items() if digest is not None}
+    return SavedAdapter(name, place, config, entry["active"], keys, digests=found)
 
 
 def check_alone(name: str) -> Path:
@@ -302,13 +307,13 @@ def _check_sizes(config: PeftConfig, layout: Mapping[str, TensorInfo], path: Pat
     if "LORA" in config.peft_type.value:  # whose ranks are sizes of its tensors
         ranks = [size for key, info in layout.items() if ".lora_" in f".{key}" for size in info.shape]
         largest = max(ranks, default=largest)
-    for field, value in vars(config).items():
+    for name, value in vars(config).items():
         # Which numbers are sizes differs from method to method; seeds and scales are none.
         given = value.values() if isinstance(value, dict) else [value]
         sizes = [size for size in given if isinstance(size, int) and not isinstance(size, bool)]
-        if _SIZES.search(field) and (beyond := [size for size in sizes if size > largest]):
+        if _SIZES.search(name) and (beyond := [size for size in sizes if size > largest]):
             raise AdapterFileError(
-                f"{path.with_name(_CONFIG)} says {field}={beyond[0]}, and no tensor in {path.name} is larger than "
+                f"{path.with_name(_CONFIG)} says {name}={beyond[0]}, and no tensor in {path.name} is larger than "
                 f"{largest}. Nothing was changed."
             )
 

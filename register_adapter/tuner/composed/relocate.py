@@ -17,9 +17,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 
-from ...errors import UnsupportedModelError
+from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.tower import find_tower
 from ...utils.adapter_file import read_tensors
+from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
 from ..config import RegisterConfig
 from ..layer import register_layers
@@ -70,6 +71,10 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[Saved
     Args:
         saved: From :func:`read_folder`.
         base: The base model.
+
+    Raises:
+        AdapterFileError: At the end of the context: a file is not the one that was checked, so what was read may be
+            a part of one save and a part of another.
     """
     here = tower_path(base)
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,6 +86,14 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[Saved
             else _moved(adapter, str(here), base, Path(scratch, adapter.name))
             for adapter in saved
         ]
+    for adapter in saved:
+        for name, digest in adapter.digests.items():
+            file = adapter.path / name
+            if not file.is_file() or checksum(file) != digest:
+                raise AdapterFileError(
+                    f"{file} was saved anew while {adapter.path.parent} was read, which would mix two saves. Load it "
+                    "again. Nothing was changed."
+                )
 
 
 def _moved(adapter: SavedAdapter, here: str, base: nn.Module, place: Path) -> SavedAdapter:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...utils.adapter_file import check_plain, check_savable_values
-from ...utils.hub import MANIFEST_NAME, check_folder, checked_token, hub_errors, upload
+from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, check_folder, checked_token, hub_errors, upload
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
 from ...utils.readme import read_readme
@@ -25,13 +26,17 @@ from ..checks.copied_layers import check_own_layers
 from ..fields import check_known, check_string
 from ..layer import renew_bases
 from ..positions.model import renew_base
-from ..reading import check_method
+from ..reading import check_method, naming, read_json
+from ..undo import unchanged_if_refused
 from .card import write_card
 from .folder import read_folder, write_folder
 from .relocate import relocated, tower_path
 from .tuner import ComposedTuner
 
-__all__ = ["SavesAll", "adapter_tensors", "keys_of_others", "write_adapters"]
+__all__ = ["INITS", "SavesAll", "adapter_tensors", "keys_of_others", "write_adapters"]
+
+#: Where methods' configs choose what to start from: by a word where it is made from the base's weights (PiSSA, OLoRA).
+INITS = ("init_lora_weights", "init_weights")
 
 
 def write_adapters(
@@ -89,6 +94,38 @@ def keys_of_others(composed: SavesAll, name: str) -> tuple[str, ...]:
             tables = (*module.adapter_layer_names, *module.other_param_names)
             begins += [f"{path}.{table}.{other}." for table in tables for other in others]
     return tuple(begins)
+
+
+@contextmanager
+def _unchanged_if_refused(
+    composed: SavesAll, names: list[str], folder: str | Path, subfolder: str | None = None
+) -> Iterator[None]:
+    """A context in which adapters are loaded; a refusal names the folder, and the model and their values are as before.
+
+    Args:
+        composed: The model.
+        names: The adapters' names; one that the model lacks is put on it.
+        folder: Folder or repository that they are read from.
+        subfolder: The folder in it, if any.
+    """
+    path = Path(folder, subfolder or "")
+    config = path / CONFIG_NAME
+    given = read_json(config) if config.is_file() and not set(names) <= set(composed.peft_config) else {}
+    # Some methods begin by changing the base's weights, as an adapter that the model lacks is put on.
+    changing = any(isinstance(given.get(field), str) for field in INITS)
+    values = [
+        (value, value.clone())
+        for key, value in composed.state_dict().items()
+        if torch.is_tensor(value) and not value.is_meta and not set(names).isdisjoint(key.split("."))
+    ]
+    try:
+        with unchanged_if_refused(composed, values=changing), naming(path) if path.is_dir() else nullcontext():
+            yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise
 
 
 class SavesAll(PeftModel):
@@ -151,15 +188,16 @@ class SavesAll(PeftModel):
             **kwargs: As in PEFT.
 
         Raises:
-            AdapterFileError: Something in a folder of several is missing or damaged, or a folder is of another method
-                than the model's adapter of that name; nothing was loaded.
+            AdapterFileError: Something in a folder is missing or damaged, does not fit the model, is saved anew
+                meanwhile, or is of another method than the model's adapter of that name; nothing was loaded.
             ValueError: A folder of several has an adapter that the model lacks.
         """
         check_string(adapter_name)
         if not Path(model_id, MANIFEST_NAME).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
             check_method(model_id, kwargs.get("subfolder"), self.peft_config.get(adapter_name))
-            return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+            with _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder")):
+                return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
         saved = read_folder(model_id)
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
             raise ValueError(
@@ -169,9 +207,11 @@ class SavesAll(PeftModel):
         for adapter in saved:
             check_method(adapter.path, None, self.peft_config[adapter.name])
         result = None
-        with relocated(saved, self.get_base_model()) as placed:
+        kept = _unchanged_if_refused(self, [adapter.name for adapter in saved], model_id)
+        with kept, relocated(saved, self.get_base_model()) as placed:
             for adapter in placed:
-                result = super().load_adapter(str(adapter.copied_to or adapter.path), adapter.name, *args, **kwargs)
+                with naming(adapter.path):
+                    result = super().load_adapter(str(adapter.copied_to or adapter.path), adapter.name, *args, **kwargs)
         return result
 
     def create_or_update_model_card(self, output_dir: str, **facts: Any) -> None:

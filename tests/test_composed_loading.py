@@ -1,0 +1,74 @@
+"""Adapters loaded into a composed model: all of a folder, of one save, or none, and then the folder is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from families import build, make_inputs
+from helpers import Snapshot
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from register_adapter import AdapterFileError, ComposedPeftModel, RegisterConfig, compose, load_adapters, save_adapters
+
+
+def composed(seed: int, rank: int = 2, registers: int = 2) -> ComposedPeftModel:
+    base = build("vit")
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=rank, target_modules=["q_proj", "query"], init_lora_weights=False)
+    return compose(base, {"registers": RegisterConfig(num_registers=registers, init_std=1.0), "lora": lora})
+
+
+@pytest.mark.parametrize("first", ["registers", "lora"])
+@pytest.mark.parametrize("other", [{"rank": 3}, {"registers": 3}], ids=["lora", "registers"])
+def test_where_one_does_not_fit_no_values_are_taken(tmp_path: Path, first: str, other: dict[str, int]) -> None:
+    save_adapters(composed(1, **other), tmp_path)
+    manifest = json.loads((tmp_path / "adapters.json").read_text())
+    manifest["adapters"].sort(key=lambda entry: entry["name"] != first)
+    (tmp_path / "adapters.json").write_text(json.dumps(manifest))
+    model = composed(0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(AdapterFileError, match=str(tmp_path)):
+        model.load_adapter(tmp_path, "registers")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_an_adapter_that_does_not_fit_is_not_put_on(tmp_path: Path, start: Any) -> None:
+    save_adapters(composed(1), tmp_path)
+    config, weights = tmp_path / "lora" / "adapter_config.json", tmp_path / "lora" / "adapter_model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": start}))
+    save_file({key: torch.zeros(7, 5) for key in load_file(weights)}, weights)
+    model = composed(0).eval()
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=str(tmp_path / "lora")):
+        model.load_adapter(tmp_path / "lora", "new")
+    before.check()
+    assert list(model.peft_config) == ["registers", "lora"]
+
+
+@pytest.mark.parametrize("way", ["load_adapters", "load_adapter"])
+def test_two_saves_are_not_mixed(tmp_path: Path, way: str) -> None:
+    """Another process saves into the folder while it is read, between its adapters."""
+    save_adapters(composed(1), tmp_path)
+    model: Any = composed(0) if way == "load_adapter" else build("vit")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    load = PeftModel.load_adapter
+
+    def saved_behind(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        save_adapters(composed(2), tmp_path)
+        return result
+
+    with (
+        mock.patch.object(PeftModel, "load_adapter", saved_behind),
+        pytest.raises(AdapterFileError, match="saved anew"),
+    ):
+        model.load_adapter(tmp_path, "") if way == "load_adapter" else load_adapters(model, tmp_path)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
