@@ -81,6 +81,25 @@ def test_methods_past_the_forward(name: str, mode: str) -> None:
     assert counters(base) == before
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["timm", "dinov3-timm", "features_only", "open_clip", "hub"])
+def test_other_adapters_set_in_mid_method_wait_for_the_next(name: str, mode: str) -> None:
+    """As another thread may, behind the embeddings."""
+    base = build_stack(name)
+    model = add_registers(base, 3, init_std=1.0, **MODES[mode]).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0, **MODES[mode]))
+    method: Callable[[torch.Tensor], Any] = {
+        "features_only": base,
+        "hub": lambda x: base.get_intermediate_layers(x, 2),
+    }.get(name, lambda x: base.forward_intermediates(x))
+    expected = method(images())
+    embeddings: Any = find_tower(base).part("embeddings")
+    embeddings.register_forward_hook(lambda *_: model.set_adapter("other"))
+    assert same(method(images()), expected)
+    assert model.active_adapters == ["other"]
+    assert not same(method(images()), expected)
+
+
 @pytest.mark.parametrize("options", [*MODES.values(), {"key_value": True}, {"gate": -1.0}], ids=str)
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
 def test_each_thread_has_adapters_of_its_own(name: str, options: dict[str, Any]) -> None:

@@ -47,7 +47,8 @@ STACKS: dict[str, Anatomy] = {
         remove="transformer",
         remove_from="output",
         blocks="transformer.resblocks",
-        methods=("transformer.forward_intermediates",),
+        # The tower's own is one pass from the embeddings on, whatever adapters another thread sets meanwhile.
+        methods=("forward_intermediates", "transformer.forward_intermediates"),
         attention="attn",
         attention_maps="weights",
         mlp_in="mlp.c_fc",
