@@ -85,6 +85,16 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
+def test_what_was_left_beside_a_folder_that_was_not_made_is_removed(tmp_path: Path) -> None:
+    """By a process that was killed while it tried to write into the folder that the target would be made in."""
+    left = tmp_path / ".register_adapter.left"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    with staged(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_link_to_a_folder_on_another_disk_is_written_through(tmp_path: Path) -> None:
     shared = Path("/dev/shm")
     if not shared.is_dir() or not os.access(shared, os.W_OK) or shared.stat().st_dev == tmp_path.stat().st_dev:

@@ -248,6 +248,8 @@ def _among_classes(folder: str | Path, images: str | Path) -> bool:
 
 def _try(folder: Path) -> None:
     """Make something in a folder, and take it away: permissions do not say it all (``/proc``, a read-only disk)."""
+    with suppress(OSError):
+        _sweep(folder)  # what a process left that was killed in between
     try:
         trial = tempfile.mkdtemp(prefix=_PREFIX, dir=folder)
     except OSError as error:
