@@ -437,6 +437,22 @@ def test_other_settings_are_refused_on_resumption(
         checkpoints.find(str(tmp_path), tmp_path / "run")
 
 
+def test_a_run_of_another_length_is_told_and_is_the_length_from_then_on(
+    vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy_run(checkpoint, tmp_path)  # of two steps
+    told = []
+    for steps in (4, 4, 3):
+        more = ["--max_train_steps", str(steps), "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest"]
+        main(flags(vit, photos, tmp_path, *more))
+        told += [line for line in capsys.readouterr().err.splitlines() if "another length" in line]
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert [line.partition("(")[2].partition(")")[0] for line in told] == [
+        "max_train_steps: 2, now 4",
+        "max_train_steps: 4, now 3",
+    ]
+
+
 def test_checkpoints_of_an_earlier_run_are_never_mixed_with_new_ones(
     vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

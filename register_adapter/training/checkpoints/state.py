@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,9 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
         checkpoint: The folder.
         settings: The settings of the run that goes on.
 
+    Returns:
+        The place, with the settings of the run that goes on: its length is what later checkpoints are compared with.
+
     Raises:
         CheckpointError: The file is damaged, or the checkpoint was written with other settings; the result would
             neither be that of the old run nor that of a new one.
@@ -137,7 +140,7 @@ def read_state(checkpoint: Path, settings: dict[str, Any]) -> TrainState:
         )
     if changed:
         logger.warning("resuming a run of another length (%s): the schedule follows the new length", listed)
-    return state
+    return replace(state, settings=settings)
 
 
 def _others(checkpoint: Path) -> str:
