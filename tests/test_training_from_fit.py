@@ -12,8 +12,9 @@ import torch
 from families import build, make_inputs
 from helpers import assert_identical, run
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
-from training_helpers import adapter_bytes
+from training_helpers import adapter_bytes, write_vit
 
 from register_adapter import add_registers, capture, find_register_layer
 from register_adapter.neurons import set_strength, start_from
@@ -176,3 +177,73 @@ def test_flags_that_contradict_each_other(more: tuple[str, ...], message: str, t
     with pytest.raises(SystemExit):
         main(flags(tmp_path, tmp_path / "out", *more))
     assert message in capsys.readouterr().err
+
+
+# What was trained beside the registers
+
+
+def train_further(folder: Path, images: Path, out: Path, source: Path, *more: str) -> Path:
+    """One step that changes next to nothing, onward from an adapter."""
+    words = (*("--train_dir", str(images), "--adapter_name_or_path", str(source)), *("--learning_rate", "1e-12", *more))
+    main(flags(folder, out, *words, "--max_train_steps", "1"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two classes, the same two under other names, three classes, and runs with a head for the first two."""
+    folder = tmp_path_factory.mktemp("heads")
+    write_vit(folder / "model", ["a", "b"])
+    for name, classes in (("two", "ab"), ("renamed", "xy"), ("three", "abc")):
+        for number, label in enumerate(classes):
+            (folder / name / label).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (32, 32), (80 * number, 20 * index, 9)).save(folder / name / label / f"{index}.png")
+    for out, train in (("alone", "registers"), ("several", "registers+lora")):
+        main(flags(folder, folder / out, "--train_dir", str(folder / "two"), "--train", train))
+    return folder
+
+
+def head_of(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (f for f in folder.rglob("adapter_model.safetensors") if any("classifier" in k for k in load_file(f)))
+    return {key.rpartition(".")[2]: value for key, value in load_file(file).items() if "classifier" in key}
+
+
+@pytest.mark.parametrize(
+    ("source", "train"), [("alone", ()), ("several", ()), ("alone", ("--train", "registers+lora"))]
+)
+def test_a_trained_head_goes_on(with_heads: Path, tmp_path: Path, source: str, train: tuple[str, ...]) -> None:
+    out = train_further(with_heads, with_heads / "two", tmp_path, with_heads / source, *train)
+    assert_identical(head_of(out), head_of(with_heads / source))
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "message"),
+    [
+        ("renamed", (), "its classes are 'a', 'b', here they are 'x', 'y'; a new one is trained"),
+        ("three", (), "its classes are 'a', 'b', here they are 'a', 'b', 'c'; a new one is trained"),
+        ("two", ("--freeze-head",), "this run does not train it, and keeps the base's own"),
+    ],
+)
+def test_a_head_that_does_not_go_on_is_named(
+    with_heads: Path, tmp_path: Path, capsys: Any, images: str, more: tuple[str, ...], message: str
+) -> None:
+    train_further(with_heads, with_heads / images, tmp_path, with_heads / "alone", *more)
+    assert f"'classifier' trained beside its registers, which is left out: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "message"),
+    [
+        ("renamed", (), "has a head for the classes 'a', 'b', here they are 'x', 'y'"),
+        ("three", (), "has a head for the classes 'a', 'b', here they are 'a', 'b', 'c'"),
+        ("two", ("--freeze-head",), "leave out --freeze-head"),
+    ],
+)
+def test_a_head_among_several_adapters_that_cannot_go_on_is_refused(
+    with_heads: Path, tmp_path: Path, capsys: Any, images: str, more: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        train_further(with_heads, with_heads / images, tmp_path, with_heads / "several", *more)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -13,38 +13,30 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from peft import PeftModel
 from PIL import Image
 from torch import nn
 from transformers import HfArgumentParser
 
-from ..data.datasets import DataArguments, PixelBatches, ProcessedDataset, load_data
+from ..data.datasets import DataArguments, ProcessedDataset, load_data
 from ..data.processing import check_fits, process_image
 from ..data.processors import load_image_processor
 from ..data.stream_loading import load_stream
 from ..data.streaming import StreamedDataset
 from ..errors import Farewell, RegisterAdapterError
-from ..neurons import Start, fit_test_time_registers, start_from, start_from_outliers
 from ..towers.tower import find_towers
-from ..tuner.composed import load_adapters
-from ..tuner.composed.folder import holds_several
-from ..tuner.config import RegisterConfig
-from ..tuner.layer import require_register_layer
-from ..tuner.peft_model import RegisterPeftModel
 from ..utils.progress import disable_progress_bars
 from ..utils.shipped import full_name
 from ..utils.staging import check_target, check_writable, real_path
 from ..utils.text import printable, without_password
 from .arguments import TrainArguments
-from .bases import load_base, wrap
+from .bases import load_base
 from .callbacks import AnnealNeurons
 from .flags import ModelArguments, config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
-from .last_words import farewell, fit_advice, summarise
-from .objectives import OBJECTIVES, ClassificationObjective, Objective
+from .last_words import farewell, summarise
+from .objectives import OBJECTIVES, ClassificationObjective
 from .objectives.flags import (
     add_objective_flags,
     added_terms,
@@ -57,13 +49,12 @@ from .objectives.flags import (
 from .run_lock import folder_lock
 from .saving import check_output_dir, check_push
 from .setup import check_streamed, use_cpu
+from .starting import registers_of, start
 from .trainer import train
 
 __all__ = ["ModelArguments", "main"]
 
 logger = logging.getLogger(__name__)
-#: Images, at most, on which neurons or outliers are looked for before the training.
-_LOOKED_AT = 256
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train") -> dict[str, Any]:
@@ -255,7 +246,7 @@ def _train(
     else:
         train_data = ProcessedDataset(data.train, image_processor, augmentation)
         images = ProcessedDataset(data.train, image_processor)
-    model = _wrap(model_args, objective, base, images, progress=not args.quiet, seed=args.seed)
+    model = start(model_args, objective, base, images, progress=not args.quiet, seed=args.seed)
     return train(
         model,
         objective,
@@ -265,7 +256,7 @@ def _train(
         image_processor=image_processor,
         training_data=data.name,
         evaluation_data=data.validation_name,
-        details={"model": model_args.model_name_or_path, "num_registers": sum(_registers_of(model).values())}
+        details={"model": model_args.model_name_or_path, "num_registers": sum(registers_of(model).values())}
         | {"data": data.name, "skipped": data.skipped, "augmentation": str(augmentation) if augmentation else None},
         run_config=render_config({**asdict(model_args), **asdict(data_args), **asdict(args), **vars(flags)}),
         interruption=interruption,
@@ -279,71 +270,3 @@ def _check_processor(processor: Any, base: nn.Module) -> None:
     if tower is not None:
         blank = Image.new("RGB", (256, 256), "grey")
         check_fits(process_image(processor, blank, "a grey image"), tower.module, processor)
-
-
-def _wrap(
-    args: ModelArguments, objective: Objective, base: nn.Module, images: ProcessedDataset, progress: bool, seed: int
-) -> PeftModel:
-    """New registers, or those of an adapter, or fitted ones, or some that start at the base's outliers."""
-    adapter = args.adapter_name_or_path
-    if adapter is None and args.init not in ("test_time", "outliers"):
-        return wrap(base, objective, **args.moving, **args.registers)
-    if adapter is not None and holds_several(adapter):
-        return _go_on(args, objective, base)
-    device = PartialState().device
-    base.to(device)
-    if args.init == "outliers":
-        few = list(PixelBatches(images, limit=_LOOKED_AT))
-        options = {name: value for name, value in args.registers.items() if name not in ("init", "key_value")}
-        start = start_from_outliers(base, [batch.to(device) for batch in few], **options, seed=seed)
-    else:
-        start = _fitted_start(args, base, images, progress)
-    model = wrap(base, objective, **args.moving, **start.options)
-    (name,) = _registers_of(model)
-    start.fill(require_register_layer(model).tokens(name))
-    return model
-
-
-def _fitted_start(args: ModelArguments, base: nn.Module, images: ProcessedDataset, progress: bool) -> Start:
-    """From an adapter, or from registers that are fitted now."""
-    device = PartialState().device
-    if args.adapter_name_or_path is not None:
-        source = RegisterPeftModel.from_pretrained(base, args.adapter_name_or_path)
-    else:
-        with fit_advice():
-            source = fit_test_time_registers(
-                base,
-                PixelBatches(images),
-                num_registers=args.num_registers,
-                max_images=_LOOKED_AT,
-                progress=progress,
-                shared=True,
-            )
-    few, dropped = range(min(len(images), 64)), args.neurons == "drop"
-    batches = [torch.stack([images[index]["pixel_values"] for index in few]).to(device)] if dropped else []
-    start = start_from(source, args.neurons, batches)
-    source.unload()
-    return start
-
-
-def _go_on(args: ModelArguments, objective: Objective, base: nn.Module) -> PeftModel:
-    """The adapters of a folder of several, all of which are trained.
-
-    Raises:
-        ValueError: Flags say what moves, which the folder does, or it lacks a head that the objective trains.
-    """
-    if args.train != "registers" or args.neurons != "keep":
-        raise ValueError(f"{args.adapter_name_or_path} says itself what moves; leave out --train and --neurons")
-    objective.check_base(base)
-    model = load_adapters(base, str(args.adapter_name_or_path), is_trainable=True)
-    saved = {name for config in model.peft_config.values() for name in getattr(config, "modules_to_save", None) or []}
-    if lacking := [name for name in objective.heads if name not in saved]:
-        raise ValueError(
-            f"{args.adapter_name_or_path} was trained without {lacking}, which --objective {objective.name} trains"
-        )
-    return model
-
-
-def _registers_of(model: PeftModel) -> dict[str, int]:
-    """Number of registers by adapter name."""
-    return {name: c.num_registers for name, c in model.peft_config.items() if isinstance(c, RegisterConfig)}
