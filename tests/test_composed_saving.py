@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import traceback
@@ -20,6 +21,7 @@ from helpers import assert_identical, run
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers import ViTForImageClassification
 
 from register_adapter import (
     AdapterFileError,
@@ -30,6 +32,7 @@ from register_adapter import (
     compose,
     load_adapters,
 )
+from register_adapter.testbed import load_shipped
 from register_adapter.towers import find_tower
 from register_adapter.tuner.composed import folder as adapter_folder
 from register_adapter.tuner.composed import saving
@@ -226,6 +229,23 @@ def test_what_is_pushed_says_how_it_is_loaded_and_keeps_the_text_of_the_reposito
     (remote.folder / "README.md").write_text(f"{text}My text.\n")
     composed(seed=1).push_to_hub("me/pair")
     assert (remote.folder / "README.md").read_text().endswith("\nMy text.\n")
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_the_snippet_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shipped: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not shipped:
+        build("vit-classifier").save_pretrained("base")
+    base = load_shipped("register-adapter://planted") if shipped else ViTForImageClassification.from_pretrained("base")
+    lora = LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False)
+    adapters = {"registers": RegisterConfig(num_registers=2, init_std=1.0), "lora": lora}
+    model = compose(base, adapters).eval()
+    model.save_pretrained("out")
+    (snippet,) = re.findall(r"```python\n(.*?)```", Path("out", "README.md").read_text(), re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(snippet.replace("path/to/this/folder", "out"), scope)
+    pixels = torch.randn(1, 3, base.config.image_size, base.config.image_size)
+    assert torch.equal(scope["model"](pixel_values=pixels).logits, model(pixel_values=pixels).logits)
 
 
 def test_a_push_that_is_answered_by_something_else_says_so_without_the_token(remote: Hub) -> None:

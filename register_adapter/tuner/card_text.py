@@ -32,6 +32,7 @@ __all__ = [
     "code",
     "is_hub_name",
     "line",
+    "loads_base",
     "mend_trainers_card",
     "named",
     "plain",
@@ -177,12 +178,12 @@ def checked_license(license: str | None) -> str | None:
     return license
 
 
-def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
-    """Python code that loads the adapter; it runs where the two names lead somewhere."""
+def loads_base(name: str | None, base_class: type, revision: str | None = None) -> tuple[str, str]:
+    """Python code that loads a base model: an import, and a line that runs where the name leads somewhere."""
     library = base_class.__module__.partition(".")[0]
-    name, kind = base_name(config.base_model_name_or_path), transformers_class(base_class)
-    base, revision = quoted(name or "path/to/base"), f", revision={quoted(config.revision or '')}"
-    load = f"{base_class.__name__}.from_pretrained({base}{revision if config.revision else ''})"
+    name, kind = base_name(name), transformers_class(base_class)
+    base, at = quoted(name or "path/to/base"), f", revision={quoted(revision or '')}"
+    load = f"{base_class.__name__}.from_pretrained({base}{at if revision else ''})"
     if kind is None:
         load = _BUILT.get(library, f"{base_class.__name__}(...)") + "  # as it was built for the training"
     elif is_shipped(name):
@@ -197,12 +198,18 @@ def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: 
         imports = "from register_adapter.testbed import load_shipped"
     elif base_class.__module__ == "__main__":
         imports = f"# {base_class.__name__} is the class of the base model, defined in the script that trained it"
+    return imports, f"base = {load}"
+
+
+def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
+    """Python code that loads the adapter; it runs where the two names lead somewhere."""
+    imports, base = loads_base(config.base_model_name_or_path, base_class, config.revision)
     place = f", subfolder={quoted(subfolder)}" if subfolder else ""
     return (
         "import register_adapter  # makes the method known to PEFT\n"
         "from peft import PeftModel\n"
         f"{imports}\n\n"
-        f"base = {load}\n"
+        f"{base}\n"
         f"model = PeftModel.from_pretrained(base, {quoted(adapter)}{place})\n"
         "model.eval()  # every output has the shape of the base model's output"
     )

@@ -21,6 +21,7 @@ from ..card_text import (
     code,
     is_hub_name,
     line,
+    loads_base,
     mend_trainers_card,
     plain,
     quoted,
@@ -38,8 +39,11 @@ _LOAD = """
 
 ```python
 import register_adapter
+{imports}
 
+{base}
 model = register_adapter.load_adapters(base, {adapter})
+model.eval()  # every output has the shape of the base model's output
 ```
 
 Each subfolder is an adapter of PEFT's, and can be loaded alone with `PeftModel.from_pretrained`."""
@@ -93,6 +97,9 @@ def write_card(
         write_readme(card, path)
         return
     if written is None or told or written[0]["weights"] != weights:
+        revision = next((config.revision for config in configs.values() if config.revision), None)
+        imports, loads = loads_base(base, base_class, revision)
+        named = quoted(adapter or "path/to/this/folder")
         rows = {
             "Base model": f"{code(base_name(base) or 'not named')} (`{base_class.__name__}`)",
             **{f"Adapter `{name}`": plain(str(config.peft_type.value)) for name, config in configs.items()},
@@ -101,7 +108,7 @@ def write_card(
             "Written by": f"register-adapter {version()}",
         }
         parts = [
-            _LOAD.format(install=INSTALL, adapter=quoted(adapter or "path/to/this/folder")),
+            _LOAD.format(install=INSTALL, imports=imports, base=loads, adapter=named),
             "\n## What it is\n\n| | |\n|---|---|",
             *(f"| {key} | {value} |" for key, value in rows.items()),
             f"\n## Training data\n\n{plain(training_data) if training_data else 'Not stated.'}\n\n## Results\n",
