@@ -173,7 +173,8 @@ def _go_on(args: ModelArguments, objective: Objective, base: nn.Module) -> PeftM
     if (theirs := _classes(model.get_base_model())) != here:
         raise ValueError(
             f"{args.adapter_name_or_path} has a head for the classes {_shown(theirs)}, here they are {_shown(here)}; "
-            "go on with the same classes, or take one of its sub-folders for --adapter-name-or-path, and a new head"
+            "go on with the same classes, or with a new head and its registers alone: their sub-folder as "
+            "--adapter-name-or-path"
         )
     saved = {name for config in model.peft_config.values() for name in getattr(config, "modules_to_save", None) or []}
     if lacking := [name for name in objective.heads if name not in saved]:
