@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from register_adapter import add_registers
 from register_adapter.commands.runs.inputs import load_base
+from register_adapter.commands.runs.task_data import class_folders
+from register_adapter.commands.runs.tasks import EvalArguments, run_eval
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 from register_adapter.viz import write_task_page
 
@@ -47,6 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / "masks" / part / kind).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(folder / "masks" / part / kind / f"{number}.png")
     return folder
+
+
+@pytest.mark.parametrize("task", ["knn", "zero-shot"])
+def test_a_report_among_classes_is_refused(task: str, folder: Path) -> None:
+    classes = folder / "classes" / "train"
+    with pytest.raises(ValueError, match=r"is in the folder of images .* taken for a class"):
+        run_eval(EvalArguments(task, str(folder / "model"), str(classes), output_dir=str(classes / "report")))
+    assert not (classes / "report").exists()
+    assert class_folders(task, str(folder / "classes")) == [classes, folder / "classes" / "val"]
 
 
 @pytest.fixture(scope="module")

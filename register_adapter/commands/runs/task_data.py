@@ -87,21 +87,32 @@ def _some(items: Any, most: int | None, seed: int) -> Any:
     return [items[number] for number in chosen.tolist()]
 
 
+def class_folders(task: str, name: str) -> list[Path]:
+    """Folders in which a task takes every sub-folder for a class, so that an output does not belong there."""
+    root = Path(name)
+    return (_sets(root) or [root]) if task in ("knn", "linear", "zero-shot") else []
+
+
+def _sets(root: Path) -> list[Path]:
+    """The training and the test folder, if there are both."""
+    tests = [root / name for name in _TESTS if (root / name).is_dir()]
+    return [root / "train", tests[0]] if tests and (root / "train").is_dir() else []
+
+
 def _class_folders(root: Path, seed: int) -> TaskData:
     """A training and a test folder with one sub-folder per class each, or one such folder, split at random."""
-    tests = [root / name for name in _TESTS if (root / name).is_dir()]
-    if (root / "train").is_dir() and tests:
-        train = label_images(root / "train")
-        return TaskData(train, label_images(tests[0], train.classes), train.classes, f"train, {tests[0].name}")
+    if sets := _sets(root):
+        train = label_images(sets[0])
+        return TaskData(train, label_images(sets[1], train.classes), train.classes, f"train, {sets[1].name}")
     train, test = map(label_images, split_at_random(read_image_folder(root), _SHARE, seed, root))
     return TaskData(train, test, train.classes, f"{_SHARE:.0%} drawn for the test")
 
 
 def _tested_folder(root: Path, seed: int) -> TaskData:
     """The test folder, or the folder itself, where nothing is learned."""
-    tests = [root / name for name in _TESTS if (root / "train").is_dir() and (root / name).is_dir()]
-    test = label_images(tests[0] if tests else root)
-    return TaskData(None, test, test.classes, tests[0].name if tests else "all images")
+    tests = _sets(root)
+    test = label_images(tests[-1] if tests else root)
+    return TaskData(None, test, test.classes, tests[-1].name if tests else "all images")
 
 
 def _labelled_scenes(scenes: SceneDataset) -> LabelledImages:

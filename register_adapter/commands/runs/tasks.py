@@ -36,7 +36,7 @@ from ...utils.staging import check_target, staged
 from ...viz.page import write_task_page
 from .inputs import choose_device, load_models, load_processor
 from .open_clip_models import is_open_clip, open_clip_tokenizer
-from .task_data import load_task_data
+from .task_data import class_folders, load_task_data
 
 __all__ = ["RESULT", "TASKS", "EvalArguments", "run_eval"]
 
@@ -117,7 +117,7 @@ def run_eval(args: EvalArguments) -> TaskReport:
     _refuse_others(args)
     for place in (args.output_dir, args.store):
         if place is not None:
-            check_target(place)
+            check_target(place, *class_folders(args.task, args.data))
     _refuse_another_task(args)
     data = load_task_data(
         args.task,
