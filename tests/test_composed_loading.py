@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from families import build, make_inputs
-from helpers import Snapshot
+from helpers import Snapshot, assert_identical, run
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -72,3 +72,20 @@ def test_two_saves_are_not_mixed(tmp_path: Path, way: str) -> None:
         model.load_adapter(tmp_path, "") if way == "load_adapter" else load_adapters(model, tmp_path)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("first", ["registers", "lora"])
+def test_low_cpu_mem_usage_gives_the_same_bits(tmp_path: Path, first: str) -> None:
+    """PEFT then asks every layer of the model to move the adapter, also those of other methods."""
+    model = composed(1).eval()
+    save_adapters(model, tmp_path)
+    manifest = json.loads((tmp_path / "adapters.json").read_text())
+    manifest["adapters"].sort(key=lambda entry: entry["name"] != first)
+    (tmp_path / "adapters.json").write_text(json.dumps(manifest))
+    inputs = make_inputs("vit")
+    loaded = load_adapters(build("vit"), tmp_path, low_cpu_mem_usage=True).eval()
+    assert_identical(run(loaded, inputs), run(model, inputs))
+    beside = build("vit")
+    beside.load_adapter(str(tmp_path / "registers"), "registers")
+    stock = PeftModel.from_pretrained(beside, tmp_path / "lora", low_cpu_mem_usage=True).eval()
+    assert_identical(run(stock, inputs), run(model, inputs))

@@ -141,6 +141,9 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         return values
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT asks every layer, also those that are of other adapters.
+        if adapter_name not in self.names:
+            return
         target = device or self._neighbour.device
         tokens = self.tokens(adapter_name)
         if target.type != "meta" and not tokens.weight.is_meta:
