@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,15 @@ def test_low_cpu_mem_usage_gives_the_same_bits(tmp_path: Path, first: str) -> No
     beside.load_adapter(str(tmp_path / "registers"), "registers")
     stock = PeftModel.from_pretrained(beside, tmp_path / "lora", low_cpu_mem_usage=True).eval()
     assert_identical(run(stock, inputs), run(model, inputs))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_autocast_adapter_dtype_is_as_in_peft(tmp_path: Path, autocast: bool) -> None:
+    save_adapters(composed(1), tmp_path)
+    option, base = {"autocast_adapter_dtype": autocast}, build("vit").bfloat16()
+    loaded = load_adapters(copy.deepcopy(base), tmp_path, **option)
+    for name in ("registers", "lora"):
+        stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name, name, **option)
+        dtypes = {key: value.dtype for key, value in stock.state_dict().items() if name in key.split(".")}
+        assert dtypes
+        assert dtypes == {key: value.dtype for key, value in loaded.state_dict().items() if name in key.split(".")}

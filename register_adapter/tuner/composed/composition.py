@@ -141,7 +141,12 @@ def load_adapters(
                 adapter.config.ignore_base_mismatch = ignore_base_mismatch
             adapter.config.inference_mode = not is_trainable
             with naming(adapter.path):
-                composed.add_adapter(adapter.name, adapter.config, options.get("low_cpu_mem_usage", False))
+                composed.add_adapter(
+                    adapter.name,
+                    adapter.config,
+                    options.get("low_cpu_mem_usage", False),
+                    options.get("autocast_adapter_dtype", True),
+                )
             _check_own(composed, adapter)
             try:
                 place = str(adapter.copied_to or adapter.path)
