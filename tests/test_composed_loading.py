@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
 from peft import LoraConfig, PeftModel
@@ -95,10 +96,26 @@ def test_low_cpu_mem_usage_gives_the_same_bits(tmp_path: Path, first: str) -> No
 @pytest.mark.parametrize("autocast", [True, False])
 def test_autocast_adapter_dtype_is_as_in_peft(tmp_path: Path, autocast: bool) -> None:
     save_adapters(composed(1), tmp_path)
-    option, base = {"autocast_adapter_dtype": autocast}, build("vit").bfloat16()
+    option: dict[str, Any] = {"autocast_adapter_dtype": autocast}
+    base = build("vit").bfloat16()
     loaded = load_adapters(copy.deepcopy(base), tmp_path, **option)
     for name in ("registers", "lora"):
         stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name, name, **option)
         dtypes = {key: value.dtype for key, value in stock.state_dict().items() if name in key.split(".")}
         assert dtypes
         assert dtypes == {key: value.dtype for key, value in loaded.state_dict().items() if name in key.split(".")}
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_one_adapter_of_another_place_is_not_left_unread(tmp_path: Path, up: bool) -> None:
+    head = tf.ViTForImageClassification(build("vit").config)
+    there, here = (build("vit"), head) if up else (head, build("vit"))
+    configs = {"registers": RegisterConfig(), "lora": LoraConfig(target_modules=["q_proj", "query"])}
+    save_adapters(compose(there, configs), tmp_path)
+    model = compose(here, configs).eval()
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=rf"{tmp_path / 'lora'}.*whole folder"):
+        model.load_adapter(tmp_path / "lora", "lora")
+    before.check()
+    model.load_adapter(tmp_path / "registers", "registers")
+    model.load_adapter(tmp_path, "lora")

@@ -15,6 +15,7 @@ from peft.functional import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from ...errors import AdapterFileError
 from ...utils.adapter_file import check_plain, check_savable_values
 from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, check_folder, checked_token, hub_errors, upload
 from ...utils.offloaded import state_with_values
@@ -128,6 +129,25 @@ def _unchanged_if_refused(
         raise
 
 
+def _check_places(loaded: Any, name: str) -> None:
+    """Refuse one adapter's values that were saved elsewhere in a model: PEFT reads nothing of them, without a word.
+
+    Args:
+        loaded: What ``load_adapter`` returns.
+        name: The adapter's name.
+
+    Raises:
+        AdapterFileError: The file's keys are not the adapter's here.
+    """
+    lacking = [key for key in loaded.missing_keys if name in key.split(".")]
+    if lacking and loaded.unexpected_keys:
+        raise AdapterFileError(
+            f"the tensors do not fit the model: it has no {loaded.unexpected_keys[0]!r}, and gets no {lacking[0]!r}. "
+            "An adapter of another class of model, such as a backbone without a head, is loaded with the whole folder "
+            "that save_adapters wrote"
+        )
+
+
 class SavesAll(PeftModel):
     """A :class:`peft.PeftModel` that is saved and loaded as one folder with an adapter in each subfolder."""
 
@@ -197,7 +217,9 @@ class SavesAll(PeftModel):
             check_folder(model_id, kwargs.get("subfolder"))
             check_method(model_id, kwargs.get("subfolder"), self.peft_config.get(adapter_name))
             with _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder")):
-                return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+                loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+                _check_places(loaded, adapter_name)
+                return loaded
         saved = read_folder(model_id)
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
             raise ValueError(
