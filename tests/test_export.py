@@ -27,6 +27,7 @@ from register_adapter import (
     find_register_layer,
     save_native,
 )
+from register_adapter.errors import AdapterFileError
 from register_adapter.export import NATIVE, export_saved
 from register_adapter.export import saved as saved_module
 from register_adapter.export.comparison import check_equal, tensors
@@ -541,3 +542,10 @@ def test_nothing_is_written_where_the_processor_cannot_be_fetched(saved, tmp_pat
 def test_a_wrong_argument_ends_in_one_clear_line(saved, tmp_path, monkeypatch):
     said = call(monkeypatch, "export", str(saved[0] / "adapter"), "--out", str(tmp_path), "--format", "tflite")
     assert said == "error: unknown format 'tflite'; there are native, onnx, program"
+
+
+@pytest.mark.parametrize("form", ["native", "onnx", "program"])
+def test_a_folder_of_several_adapters_is_refused_with_the_call_for_the_format(form, tmp_path):
+    (tmp_path / "adapters.json").write_text('{"adapters": ["registers", "lora"]}')
+    with pytest.raises(AdapterFileError, match=rf"register_adapter\.export\.export_{form}\(model"):
+        export_saved(tmp_path, tmp_path / "out", form)

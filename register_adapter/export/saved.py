@@ -79,10 +79,14 @@ def export_saved(
         raise ValueError("base= is empty; give a name, or leave it out")
     check_target(out)
     if holds_several(adapter):
+        then = (
+            "merge the others with its merge_and_unload(), then register_adapter.export.export_native(model)"
+            if form == "native"
+            else f"then register_adapter.export.export_{form}(model, path)"
+        )
         raise AdapterFileError(
             f"{str(adapter)!r} holds several adapters, and the command line exports one of registers alone. In Python: "
-            "load_adapters(base, folder), merge the others with its merge_and_unload(), then "
-            "register_adapter.export.export_native(model)."
+            f"load_adapters(base, folder), {then}."
         )
     given, config = base, RegisterConfig.from_pretrained(str(adapter))
     base = full_name(base) if base else config.base_model_name_or_path
