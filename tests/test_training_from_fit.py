@@ -232,6 +232,17 @@ def test_a_head_that_does_not_go_on_is_named(
     assert f"'classifier' trained beside its registers, which is left out: {message}" in capsys.readouterr().err
 
 
+def test_several_adapters_without_a_head_go_on_with_a_frozen_one(with_heads: Path, tmp_path: Path, capsys: Any) -> None:
+    images = with_heads / "two"
+    folder = tmp_path / "first"
+    main(flags(with_heads, folder, "--train_dir", str(images), "--train", "registers+lora", "--freeze-head"))
+    with pytest.raises(SystemExit):
+        train_further(with_heads, images, tmp_path / "second", folder)
+    assert "was trained without ['classifier']" in (said := capsys.readouterr().err)
+    assert "add --freeze-head" in said
+    train_further(with_heads, images, tmp_path / "second", folder, "--freeze-head")
+
+
 @pytest.mark.parametrize(
     ("images", "more", "message"),
     [

@@ -179,7 +179,8 @@ def _go_on(args: ModelArguments, objective: Objective, base: nn.Module) -> PeftM
     saved = {name for config in model.peft_config.values() for name in getattr(config, "modules_to_save", None) or []}
     if lacking := [name for name in objective.heads if name not in saved]:
         raise ValueError(
-            f"{args.adapter_name_or_path} was trained without {lacking}, which --objective {objective.name} trains"
+            f"{args.adapter_name_or_path} was trained without {lacking}, which --objective {objective.name} trains; "
+            "add --freeze-head, or train a new one beside its registers: their sub-folder as --adapter-name-or-path"
         )
     if not objective.heads and (head := getattr(objective, "head", None)) in saved:
         raise ValueError(
