@@ -8,7 +8,12 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+)
 from transformers.utils import logging
 
 from ..utils.files import check_regular
@@ -79,8 +84,19 @@ def wrap(
 def _load_classifier(
     name_or_path: str, *, labels: Sequence[str] | None, head: str, freeze_head: bool, **kwargs: Any
 ) -> Loaded:
-    """``AutoModelForImageClassification`` with a head for the data set's classes."""
+    """``AutoModelForImageClassification`` with a head for the data set's classes.
+
+    Raises:
+        ValueError: transformers has no class with a head for the model.
+    """
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    remote = "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{name_or_path} ({type(config).__name__}) has no class with a head for images in transformers; train "
+            "without labels (--objective distillation), or on a checkpoint that has one: of CLIP and SigLIP the whole "
+            "model"
+        )
     own = [config.id2label[index] for index in sorted(config.id2label)]
     labels = own if freeze_head or labels is None else list(labels)
     if labels != own:

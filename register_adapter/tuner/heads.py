@@ -169,8 +169,8 @@ def warn_of_left_out(model: nn.Module, names: list[str]) -> None:
         model = model.base_model.model
     warnings.warn(
         f"the adapter has {', '.join(map(repr, names))} trained beside its registers, and {type(model).__name__} has "
-        "no module of that name: it is left out, the registers are loaded whole. To have it too, load the adapter onto "
-        "a base of the class that it was trained with.",
+        "no module of that name with parameters: it is left out, the registers are loaded whole. To have it too, load "
+        "the adapter onto a base of the class that it was trained with.",
         stacklevel=4,
     )
 

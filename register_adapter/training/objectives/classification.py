@@ -26,7 +26,8 @@ class ClassificationObjective(Objective):
     Args:
         labels: Class names in the order of the data set's numbers; ``None`` if labels are the model's own numbers.
         freeze_head: Train registers only.
-        head: Name of the head in the model, default ``"classifier"``.
+        head: Name of the head in the model, with dots where it lies deeper (``"timm_model.head"``), default
+            ``"classifier"``.
     """
 
     name = "classification"
@@ -49,7 +50,9 @@ class ClassificationObjective(Objective):
             **{"nargs": "?", "type": string_to_bool, "const": True, "default": False},
             help="keep the model's head, train registers only",
         )
-        parser.add_argument("--head", default="classifier", help="name of the model's head, default 'classifier'")
+        parser.add_argument(
+            "--head", default="classifier", help="name of the model's head, as in named_modules(), default 'classifier'"
+        )
 
     @classmethod
     def from_arguments(cls, arguments: Namespace, labels: Sequence[str]) -> ClassificationObjective:
@@ -74,11 +77,10 @@ class ClassificationObjective(Objective):
         """
         if self.freeze_head:
             self._ids = self._find_labels(base)
-        elif not hasattr(base, self.head):
-            children = [name for name, _ in base.named_children()]
+        elif self.head not in dict(base.named_modules()):
             raise ValueError(
-                f"{type(base).__name__} has no head {self.head!r}; it has {children}. Name the head (--head), or train "
-                "registers only (--freeze-head)."
+                f"{type(base).__name__} has no head {self.head!r}; it has {_heads_of(base)}. Name the head (--head), "
+                "or train registers only (--freeze-head)."
             )
 
     def _find_labels(self, base: nn.Module) -> list[int] | None:
@@ -119,3 +121,10 @@ class ClassificationObjective(Objective):
     def details(self) -> dict[str, Any]:
         """The objective's name, its classes, and whether the head was frozen."""
         return {"name": self.name, "freeze_head": self.freeze_head, "labels": self.labels}
+
+
+def _heads_of(base: nn.Module) -> list[str]:
+    """Names of the layers with as many outputs as there are classes, of the model's parts if there are none."""
+    classes = getattr(getattr(base, "config", None), "num_labels", None)
+    heads = [name for name, module in base.named_modules() if getattr(module, "out_features", None) == classes]
+    return heads if classes and heads else [name for name, _ in base.named_children()]

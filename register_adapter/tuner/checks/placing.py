@@ -112,12 +112,15 @@ def heads_of(
         raise ValueError(f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}")
     # What a saved adapter names is in its file, where it is looked for.
     for name in names if not config.from_file else ():
-        called = list(modules_called(model, name).values())
-        if config.needs(name) and called and not any(module.state_dict() for module in called):
+        called = modules_called(model, name)
+        if config.needs(name) and _is_empty(called):
             raise ValueError(
-                f"modules_to_save names {name!r}, a {type(called[0]).__name__} without parameters: there is nothing "
-                "in it to train or to save. Leave it out, or put a module with parameters in its place first."
+                f"modules_to_save names {name!r}, a {type(next(iter(called.values()))).__name__} without parameters: "
+                "there is nothing in it to train or to save. Leave it out, or put a module with parameters in its "
+                "place first."
             )
+    if config.from_file:  # timm's num_classes=0 and ``model.head = nn.Identity()`` leave the name of a head without one
+        lacking += [name for name in names if _is_empty(modules_called(model, name)) and config.needs(name)]
     heads = [name for name in names if name not in lacking]
     if not config.from_file:
         check_copies_load(model, heads)
@@ -127,6 +130,11 @@ def heads_of(
         present = [name for name in dict.fromkeys(heads) if modules_called(model, name)]
         layout = check_saved_heads(model, tower, present, config.saved_weights)
     return heads, lacking, layout
+
+
+def _is_empty(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether there are modules, and nothing in them to save."""
+    return bool(modules) and not any(module.state_dict() for module in modules.values())
 
 
 def checked_identity(identity: TowerIdentity, config: Any) -> TowerIdentity:

@@ -31,6 +31,8 @@ def check_saved_heads(model: nn.Module, tower: Tower, names: list[str], saved: S
     """
     inside = f"{tower.path}." if tower.path else ""
     modules = dict(copied_modules(model, names))
+    named = getattr(tower.module, "get_classifier", None)
+    classifier = named() if callable(named) else None
     shapes = {
         path: {f"{path}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
         for path, module in modules.items()
@@ -40,8 +42,9 @@ def check_saved_heads(model: nn.Module, tower: Tower, names: list[str], saved: S
     layout = {place: saved.layout[key] for key, place in placed.items()}
     faults = []
     for path, module in modules.items():
-        # A layer within the tower has the size that its neighbours need.
-        resizable = isinstance(module, nn.Linear) and not (inside and path.startswith(inside))
+        # A layer within the tower has the size that its neighbours need; timm's towers have their classifier in them.
+        within = bool(inside) and path.startswith(inside) and module is not classifier
+        resizable = isinstance(module, nn.Linear) and not within
         faults += _misshapen(path, resizable, shapes[path], layout)
     if missing := [key for key in expected if key not in layout]:
         faults.append(f"no tensors {sorted(missing)[:_SHOWN]}")
