@@ -25,11 +25,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def exact() -> Any:
-    """Products in float32 without TF32, so that both devices can be compared."""
+    """Products in float32 without TF32, so that both devices can be compared, and no graph of another test."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    torch._dynamo.reset()
     yield
+    torch._dynamo.reset()
     precision, torch.backends.cudnn.allow_tf32 = before
     torch.set_float32_matmul_precision(precision)
 

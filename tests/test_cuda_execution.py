@@ -7,7 +7,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from families import FAMILIES, HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
 from helpers import run
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from test_cuda import DEVICE, exact, on_gpu
 from test_execution import as_far_as_the_base
 from test_threads import agree
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,29 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from register_adapter import RegisterConfig, add_registers, capture, compose, find_register_layer, get_features
 from register_adapter.testbed import SceneDataset, load_planted_vit
 
-DEVICE = "cuda"
+__all__ = ["exact"]  # a fixture
+
 OUTPUT = "last_hidden_state"
 NAMES = [name for name in ("vit", "clip-vision", "dinov2", "dinov3", "siglip2-vision", "beit") if name in TOWERS]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and make test-gpu")
 every_way = pytest.mark.parametrize("way", WAYS)
-
-
-@pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    """Products in float32 without TF32, and no graph of another test."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    precision, torch.backends.cudnn.allow_tf32 = before
-    torch.set_float32_matmul_precision(precision)
-
-
-def on_gpu(values: Any) -> Any:
-    return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
 def near(actual: torch.Tensor, expected: torch.Tensor, limit: float = 1e-4) -> None:
