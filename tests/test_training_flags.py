@@ -187,6 +187,7 @@ def test_flags_on_the_command_line_win_over_the_file(tmp_path: Path) -> None:
         ("lerning-rate: 1", "run.yaml, line 1: there is no flag 'lerning-rate'; did you mean --learning-rate?"),
         ("seed: 1\nEval_Step: 3", "line 2: there is no flag 'Eval_Step'; did you mean --eval-steps?"),
         ("xyzzy: 1", "there is no flag 'xyzzy'\n"),
+        ("num-views: 2", "line 1: there is no flag 'num-views' (a flag of --objective distillation"),
         ("config: other.yaml", "there is no flag 'config'"),
         ("seed: 1\nseed: 2", "line 2: seed is given twice"),
         ("max-train-steps: 1\nmax_train_steps: 2", "line 2: max_train_steps is given twice"),

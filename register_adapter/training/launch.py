@@ -153,7 +153,7 @@ def _parse(
     try:
         path, first = early_value(argv, "config"), list[str]()
         if path is not None:
-            first = config_words(path, parser)
+            first = config_words(path, parser, _advice)
         *parsed, rest = parser.parse_args_into_dataclasses([*first, *argv], True, look_for_args_file=False)
         # Names only: a value may be a token.
         unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
