@@ -15,8 +15,8 @@ import accelerate
 import pytest
 import torch
 import transformers as tf
-from execution_cases import WAYS, gradients, registered
-from families import FAMILIES, HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
+from execution_cases import BITS, WAYS, check_bitsandbytes, gradients, registered
+from families import FAMILIES, IMAGE, PATCH, TOWERS, build, make_inputs
 from helpers import run
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -353,39 +353,12 @@ def test_no_memory_stays_behind() -> None:
 
 # Quantised
 
-BITS: dict[str, dict[str, Any]] = {
-    "int8": {"load_in_8bit": True},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-}
-
 
 @pytest.mark.parametrize("kind", BITS)
 @every_way
 def test_bitsandbytes(way: str, kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", minversion="0.49", reason="quantised weights")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": HEADS}
-    base, inputs = tf.ViTModel(tf.ViTConfig(**shape, image_size=IMAGE, patch_size=PATCH)).eval(), make_inputs("vit")
-    base.save_pretrained(tmp_path / "base")
-    model = registered("vit", way, copy.deepcopy(base))
-    model.save_pretrained(tmp_path / "adapter")
-    options = tf.BitsAndBytesConfig(**BITS[kind])
-    small = tf.AutoModel.from_pretrained(tmp_path / "base", quantization_config=options, device_map=DEVICE)
-    inputs = on_gpu(inputs)
-    loaded = PeftModel.from_pretrained(small, tmp_path / "adapter", is_trainable=True)
-    for value in gradients(loaded.train(), inputs).values():
-        assert torch.isfinite(value).all()
-        assert value.abs().sum() > 0
-    output = run(loaded.eval(), inputs)[OUTPUT].float().cpu()
-    with loaded.disable_adapter():
-        plain = run(loaded, inputs)[OUTPUT].float().cpu()
-    wanted, alone = run(model, make_inputs("vit"))[OUTPUT], run(base, make_inputs("vit"))[OUTPUT]
-
-    def away(got: torch.Tensor, expected: torch.Tensor) -> float:
-        return float((got - expected).norm() / expected.norm())
-
-    assert 0 < away(output, wanted) < 2 * away(plain, alone)
-    assert away(output, plain) > 0
+    compute = {"bnb_4bit_compute_dtype": torch.bfloat16} if kind == "nf4" else {}
+    check_bitsandbytes(way, BITS[kind] | compute, DEVICE, tmp_path)
 
 
 # Processes

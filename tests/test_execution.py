@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ import pytest
 import torch
 import transformers as tf
 from crossings import crossings
-from execution_cases import SHARDED, WAYS, gradients, registered, trained_values
-from families import HEADS, IMAGE, PATCH, TOWERS, build, make_inputs
+from execution_cases import BITS, SHARDED, WAYS, check_bitsandbytes, gradients, registered, trained_values
+from families import TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run
 from peft import PeftModel
 from processes import run_two_processes
@@ -398,36 +397,10 @@ def test_registers_train_on_int8_weights(name: str, way: str) -> None:
         assert 0 < error(grads[key], value) < 0.1
 
 
-BITS = {
-    "int8": {"load_in_8bit": True},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-}
-
-
 @pytest.mark.parametrize("kind", BITS)
 @every_way
 def test_bitsandbytes(way: str, kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", minversion="0.49", reason="its first release for CPUs that this was tried on")
-    # Four-bit weights come in blocks of 64 numbers of a row.
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": HEADS}
-    base, inputs = tf.ViTModel(tf.ViTConfig(**shape, image_size=IMAGE, patch_size=PATCH)).eval(), make_inputs("vit")
-    base.save_pretrained(tmp_path / "base")
-    model = registered("vit", way, copy.deepcopy(base))
-    model.save_pretrained(tmp_path / "adapter")
-    options = tf.BitsAndBytesConfig(**BITS[kind])
-    small = tf.AutoModel.from_pretrained(tmp_path / "base", quantization_config=options, device_map="cpu")
-    loaded = PeftModel.from_pretrained(small, tmp_path / "adapter", is_trainable=True)
-    # Trained first: bitsandbytes packs four-bit weights at the first forward pass in evaluation mode, for good.
-    for value in gradients(loaded.train(), inputs).values():
-        assert torch.isfinite(value).all()
-        assert value.abs().sum() > 0
-    output = run(loaded.eval(), inputs)[OUTPUT]
-    with loaded.disable_adapter():
-        plain = run(loaded, inputs)[OUTPUT]
-    limit = 2 * error(plain, run(base, inputs)[OUTPUT])
-    assert 0 < error(output, run(model, inputs)[OUTPUT]) < limit
-    assert error(output, plain) > 0
+    check_bitsandbytes(way, BITS[kind], "cpu", tmp_path)
 
 
 # Attention implementations
