@@ -10,6 +10,7 @@ __all__ = [
     "NoArtifactsError",
     "RegisterAdapterError",
     "UnsupportedModelError",
+    "check_format",
     "install_command",
 ]
 
@@ -26,6 +27,17 @@ def install_command(extra: str = "", upgrade: bool = False) -> str:
     """
     what = f'"register-adapter[{extra}] @ {_SOURCE}"' if extra else _SOURCE
     return f"pip install {'-U ' if upgrade else ''}{what}"
+
+
+def check_format(version: object, newest: int) -> None:
+    """``ValueError`` for a format of a file that this release does not know, or that there is not."""
+    if type(version) is not int or version < 1:
+        raise ValueError(f"it has format {version!r}, which there is not; save it again")
+    if version > newest:
+        raise ValueError(
+            f"it has format {version!r}, the newest this release knows is {newest}. "
+            f"Upgrade with: {install_command(upgrade=True)}"
+        )
 
 
 class RegisterAdapterError(Exception):

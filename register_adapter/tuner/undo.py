@@ -20,6 +20,7 @@ __all__ = [
     "check_arrived",
     "refuse_without_values",
     "unchanged_if_refused",
+    "values_kept",
     "values_unchanged_if_refused",
 ]
 
@@ -147,6 +148,25 @@ def refuse_without_values(adapter_name: str) -> NoReturn:
 
 
 @contextmanager
+def values_kept(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[None]:
+    """A context at whose refusal parameters and buffers that are written into have the values of before.
+
+    Args:
+        model: The model.
+        wanted: Whether a tensor of that key is looked after.
+    """
+    tensors = [item for item in (*model.named_parameters(), *model.named_buffers()) if not item[1].is_meta]
+    values = [(value, value.detach().clone()) for key, value in tensors if wanted(key)]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise
+
+
+@contextmanager
 def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: list[Before | None]) -> Iterator[None]:
     """A context in which an adapter's values are put into a model, which is as it was if they are refused.
 
@@ -164,16 +184,12 @@ def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: lis
     if not before:
         before = [Before(model)]
     heads = [f"{path}." for path, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]
-    tensors = [item for item in (*model.named_parameters(), *model.named_buffers()) if not item[1].is_meta]
-    values = [(value, value.detach().clone()) for key, value in tensors if any(part in f".{key}" for part in own)]
     try:
-        yield
+        with values_kept(model, lambda key: any(part in f".{key}" for part in own)):
+            yield
     except BaseException as error:
         for state in before:
             state.restore()
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
         if isinstance(error, KeyError) and str(error.args[0]).startswith(tuple(heads)):  # PEFT's
             raise AdapterFileError(
                 f"the adapter {adapter_name!r} cannot be loaded: it lacks {error.args[0]!r}, which its "

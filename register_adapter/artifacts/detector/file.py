@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ...errors import AdapterFileError, install_command
+from ...errors import AdapterFileError, check_format
 from ...utils.adapter_file import TensorInfo, read_header, read_metadata, read_tensors
 from ...utils.staging import file_to_write, staged
 from .config import DetectorConfig
@@ -55,13 +55,7 @@ def read_config(path: str | Path) -> DetectorConfig:
     try:
         values = json.loads(header[_KEY])
         version = values.pop("format_version")
-        if type(version) is not int or version < 1:
-            raise ValueError(f"it has format {version!r}, which there is not; save it again")
-        if version > _VERSION:
-            raise ValueError(
-                f"it has format {version!r}, the newest this release knows is {_VERSION}; "
-                f"upgrade with: {install_command(upgrade=True)}"
-            )
+        check_format(version, _VERSION)
         config = DetectorConfig.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"the detector in {path} cannot be loaded: {error}. Nothing was loaded.") from error

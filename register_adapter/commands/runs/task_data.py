@@ -90,7 +90,7 @@ def _some(items: Any, most: int | None, seed: int) -> Any:
 def class_folders(task: str, name: str) -> list[Path]:
     """Folders in which a task takes every sub-folder for a class, so that an output does not belong there."""
     root = Path(name)
-    return (_sets(root) or [root]) if task in ("knn", "linear", "zero-shot") else []
+    return (_sets(root) or [root]) if _LOADERS[task].by_class else []
 
 
 def _sets(root: Path) -> list[Path]:
@@ -110,9 +110,9 @@ def _class_folders(root: Path, seed: int) -> TaskData:
 
 def _tested_folder(root: Path, seed: int) -> TaskData:
     """The test folder, or the folder itself, where nothing is learned."""
-    tests = _sets(root)
-    test = label_images(tests[-1] if tests else root)
-    return TaskData(None, test, test.classes, tests[-1].name if tests else "all images")
+    sets = _sets(root)
+    test = label_images(sets[1] if sets else root)
+    return TaskData(None, test, test.classes, sets[1].name if sets else "all images")
 
 
 def _labelled_scenes(scenes: SceneDataset) -> LabelledImages:
@@ -129,10 +129,11 @@ def _dense(read: Callable[..., Any]) -> Callable[[Path, int], TaskData]:
 
 
 class _Loader(NamedTuple):
-    """How a task's data is read from a folder, and made of scenes."""
+    """How a task's data is read from a folder, and made of scenes; whether each sub-folder is a class."""
 
     folder: Callable[[Path, int], TaskData]
     scenes: Callable[[SceneDataset, SceneDataset], TaskData]
+    by_class: bool = False
 
 
 def _of_scenes(
@@ -144,12 +145,12 @@ def _of_scenes(
     return scenes
 
 
-_CLASSES = _Loader(_class_folders, _of_scenes(_labelled_scenes, LABELS))
+_CLASSES = _Loader(_class_folders, _of_scenes(_labelled_scenes, LABELS), by_class=True)
 _LOADERS: dict[str, _Loader] = {
     "knn": _CLASSES,
     "linear": _CLASSES,
     "segmentation": _Loader(_dense(read_masks), _of_scenes(mask_scenes, ("background", *LABELS))),
     "depth": _Loader(_dense(read_depths), _of_scenes(distance_scenes)),
-    "zero-shot": _Loader(_tested_folder, _of_scenes(_labelled_scenes, LABELS, learns=False)),
+    "zero-shot": _Loader(_tested_folder, _of_scenes(_labelled_scenes, LABELS, learns=False), by_class=True),
     "discovery": _Loader(_tested_folder, _of_scenes(boxed_scenes, learns=False)),
 }

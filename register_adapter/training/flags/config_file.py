@@ -21,9 +21,7 @@ _NOT_SETTINGS = ("help", "config", "json", "quiet", "resume_from_checkpoint", "o
 _MOST, _DEEPEST = 2**20, 2
 
 
-def config_words(
-    path: str | Path, parser: ArgumentParser, advice: Callable[[str, Any], str] | None = None
-) -> list[str]:
+def config_words(path: str | Path, parser: ArgumentParser, advice: Callable[[str, Any], str]) -> list[str]:
     """The flags of a YAML file as words of a command line, which stand before those that a user types.
 
     Keys are flags without the dashes in front, with hyphens or underscores. Values are taken as they are written, so
@@ -33,7 +31,6 @@ def config_words(
         path: The file.
         parser: Knows the flags.
         advice: Gets the name of an unknown flag, with dashes, and the parser; gives the end of the message about it.
-            The nearest flag without it.
 
     Raises:
         ValueError: The file is no mapping of single values, or a key or value is not one that a flag takes; the message
@@ -46,7 +43,7 @@ def config_words(
         name, place = str(key.value), f"{path}, line {key.start_mark.line + 1}"
         action = _flags(parser).get(name.replace("_", "-")) if isinstance(key, yaml.ScalarNode) else None
         if action is None or action.dest in ("help", "config"):
-            raise ValueError(f"{place}: there is no flag {name!r:.80}{(advice or did_you_mean)(f'--{name}', parser)}")
+            raise ValueError(f"{place}: there is no flag {name!r:.80}{advice(f'--{name}', parser)}")
         if action.dest in words:
             raise ValueError(f"{place}: {name} is given twice")
         if not isinstance(value, yaml.ScalarNode):

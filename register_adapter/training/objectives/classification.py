@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.hf_argparser import string_to_bool
 
+from ...tuner.heads import number_of_labels
 from .base import Batch, Objective
 
 __all__ = ["ClassificationObjective"]
@@ -125,6 +126,6 @@ class ClassificationObjective(Objective):
 
 def _heads_of(base: nn.Module) -> list[str]:
     """Names of the layers with as many outputs as there are classes, of the model's parts if there are none."""
-    classes = getattr(getattr(base, "config", None), "num_labels", None)
+    classes = number_of_labels(base)
     heads = [name for name, module in base.named_modules() if getattr(module, "out_features", None) == classes]
-    return heads if classes and heads else [name for name, _ in base.named_children()]
+    return heads or [name for name, _ in base.named_children()]

@@ -19,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ...errors import AdapterFileError, install_command
+from ...errors import AdapterFileError, check_format
 from ...utils.adapter_file import TensorInfo, check_finite, is_of, read_header, read_tensors
 from ...utils.files import checksum
 from ...utils.hub import MANIFEST_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, find_config, find_weights
@@ -221,13 +221,10 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise AdapterFileError(f"{path} is not a manifest of adapters ({type(error).__name__}: {error})") from error
-    if type(version) is not int or version < 1:
-        raise AdapterFileError(f"{path} has format {version!r}, which there is not. Save the adapters again.")
-    if version > _VERSION:
-        raise AdapterFileError(
-            f"{path} has format {version!r}, the newest this release knows is {_VERSION}. "
-            f"Upgrade with: {install_command(upgrade=True)}"
-        )
+    try:
+        check_format(version, _VERSION)
+    except ValueError as error:
+        raise AdapterFileError(f"{path} cannot be loaded: {error}") from error
     if not names or not whole or len(set(names)) != len(names):
         raise AdapterFileError(
             f"{path} lists no adapters, one twice, or one without method, state and checksum: {names}"

@@ -28,7 +28,7 @@ from ..fields import check_known, check_string
 from ..layer import renew_bases
 from ..positions.model import renew_base
 from ..reading import check_method, naming, read_json
-from ..undo import unchanged_if_refused
+from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
 from .folder import read_folder, write_folder
 from .relocate import relocated, tower_path
@@ -114,19 +114,12 @@ def _unchanged_if_refused(
     given = read_json(config) if config.is_file() and not set(names) <= set(composed.peft_config) else {}
     # Some methods begin by changing the base's weights, as an adapter that the model lacks is put on.
     changing = any(isinstance(given.get(field), str) for field in INITS)
-    values = [
-        (value, value.clone())
-        for key, value in composed.state_dict().items()
-        if torch.is_tensor(value) and not value.is_meta and not set(names).isdisjoint(key.split("."))
-    ]
-    try:
-        with unchanged_if_refused(composed, values=changing), naming(path) if path.is_dir() else nullcontext():
-            yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        raise
+    with (
+        values_kept(composed, lambda key: not set(names).isdisjoint(key.split("."))),
+        unchanged_if_refused(composed, values=changing),
+        naming(path) if path.is_dir() else nullcontext(),
+    ):
+        yield
 
 
 def _check_places(loaded: Any, name: str) -> None:
