@@ -38,6 +38,14 @@ def photograph(name: str) -> Image.Image:
         return image.convert("RGB")
 
 
+def positive(word: str) -> int:
+    """A whole number of 1 or more; argparse says it in one line."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def write_crops(folder: Path, size: int, crops: int, names: list[str]) -> None:
     """``crops`` random squares of each photograph for training, a quarter as many for validation."""
     rng = np.random.default_rng(0)
@@ -50,7 +58,7 @@ def write_crops(folder: Path, size: int, crops: int, names: list[str]) -> None:
         ):
             target = folder / split / name
             target.mkdir(parents=True, exist_ok=True)
-            side = min(size, right - left)
+            side = min(size, right - left, image.height)
             for index in range(count):
                 x, y = rng.integers(left, right - side + 1), rng.integers(0, image.height - side + 1)
                 image.crop((x, y, x + side, y + side)).save(target / f"{index:03d}.jpg", quality=95)
@@ -84,15 +92,18 @@ def write_awkward(folder: Path, image: Image.Image) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=int, default=96, help="side of a crop in pixels")
-    parser.add_argument("--crops", type=int, default=40, help="training crops a photograph")
+    parser.add_argument("--size", type=positive, default=96, help="side of a crop in pixels")
+    parser.add_argument("--crops", type=positive, default=40, help="training crops a photograph")
     parser.add_argument("--classes", nargs="+", default=list(PHOTOGRAPHS), choices=list(PHOTOGRAPHS))
     parser.add_argument("--bad", action="store_true", help="add awkward and broken files to the first class")
     args = parser.parse_args()
-    write_crops(args.folder, args.size, args.crops, args.classes)
-    if args.bad:
-        name = args.classes[0]
-        write_awkward(args.folder / "train" / name, photograph(name).crop((0, 0, args.size, args.size)))
+    try:
+        write_crops(args.folder, args.size, args.crops, args.classes)
+        if args.bad:
+            name = args.classes[0]
+            write_awkward(args.folder / "train" / name, photograph(name).crop((0, 0, args.size, args.size)))
+    except OSError as error:
+        raise SystemExit(f"cannot write to {args.folder}: {error}") from None
     print(f"wrote {sum(path.is_file() for path in args.folder.rglob('*'))} files to {args.folder}")
 
 
