@@ -182,9 +182,7 @@ def _unreachable(repo_id: str, error: BaseException) -> str:
         return f"no adapter {repo_id!r}: {OFFLINE}"
     status = _status(error)
     cause = f"it answered {status}" if status else type(error).__name__
-    return (
-        f"{repo_id!r} cannot be reached at {_endpoint()} ({cause}) and is not in the local cache; check the connection."
-    )
+    return f"{repo_id!r} cannot be reached at {_endpoint()} ({cause}); check the connection."
 
 
 def _endpoint() -> str:
