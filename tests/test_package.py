@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import shutil
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
@@ -57,20 +58,37 @@ LAYERS = (
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """A wheel built from a copy of the sources, with no network and no build folder left in the repository."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where wheel and source archive are, built from a copy with no network and no build folder in the repository."""
     source = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(PACKAGE, source / "register_adapter", ignore=ignored)
     # Folders that must stay out of the wheel although they lie beside the package.
-    for name in ("tests", "benchmarks", "examples", "scripts"):
+    for name in ("tests", "benchmarks", "docs", "examples", "scripts"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    run_script_alone("build_wheel", cwd=source)
-    with zipfile.ZipFile(next((source / "out").glob("*.whl"))) as archive:
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, source / path.name)
+    run_script_alone("build_distributions", cwd=source)
+    return source / "out"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as archive:
         yield archive
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_what_its_tests_and_documents_read(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {path.name for path in built.parent.iterdir() if path.is_file()}
+    for folder in ("tests", "benchmarks", "docs", "examples", "scripts", "register_adapter"):
+        wanted |= {path.relative_to(built.parent).as_posix() for path in (built.parent / folder).rglob("*.*")}
+    assert not wanted - names
+    assert not [name for name in names if name.endswith(".pyc")]
 
 
 @pytest.mark.slow
