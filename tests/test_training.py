@@ -557,6 +557,7 @@ def test_wrong_paths_and_heads(vit: Path, photos: Path, tmp_path: Path, capsys: 
     cases = {
         f"{tmp_path / 'none' / 'train'} is not a folder": (vit, tmp_path / "none", []),
         "there is no such folder": (tmp_path / "nothing", photos, []),
+        "such names are OpenCLIP's": ("local-dir:models/open_clip", photos, []),
         "lacks 3 of the data set's classes": (vit, photos, ["--freeze_head"]),
         "has no head 'fc'": (vit, photos, ["--head", "fc"]),
         "report_to must be one of": (vit, photos, ["--with_tracking", "--report_to", "paper"]),

@@ -87,7 +87,9 @@ def require_model(name: str, **options: Any) -> None:
         raise HubAccessError(f"no model in the repository {name!r}: it has no {_CONFIG}") from error
     except HubAccessError as error:
         cause = error.__cause__
-        if isinstance(cause, HFValidationError):
+        if name.startswith(("hf-hub:", "local-dir:")):
+            why = "such names are OpenCLIP's and timm's; here it must be transformers': a folder, or 'user/model'"
+        elif isinstance(cause, HFValidationError):
             why = "there is no such folder, and a name on the Hub is 'user/model'. Check the name"
         elif isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) and _offline(cause):
             why = OFFLINE
