@@ -19,7 +19,8 @@ class RegisterTrainer(Trainer):
     For classification of images transformers' ``Trainer`` itself does.
 
     Args:
-        model: With registers, from :func:`wrap` or ``add_registers``; ``None`` where ``model_init`` makes one.
+        model: With registers, from :func:`wrap` or ``add_registers``; its forward takes ``pixel_values``, as in
+            transformers (``TimmWrapperModel`` for timm's). ``None`` where ``model_init`` makes one.
         args: ``TrainingArguments``; ``remove_unused_columns`` and ``label_names`` are set to what an objective needs.
         objective: What to train on.
         train_dataset: Items with ``pixel_values`` and what the objective needs, such as a
