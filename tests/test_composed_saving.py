@@ -221,6 +221,19 @@ def test_what_is_pushed_is_loaded_from_the_hub(remote: Hub) -> None:
     assert_identical(run(loaded, inputs), run(model, inputs))
 
 
+@pytest.mark.parametrize("hub", [True, False])
+def test_a_subfolder_is_loaded_and_not_what_lies_above_it(remote: Hub, hub: bool) -> None:
+    composed().save_pretrained(remote.folder)
+    model = composed(seed=1).eval()
+    model.save_pretrained(remote.folder / "runs" / "b")
+    place = "me/pair" if hub else remote.folder
+    loaded = load_adapters(build("vit-classifier"), place, subfolder="runs/b").eval()
+    inputs = make_inputs("vit-classifier")
+    assert_identical(run(loaded, inputs), run(model, inputs))
+    with pytest.raises(AdapterFileError, match="runs/c"):
+        load_adapters(build("vit-classifier"), place, subfolder="runs/c")
+
+
 def test_what_is_pushed_says_how_it_is_loaded_and_keeps_the_text_of_the_repository(remote: Hub) -> None:
     composed().push_to_hub("me/pair", tags=["mine"])
     text = (remote.folder / "README.md").read_text()

@@ -117,7 +117,7 @@ def load_adapters(
         selected_adapters: Names of the adapters to load, default all.
         ignore_base_mismatch: As in :class:`RegisterConfig`.
         **options: ``low_cpu_mem_usage``, ``torch_device``, ``autocast_adapter_dtype`` as in ``PeftModel.load_adapter``;
-            ``revision``, ``token``, ``cache_dir``… for the Hub.
+            ``subfolder``; ``revision``, ``token``, ``cache_dir``… for the Hub.
 
     Raises:
         HubAccessError: The repository on the Hub cannot be read.

@@ -158,24 +158,27 @@ def fetch_folder(name: str | Path, hub: dict[str, Any]) -> Path:
 
     Args:
         name: Folder, or repository on the Hub.
-        hub: ``revision``, ``token``, ``cache_dir``... as for ``hf_hub_download``.
+        hub: ``revision``, ``token``, ``subfolder``... as for ``hf_hub_download``.
 
     Raises:
         AdapterFileError: There is no manifest, or it is damaged, or names what the repository lacks.
         HubAccessError: The repository cannot be read.
     """
+    subfolder = str(hub.get("subfolder") or "").rstrip("/")
     if Path(name).exists():
-        return Path(name)
-    hub = {key: value for key, value in hub.items() if value is not None} | {"token": checked_token(hub.get("token"))}
-    manifest = fetch(str(name), MANIFEST_NAME, None, hub)
+        return Path(name, subfolder)
+    hub = {key: value for key, value in hub.items() if value is not None and key != "subfolder"}
+    hub["token"] = checked_token(hub.get("token"))
+    manifest = fetch(str(name), MANIFEST_NAME, subfolder or None, hub)
     if manifest is None:
+        place = f"{str(name)!r}, folder {subfolder!r}" if subfolder else repr(str(name))
         raise AdapterFileError(
-            f"there is no {MANIFEST_NAME} in {str(name)!r}: it was not written by save_adapters. A repository with one "
+            f"there is no {MANIFEST_NAME} in {place}: it was not written by save_adapters. A repository with one "
             "adapter is loaded with PeftModel.from_pretrained."
         )
     for entry in _entries(manifest):
         for file in (_CONFIG, WEIGHTS_NAME):
-            fetch(str(name), file, entry["name"], hub)
+            fetch(str(name), file, "/".join(filter(None, (subfolder, entry["name"]))), hub)
     return manifest.parent
 
 
