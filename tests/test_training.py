@@ -628,19 +628,28 @@ def test_tensorboard_gets_the_losses(vit: Path, photos: Path, tmp_path: Path) ->
     assert events.Scalars("eval_accuracy")[0].value == pytest.approx(results["metrics"]["eval_accuracy"])
 
 
-def test_push_to_hub_uploads_all_and_shows_no_token(vit: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_push_to_hub_uploads_all_keeps_the_readme_and_shows_no_token(
+    vit: Path, photos: Path, tmp_path: Path, several: bool
+) -> None:
     token = "hf_TrainersTokenQwErTy"
     more = ["--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "author/regs"]
+    more += ["--train", "registers+lora"] if several else []
     with HubServer({token: "author"}) as server:
+        server.seed("author/regs", {"README.md": b"My own words.\n"})
         hub = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token, "HF_DEBUG": "1"}
         hub |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
         done = run_module("register_adapter.train", *flags(vit, photos, tmp_path / "out", *more), hub=hub)
         assert done.returncode == 0, done.stderr
         commit = server.repos["author/regs"].at("main")
     assert commit is not None
-    assert set(commit.files) >= {"adapter_model.safetensors", "adapter_config.json", "preprocessor_config.json"}
+    manifest = "adapters.json" if several else "adapter_config.json"
+    assert set(commit.files) >= {"adapter_model.safetensors", manifest, "preprocessor_config.json"}
     assert commit.files["adapter_model.safetensors"].data == adapter_bytes(tmp_path / "out")
-    assert "eval_accuracy" in commit.files["README.md"].data.decode()
+    card = commit.files["README.md"].data.decode()
+    assert "eval_accuracy" in card
+    assert "My own words." in card
+    assert '"author/regs"' in card
     written = [path.read_text("utf-8") for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md")]
     assert not [text for text in (done.stdout, done.stderr, *written) if token in text]
 

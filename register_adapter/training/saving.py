@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,7 @@ from peft import PeftModel
 
 from ..tuner.card import update_model_card
 from ..tuner.composed import ComposedPeftModel
-from ..utils.environment import version
-from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors
+from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors, upload
 from ..utils.readme import copy_readme
 from ..utils.staging import check_writable, real_path, staged, write_text
 from . import checkpoints
@@ -168,7 +169,7 @@ def push_run(
     """Upload adapter, card and image processor; the address of the repository."""
     name = str(args.hub_model_id)
     if isinstance(model, ComposedPeftModel):
-        return _push_folder(name, Path(str(args.output_dir)), [*model.peft_config], args.hub_private, token)
+        return _push_folder(model, args, card, token)
     commit = model.push_to_hub(name, private=args.hub_private, token=token, **card)
     if _can_be_saved(image_processor):
         with hub_errors(name, token=token):
@@ -176,17 +177,28 @@ def push_run(
     return str(commit.repo_url)
 
 
-def _push_folder(name: str, folder: Path, adapters: list[str], private: bool | None, token: str | None) -> str:
-    """Upload what is saved of adapters of several methods, in one commit."""
-    wanted = [MANIFEST_NAME, WEIGHTS_NAME, RESULTS_NAME, "README.md", "*processor_config.json"]
-    api = HfApi(token=checked_token(token), library_name="register-adapter", library_version=version())
-    with hub_errors(name, token=token):
-        repo = api.create_repo(name, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=[*wanted, *(f"{adapter}/*" for adapter in adapters)],
-            commit_message="Upload register adapter",
+def _push_folder(model: ComposedPeftModel, args: TrainArguments, card: dict[str, Any], token: str | None) -> str:
+    """Upload what is saved of adapters of several methods, in one commit, with the README of the repository kept."""
+    folder = Path(str(args.output_dir))
+    wanted = [folder / name for name in (MANIFEST_NAME, WEIGHTS_NAME, RESULTS_NAME)]
+    wanted += folder.glob("*processor_config.json")
+    with tempfile.TemporaryDirectory() as made:
+        scratch = Path(made, "adapters")  # the output folder has checkpoints too, and a README of its own
+        scratch.mkdir()
+        for file in filter(Path.is_file, wanted):
+            shutil.copyfile(file, scratch / file.name)
+        for adapter in model.peft_config:
+            shutil.copytree(folder / adapter, scratch / adapter)
+        commit = upload(
+            scratch,
+            str(args.hub_model_id),
+            lambda name: model.create_or_update_model_card(str(scratch), adapter=name, **card),
+            commit_message=None,
+            commit_description=None,
+            private=args.hub_private,
+            token=checked_token(token),
+            revision=None,
+            create_pr=False,
         )
     return str(commit.repo_url)
 
