@@ -275,6 +275,18 @@ def test_before_the_first_step_there_is_nothing_to_go_on_from(
     assert go_on(said) == argv
 
 
+def test_a_run_stopped_in_its_upload_says_that_it_is_trained_and_how_it_is_uploaded(
+    case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("launch.check_push", "trainer.check_push", "saving._open_repository"):
+        monkeypatch.setattr(f"register_adapter.training.{place}", lambda *_: None)
+    monkeypatch.setattr("register_adapter.training.trainer.push_run", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert stopped(flags(case, tmp_path, *RUN, "--push-to-hub", "--hub-model-id", "me/it")) == 143
+    said = capsys.readouterr().err
+    assert f"the adapter is trained and saved in {tmp_path}; it is uploaded by: hf upload me/it {tmp_path} ." in said
+    assert (tmp_path / "results.json").is_file()
+
+
 def test_a_run_that_was_resumed_and_stopped_at_once_names_its_checkpoint(
     case: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,10 +25,11 @@ class Interrupted(KeyboardInterrupt):
         number: The signal.
         place: How far the run was, for a message.
         checkpoint: What the run can be resumed from, if there is a checkpoint.
+        saved: Whether training had ended and its adapter was saved: only the upload was stopped.
     """
 
     def __init__(self, number: int, place: str = "", checkpoint: Path | None = None) -> None:
-        self.number, self.place, self.checkpoint = number, place, checkpoint
+        self.number, self.place, self.checkpoint, self.saved = number, place, checkpoint, False
         super().__init__(f"interrupted by {self.name} {place}".rstrip())
 
     @property

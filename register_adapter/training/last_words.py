@@ -17,6 +17,7 @@ from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import CheckpointError
 from .interruption import Interrupted
+from .saving import RUN_CONFIG
 
 __all__ = ["farewell", "fit_advice", "summarise"]
 
@@ -81,6 +82,10 @@ def farewell(stop: Interrupted, args: TrainArguments, prog: str, argv: Sequence[
         prog: Name of the program.
         argv: The arguments that it was started with.
     """
+    if stop.saved:
+        upload = ["hf", "upload", str(args.hub_model_id), str(args.output_dir), ".", "--exclude", "checkpoint-*"]
+        command = shlex.join([*upload, "--exclude", RUN_CONFIG])
+        return f"{stop}; the adapter is trained and saved in {args.output_dir}; it is uploaded by: {command}"
     checkpoint = stop.checkpoint or _resumed(args)
     if checkpoint is None:
         return f"{stop}; no checkpoint is there; start again with: {_command(prog, argv)}"

@@ -172,7 +172,11 @@ def train(
         if args.push_to_hub and accelerator.is_main_process:
             logger.info("the adapter is saved in %s; now it is uploaded", args.output_dir)
             trained = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
-            results["pushed_to"] = push_run(trained, args, image_processor, card, hub_token)
+            try:
+                results["pushed_to"] = push_run(trained, args, image_processor, card, hub_token)
+            except Interrupted as stop:
+                stop.saved = True
+                raise
         accelerator.wait_for_everyone()
         # Not end_training(), which ends the process group: a script's next run would find none.
         for tracker in accelerator.trackers:
