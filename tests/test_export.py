@@ -3,6 +3,7 @@
 import importlib.util
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -408,6 +409,37 @@ def test_an_onnx_file_gives_the_same_numbers_for_any_batch(tmp_path):
         assert tuple(node.name for node in session.get_outputs()) == tuple(expected) == names
         for value, tensor in zip(arrays, expected.values(), strict=True):
             torch.testing.assert_close(torch.from_numpy(value), tensor, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_graph_never_lies_beside_the_weights_of_another_export(monkeypatch, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    model, inputs, path = adapted("vit"), make_inputs("vit"), tmp_path / "model.onnx"
+    export_onnx(model, path)
+    assert (tmp_path / "model.onnx.data").is_file()
+    moved = Path.replace
+
+    def stopped_before_the_second(file: Path, place: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", stop)
+        return moved(file, place)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    perturb_registers(model)
+    monkeypatch.setattr(Path, "replace", stopped_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(model, path)
+    assert not path.exists()
+    monkeypatch.setattr(Path, "replace", moved)
+    names = export_onnx(model, path)
+    values = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {key: value.numpy() for key, value in inputs.items()}
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    expected = tensors(model(**inputs))[names[0]]
+    torch.testing.assert_close(torch.from_numpy(values[0]), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

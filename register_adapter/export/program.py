@@ -118,7 +118,8 @@ def export_onnx(
 
     Args:
         model: As for :func:`export_program`.
-        path: The file; weights that do not fit into one file of 2 GB go into ``<path>.data``.
+        path: The file; weights that do not fit into one file of 2 GB go into ``<path>.data``. A process that is killed
+            while the two are put in place leaves no file ``path``, never one beside the weights of another export.
         example_inputs: As for :func:`export_program`.
         dynamic_batch: As for :func:`export_program`.
 
@@ -138,8 +139,11 @@ def export_onnx(
     # It traces the program again; with gradients SDPA would take a path whose views do not fit any batch.
     with torch.no_grad():
         onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(names))
-    with staged(target.parent) as scratch:  # under its final name: large weights are referred to by name
+    # Under its final name: large weights are referred to by name. The graph is moved after them.
+    with staged(target.parent, last=(target.name,)) as scratch:
         onnx.save(str(scratch / target.name))
+        if (scratch / f"{target.name}.data").exists():
+            target.unlink(missing_ok=True)  # so a kill between the two leaves no earlier graph beside these weights
     return names
 
 
