@@ -13,7 +13,16 @@ from families import build, make_inputs
 from stacks_cases import build_stack, images
 from torch import nn
 
-from register_adapter import RegisterConfig, add_registers, capture, find_register_layer, find_tower
+from register_adapter import (
+    RegisterConfig,
+    add_registers,
+    audit,
+    capture,
+    find_register_layer,
+    find_tower,
+    get_features,
+)
+from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 
 MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}
 Call = Callable[[], Any]
@@ -98,6 +107,35 @@ def test_other_adapters_set_in_mid_method_wait_for_the_next(name: str, mode: str
     assert same(method(images()), expected)
     assert model.active_adapters == ["other"]
     assert not same(method(images()), expected)
+
+
+def _features(model: nn.Module) -> Any:
+    return get_features(model, images()).values
+
+
+def _audit(model: nn.Module) -> Any:
+    return [torch.tensor(layer.norms["patch"].mean) for layer in audit(model, images()).layers]
+
+
+def _discovery(model: nn.Module) -> Any:
+    with torch.no_grad():
+        return list(PatchReader(model, [Wanted("tokens", -1)]).read(images(), (4, 4)).values())
+
+
+@pytest.mark.parametrize("read", [_features, _audit, _discovery])
+@pytest.mark.parametrize("other", [1, None], ids=["another", "none"])
+def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module], Any], other: int | None) -> None:
+    """Another thread set another one in mid-pass, or switched all off: registers were read as patches, in silence."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0))
+    layer = find_register_layer(model)
+    assert layer is not None
+    change = (lambda: model.set_adapter("other")) if other else (lambda: layer.enable_adapters(False))
+    expected = read(model)
+    handle = find_tower(model).part("blocks")[-1].register_forward_hook(lambda *_: change())
+    assert same(read(model), expected)
+    handle.remove()
+    assert not same(read(model), expected)
 
 
 @pytest.mark.parametrize("options", [*MODES.values(), {"key_value": True}, {"gate": -1.0}], ids=str)

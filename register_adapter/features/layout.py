@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from ..towers.anatomy import Anatomy, resolve
 from ..towers.tower import Tower, find_tower
 from ..tuner.layer import RegisterLayer, find_register_layer
 
-__all__ = ["TokenLayout", "find_layout", "native_registers", "tower_of"]
+__all__ = ["TokenLayout", "adapters_stay", "find_layout", "native_registers", "tower_of"]
 
 # Where towers say how many of their prefix tokens are registers; the last is a parameter (1, R, D).
 _NATIVE = ("config.num_register_tokens", "config.num_registers", "num_register_tokens", "num_reg_tokens", "reg_token")
@@ -74,3 +75,8 @@ def find_layout(tower: Tower, layer: RegisterLayer | None, index: int) -> TokenL
     """The layout of ``hidden_states[index]``: 0 is the first block's input, ``i + 1`` the output of block ``i``."""
     native = native_registers(tower)
     return TokenLayout(tower.prefix - native, native, layer.count_at(max(index - 1, 0)) if layer is not None else 0)
+
+
+def adapters_stay(layer: RegisterLayer | None) -> AbstractContextManager[None]:
+    """Around a pass and what is read of it: the layout stays that of the pass, whatever other threads set meanwhile."""
+    return layer.staying() if layer is not None else nullcontext()

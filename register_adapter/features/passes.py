@@ -28,7 +28,7 @@ from ..towers.modes import evaluating
 from ..towers.tower import Tower
 from ..tuner.layer import RegisterLayer
 from ..utils.arguments import check_whole
-from .layout import tower_of
+from .layout import adapters_stay, tower_of
 from .threads import in_this_thread
 
 __all__ = [
@@ -171,9 +171,10 @@ class ImagePass:
 
     def feed(self, batch: Batch, *consumers: Consumer) -> None:
         """Run the tower over one batch, inside :meth:`attached`, and hand the batch to the consumers."""
-        self.tower.run(batch.inputs)
-        for consumer in consumers:
-            consumer.take(batch)
+        with adapters_stay(self.registers):
+            self.tower.run(batch.inputs)
+            for consumer in consumers:
+                consumer.take(batch)
 
     def _read(self) -> Generator[Batch, None, None]:
         shown = tqdm(total=self._images.total, desc=self._title, unit="image", disable=not self._progress)

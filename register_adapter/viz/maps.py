@@ -17,7 +17,7 @@ from ..errors import RegisterAdapterError
 from ..features.attention_maps import record_attention_maps
 from ..features.finite import check_finite_features, subject_in_words
 from ..features.grid import watch_patches
-from ..features.layout import find_layout, tower_of
+from ..features.layout import adapters_stay, find_layout, tower_of
 from ..features.positions import antialiased_positions
 from ..features.subjects import looking_at
 from ..features.trace import capture
@@ -101,10 +101,11 @@ def read_image_maps(model: nn.Module, image: PreparedImage, block: int = -1, ant
     if not -blocks <= block < blocks:
         raise ValueError(f"block={block}, and {type(tower.module).__name__} has {blocks} blocks")
     block %= blocks
-    layout = find_layout(tower, registers, block + 1)
-    first = layout.first_patch
-    rows = _Rows(block, first)
     with ExitStack() as stack:
+        stack.enter_context(adapters_stay(registers))
+        layout = find_layout(tower, registers, block + 1)
+        first = layout.first_patch
+        rows = _Rows(block, first)
         trace = stack.enter_context(capture(model, attentions=False))
         stack.enter_context(record_attention_maps(tower, rows.keep))
         patches = stack.enter_context(watch_patches(tower))

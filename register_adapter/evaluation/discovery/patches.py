@@ -20,7 +20,7 @@ from ...data.images import check_pixels, load_image
 from ...data.processors import check_processor, find_image_processor, normalisation_of, source_of
 from ...errors import RegisterAdapterError, UnsupportedModelError
 from ...features.grid import patch_tokens, watch_patches
-from ...features.layout import find_layout, tower_of
+from ...features.layout import adapters_stay, find_layout, tower_of
 from ...features.passes import keep_layer, place_of
 from ...features.positions import antialiased_positions
 from ...features.projections import PROJECTIONS, keep_projection
@@ -210,6 +210,7 @@ class PatchReader:
         device, dtype = place_of(self.tower)
         pixels = pixels.to(device, dtype)
         with ExitStack() as stack:
+            stack.enter_context(adapters_stay(self._registers))
             kept: dict[Wanted, list[torch.Tensor]] = {}
             for what, block in self._wanted.values():
                 if what == "tokens":
@@ -222,10 +223,10 @@ class PatchReader:
                 stack.enter_context(antialiased_positions(self.tower))
             inputs = _inputs(self.tower, pixels, grid)
             self._run(pixels, inputs)
+            layouts = {pair: find_layout(self.tower, self._registers, pair.block + 1) for pair in kept}
         read: dict[Wanted, torch.Tensor] = {}
         for asked, pair in self._wanted.items():
-            layout = find_layout(self.tower, self._registers, pair.block + 1)
-            features, seen = patch_tokens(self.tower, kept[pair][0], layout, patches, inputs)
+            features, seen = patch_tokens(self.tower, kept[pair][0], layouts[pair], patches, inputs)
             if (seen or features.shape[1]) != (grid if seen else grid[0] * grid[1]):
                 raise UnsupportedModelError(
                     f"{type(self.tower.module).__name__} makes {seen or features.shape[1]} patches of images of "

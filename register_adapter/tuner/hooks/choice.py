@@ -130,12 +130,13 @@ class Choice(AttentionHooks):
         if call.segments is not None and not torch.compiler.is_compiling():
             return call.segments
         without = call.without
-        if self._disable_adapters or self._aside or EVERYONE in without:
+        staying = call.staying
+        if EVERYONE in without or (staying is None and (self._disable_adapters or self._aside)):
             return []
         if call.images is not None:
             return self._segments_by_image([BASE if name in without else name for name in call.images])
         segments = []
-        active = self._active_adapter
+        active = self._active_adapter if staying is None else staying
         for name in (active,) if isinstance(active, str) else dict.fromkeys(active):
             if name not in self.placements or name in without:
                 continue
@@ -147,6 +148,21 @@ class Choice(AttentionHooks):
         if len(segments) > 1:  # those that start later come later in the sequence too: nobody's place changes then
             segments.sort(key=lambda segment: segment.placement.insert_layer)
         return segments
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """This thread's passes in the context have the adapters of its start, whichever another thread sets meanwhile.
+
+        So what is read of a pass behind its end, such as a number of registers, is that pass's.
+        """
+        call = self.call
+        before, off = call.staying, self._disable_adapters or self._aside
+        if before is None:
+            call.staying = () if off else tuple(dict.fromkeys(self.active_names))
+        try:
+            yield
+        finally:
+            call.staying = before
 
     def _segments_by_image(self, images: list[str]) -> list[Segment]:
         names = [name for name in dict.fromkeys(images) if name != BASE]
