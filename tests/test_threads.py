@@ -23,6 +23,7 @@ from register_adapter import (
     get_features,
 )
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
+from register_adapter.evaluation.downstream.provenance import source_of_features
 
 MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}
 Call = Callable[[], Any]
@@ -109,7 +110,7 @@ def test_other_adapters_set_in_mid_method_wait_for_the_next(name: str, mode: str
     assert not same(method(images()), expected)
 
 
-def _features(model: nn.Module) -> Any:
+def _features(model: Any) -> Any:
     return get_features(model, images()).values
 
 
@@ -120,6 +121,18 @@ def _audit(model: nn.Module) -> Any:
 def _discovery(model: nn.Module) -> Any:
     with torch.no_grad():
         return list(PatchReader(model, [Wanted("tokens", -1)]).read(images(), (4, 4)).values())
+
+
+def test_threads_look_at_adapters_of_one_model() -> None:
+    """Each set its adapter for all threads: features of the other's, and in the end one of them was active for good."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    for count, name in enumerate(("one", "two"), 1):
+        model.add_adapter(name, RegisterConfig(num_registers=count, init_std=1.0))
+    agree(*(lambda name=name: _features((model, name)) for name in ("one", "two", None)))  # type: ignore[misc]
+    assert model.active_adapters == ["default"]
+    assert {name for name, part in model.named_parameters() if part.requires_grad} == {
+        "base_model.model.registers.register_adapter_tokens.default.weight"
+    }
 
 
 @pytest.mark.parametrize("read", [_features, _audit, _discovery])
@@ -195,3 +208,11 @@ def test_a_pass_goes_on_as_it_began() -> None:
     assert torch.equal(model(**inputs).last_hidden_state, expected)
     handle.remove()
     layer.enable_adapters(True)
+
+
+def test_what_an_adapter_s_features_depend_on_is_of_that_adapter() -> None:
+    """Stored features of one would be taken for another's."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1))
+    default, other = (source_of_features((model, name), None, False)["adapters"] for name in ("default", "other"))
+    assert default == source_of_features(model, None, False)["adapters"] != other

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from ..errors import RegisterAdapterError
-from .subjects import Subject
+from .subjects import Subject, names_at_work
 
 __all__ = ["check_finite_features", "subject_in_words"]
 
@@ -19,7 +19,7 @@ def subject_in_words(subject: Subject) -> str:
     if not isinstance(model, PeftModel):
         return type(model).__name__
     name = type(model.get_base_model()).__name__
-    active = [adapter] if adapter else model.active_adapters if isinstance(adapter, str) else []
+    active = [adapter] if adapter else names_at_work(model) if isinstance(adapter, str) else []
     if not active or (not adapter and not getattr(model, "has_active_enabled_adapter", True)):
         return f"{name} without its adapters"
     return f"{name} with the adapter{'s' if len(active) > 1 else ''} {', '.join(map(repr, active))}"

@@ -10,10 +10,11 @@ from peft import PeftModel
 from torch import nn
 
 from ..towers.modes import evaluating
+from ..tuner.config import RegisterConfig
 from ..tuner.fields import check_string
 from ..tuner.layer import find_register_layer
 
-__all__ = ["Subject", "Subjects", "looking_at", "named_subjects"]
+__all__ = ["Subject", "Subjects", "looking_at", "named_subjects", "names_at_work"]
 
 #: A model as it is, or a PEFT model with one of its adapters (``None``: with its adapters disabled).
 Subject = nn.Module | tuple[nn.Module, str | None]
@@ -62,6 +63,11 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
         check_string(name)
     if name is not None and name not in model.peft_config:
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}")
+    layer = find_register_layer(model)
+    if layer is not None and name is not None and _registers_only(model):
+        with layer.staying([name]):  # other threads may look at another one
+            yield
+        return
     # PEFT makes the parameters of an active adapter trainable.
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = list(model.active_adapters)
@@ -77,6 +83,20 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
             _activate(model, before)
         for parameter, wanted in gradients:
             parameter.requires_grad_(wanted)
+
+
+def names_at_work(model: PeftModel) -> list[str]:
+    """Names of the adapters that this thread looks at: those of its subject, or the active ones."""
+    layer = find_register_layer(model)
+    chosen = layer.call.staying if layer is not None and _registers_only(model) else None
+    return list(model.active_adapters if chosen is None else chosen)
+
+
+def _registers_only(model: PeftModel) -> bool:
+    """Whether no adapter has a part that is every thread's: a head, or another method's layers."""
+    return all(
+        isinstance(config, RegisterConfig) and not config.modules_to_save for config in model.peft_config.values()
+    )
 
 
 def _activate(model: PeftModel, names: list[str]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...data.processing import settings_of
 from ...features.layout import tower_of
-from ...features.subjects import Subject, looking_at
+from ...features.subjects import Subject, looking_at, names_at_work
 from ...towers.identity import TowerIdentity
 
 __all__ = ["combined_digest", "source_of_features"]
@@ -31,7 +31,7 @@ def source_of_features(subject: Subject, processor: Any, antialias: bool) -> dic
         tower = tower_of(model)[0]
         adapters: dict[str, str] = {}
         if isinstance(model, PeftModel):
-            active = [] if isinstance(subject, tuple) and subject[1] is None else model.active_adapters
+            active = [] if isinstance(subject, tuple) and subject[1] is None else names_at_work(model)
             adapters = {name: _settings(model.peft_config[name].to_dict()) for name in active}
         return {
             "base": TowerIdentity.of(tower).to_dict(),

@@ -150,15 +150,18 @@ class Choice(AttentionHooks):
         return segments
 
     @contextmanager
-    def staying(self) -> Iterator[None]:
+    def staying(self, names: Iterable[str] | None = None) -> Iterator[None]:
         """This thread's passes in the context have the adapters of its start, whichever another thread sets meanwhile.
 
         So what is read of a pass behind its end, such as a number of registers, is that pass's.
+
+        Args:
+            names: Adapters that it has in place of the active ones.
         """
         call = self.call
         before, off = call.staying, self._disable_adapters or self._aside
-        if before is None:
-            call.staying = () if off else tuple(dict.fromkeys(self.active_names))
+        if names is not None or before is None:
+            call.staying = () if off else tuple(dict.fromkeys(self.active_names if names is None else names))
         try:
             yield
         finally:
