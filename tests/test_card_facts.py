@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,65 @@ def test_a_fitted_adapters_card_says_what_was_found(tmp_path: Path) -> None:
     assert "2506.08010" in text
     assert "standard deviation" not in text
     assert "learned tokens" not in text
+
+
+LEARNED, REMOVED = "learned tokens that enter its sequence", "and are removed from every output"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence", "registers", "initial"),
+    [
+        ({}, f"{LEARNED} behind the embedding layer {REMOVED}.", "4 × 32", "`normal`, standard deviation 0.02"),
+        ({"insert_layer": 2}, f"{LEARNED} before block 2 {REMOVED}.", "4 × 32", "`normal`, standard deviation 0.02"),
+        (
+            {"deep": True, "insert_layer": 1, "init": "zeros"},
+            "fresh ones at every block from block 1 on",
+            "4 × 32 in each of 3 blocks",
+            "`zeros`",
+        ),
+        (
+            {"key_value": True, "gate": -5.0},
+            "in the attention of every block; no token enters the sequence",
+            "4 × 32 keys and as many values in each of 4 blocks",
+            "`normal`, standard deviation 0.02",
+        ),
+        (
+            {"init": "outliers", "test_time_fit": {"rule": "auto"}},
+            f"{LEARNED} behind",
+            "4 × 32",
+            "`outliers`, what the base's outlier patches are where registers enter",
+        ),
+        (
+            {"insert_layer": 3, "test_time_fit": {"rule": "auto"}},
+            f"{LEARNED} before block 3",
+            "4 × 32",
+            "the mean of what register neurons had put into them, which were removed",
+        ),
+    ],
+)
+def test_the_card_says_where_registers_are_and_what_they_started_at(
+    tmp_path: Path, options: dict[str, Any], sentence: str, registers: str, initial: str
+) -> None:
+    config = RegisterConfig(**options)
+    config.base_tower = TOWER
+    update_model_card(tmp_path / "README.md", config, ViTForImageClassification)
+    text = (tmp_path / "README.md").read_text()
+    assert sentence in text
+    assert f"| Registers | {registers} |" in text
+    assert f"| Initial values | {initial} |" in text
+    assert ("| Gate | -5 at first" in text) is ("gate" in options)
+    if options.get("key_value"):
+        assert LEARNED not in text
+        assert REMOVED not in text
+
+
+def test_the_card_of_the_attention_bias_form_names_no_token(tmp_path: Path) -> None:
+    config = RegisterConfig(init="test_time", register_neurons={2: [1, 5]}, key_value=True, test_time_fit={})
+    config.base_tower = TOWER
+    update_model_card(tmp_path / "README.md", config, ViTForImageClassification)
+    text = (tmp_path / "README.md").read_text()
+    assert "no token enters the sequence" in text
+    assert "tokens that are removed" not in text
 
 
 @pytest.fixture(scope="module")

@@ -65,12 +65,14 @@ def test_dropped_neurons_leave_what_the_registers_held() -> None:
     torch.testing.assert_close(layer.tokens("default").weight.detach(), held)
 
 
-def test_a_plain_adapter_goes_on_too() -> None:
+@pytest.mark.parametrize("init", ["normal", "cls"])
+def test_a_plain_adapter_goes_on_too(init: str) -> None:
     inputs = make_inputs("vit")
-    model = add_registers(build("vit"), 3, init_std=1.0, insert_layer=1).eval()
+    model = add_registers(build("vit"), 3, init=init, init_std=1.0, insert_layer=1).eval()
     expected, start = run(model, inputs), start_from(model)
     new = add_registers(model.unload(), **start.options).eval()
     start.fill(find_register_layer(new).tokens("default"))
+    assert (new.peft_config["default"].init, new.peft_config["default"].init_std) == (init, 1.0)
     assert_identical(run(new, inputs), expected)
 
 

@@ -64,6 +64,7 @@ def start_from(fitted: RegisterPeftModel, neurons: Neurons = "keep", batches: It
         values = _mean_state(fitted, block, batches)
         options.update(insert_layer=min(block + 1, last), remove="zero")
         return Start(options, lambda new: _copy(new, {"weight": values}))
+    options.update(init=config.init, init_std=config.init_std)
     values_by_name = {key: value.detach().clone().cpu() for key, value in tokens.state_dict().items()}
     if tokens.slices:
         options.update(register_neurons=tokens.neurons(), init="test_time", train_removal=neurons == "keep")

@@ -53,14 +53,12 @@ _BUILT = {
 }
 _LEARNED = (
     "Register tokens ([Vision Transformers Need Registers](https://arxiv.org/abs/2309.16588)) retrofitted onto a "
-    "frozen vision transformer: learned tokens that enter its sequence behind the embedding layer and are removed "
-    "from every output. The base model's weights are not changed."
+    "frozen vision transformer: {what}. The base model's weights are not changed."
 )
 _FITTED = (
     "Registers with register neurons ([Vision Transformers Don't Need Trained "
     "Registers](https://arxiv.org/abs/2506.08010)) on a frozen vision transformer: what a few hidden units of its MLPs "
-    "write into patches is moved, as they are computed, to tokens that are removed from every output. The base model's "
-    "weights are not changed."
+    "write into patches is moved, as they are computed, to {what}. The base model's weights are not changed."
 )
 
 
@@ -231,10 +229,11 @@ def body(
     link = f"`{base}`, which comes with the package" if is_shipped(base) else link
     tower = config.identity
     rows = {
-        "Registers": f"{config.num_registers}" + (f" × {tower.hidden_size}" if tower else ""),
+        "Registers": _registers(config),
         "Base model": f"{link if base else 'not named'} (`{base_class.__name__}`)",
         "Its vision tower": plain(str(tower)) if tower else "not recorded",
-        **(_fit_rows(config) or {"Initial values": f"{code(config.init)}, standard deviation {config.init_std:g}"}),
+        **({} if config.gate is None else {"Gate": f"{config.gate:g} at first, a bias on the attention to registers"}),
+        **(_fit_rows(config) or {"Initial values": _initial_values(config)}),
         "Saved as a whole beside them": ", ".join(code(name) for name in config.modules_to_save or []) or "nothing",
         **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),
         **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
@@ -242,7 +241,7 @@ def body(
     }
     return "\n".join(
         [
-            _FITTED if config.register_neurons else _LEARNED,
+            (_FITTED if config.register_neurons else _LEARNED).format(what=_what_they_are(config)),
             "",
             "## Load it",
             "",
@@ -288,6 +287,42 @@ def results_table(metrics: Mapping[str, float | None]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.6g}"
+
+
+def _what_they_are(config: RegisterConfig) -> str:
+    """Where the registers are in the model, as the end of a sentence."""
+    first = f"block {config.insert_layer}"
+    blocks = f"every block from {first} on" if config.insert_layer else "every block"
+    if config.register_neurons and config.key_value:
+        return "one key and value in every block's attention, which stand for a register; no token enters the sequence"
+    if config.register_neurons:
+        return "tokens that are removed from every output"
+    if config.key_value:
+        return f"learned pairs of a key and a value in the attention of {blocks}; no token enters the sequence"
+    if config.deep:
+        return f"learned tokens, fresh ones at {blocks}, that are removed from every output"
+    place = f"before {first}" if config.insert_layer else "behind the embedding layer"
+    return f"learned tokens that enter its sequence {place} and are removed from every output"
+
+
+def _registers(config: RegisterConfig) -> str:
+    """Their number and size, in every block where each has its own."""
+    tower = config.identity
+    size = f"{config.num_registers}" + (f" × {tower.hidden_size}" if tower else "")
+    blocks = f"in each of {tower.num_hidden_layers - config.insert_layer} blocks" if tower else "in each block"
+    if config.key_value:
+        return f"{size} keys and as many values {blocks}"
+    return f"{size} {blocks}" if config.deep else size
+
+
+def _initial_values(config: RegisterConfig) -> str:
+    """What learned registers started at."""
+    if config.init in ("outliers", "zeros"):
+        where = ", what the base's outlier patches are where registers enter"
+        return code(config.init) + (where if config.init == "outliers" else "")
+    if config.init == "normal" and config.test_time_fit:  # fitted ones whose neurons were dropped
+        return "the mean of what register neurons had put into them, which were removed"
+    return f"{code(config.init)}, standard deviation {config.init_std:g}"
 
 
 def _fit_rows(config: RegisterConfig) -> dict[str, str]:
