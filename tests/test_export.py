@@ -499,6 +499,7 @@ def saved(tmp_path_factory):
     model = add_registers(base, 2, modules_to_save=["classifier"]).eval()
     perturb_registers(model)
     model.save_pretrained(folder / "adapter")
+    model.save_pretrained(folder / "other")
     inputs = make_inputs("dinov2-classifier")
     return folder, inputs["pixel_values"], run(model, inputs)["logits"]
 
@@ -540,6 +541,7 @@ def test_the_command(form, load, tolerance, saved, tmp_path):
         ({"adapter": "{saved}/none"}, HubAccessError, "neither a folder"),
         ({"base": "{saved}/none"}, HubAccessError, "none"),
         ({"out": "{saved}/adapter"}, ValueError, "holds the adapter or its base"),
+        ({"out": "{saved}/other"}, ValueError, "holds an adapter, which would be loaded in its place"),
         ({"out": "{saved}/base/config.json"}, ValueError, "is a file"),
         ({"base": ""}, ValueError, "base= is empty"),
         ({"form": "program", "image_size": 1}, ValueError, "image_size=1 is smaller than one patch"),

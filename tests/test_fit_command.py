@@ -58,6 +58,30 @@ def test_on_a_model_and_images_of_ones_own(
         assert torch.equal(again(**pixels).logits, model(**pixels).logits)
 
 
+@pytest.mark.parametrize(
+    ("out", "file", "message"),
+    [
+        ("{model}/.", "config.json", "is what the run reads"),
+        ("{images}", "notes.txt", "is what the run reads"),
+        ("{tmp}/other", "config.json", "holds a model (config.json)"),
+        ("{tmp}/trained", "results.json", "holds a training run (results.json)"),
+        ("{tmp}/several", "adapters.json", "holds a training run (adapters.json)"),
+    ],
+)
+def test_a_fit_replaces_no_model_and_nothing_trained(
+    out: str, file: str, message: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Path(out.format(model=folder / "model", images=folder / "images", tmp=tmp_path))
+    if tmp_path in place.parents:
+        place.mkdir()
+        (place / file).write_text("{}")
+    before = sorted(place.iterdir())
+    said = str(call(monkeypatch, "fit", str(folder / "model"), str(folder / "images"), "--out", str(place)))
+    assert said.startswith("error: ")
+    assert message in said
+    assert sorted(place.iterdir()) == before
+
+
 def test_a_clean_model_is_left_alone(tmp_path: Path) -> None:
     said = run_here("fit", "clean", "scenes", "--out", str(tmp_path / "out"), "--max_images", "48")
     assert "needs no registers" in said

@@ -149,6 +149,17 @@ def test_overwriting_is_possible(case: Path, finished: Path) -> None:
     assert checkpoints.find_all(finished)
 
 
-def test_a_run_does_not_write_into_what_it_reads(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert stopped(flags(case, case / "vit", *SHORT)) == 2
-    assert "is what the run reads" in capsys.readouterr().err
+def test_a_run_does_not_write_into_what_it_reads(
+    case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted((case / "vit").iterdir())
+    monkeypatch.chdir(case)
+    (tmp_path / "link").symlink_to(case / "vit")
+    for name in (case / "vit", "vit/", "./vit", tmp_path / "link"):
+        assert stopped(flags(case, name, *SHORT)) == 2
+        assert "is what the run reads" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert stopped(flags(case, tmp_path / "other", *SHORT)) == 2
+    assert "holds a model (config.json)" in capsys.readouterr().err
+    assert sorted((case / "vit").iterdir()) == before

@@ -17,7 +17,7 @@ from ..tuner.composed.folder import holds_several
 from ..tuner.config import RegisterConfig
 from ..tuner.peft_model import RegisterPeftModel
 from ..utils.files import check_regular
-from ..utils.hub import HubAccessError
+from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, HubAccessError
 from ..utils.models import loading, require_model
 from ..utils.shipped import full_name, local_folder
 from ..utils.staging import check_target, real_path, staged
@@ -95,6 +95,10 @@ def export_saved(
     target = Path(out)
     if real_path(target) in map(real_path, (adapter, base.removeprefix("local-dir:"))):
         raise ValueError(f"{target} holds the adapter or its base; give another folder with --out")
+    if form == "native" and any((target / name).exists() for name in (CONFIG_NAME, MANIFEST_NAME)):
+        raise ValueError(
+            f"{target} holds an adapter, which would be loaded in its place; give another folder with --out"
+        )
     mapping = config.auto_mapping or {}
     library = mapping.get("parent_library", "transformers").partition(".")[0]
     load = _LOADERS.get(library)

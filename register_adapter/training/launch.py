@@ -28,7 +28,7 @@ from ..errors import Farewell, RegisterAdapterError
 from ..towers.tower import find_towers
 from ..utils.progress import disable_progress_bars
 from ..utils.shipped import full_name
-from ..utils.staging import check_target, check_writable, real_path
+from ..utils.staging import check_apart, check_target, check_writable, real_path
 from ..utils.text import printable, without_password
 from .arguments import TrainArguments
 from .bases import load_base
@@ -165,8 +165,7 @@ def _parse(
             raise ValueError("--output-dir is required")
         model_args.model_name_or_path = full_name(model_args.model_name_or_path)
         read = [model_args.model_name_or_path, data_args.train_dir, data_args.validation_dir]
-        if args.output_dir in read:
-            raise ValueError(f"--output-dir {args.output_dir} is what the run reads; name another folder")
+        check_apart(args.output_dir, *read)
         _check_store(args.target_store, [*read, args.output_dir])
         if data_args.streaming:
             check_streamed(args)

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 __all__ = [
+    "check_apart",
     "check_target",
     "check_writable",
     "file_to_write",
@@ -225,6 +226,26 @@ def check_target(folder: str | Path, *class_folders: str | Path | None) -> None:
             raise ValueError(f"{place} is a link to {place.readlink()}, which is not there; name another folder")
         _try(place)
         return
+
+
+def check_apart(folder: str | Path, *read: str | Path | None) -> None:
+    """Refuse a folder for an adapter in which a model is: who loads the model from there would be given the adapter.
+
+    Args:
+        folder: The target.
+        read: Folders that are read to make the adapter, or names, under whatever spelling.
+
+    Raises:
+        ValueError: It is one of those, or has a model's ``config.json``.
+    """
+    for place in read:
+        if place is not None and Path(place).is_dir() and real_path(place) == real_path(folder):
+            raise ValueError(f"{folder} is what the run reads; name another folder to write into")
+    if Path(folder, "config.json").exists():
+        raise ValueError(
+            f"{folder} holds a model (config.json), and an adapter beside it would be loaded in its place; name "
+            "another folder to write into"
+        )
 
 
 def real_path(path: str | Path) -> Path:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...neurons import fit_test_time_registers
-from ...utils.staging import check_target, write_text
+from ...utils.hub import MANIFEST_NAME
+from ...utils.staging import check_apart, check_target, write_text
 from .inputs import choose_device, load_base, load_images, load_processor
 from .launched import is_main_process, num_processes, own_device
 from .open_clip_models import is_open_clip
@@ -16,6 +17,8 @@ from .open_clip_models import is_open_clip
 __all__ = ["FitArguments", "how_to_load", "run_fit", "write_skipped"]
 
 _SKIPPED = "skipped.txt"
+#: Files that a training leaves beside its adapter.
+_TRAINED = (MANIFEST_NAME, "results.json", "run.yaml")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         NoArtifactsError: Nothing is to be done; nothing was written.
         ValueError, OSError, RegisterAdapterError: As for loading, and for the fit.
     """
-    check_target(args.output_dir)
+    _check_output(args)
     images = load_images(args.images, args.max_images)
     shared = num_processes() > 1
     model = load_base(args.model).to(own_device(args.device) if shared else choose_device(args.device))
@@ -87,6 +90,18 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         fitted.save_pretrained(args.output_dir)
     config = fitted.peft_config["default"]
     return config.register_neurons, config.test_time_fit
+
+
+def _check_output(args: FitArguments) -> None:
+    """The adapter can be written, beside no model and over nothing that was trained."""
+    check_target(args.output_dir)
+    check_apart(args.output_dir, args.model.removeprefix("local-dir:"), args.images)
+    trained = [name for name in _TRAINED if Path(args.output_dir, name).exists()]
+    if trained:
+        raise ValueError(
+            f"{args.output_dir} holds a training run ({', '.join(trained)}), whose adapter the fitted one would "
+            "replace; name another folder with --out"
+        )
 
 
 def how_to_load(model: str, output_dir: str) -> str:
