@@ -15,8 +15,9 @@ __all__ = ["DinoVisionTransformer"]
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, img_size: int, patch_size: int, dim: int) -> None:
         super().__init__()
+        self.img_size = (img_size, img_size)
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -106,7 +107,7 @@ class DinoVisionTransformer(nn.Module):
         self.num_features = self.embed_dim = embed_dim
         self.num_tokens, self.n_blocks, self.num_heads, self.patch_size = 1, depth, num_heads, patch_size
         self.num_register_tokens = num_register_tokens
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (img_size // patch_size) ** 2 + 1, embed_dim))
         self.register_tokens = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases_base import BLOCKS, HEADS, PATCHES, WIDTH
+from cases_base import BLOCKS, HEADS, IMAGE, PATCHES, WIDTH
 from crossings import crossings
 from helpers import assert_identical, differs, run, shapes
 from hub_dinov2 import DinoVisionTransformer
@@ -94,6 +94,7 @@ def test_the_table_knows_the_tower(name: str) -> None:
         STACKS[name].prefix,
     )
     assert (tower.hidden_size, tower.patch_size, len(tower.part("blocks"))) == (WIDTH, 8, BLOCKS)
+    assert tower.image_size in (IMAGE, (IMAGE, IMAGE))  # what segmentation and depth make images of
     for field in ("mlp_in", "mlp_out"):
         if name != "timm-parallel":  # its MLP shares a layer with the attention
             assert isinstance(tower.block_part(0, field), nn.Linear), field

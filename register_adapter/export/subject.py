@@ -155,7 +155,7 @@ def example_inputs(subject: Subject, image_size: int | None = None, batch: int =
     """
     tower = subject.layer.tower
     name = getattr(subject.base, "main_input_name", "x")
-    size = image_size or resolve(tower.module, ("config.image_size", "patch_embed.img_size", "image_size"))
+    size = image_size or tower.image_size
     if size is None or name not in ("pixel_values", "x"):
         raise ValueError(
             f"cannot make up inputs for {type(subject.base).__name__} (main input {name!r}, image size {size}): give "

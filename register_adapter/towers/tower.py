@@ -22,6 +22,8 @@ __all__ = ["ROWS", "Tower", "find_tower", "find_towers"]
 #: The whole table: class name of a tower, or ``package.ClassName``, to its row.
 ROWS: dict[str, Anatomy] = {**FAMILIES, **STACKS}
 
+# Where towers of transformers, timm and OpenCLIP say the size of their images.
+_IMAGE_SIZES = ("config.image_size", "patch_embed.img_size", "image_size")
 # Where towers of the supported libraries say the width of a token.
 _WIDTHS = ("config.hidden_size", "embed_dim", "hidden_dim", "transformer.width")
 
@@ -114,6 +116,12 @@ class Tower:
             part = self.part("patch_embedding")
             size = getattr(getattr(part, "base_layer", part), "kernel_size", None)
         return size[0] if isinstance(size, list | tuple) else size
+
+    @property
+    def image_size(self) -> int | tuple[int, int] | None:
+        """Side, or height and width, in pixels of the images that the tower was made for, where it says them."""
+        size = resolve(self.module, _IMAGE_SIZES)
+        return tuple(size) if isinstance(size, list) else size
 
     @property
     def missing(self) -> list[str]:

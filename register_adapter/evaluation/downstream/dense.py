@@ -184,11 +184,10 @@ def _native_size(processor: Any, tower: Tower) -> tuple[int, int]:
     Raises:
         ValueError: Neither says.
     """
-    config = tower.config
     for values in (
         getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", True) else None,
         getattr(processor, "size", None),
-        config.get("image_size") if isinstance(config, Mapping) else getattr(config, "image_size", None),
+        tower.image_size,
     ):
         if isinstance(values, int):
             return values, values
