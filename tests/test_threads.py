@@ -22,6 +22,7 @@ from register_adapter import (
     find_tower,
     get_features,
 )
+from register_adapter.evaluation import analyse_registers
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 from register_adapter.evaluation.downstream.provenance import source_of_features
 
@@ -115,7 +116,9 @@ def _features(model: Any) -> Any:
 
 
 def _audit(model: nn.Module) -> Any:
-    return [torch.tensor(layer.norms["patch"].mean) for layer in audit(model, images()).layers]
+    report = audit(model, images())
+    means = [layer.norms["patch"].mean for layer in report.layers]
+    return [torch.tensor(value) for value in (means, report.num_registers, list(report.name.encode()))]
 
 
 def _discovery(model: nn.Module) -> Any:
@@ -149,6 +152,23 @@ def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module
     assert same(read(model), expected)
     handle.remove()
     assert not same(read(model), expected)
+
+
+@pytest.mark.parametrize("heads", [None, ["pooler"]], ids=["registers", "head"])
+def test_registers_are_analysed_beside_passes(heads: list[str] | None) -> None:
+    """The base's part of it took the registers out of every thread's passes, and could leave them out for good."""
+    model = add_registers(build("vit"), 3, init_std=1.0, modules_to_save=heads).eval()
+    pixels = images().repeat(4, 1, 1, 1) + torch.arange(4).repeat_interleave(len(images()))[:, None, None, None]
+
+    def analysis() -> Any:
+        report = analyse_registers(model, list(pixels.split(2)), progress=False)
+        assert report.drift is not None
+        return [torch.tensor(getattr(report.drift, name).value) for name in ("cls", "patches")]
+
+    agree(analysis, analysis, lambda: model(images()).last_hidden_state, times=5)
+    layer = find_register_layer(model)
+    assert layer is not None
+    assert not layer.disable_adapters
 
 
 @pytest.mark.parametrize("options", [*MODES.values(), {"key_value": True}, {"gate": -1.0}], ids=str)

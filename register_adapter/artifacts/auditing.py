@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data.processors import source_of
 from ..errors import UnsupportedModelError
-from ..features.layout import native_registers
+from ..features.layout import adapters_stay, native_registers
 from ..features.passes import PassOptions, open_pass
 from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower
@@ -107,18 +107,19 @@ def audit(
     # A process for which there is no image opens a pass, for what is known of the model, and makes none.
     given = images if images is not None else torch.zeros(1, 3, 1, 1)
     opened = open_pass(model, given, options, target_modules=target_modules, anatomy=anatomy, title="audit")
-    statistics = Statistics(opened.tower, attentions, sinks)
+    with adapters_stay(opened.registers):  # name and count of registers are those of the passes
+        statistics = Statistics(opened.tower, attentions, sinks)
 
-    def run() -> None:
-        if images is not None:
-            opened.run(statistics)
+        def run() -> None:
+            if images is not None:
+                opened.run(statistics)
 
-    skipped = run_shared(statistics, run, lambda: opened.skipped, strict) if shared else None
-    if skipped is None:
-        run()
-    if not statistics.num_images:
-        raise ValueError("an audit needs at least one image, and none came")
-    report = build_report(statistics, chosen, rule_name(rule), name or _called(model, opened.tower))
+        skipped = run_shared(statistics, run, lambda: opened.skipped, strict) if shared else None
+        if skipped is None:
+            run()
+        if not statistics.num_images:
+            raise ValueError("an audit needs at least one image, and none came")
+        report = build_report(statistics, chosen, rule_name(rule), name or _called(model, opened.tower))
     report.environment.update(
         versions=versions(),
         hardware=machine(opened.device),
@@ -210,7 +211,5 @@ def _called(model: nn.Module, tower: Tower) -> str:
     source = (source_of(model, tower) or type(tower.module).__name__).rstrip("/\\").replace("\\", "/")
     name = source if source.count("/") == 1 and not source.startswith(("/", ".")) else source.rpartition("/")[2]
     layer = find_register_layer(model)
-    if layer is None or layer.disable_adapters:
-        return name
-    active = cast("list[str]", layer.active_adapters)
+    active = layer.names_at_work if layer is not None else []
     return f"{name} + {', '.join(active)}" if active else name

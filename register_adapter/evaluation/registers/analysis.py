@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...features.finite import subject_in_words
+from ...features.layout import adapters_stay
 from ...features.passes import Batch, PassOptions, open_pass
 from ...towers.anatomy import Anatomy
 from ...towers.modes import evaluating
@@ -82,69 +83,72 @@ def analyse_registers(
         ValueError: Too few images; no batch of two images to exchange registers between; a block that has no registers.
     """
     registers = find_registers(model, kind, target_modules, anatomy)
-    tower = registers.tower
-    index, blocks = _check_blocks(registers, block, ablate_blocks)
-    options = PassOptions(
-        image_processor=image_processor,
-        batch_size=batch_size,
-        max_images=max_images,
-        num_workers=num_workers,
-        strict=strict,
-    )
-    skipped: list[str] = []
-
-    def read(source: Any, its_labels: Sequence[int] | None) -> list[Batch]:
-        opened = open_pass(
-            model,
-            source,
-            options,
-            labels=its_labels,
-            with_labels=True,
-            target_modules=target_modules,
-            anatomy=anatomy,
+    with adapters_stay(registers.layer):  # whatever other threads set meanwhile
+        tower = registers.tower
+        index, blocks = _check_blocks(registers, block, ablate_blocks)
+        options = PassOptions(
+            image_processor=image_processor,
+            batch_size=batch_size,
+            max_images=max_images,
+            num_workers=num_workers,
+            strict=strict,
         )
-        read_batches = list(opened)
-        skipped.extend(opened.skipped)
-        return read_batches
+        skipped: list[str] = []
 
-    batches = read(images, labels)
-    batches, others = _divide(batches) if mean_images is None else (batches, read(mean_images, None))
-    if not batches or not others:
-        raise ValueError("register analysis needs images to measure on and other images for the means: at least two")
-    arms, notes = _arms(registers, blocks, each)
-    if any(arm.kind == "shuffle" for arm in arms) and all(batch.size == 1 for batch in batches):
-        raise ValueError(
-            "shuffle ablation exchanges registers between the images of a batch; give batches of two images"
+        def read(source: Any, its_labels: Sequence[int] | None) -> list[Batch]:
+            opened = open_pass(
+                model,
+                source,
+                options,
+                labels=its_labels,
+                with_labels=True,
+                target_modules=target_modules,
+                anatomy=anatomy,
+            )
+            read_batches = list(opened)
+            skipped.extend(opened.skipped)
+            return read_batches
+
+        batches = read(images, labels)
+        batches, others = _divide(batches) if mean_images is None else (batches, read(mean_images, None))
+        if not batches or not others:
+            raise ValueError(
+                "register analysis needs images to measure on and other images for the means: at least two"
+            )
+        arms, notes = _arms(registers, blocks, each)
+        if any(arm.kind == "shuffle" for arm in arms) and all(batch.size == 1 for batch in batches):
+            raise ValueError(
+                "shuffle ablation exchanges registers between the images of a batch; give batches of two images"
+            )
+        maps = RegisterMaps(registers, index, num_maps)
+        with evaluating(model):
+            means = estimate_means(registers, others, subject_in_words(model))
+            runs = Runs(model, registers, means, arms, seed)
+            for batch in tqdm(batches, desc="registers", unit="batch", disable=not progress):
+                maps.look(batch)
+                runs.add(batch)
+        if runs.accuracy() is None and any(batch.labels is not None for batch in batches):
+            notes.append("the model returns no logits: accuracies are not measured")
+        return RegisterReport(
+            kind=registers.kind,
+            family=tower.anatomy.family,
+            names=registers.names,
+            block=index,
+            grid=maps.grid,
+            attention=maps.attention(),
+            map_similarity=maps.similarity(),
+            output_similarity=runs.output_similarity(),
+            attention_shares=maps.shares(),
+            constancy=means.constancy,
+            ablations=runs.ablations(),
+            drift=runs.drift(),
+            accuracy=runs.accuracy(),
+            num_images=sum(batch.size for batch in batches),
+            num_mean_images=sum(batch.size for batch in others),
+            notes=notes,
+            skipped=skipped,
+            versions=versions(),
         )
-    maps = RegisterMaps(registers, index, num_maps)
-    with evaluating(model):
-        means = estimate_means(registers, others, subject_in_words(model))
-        runs = Runs(model, registers, means, arms, seed)
-        for batch in tqdm(batches, desc="registers", unit="batch", disable=not progress):
-            maps.look(batch)
-            runs.add(batch)
-    if runs.accuracy() is None and any(batch.labels is not None for batch in batches):
-        notes.append("the model returns no logits: accuracies are not measured")
-    return RegisterReport(
-        kind=registers.kind,
-        family=tower.anatomy.family,
-        names=registers.names,
-        block=index,
-        grid=maps.grid,
-        attention=maps.attention(),
-        map_similarity=maps.similarity(),
-        output_similarity=runs.output_similarity(),
-        attention_shares=maps.shares(),
-        constancy=means.constancy,
-        ablations=runs.ablations(),
-        drift=runs.drift(),
-        accuracy=runs.accuracy(),
-        num_images=sum(batch.size for batch in batches),
-        num_mean_images=sum(batch.size for batch in others),
-        notes=notes,
-        skipped=skipped,
-        versions=versions(),
-    )
 
 
 def _check_blocks(registers: Registers, block: int, ablate: Sequence[int] | None) -> tuple[int, tuple[int, ...]]:

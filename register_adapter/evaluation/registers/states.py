@@ -19,7 +19,11 @@ from ...features.threads import in_this_thread
 from ...towers.anatomy import Anatomy
 from ...towers.calls import first_of, hidden_states_of, with_hidden_states
 from ...towers.tower import Tower
+from ...tuner.composed.composition import ComposedPeftModel
+from ...tuner.hooks.choice import EVERYONE
 from ...tuner.layer import RegisterLayer
+from ...tuner.left_out import registers_left_out
+from ...tuner.peft_model import RegisterPeftModel
 
 __all__ = ["Kind", "Registers", "find_registers", "read_states", "replace_states", "without_adapters"]
 
@@ -182,14 +186,23 @@ def replace_states(
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The frozen base model inside, as under PEFT's ``disable_adapter``; every flag is as before afterwards.
 
-    PEFT's own context sets ``requires_grad`` of all active adapters on its way out.
+    PEFT's own context sets ``requires_grad`` of all active adapters on its way out. Other threads keep the registers.
     """
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper)]
+    if isinstance(model, RegisterPeftModel | ComposedPeftModel):  # knows which threads are in, and leaves gradients
+        with model.disable_adapter():
+            yield
+        return
+    layers: list[Any] = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer | ModulesToSaveWrapper) and not isinstance(layer, RegisterLayer)
+    ]
     before = [(layer, layer._disable_adapters) for layer in layers]
     try:
         for layer in layers:
             layer._disable_adapters = True
-        yield
+        with registers_left_out(model, [EVERYONE]):
+            yield
     finally:
         for layer, disabled in before:
             layer._disable_adapters = disabled

@@ -167,6 +167,15 @@ class Choice(AttentionHooks):
         finally:
             call.staying = before
 
+    @property
+    def names_at_work(self) -> list[str]:
+        """Names of the adapters that take part in this thread's passes: what it is to keep to, or the active ones."""
+        call = self.call
+        if EVERYONE in call.without or (call.staying is None and (self._disable_adapters or self._aside)):
+            return []
+        names = dict.fromkeys(self.active_names if call.staying is None else call.staying)
+        return [name for name in names if name not in call.without]
+
     def _segments_by_image(self, images: list[str]) -> list[Segment]:
         names = [name for name in dict.fromkeys(images) if name != BASE]
         if not names:
