@@ -132,7 +132,7 @@ def test_the_evaluation_measures_the_head_alone_too(trained: tuple[Path, dict[st
     assert layer is not None
     assert layer.segments  # they are back
     text = (out / "README.md").read_text()
-    assert "| measured | with the registers | registers off, the same head |" in text
+    assert "| measured | with the registers | registers off, all else the same |" in text
     assert f"| eval_loss | {metrics['eval_loss']:.6g} | {metrics['eval_registers_off_loss']:.6g} |" in text
     for row in ("| Training images | 16 |", "| Evaluation images | 8 |", "| Steps | 2 |", "| Seed | 7 |"):
         assert row in text

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 INSTALL = install_command()
-#: Prefix of what was measured again with the registers switched off, with the same head.
+#: Prefix of what was measured again with the registers switched off, all else the same (LoRA, a head).
 OFF = "eval_registers_off_"
 _SHOWN = 20
 #: Library to how its users get a model; AutoPeftModel imports none of these.
@@ -282,7 +282,7 @@ def results_table(metrics: Mapping[str, float | None]) -> list[str]:
         off, there = metrics.get(other), other in metrics
         if not name.startswith(OFF):
             rows.append(f"| {plain(name)} | {_number(value)} | {_number(off) if there else ''} |")
-    return ["| measured | with the registers | registers off, the same head |\n|---|---|---|", *rows]
+    return ["| measured | with the registers | registers off, all else the same |\n|---|---|---|", *rows]
 
 
 def _number(value: float | None) -> str:
