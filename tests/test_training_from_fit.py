@@ -217,6 +217,7 @@ def head_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_trained_head_goes_on(with_heads: Path, tmp_path: Path, source: str, train: tuple[str, ...]) -> None:
     out = train_further(with_heads, with_heads / "two", tmp_path, with_heads / source, *train)
     assert_identical(head_of(out), head_of(with_heads / source))
+    assert f"| Trained further from | {source} |" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

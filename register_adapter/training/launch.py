@@ -256,6 +256,7 @@ def _train(
         training_data=data.name,
         evaluation_data=data.validation_name,
         details={"model": model_args.model_name_or_path, "num_registers": sum(registers_of(model).values())}
+        | {"adapter": model_args.adapter_name_or_path}
         | {"data": data.name, "skipped": data.skipped, "augmentation": str(augmentation) if augmentation else None},
         run_config=render_config({**asdict(model_args), **asdict(data_args), **asdict(args), **vars(flags)}),
         interruption=interruption,

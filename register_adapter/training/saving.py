@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 
 from ..tuner.card import update_model_card
+from ..tuner.card_text import base_name
 from ..tuner.composed import ComposedPeftModel
 from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors, upload
 from ..utils.readme import copy_readme
@@ -94,6 +95,7 @@ def describe_run(
     best = results["best"] if args.load_best_model_at_end else None
     parts = ", ".join(f"{part} {count:,}" for part, count in results["trained"].items())
     run["Trained parameters"] = parts
+    run |= {"Trained further from": base_name(results["adapter"])} if results.get("adapter") else {}
     run |= {"Saved step": f"{best['step']}, the best by {best['metric']}"} if best else {}
     return {
         "training_data": training_data,
