@@ -161,6 +161,7 @@ def test_a_run_over_several_epochs_goes_on_to_the_same_adapter(
     start(flags(case, tmp_path / "whole", *given, shards=shards))
     results = results_of(tmp_path / "whole")
     assert results["train_samples"] is None
+    assert "| Training images | read as a stream, and not counted |" in (tmp_path / "whole" / "README.md").read_text()
     assert results["eval_samples"] == 4
     for step in (2, 3):  # before and behind the end of an epoch
         resume = ("--resume-from-checkpoint", str(tmp_path / "whole" / f"checkpoint-{step}"))

@@ -91,7 +91,11 @@ def describe_run(
 ) -> dict[str, Any]:
     """What the card says of the run: the data, its size, and the metrics that were measured on the evaluation set."""
     metrics = {key: value for key, value in results["metrics"].items() if key.startswith("eval_")}
-    run = {"Training images": results["train_samples"], "Evaluation images": results["eval_samples"]}
+    images = results["train_samples"]
+    run = {
+        "Training images": "read as a stream, and not counted" if images is None else images,
+        "Evaluation images": results["eval_samples"],
+    }
     best = results["best"] if args.load_best_model_at_end else None
     parts = ", ".join(f"{part} {count:,}" for part, count in results["trained"].items())
     run["Trained parameters"] = parts
