@@ -96,6 +96,24 @@ def test_the_card_says_where_registers_are_and_what_they_started_at(
         assert REMOVED not in text
 
 
+@pytest.mark.parametrize(
+    ("tower", "sentence"),
+    [
+        (TOWER | {"fingerprint": [0.5, 0.25]}, "or whose vision tower's weights have another fingerprint, is refused."),
+        (TOWER | {"fingerprint": None}, "weights are not compared, since none were recorded."),
+        (None, "The base model was not recorded"),
+    ],
+    ids=["weights", "shape", "nothing"],
+)
+def test_the_card_says_which_bases_are_refused(tmp_path: Path, tower: dict[str, Any] | None, sentence: str) -> None:
+    config = RegisterConfig(modules_to_save=["classifier"] if tower else None)
+    config.base_tower = tower
+    update_model_card(tmp_path / "README.md", config, ViTForImageClassification)
+    text = (tmp_path / "README.md").read_text()
+    assert sentence in text
+    assert ("takes the place of its own" in text) is (tower is not None)
+
+
 def test_the_card_of_the_attention_bias_form_names_no_token(tmp_path: Path) -> None:
     config = RegisterConfig(init="test_time", register_neurons={2: [1, 5]}, key_value=True, test_time_fit={})
     config.base_tower = TOWER

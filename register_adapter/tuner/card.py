@@ -24,7 +24,6 @@ from .card_text import (
     OFF,
     base_name,
     body,
-    checked_license,
     checked_metrics,
     is_hub_name,
     line,
@@ -153,10 +152,25 @@ def check_facts(
     Raises:
         TypeError, ValueError: As for :func:`update_model_card`.
     """
-    checked_license(license)
+    _check_license(license)
     if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags or ()):
         raise TypeError(f"tags must be a list of strings, got {tags!r:.100}")
     return checked_metrics(metrics)
+
+
+def _check_license(license: str | None) -> None:
+    """Refuse a licence that the Hub would not take.
+
+    Raises:
+        TypeError: It is not a string.
+        ValueError: It is empty, or more than one line.
+    """
+    if license is None:
+        return
+    if not isinstance(license, str):
+        raise TypeError(f"license must be a string such as 'apache-2.0', got {license!r:.100}")
+    if not license.strip() or license != line(license):
+        raise ValueError(f"license must be one line such as 'apache-2.0', got {license!r:.100}")
 
 
 def check_passed_on(keywords: Iterable[str]) -> None:

@@ -27,7 +27,6 @@ __all__ = [
     "OFF",
     "base_name",
     "body",
-    "checked_license",
     "checked_metrics",
     "code",
     "is_hub_name",
@@ -160,22 +159,6 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None
     return checked
 
 
-def checked_license(license: str | None) -> str | None:
-    """A licence as the Hub spells it.
-
-    Raises:
-        TypeError: It is not a string.
-        ValueError: It is empty, or more than one line.
-    """
-    if license is None:
-        return None
-    if not isinstance(license, str):
-        raise TypeError(f"license must be a string such as 'apache-2.0', got {license!r:.100}")
-    if not license.strip() or license != line(license):
-        raise ValueError(f"license must be one line such as 'apache-2.0', got {license!r:.100}")
-    return license
-
-
 def loads_base(name: str | None, base_class: type, revision: str | None = None) -> tuple[str, str]:
     """Python code that loads a base model: an import, and a line that runs where the name leads somewhere."""
     library = base_class.__module__.partition(".")[0]
@@ -241,7 +224,7 @@ def body(
     }
     return "\n".join(
         [
-            (_FITTED if config.register_neurons else _LEARNED).format(what=_what_they_are(config)),
+            (_FITTED if config.register_neurons else _LEARNED).format(what=_what_they_are(config)) + _replaced(config),
             "",
             "## Load it",
             "",
@@ -249,7 +232,7 @@ def body(
             "",
             f"```python\n{_snippet(config, base_class, adapter, subfolder)}\n```",
             "",
-            "A base model with other weights is refused at load.",
+            _refused(config),
             "",
             "## What it is",
             "",
@@ -267,6 +250,20 @@ def body(
             "",
         ]
     )
+
+
+def _replaced(config: RegisterConfig) -> str:
+    """Sentence on what takes the place of the base's own modules, empty if nothing does."""
+    return " What is saved as a whole beside them takes the place of its own." if config.modules_to_save else ""
+
+
+def _refused(config: RegisterConfig) -> str:
+    """Sentence on which base models are refused."""
+    if config.identity is None:
+        return "The base model was not recorded: any that these registers fit takes them."
+    if config.identity.fingerprint is None:
+        return "A base model of another shape is refused; weights are not compared, since none were recorded."
+    return "A base model of another shape, or whose vision tower's weights have another fingerprint, is refused."
 
 
 def results_table(metrics: Mapping[str, float | None]) -> list[str]:
