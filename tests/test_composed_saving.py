@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from cases_base import BLOCKS, LABELS, WIDTH
 from families import build, make_inputs
 from helpers import assert_identical, run
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
@@ -289,6 +290,23 @@ def test_the_card_says_how_to_load_the_folder_and_keeps_the_users_text(tmp_path:
     assert "mine" in text
     assert "load_adapters" not in text
     assert json.loads((tmp_path / "adapters.json").read_text())["adapters"]
+
+
+def test_the_card_says_what_the_registers_are_and_which_classes_a_head_has(tmp_path: Path) -> None:
+    names = {number: f"kind {number}" for number in range(LABELS)}
+    config = RegisterConfig(num_registers=2, deep=True, gate=-1.0, modules_to_save=["classifier"], id2label=names)
+    base = build("vit-classifier")
+    compose(base, {"regs": config, "lora": LoraConfig(target_modules=["query", "q_proj"])}).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    for line in (
+        "REGISTER_ADAPTER: learned tokens, fresh ones at every block",
+        f"| `regs`: Registers | 2 × {WIDTH} in each of {BLOCKS} blocks |",
+        "| `regs`: Gate | -1 at first",
+        "| `regs`: Saved as a whole beside them | `classifier` |",
+        f"| `regs`: Classes of the head | {LABELS}: `kind 0`, ",
+        "weights have another fingerprint, is refused.",
+    ):
+        assert line in text
 
 
 def test_a_register_adapter_is_saved_with_the_values_that_are_given(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
 def test_the_wheel_is_small_and_has_no_pickle(wheel: zipfile.ZipFile) -> None:
     assert not [name for name in wheel.namelist() if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pyc"))]
     assert sum(item.file_size for item in wheel.infolist() if "/weights/" in item.filename) <= 2 * 4 * 2**20
-    assert sum(item.file_size for item in wheel.infolist() if "/weights/" not in item.filename) < 2 * 2**20
+    assert sum(item.file_size for item in wheel.infolist() if "/weights/" not in item.filename) < 2.5 * 2**20
 
 
 @pytest.mark.slow

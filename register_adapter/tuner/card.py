@@ -6,12 +6,14 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from peft import PeftConfig, PeftModel
@@ -24,7 +26,6 @@ from .card_text import (
     OFF,
     base_name,
     body,
-    checked_metrics,
     is_hub_name,
     line,
     mend_trainers_card,
@@ -34,7 +35,14 @@ from .card_text import (
 )
 from .config import RegisterConfig
 
-__all__ = ["check_facts", "check_passed_on", "is_hub_name", "update_model_card", "warn_of_local_base"]
+__all__ = [
+    "check_facts",
+    "check_passed_on",
+    "checked_metrics",
+    "is_hub_name",
+    "update_model_card",
+    "warn_of_local_base",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +164,27 @@ def check_facts(
     if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags or ()):
         raise TypeError(f"tags must be a list of strings, got {tags!r:.100}")
     return checked_metrics(metrics)
+
+
+def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None] | None:
+    """Measured results as numbers of Python's; ``None`` for one that is not finite, which JSON and the Hub do not have.
+
+    Raises:
+        TypeError: They are no dictionary, or one is no number.
+    """
+    if metrics is None:
+        return None
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a dictionary such as {{'accuracy': 0.5}}, got {metrics!r:.100}")
+    checked: dict[str, float | None] = {}
+    for name, given in metrics.items():
+        # A scalar of numpy's or torch's, or an array of one number.
+        value = given.item() if hasattr(given, "item") and np.prod(getattr(given, "shape", ())) == 1 else given
+        if not isinstance(name, str) or not isinstance(value, int | float | type(None)):
+            kind = type(value).__name__
+            raise TypeError(f"metrics must be numbers by name, got {value!r:.100} of type {kind} for {name!r:.100}")
+        checked[name] = value if value is not None and math.isfinite(value) else None
+    return checked
 
 
 def _check_license(license: str | None) -> None:

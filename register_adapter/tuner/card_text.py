@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 from huggingface_hub import RepoCard
 from huggingface_hub.errors import HFValidationError
@@ -27,7 +26,6 @@ __all__ = [
     "OFF",
     "base_name",
     "body",
-    "checked_metrics",
     "code",
     "is_hub_name",
     "line",
@@ -36,8 +34,11 @@ __all__ = [
     "named",
     "plain",
     "quoted",
+    "refused_bases",
+    "register_rows",
     "results_table",
     "transformers_class",
+    "what_they_are",
 ]
 
 INSTALL = install_command()
@@ -138,27 +139,6 @@ def quoted(text: str) -> str:
     return json.dumps(text).replace("<", "\\u003c")
 
 
-def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | None] | None:
-    """Measured results as numbers of Python's; ``None`` for one that is not finite, which JSON and the Hub do not have.
-
-    Raises:
-        TypeError: They are no dictionary, or one is no number.
-    """
-    if metrics is None:
-        return None
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics must be a dictionary such as {{'accuracy': 0.5}}, got {metrics!r:.100}")
-    checked: dict[str, float | None] = {}
-    for name, given in metrics.items():
-        # A scalar of numpy's or torch's, or an array of one number.
-        value = given.item() if hasattr(given, "item") and np.prod(getattr(given, "shape", ())) == 1 else given
-        if not isinstance(name, str) or not isinstance(value, int | float | type(None)):
-            kind = type(value).__name__
-            raise TypeError(f"metrics must be numbers by name, got {value!r:.100} of type {kind} for {name!r:.100}")
-        checked[name] = value if value is not None and math.isfinite(value) else None
-    return checked
-
-
 def loads_base(name: str | None, base_class: type, revision: str | None = None) -> tuple[str, str]:
     """Python code that loads a base model: an import, and a line that runs where the name leads somewhere."""
     library = base_class.__module__.partition(".")[0]
@@ -212,19 +192,15 @@ def body(
     link = f"`{base}`, which comes with the package" if is_shipped(base) else link
     tower = config.identity
     rows = {
-        "Registers": _registers(config),
         "Base model": f"{link if base else 'not named'} (`{base_class.__name__}`)",
         "Its vision tower": plain(str(tower)) if tower else "not recorded",
-        **({} if config.gate is None else {"Gate": f"{config.gate:g} at first, a bias on the attention to registers"}),
-        **(_fit_rows(config) or {"Initial values": _initial_values(config)}),
-        "Saved as a whole beside them": ", ".join(code(name) for name in config.modules_to_save or []) or "nothing",
-        **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),
+        **register_rows(config),
         **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
         "Written by": f"register-adapter {version()}, PEFT {plain(str(config.peft_version))}",
     }
     return "\n".join(
         [
-            (_FITTED if config.register_neurons else _LEARNED).format(what=_what_they_are(config)) + _replaced(config),
+            (_FITTED if config.register_neurons else _LEARNED).format(what=what_they_are(config)) + _replaced(config),
             "",
             "## Load it",
             "",
@@ -232,7 +208,7 @@ def body(
             "",
             f"```python\n{_snippet(config, base_class, adapter, subfolder)}\n```",
             "",
-            _refused(config),
+            refused_bases(config),
             "",
             "## What it is",
             "",
@@ -252,12 +228,23 @@ def body(
     )
 
 
+def register_rows(config: RegisterConfig) -> dict[str, str]:
+    """What an adapter is, as rows of a table by their headings."""
+    return {
+        "Registers": _registers(config),
+        **({} if config.gate is None else {"Gate": f"{config.gate:g} at first, a bias on the attention to registers"}),
+        **(_fit_rows(config) or {"Initial values": _initial_values(config)}),
+        "Saved as a whole beside them": ", ".join(code(name) for name in config.modules_to_save or []) or "nothing",
+        **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),
+    }
+
+
 def _replaced(config: RegisterConfig) -> str:
     """Sentence on what takes the place of the base's own modules, empty if nothing does."""
     return " What is saved as a whole beside them takes the place of its own." if config.modules_to_save else ""
 
 
-def _refused(config: RegisterConfig) -> str:
+def refused_bases(config: RegisterConfig) -> str:
     """Sentence on which base models are refused."""
     if config.identity is None:
         return "The base model was not recorded: any that these registers fit takes them."
@@ -286,7 +273,7 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.6g}"
 
 
-def _what_they_are(config: RegisterConfig) -> str:
+def what_they_are(config: RegisterConfig) -> str:
     """Where the registers are in the model, as the end of a sentence."""
     first = f"block {config.insert_layer}"
     blocks = f"every block from {first} on" if config.insert_layer else "every block"

@@ -14,10 +14,10 @@ from ...utils.environment import version
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
 from ...utils.readme import find_block, read_readme, write_readme
+from ..card import checked_metrics
 from ..card_text import (
     INSTALL,
     base_name,
-    checked_metrics,
     code,
     is_hub_name,
     line,
@@ -25,8 +25,12 @@ from ..card_text import (
     mend_trainers_card,
     plain,
     quoted,
+    refused_bases,
+    register_rows,
     results_table,
+    what_they_are,
 )
+from ..config import RegisterConfig
 
 __all__ = ["write_card"]
 
@@ -102,13 +106,14 @@ def write_card(
         named = quoted(adapter or "path/to/this/folder")
         rows = {
             "Base model": f"{code(base_name(base) or 'not named')} (`{base_class.__name__}`)",
-            **{f"Adapter `{name}`": plain(str(config.peft_type.value)) for name, config in configs.items()},
+            **{key: value for name, config in configs.items() for key, value in _rows(name, config).items()},
             **{f"Trained: {plain(part)}": f"{count:,} parameters" for part, count in (sizes or {}).items()},
             **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
             "Written by": f"register-adapter {version()}",
         }
         parts = [
             _LOAD.format(install=INSTALL, imports=imports, base=loads, adapter=named),
+            *dict.fromkeys(refused_bases(config) for config in configs.values() if isinstance(config, RegisterConfig)),
             "\n## What it is\n\n| | |\n|---|---|",
             *(f"| {key} | {value} |" for key, value in rows.items()),
             f"\n## Training data\n\n{plain(training_data) if training_data else 'Not stated.'}\n\n## Results\n",
@@ -122,6 +127,15 @@ def write_card(
             block = f"\n# Adapters of several PEFT methods: {names}\n\n{block}\n"
         card.text = card.text[:start] + block + card.text[end:]
     write_readme(card, path)
+
+
+def _rows(name: str, config: PeftConfig) -> dict[str, str]:
+    """What a table says of an adapter; of registers also where they are, their number, and the classes of a head."""
+    kind = plain(str(config.peft_type.value))
+    if not isinstance(config, RegisterConfig):
+        return {f"Adapter `{name}`": kind}
+    rows = {f"`{name}`: {key}": value for key, value in register_rows(config).items()}
+    return {f"Adapter `{name}`": f"{kind}: {what_they_are(config)}", **rows}
 
 
 def _digest(folder: Path) -> str:
