@@ -52,6 +52,7 @@ ON_REGISTERS: dict[str, Way] = {
     "rename": lambda model, name, saved: rename_adapter(model, "default", name),
 }
 NAMES = {"a.b": "'.'|letters, digits", "a/b": "'/'|letters, digits", "keys": "ModuleDict", "__base__": "stands for"}
+NAMES["register_adapter_tokens"] = "own tensors"
 NAMES["é" * 200] = "more than 255 bytes|letters, digits"
 
 

@@ -170,7 +170,7 @@ def _save_with(model_cls: Any) -> None:
             state = model.state_dict() if values["state_dict"] is None else values["state_dict"]
             if not SAVES_BY_TUNER:
                 state = model_cls.state_to_save(model, name, state)
-            mark, own = f"registers.{PREFIX}tokens.", f"registers.{PREFIX}tokens.{name}."
+            mark, own = f".{PREFIX}tokens.", f".{PREFIX}tokens.{name}."
             values["state_dict"] = {k: v for k, v in state.items() if mark not in k or own in k}
             values["model"] = with_one(model, name)
         return inherited(*given.args, **given.kwargs)

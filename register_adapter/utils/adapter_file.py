@@ -157,7 +157,7 @@ def is_foreign(key: str) -> bool:
 
 def is_of(key: str, name: str) -> bool:
     """Whether a file's key is of a module that is called ``name``, which PEFT's own ``base_model.model`` may be too."""
-    return "registers.register_adapter_tokens." not in key and f".{name}." in f".{key.removeprefix(_PREFIX)}"
+    return "register_adapter_tokens." not in key and f".{name}." in f".{key.removeprefix(_PREFIX)}"
 
 
 def check_tensors(
