@@ -126,8 +126,8 @@ def check_name(name: Any) -> None:
 
     Raises:
         TypeError: It is not a string.
-        ValueError: It is empty, reserved or too long, has a dot or a slash, begins as the adapters' tensors do, or torch's
-            ``ModuleDict`` has a member of that name.
+        ValueError: It is empty, reserved or too long, has a dot or a slash, begins as the adapters' tensors do, or is
+            that of a member of torch's ``ModuleDict``.
     """
     check_string(name)
     wrong = ""
@@ -142,7 +142,7 @@ def check_name(name: Any) -> None:
     elif name == "__base__":
         wrong = "among adapter_names it stands for the base without an adapter"
     elif name.startswith("register_adapter_"):
-        wrong = "the adapters' own tensors have names that begin so, and some versions of PEFT would not tell them apart"
+        wrong = "the adapters' own tensors have names that begin so, and PEFT 0.18 does not tell them apart"
     elif hasattr(nn.ModuleDict(), name):
         wrong = "torch's ModuleDict, which holds adapters by their names, has a member that is called so"
     if wrong:
