@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from typing import Any
+
 import pytest
 import torch
 from crossings import crossings
@@ -104,6 +108,18 @@ def test_an_exception_inside_leaves_no_hook_and_restores_sdpa(name: str) -> None
     assert hooks(model) == installed
     assert find_register_layer(model).tower.config._attn_implementation == "sdpa"
     assert_identical(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_a_copy_made_meanwhile_does_not_write_into_the_trace(name: str, duplicate: Any) -> None:
+    model, inputs = add_registers(build(name, "sdpa"), 4).eval(), make_inputs(name)
+    with torch.no_grad(), capture(model, attentions=False) as trace:
+        model(**inputs)
+        twin, seen = duplicate(model), trace.patches(1).clone()
+        twin(**{key: value + 1 if value.is_floating_point() else value for key, value in inputs.items()})
+        assert torch.equal(trace.patches(1), seen)
+    assert_identical(run(twin, inputs), run(model, inputs))
 
 
 def test_sdpa_and_eager_show_the_same() -> None:

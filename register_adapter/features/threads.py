@@ -42,16 +42,36 @@ class Here:
 _HERE: ContextVar[frozenset[weakref.ref[Here]]] = ContextVar("register_adapter_here", default=frozenset())
 
 
+class _Hook:
+    """A hook that goes by its thread; in a copy of the model, and in another process, one that does nothing."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook, self._here = hook, Here()
+
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args) if self._here.is_here and not is_recomputing() else None
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _idle, ()
+
+
+def _nothing(*_: Any) -> None:
+    """What is left of a hook in a copy."""
+
+
+def _idle() -> Callable[..., None]:
+    return _nothing
+
+
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that does nothing in other threads, or coroutines, than the one that makes it.
 
     They may run the same model meanwhile. Nor does it where gradient checkpointing computes blocks again, from the last
-    to the first. A model that was compiled before is compiled anew, with its hooks.
+    to the first, nor in copies that are made of the model meanwhile. A model that was compiled before is compiled anew,
+    with its hooks.
     """
-    here = Here()
     show_hooks_to_compiler()
-
-    def call(*args: Any) -> Any:
-        return hook(*args) if here.is_here and not is_recomputing() else None
-
-    return call
+    return _Hook(hook)
