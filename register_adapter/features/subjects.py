@@ -88,8 +88,7 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
 def names_at_work(model: PeftModel) -> list[str]:
     """Names of the adapters that this thread looks at: those of its subject, or the active ones."""
     layer = find_register_layer(model)
-    chosen = layer.call.staying if layer is not None and _registers_only(model) else None
-    return list(model.active_adapters if chosen is None else chosen)
+    return layer.names_at_work if layer is not None and _registers_only(model) else list(model.active_adapters)
 
 
 def _registers_only(model: PeftModel) -> bool:
