@@ -121,6 +121,8 @@ class Tower:
     def image_size(self) -> int | tuple[int, int] | None:
         """Side, or height and width, in pixels of the images that the tower was made for, where it says them."""
         size = resolve(self.module, _IMAGE_SIZES)
+        if size is None and isinstance(self.config, Mapping):  # a module of the user's
+            size = self.config.get("image_size")
         return tuple(size) if isinstance(size, list) else size
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...neurons import fit_test_time_registers
+from ...training.saving import RESULTS_NAME, RUN_CONFIG
 from ...utils.hub import MANIFEST_NAME
 from ...utils.staging import check_apart, check_target, write_text
 from .inputs import choose_device, load_base, load_images, load_processor
@@ -18,7 +19,7 @@ __all__ = ["FitArguments", "how_to_load", "run_fit", "write_skipped"]
 
 _SKIPPED = "skipped.txt"
 #: Files that a training leaves beside its adapter.
-_TRAINED = (MANIFEST_NAME, "results.json", "run.yaml")
+_TRAINED = (MANIFEST_NAME, RESULTS_NAME, RUN_CONFIG)
 
 
 @dataclass(frozen=True)

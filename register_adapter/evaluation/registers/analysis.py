@@ -83,32 +83,32 @@ def analyse_registers(
         ValueError: Too few images; no batch of two images to exchange registers between; a block that has no registers.
     """
     registers = find_registers(model, kind, target_modules, anatomy)
-    with adapters_stay(registers.layer):  # whatever other threads set meanwhile
-        tower = registers.tower
-        index, blocks = _check_blocks(registers, block, ablate_blocks)
-        options = PassOptions(
-            image_processor=image_processor,
-            batch_size=batch_size,
-            max_images=max_images,
-            num_workers=num_workers,
-            strict=strict,
+    tower = registers.tower
+    options = PassOptions(
+        image_processor=image_processor,
+        batch_size=batch_size,
+        max_images=max_images,
+        num_workers=num_workers,
+        strict=strict,
+    )
+    skipped: list[str] = []
+
+    def read(source: Any, its_labels: Sequence[int] | None) -> list[Batch]:
+        opened = open_pass(
+            model,
+            source,
+            options,
+            labels=its_labels,
+            with_labels=True,
+            target_modules=target_modules,
+            anatomy=anatomy,
         )
-        skipped: list[str] = []
+        read_batches = list(opened)
+        skipped.extend(opened.skipped)
+        return read_batches
 
-        def read(source: Any, its_labels: Sequence[int] | None) -> list[Batch]:
-            opened = open_pass(
-                model,
-                source,
-                options,
-                labels=its_labels,
-                with_labels=True,
-                target_modules=target_modules,
-                anatomy=anatomy,
-            )
-            read_batches = list(opened)
-            skipped.extend(opened.skipped)
-            return read_batches
-
+    with adapters_stay(registers.layer):  # whatever other threads set meanwhile
+        index, blocks = _check_blocks(registers, block, ablate_blocks)
         batches = read(images, labels)
         batches, others = _divide(batches) if mean_images is None else (batches, read(mean_images, None))
         if not batches or not others:

@@ -19,7 +19,7 @@ from ...features.threads import in_this_thread
 from ...towers.anatomy import Anatomy
 from ...towers.calls import first_of, hidden_states_of, with_hidden_states
 from ...towers.tower import Tower
-from ...tuner.composed.composition import ComposedPeftModel
+from ...tuner.composed import ComposedPeftModel
 from ...tuner.hooks.choice import EVERYONE
 from ...tuner.layer import RegisterLayer
 from ...tuner.left_out import registers_left_out
