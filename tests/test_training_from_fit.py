@@ -11,12 +11,12 @@ import pytest
 import torch
 from families import build, make_inputs
 from helpers import assert_identical, run
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import adapter_bytes, write_vit
 
-from register_adapter import add_registers, capture, find_register_layer
+from register_adapter import RegisterConfig, add_registers, capture, compose, find_register_layer
 from register_adapter.neurons import set_strength, start_from
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit
 from register_adapter.training import AnnealNeurons
@@ -103,6 +103,41 @@ def test_the_shift_fades_in_a_straight_line_that_ends_early() -> None:
     assert strengths == [1.0, 0.5, 0.0, 0.0]
     set_strength(model, 1.0)
     assert callback.details()["annealed_until"] == 0.5
+
+
+def test_a_strength_is_that_of_the_active_adapter() -> None:
+    model = fitted()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init="test_time", register_neurons=NEURONS))
+    set_strength(model, 0.25)
+    tokens = find_register_layer(model).tokens
+    assert (tokens("default").strength.unique().item(), tokens("other").strength.unique().item()) == (0.25, 1.0)
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="strength must be from 0 to 1"):
+            set_strength(model, wrong)
+    with pytest.raises(ValueError, match="registers"):
+        set_strength(build("vit"), 0.5)
+
+
+@pytest.mark.parametrize("composed", [False, True])
+@pytest.mark.parametrize(
+    ("strength", "said"),
+    [
+        (1.0, None),
+        (0.5, "Strength of what they move | 0.5 to 0.5 (1 as fitted)"),
+        (0.0, "Strength of what they move | 0: they move nothing any more (1 as fitted)"),
+    ],
+)
+def test_a_card_tells_how_far_the_neurons_are_shifted(
+    strength: float, said: str | None, composed: bool, tmp_path: Path
+) -> None:
+    config = RegisterConfig(num_registers=2, init="test_time", register_neurons=NEURONS)
+    lora = LoraConfig(target_modules=["q_proj", "query"])
+    model = compose(build("vit"), {"registers": config, "lora": lora}) if composed else fitted()
+    set_strength(model, strength)
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert ("learned tokens" in text) == (strength == 0)
+    assert said in text if said else "Strength of" not in text
 
 
 @pytest.fixture(scope="module")

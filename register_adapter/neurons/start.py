@@ -12,7 +12,7 @@ from ..data.batches import Batch
 from ..features.threads import in_this_thread
 from ..towers.calls import first_of
 from ..towers.modes import evaluating
-from ..tuner.layer import find_register_layer, require_register_layer
+from ..tuner.layer import require_register_layer
 from ..tuner.peft_model import RegisterPeftModel
 from ..tuner.registers import RegisterTokens
 from .scores import run_up_to
@@ -105,9 +105,18 @@ def _mean_state(fitted: RegisterPeftModel, block: int, batches: Iterable[Batch])
 
 @torch.no_grad()
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Set how far the active adapters' neurons are shifted, 0 to 1."""
-    layer = find_register_layer(model)
-    for name in layer.names if layer is not None else ():
-        tokens = layer.tokens(name) if layer is not None else None
-        if tokens is not None and tokens.slices:
+    """Set how far the active adapters' neurons are shifted; other adapters of the model keep theirs.
+
+    Args:
+        model: A model with registers.
+        strength: From 0, as the base computes them, to 1, as fitted.
+
+    Raises:
+        ValueError: ``strength`` is outside of 0…1 or not finite, or the model has no registers.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be from 0 to 1, got {strength!r:.100}")
+    layer = require_register_layer(model)
+    for tokens in map(layer.tokens, layer.active_names):
+        if tokens.slices:
             tokens.strength.fill_(strength)

@@ -17,8 +17,10 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers.models.auto import modeling_auto
 
+from ..utils.adapter_file import STRENGTH_KEY
 from ..utils.files import parse_json
 from ..utils.hub import WEIGHTS_NAME
 from ..utils.readme import find_block, read_readme, write_readme
@@ -40,6 +42,7 @@ __all__ = [
     "check_passed_on",
     "checked_metrics",
     "is_hub_name",
+    "neuron_strengths",
     "update_model_card",
     "warn_of_local_base",
 ]
@@ -113,7 +116,8 @@ def update_model_card(
     generated = find_block(card.text, _BEGIN, _HEAD, _END)
     old = _read_record(generated[0]["record"]) if generated else {}
     training_data = named(training_data) if training_data else None
-    weights = _digest(path.parent / (subfolder or "") / WEIGHTS_NAME) or old.get("weights")
+    file = path.parent / (subfolder or "") / WEIGHTS_NAME
+    weights, strengths = _digest(file) or old.get("weights"), neuron_strengths(file, config)
     if weights == old.get("weights"):
         # Results describe weights: they stay in the card as long as these do.
         training_data = training_data or old.get("training_data")
@@ -138,7 +142,7 @@ def update_model_card(
     }
     # An escaped ">" cannot end the comment.
     noted = json.dumps(record, default=str).replace(">", "\\u003e")
-    text = body(config, base_class, training_data, measured, adapter, subfolder, evaluation_data, run)
+    text = body(config, base_class, training_data, measured, adapter, subfolder, evaluation_data, run, strengths)
     block = f"{_BEGIN} ({_NOTE}) {noted} -->\n\n{text}\n{_END}"
     start, end = (generated[0].start(), generated[1]) if generated else (len(card.text), len(card.text))
     if not card.text.strip():
@@ -243,6 +247,16 @@ def _read_record(text: str) -> dict[str, Any]:
 
 def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def neuron_strengths(path: Path, config: RegisterConfig) -> list[float] | None:
+    """Strengths of the register neurons in a file of weights, in 0…1; ``None`` without neurons or such a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            key = next((key for key in file.keys() if key.endswith(STRENGTH_KEY)), None)  # noqa: SIM118
+            return file.get_tensor(key).float().clamp(0, 1).tolist() if key and config.register_neurons else None
+    except (OSError, SafetensorError, ValueError):
+        return None
 
 
 def _metadata(

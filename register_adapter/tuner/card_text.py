@@ -128,9 +128,8 @@ def code(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Markdown that shows a line as it is: no link, image, tag, emphasis, table cell or code span of its own."""
-    text = (
-        re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text).replace("&", "&amp;").replace("<", "&lt;")
-    )
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
     return re.sub(r"^(\d+(?=[.)])|(?=[#>+=-]))", r"\1\\", text)  # at the start of a line: a heading, a list
 
 
@@ -185,8 +184,9 @@ def body(
     subfolder: str | None,
     evaluation_data: str | None = None,
     run: dict[str, Any] | None = None,
+    strengths: list[float] | None = None,
 ) -> str:
-    """The generated text, in Markdown; see :func:`update_model_card` for the arguments."""
+    """The generated text, in Markdown; see :func:`update_model_card`, and :func:`register_rows` for the strengths."""
     base = base_name(config.base_model_name_or_path)
     link = f"[{base}](https://huggingface.co/{base})" if is_hub_name(base) else f"{code(base or '')}, a local folder"
     link = f"`{base}`, which comes with the package" if is_shipped(base) else link
@@ -194,13 +194,14 @@ def body(
     rows = {
         "Base model": f"{link if base else 'not named'} (`{base_class.__name__}`)",
         "Its vision tower": plain(str(tower)) if tower else "not recorded",
-        **register_rows(config),
+        **register_rows(config, strengths),
         **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
         "Written by": f"register-adapter {version()}, PEFT {plain(str(config.peft_version))}",
     }
     return "\n".join(
         [
-            (_FITTED if config.register_neurons else _LEARNED).format(what=what_they_are(config)) + _replaced(config),
+            (_FITTED if _moves(config, strengths) else _LEARNED).format(what=what_they_are(config, strengths))
+            + _replaced(config),
             "",
             "## Load it",
             "",
@@ -228,12 +229,17 @@ def body(
     )
 
 
-def register_rows(config: RegisterConfig) -> dict[str, str]:
-    """What an adapter is, as rows of a table by their headings."""
+def register_rows(config: RegisterConfig, strengths: list[float] | None = None) -> dict[str, str]:
+    """What an adapter is, as rows of a table by their headings.
+
+    Args:
+        config: Its config.
+        strengths: Those of its register neurons, 0 to 1; ``None`` if it has none, or they are not known.
+    """
     return {
         "Registers": _registers(config),
         **({} if config.gate is None else {"Gate": f"{config.gate:g} at first, a bias on the attention to registers"}),
-        **(_fit_rows(config) or {"Initial values": _initial_values(config)}),
+        **(_fit_rows(config, strengths) or {"Initial values": _initial_values(config)}),
         "Saved as a whole beside them": ", ".join(code(name) for name in config.modules_to_save or []) or "nothing",
         **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),
     }
@@ -273,13 +279,19 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.6g}"
 
 
-def what_they_are(config: RegisterConfig) -> str:
-    """Where the registers are in the model, as the end of a sentence."""
+def _moves(config: RegisterConfig, strengths: list[float] | None) -> bool:
+    """Whether register neurons move anything; a run with ``--neurons anneal`` ends with a strength of zero."""
+    return bool(config.register_neurons) and (not strengths or max(strengths) > 0)
+
+
+def what_they_are(config: RegisterConfig, strengths: list[float] | None = None) -> str:
+    """Where the registers are in the model, as the end of a sentence; see :func:`register_rows` for the arguments."""
     first = f"block {config.insert_layer}"
     blocks = f"every block from {first} on" if config.insert_layer else "every block"
-    if config.register_neurons and config.key_value:
+    moves = _moves(config, strengths)
+    if moves and config.key_value:
         return "one key and value in every block's attention, which stand for a register; no token enters the sequence"
-    if config.register_neurons:
+    if moves:
         return "tokens that are removed from every output"
     if config.key_value:
         return f"learned pairs of a key and a value in the attention of {blocks}; no token enters the sequence"
@@ -309,13 +321,17 @@ def _initial_values(config: RegisterConfig) -> str:
     return f"{code(config.init)}, standard deviation {config.init_std:g}"
 
 
-def _fit_rows(config: RegisterConfig) -> dict[str, str]:
+def _fit_rows(config: RegisterConfig, strengths: list[float] | None) -> dict[str, str]:
     """How register neurons were found, empty without any."""
     if not config.register_neurons:
         return {}
     counts = count_neurons(config.register_neurons)
     blocks = ", ".join(f"block {block}: {number}" for block, number in counts.items())
     rows = {"Register neurons": f"{sum(counts.values())} hidden units of MLPs ({blocks}); remove {code(config.remove)}"}
+    if strengths and min(strengths) < 1:
+        weakest, strongest = min(strengths), max(strengths)
+        moved = f"{weakest:.3g} to {strongest:.3g}" if strongest > 0 else "0: they move nothing any more"
+        rows["Strength of what they move"] = f"{moved} (1 as fitted)"
     fit = config.test_time_fit or {}
     images = fit.get("num_images")
     if isinstance(images, dict) and all(isinstance(number, int) for number in images.values()):
@@ -325,7 +341,7 @@ def _fit_rows(config: RegisterConfig) -> dict[str, str]:
         rows["Rule for outliers"] = code(str(fit["rule"]))
     shares = [fit.get("share_before"), fit.get("share_after")]
     if all(isinstance(share, int | float) and math.isfinite(share) for share in shares):
-        rows["Outlier patches on held-out images"] = f"{shares[0]:.3%} before, {shares[1]:.3%} after"
+        rows["Outlier patches on held-out images, when fitted"] = f"{shares[0]:.3%} before, {shares[1]:.3%} after"
     return rows
 
 

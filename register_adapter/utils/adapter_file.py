@@ -19,6 +19,7 @@ from .files import open_regular
 __all__ = [
     "GATE_KEY",
     "NEURON_KEYS",
+    "STRENGTH_KEY",
     "TOKENS_KEY",
     "UNITS_KEY",
     "TensorInfo",
@@ -42,7 +43,8 @@ TOKENS_KEY = "registers.register_adapter_tokens.weight"
 GATE_KEY = "registers.register_adapter_tokens.gate"
 #: The same of the register neurons: which hidden units they are, and what goes with them.
 UNITS_KEY = "registers.register_adapter_tokens.units"
-NEURON_KEYS = (UNITS_KEY, *(f"registers.register_adapter_tokens.{name}" for name in ("usual", "limits", "strength")))
+STRENGTH_KEY = "registers.register_adapter_tokens.strength"
+NEURON_KEYS = (UNITS_KEY, *(f"registers.register_adapter_tokens.{name}" for name in ("usual", "limits")), STRENGTH_KEY)
 #: What PEFT puts before every key of a model.
 _PREFIX = "base_model.model."
 _FOREIGN = re.compile(r"(^|\.)registers\.register_adapter_tokens\.[^.]+\.(weight|gate|units|usual|limits|strength)$")

@@ -14,7 +14,7 @@ from ...utils.environment import version
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
 from ...utils.readme import find_block, read_readme, write_readme
-from ..card import checked_metrics
+from ..card import checked_metrics, neuron_strengths
 from ..card_text import (
     INSTALL,
     base_name,
@@ -106,7 +106,11 @@ def write_card(
         named = quoted(adapter or "path/to/this/folder")
         rows = {
             "Base model": f"{code(base_name(base) or 'not named')} (`{base_class.__name__}`)",
-            **{key: value for name, config in configs.items() for key, value in _rows(name, config).items()},
+            **{
+                key: value
+                for name, config in configs.items()
+                for key, value in _rows(name, config, path.parent).items()
+            },
             **{f"Trained: {plain(part)}": f"{count:,} parameters" for part, count in (sizes or {}).items()},
             **{plain(str(key)): plain(str(value)) for key, value in (run or {}).items()},
             "Written by": f"register-adapter {version()}",
@@ -129,13 +133,14 @@ def write_card(
     write_readme(card, path)
 
 
-def _rows(name: str, config: PeftConfig) -> dict[str, str]:
+def _rows(name: str, config: PeftConfig, folder: Path) -> dict[str, str]:
     """What a table says of an adapter; of registers also where they are, their number, and the classes of a head."""
     kind = plain(str(config.peft_type.value))
     if not isinstance(config, RegisterConfig):
         return {f"Adapter `{name}`": kind}
-    rows = {f"`{name}`: {key}": value for key, value in register_rows(config).items()}
-    return {f"Adapter `{name}`": f"{kind}: {what_they_are(config)}", **rows}
+    strengths = neuron_strengths(folder / name / WEIGHTS_NAME, config)
+    rows = {f"`{name}`: {key}": value for key, value in register_rows(config, strengths).items()}
+    return {f"Adapter `{name}`": f"{kind}: {what_they_are(config, strengths)}", **rows}
 
 
 def _digest(folder: Path) -> str:
