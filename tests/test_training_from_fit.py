@@ -208,6 +208,8 @@ def test_an_annealed_run_can_be_resumed(planted: Path, tmp_path: Path) -> None:
     [
         (("--neurons", "drop"), "needs --adapter-name-or-path"),
         (("--adapter_name_or_path", "x", "--init", "zeros"), "leave out --init"),
+        (("--adapter_name_or_path", "x", "--num-registers", "2", "--gate", "0"), "leave out --gate, --num-registers"),
+        (("--init", "test_time", "--init-std", "0.5"), "leave out --init-std"),
     ],
 )
 def test_flags_that_contradict_each_other(more: tuple[str, ...], message: str, tmp_path: Path, capsys: Any) -> None:

@@ -64,10 +64,12 @@ class ModelArguments:
         if self.neurons != "keep" and not (self.adapter_name_or_path or self.init == "test_time"):
             raise ValueError(f"--neurons {self.neurons} needs --adapter-name-or-path or --init test_time")
         self._check_moving()
-        placed = [name for name in _PLACEMENT if getattr(self, name) not in (0, None)]
-        if placed and (self.adapter_name_or_path or self.init == "test_time"):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in placed)
-            raise ValueError(f"an adapter to continue from, or a fit, says where registers enter; leave out {flags}")
+        told = [*_PLACEMENT, "init_std"] + (["num_registers"] if self.adapter_name_or_path else [])
+        if (flags := self._given(told)) and (self.adapter_name_or_path or self.init == "test_time"):
+            raise ValueError(
+                "an adapter to continue from, or a fit, says how many registers there are, where they enter and what "
+                f"they start at; leave out {', '.join(flags)}"
+            )
         with warnings.catch_warnings():  # they come when the model gets its registers
             warnings.simplefilter("ignore")
             # What these two need is found later.
@@ -77,14 +79,18 @@ class ModelArguments:
                 raise ValueError("--init outliers is for tokens, not for --key-value")
 
     def _check_moving(self) -> None:
-        moving, plain = Moving.parse(self.train), {item.name: item.default for item in fields(self)}
+        moving = Moving.parse(self.train)
         about = ["num_registers", "init", "init_std", "neurons", *_PLACEMENT] if not moving.registers else []
         about += ["lora_r", "lora_alpha"] if not moving.lora else []
-        idle = [f"--{name.replace('_', '-')}" for name in about if getattr(self, name) != plain[name]]
-        if idle:
+        if idle := self._given(about):
             raise ValueError(f"--train {self.train} moves nothing that {', '.join(idle)} speaks of")
         if min(self.lora_r, self.lora_alpha) < 1:
             raise ValueError(f"--lora-r and --lora-alpha must be at least 1, got {self.lora_r} and {self.lora_alpha}")
+
+    def _given(self, names: list[str]) -> list[str]:
+        """Flags of the fields among ``names`` that are not at their defaults."""
+        plain = {item.name: item.default for item in fields(self)}
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != plain[name]]
 
     @property
     def moving(self) -> dict[str, Any]:
