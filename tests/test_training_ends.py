@@ -205,6 +205,8 @@ def test_a_run_says_what_came_of_it(
     kept = {**results, "arguments": {**results["arguments"], "load_best_model_at_end": False}}
     for step, word in ((8, "saved is step 8, with eval_loss"), (5, "saved is the last step; best was step 5, with")):
         assert word in summarise({**kept, "best": {**results["best"], "step": step}}, "out")
+    with_lora = {**results, "trained": {**results["trained"], "lora": 8}}
+    assert "(registers off, all else the same: " in summarise(with_lora, "out")
     short = flags(case, tmp_path, "--max-train-steps", "1", "--overwrite-output-dir")
     start([*short, "--quiet"])
     assert capsys.readouterr().out == ""

@@ -48,6 +48,7 @@ def summarise(results: dict[str, Any], output_dir: str) -> str:
         f"trained for {steps} step{'s' if steps != 1 else ''}{', stopped early' if results['stopped_early'] else ''}"
     ]
     same = ", the same head" if results["objective"].get("labels") else ""
+    same = ", all else the same" if set(results["trained"]) - {"registers", "head"} else same
     if results["resumed_from_checkpoint"]:
         lines[0] += f", resumed from {results['resumed_from_checkpoint']}"
     metrics = results["metrics"]
