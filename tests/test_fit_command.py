@@ -39,6 +39,7 @@ def test_on_a_model_and_images_of_ones_own(
     said = run_here(*given)
     assert "notes.txt" in said, "the bad file is named"
     assert "hidden units" in said
+    assert "images: what the registers were fitted to, without training" in (out / "README.md").read_text("utf-8")
     planting = load_planted_vit()
     model = AutoPeftModel.from_pretrained(out).eval()
     neurons = find_register_layer(model).tokens("default").neurons()

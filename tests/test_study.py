@@ -76,6 +76,31 @@ def test_the_page_has_the_arms_the_rule_and_the_command(done: Path, values: dict
     assert page.count("<img") > 8
 
 
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        ("1-random-register/seed-1", ("Nothing was trained", "a control, for comparison", "| Seed | 1 |")),
+        ("fit-1-register", ("| Images | 12 |", "## Training data\n\ntiles\n")),
+        (
+            "train-4-registers/seed-0",
+            ("| Training images | 12 |", "| Steps | 2 of 16 images |", "| Objective | smooth |"),
+        ),
+    ],
+)
+def test_an_arms_card_says_what_it_is_and_how_it_compares(arm: str, said: tuple[str, ...], done: Path) -> None:
+    card = (done / "arms" / arm / "adapter" / "README.md").read_text("utf-8")
+    figures = json.loads((done / "arms" / arm / "figures.json").read_text("utf-8"))["report"]
+    base = json.loads((done / "arms" / "as-it-is" / "figures.json").read_text("utf-8"))["report"]
+    for words in (
+        *said,
+        "Measured on tiles, images that were held out.",
+        f"| outlier_share | {figures['outlier_share']:.6g} |",
+        f"outlier_share {base['outlier_share']:.4g}, ",
+        f"| task loss | {figures['task']:.6g} |",
+    ):
+        assert words in card
+
+
 def test_it_prints_a_table_and_what_to_do(done: Path) -> None:
     said = run_here("study", *GIVEN, *CHOSEN, "--out", str(done))
     for words in (*MADE, "What to do", "Verdict: present", "register-adapter "):

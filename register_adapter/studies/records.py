@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..artifacts import ArtifactReport
+from ..training.saving import write_card_of
 from ..utils.files import parse_json, read_text
 from ..utils.staging import staged, write_text
 from .arms import Arm
@@ -95,8 +96,8 @@ class Records:
             )
             return Record(choose, report, figures["why_not"], float(times["seconds"]))
 
-    def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None) -> None:
-        """Write an arm, its figures last; an adapter of ``model`` is saved beside them."""
+    def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None, facts: dict[str, Any]) -> None:
+        """Write an arm, its figures last; an adapter of ``model`` is saved beside them, with ``facts`` on its card."""
         figures = {
             "arm": arm.name,
             "seed": seed if arm.seeded else None,
@@ -108,6 +109,7 @@ class Records:
             if model is not None and hasattr(model, "peft_config"):
                 saved: Any = model
                 saved.save_pretrained(str(scratch / ADAPTER))
+                write_card_of(saved, scratch / ADAPTER, {"adapter": ADAPTER, **facts})
             (scratch / _TIMES).write_text(json.dumps({"seconds": round(record.seconds, 1)}) + "\n", "utf-8")
             (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 

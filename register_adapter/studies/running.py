@@ -25,11 +25,12 @@ from ..utils.arguments import check_whole
 from ..utils.environment import version
 from ..utils.staging import check_target
 from .arms import ARMS, TEACHER, Arm, Bench
+from .cards import card_facts
 from .choice import choose, leave
 from .images import Images, Part, read_images
 from .records import ADAPTER, Record, Records
 from .result import Origin, Outcome, StudyResult, write_result
-from .ruler import Ruler, outlier_factor
+from .ruler import Figures, Ruler, outlier_factor
 from .tasks import Task
 
 __all__ = ["study"]
@@ -120,14 +121,16 @@ def study(
     with folder_lock(out):
         records = Records(out)
         records.check(settings)
+        images_name = images_name or (str(images) if isinstance(images, str | Path) else None)
         run = _Run(
             *(model, shared, image_processor, task, steps, range(seed, seed + seeds), rule, batch_size, records),
+            images_name,
             progress,
         )
         outcome = run.outcome([arm for arm in ARMS if arm.kind == "base" or arm.name in chosen])
         origin = Origin(
             model_name or getattr(model, "name_or_path", "") or type(model).__name__,
-            images_name or (str(images) if isinstance(images, str | Path) else None),
+            images_name,
             settings,
         )
         return write_result(outcome, origin, model, shared, image_processor, task, run.seeds, records)
@@ -173,7 +176,9 @@ class _Run:
     rule: str
     batch_size: int
     records: Records
+    images_name: str | None
     progress: bool
+    base: Figures | None = None
 
     def outcome(self, arms: Sequence[Arm]) -> Outcome:
         """All phases but the last, which writes down what they gave."""
@@ -228,9 +233,17 @@ class _Run:
         record = self.records.read(arm, seed)
         if record is None:
             record, model = self._made(arm, seed, bench, rulers)
-            self.records.keep(arm, seed, record, model)
+            self.records.keep(arm, seed, record, model, self._facts(arm, seed, record))
+        if arm.kind == "base":
+            self.base = record.report
         self._tick(before + arm.cost(bench) + measured - self.bar.n)
         return record
+
+    def _facts(self, arm: Arm, seed: int, record: Record) -> dict[str, Any]:
+        if record.report is None or self.base is None:
+            return {}
+        task = self.task.name if self.task else "task"
+        return card_facts(arm, seed, record.report, self.base, self.images, self.images_name, self.steps, task)
 
     def _made(self, arm: Arm, seed: int, bench: Bench, rulers: _Rulers) -> tuple[Record, nn.Module | None]:
         started = time.perf_counter()

@@ -36,6 +36,7 @@ __all__ = [
     "open_outputs",
     "push_run",
     "save_run",
+    "write_card_of",
 ]
 
 RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
@@ -66,7 +67,7 @@ def save_run(
     with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
         copy_readme(folder, scratch)
         model.save_pretrained(str(scratch), state_dict=weights)
-        _write_card(model, scratch, {**card, "adapter": folder.absolute().name})
+        write_card_of(model, scratch, {**card, "adapter": folder.absolute().name})
         if _can_be_saved(image_processor):
             image_processor.save_pretrained(scratch)
         (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -77,7 +78,14 @@ def _can_be_saved(image_processor: Any) -> bool:
     return hasattr(image_processor, "save_pretrained")
 
 
-def _write_card(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
+def write_card_of(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Bring the card of what a model has saved into a folder up to date, with facts of how it came about.
+
+    Args:
+        model: The model, with adapters of one method or of several.
+        folder: Where they are.
+        facts: As for :func:`register_adapter.tuner.card.update_model_card`.
+    """
     if isinstance(model, ComposedPeftModel):
         model.create_or_update_model_card(str(folder), **facts)
         return

@@ -26,11 +26,13 @@ from ...testbed import load_image_processor as load_scene_processor
 from ...training import TrainArguments, load_base, train, wrap
 from ...training.objectives import ClassificationObjective
 from ...training.run_lock import folder_lock
+from ...training.saving import write_card_of
 from ...tuner.layer import require_register_layer
 from ...tuner.peft_model import RegisterPeftModel
 from ...utils.shipped import full_name
 from ...utils.staging import check_target, staged, write_text
 from ...viz import Maps, plot_before_after, read_maps
+from .fit import fitted_to
 from .reload import logits_in_fresh_process
 from .spread import combine_runs
 
@@ -292,6 +294,7 @@ def _add_test_time(args: DemoArguments, setting: _Setting, table: _Table, out: P
     except NoArtifactsError:
         return None
     fitted.save_pretrained(str(out / "test_time"))
+    write_card_of(fitted, out / "test_time", {"training_data": fitted_to(setting.data_name)})
     table.add("test_time", "+ 1 test-time register", fitted.eval(), shown="test-time")
     fit: dict[str, Any] = fitted.peft_config["default"].test_time_fit
     start = start_from(fitted)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ...neurons import fit_test_time_registers
-from ...training.saving import RESULTS_NAME, RUN_CONFIG
+from ...training.saving import RESULTS_NAME, RUN_CONFIG, write_card_of
+from ...tuner.card_text import named
 from ...utils.hub import MANIFEST_NAME
 from ...utils.staging import check_apart, check_target, write_text
 from .inputs import choose_device, load_base, load_images, load_processor
 from .launched import is_main_process, num_processes, own_device
 from .open_clip_models import is_open_clip
 
-__all__ = ["FitArguments", "how_to_load", "run_fit", "write_skipped"]
+__all__ = ["FitArguments", "fitted_to", "how_to_load", "run_fit", "write_skipped"]
 
 _SKIPPED = "skipped.txt"
 #: Files that a training leaves beside its adapter.
@@ -89,6 +90,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
     )
     if is_main_process():
         fitted.save_pretrained(args.output_dir)
+        write_card_of(fitted, Path(args.output_dir), {"training_data": fitted_to(args.images)})
     config = fitted.peft_config["default"]
     return config.register_neurons, config.test_time_fit
 
@@ -103,6 +105,11 @@ def _check_output(args: FitArguments) -> None:
             f"{args.output_dir} holds a training run ({', '.join(trained)}), whose adapter the fitted one would "
             "replace; name another folder with --out"
         )
+
+
+def fitted_to(images: str) -> str:
+    """What the card of a fitted adapter says in the place of training data."""
+    return f"{named(images)}: what the registers were fitted to, without training"
 
 
 def how_to_load(model: str, output_dir: str) -> str:
