@@ -222,6 +222,12 @@ def test_what_cannot_be_studied_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_arm_that_is_trained_is_not_left_out_in_silence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = ("study", "grown-tiles", "tiles", "--out", str(tmp_path / "out"), "--no-training", "--max-images", "12")
+    assert "'train: 4 registers' is trained" in str(call(monkeypatch, *given, "--arm", "train: 4 registers"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     said = call(monkeypatch, "study", "no/such/model", "tiles", "--out", str(tmp_path / "file"))

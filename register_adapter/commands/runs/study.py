@@ -88,8 +88,14 @@ def run_study(args: StudyArguments) -> StudyResult:
 
 
 def _untrained(arms: Sequence[str] | None) -> list[str]:
-    """Names of the arms in which nothing is trained, of those that are wanted."""
+    """Names of the arms in which nothing is trained, of those that are wanted.
+
+    Raises:
+        ValueError: One that was asked for by name is trained.
+    """
     trained = {arm.name for arm in ARMS if arm.objective is not None}
+    if asked := [name for name in arms or () if name in trained]:
+        raise ValueError(f"the arm {asked[0]!r} is trained, and --no-training makes no such arm: leave out one of them")
     return [name for name in (arms or [arm.name for arm in ARMS]) if name not in trained]
 
 
