@@ -181,6 +181,29 @@ def test_two_processes_learn_what_one_learns(case: Path, tmp_path: Path) -> None
         torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "status", "told"),
+    [((), 0, "WARNING: skipped: 10.png:"), (("--strict",), 1, "ERROR: process 1 of 2: 10.png:")],
+    ids=["skipped", "strict"],
+)
+def test_what_one_process_alone_reads_it_tells(
+    more: tuple[str, ...], status: int, told: str, case: Path, tmp_path: Path
+) -> None:
+    images = [{"bytes": png(n) if n != 10 else b"no image", "path": f"{n}.png"} for n in range(16)]
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
+    (tmp_path / "shards").mkdir()
+    shard = tmp_path / "shards" / "train-0-of-1.parquet"
+    Dataset.from_dict({"image": images, "label": [n % 2 for n in range(16)]}, features).to_parquet(shard)
+    # Four are evaluated; of the others the first process has 4, 5, 8, 9…, the second 6, 7, 10, 11…
+    given = ("--per-device-train-batch-size", "2", "--max-train-steps", "3", "--shuffle-buffer", "1")
+    words = flags(case, tmp_path / "out", *given, "--dataset-name", str(tmp_path / "shards"), *more)
+    main, other = run_two_processes("register_adapter.train", *words)
+    assert told in other.stderr
+    assert "10.png" not in main.stderr
+    assert other.returncode == status
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -179,5 +179,5 @@ class StreamedBatches(torch.utils.data.IterableDataset[list[dict[str, Any]]]):
         except ImageFileError as error:
             if self.source.strict:
                 raise
-            logger.warning("skipped: %s", error)
+            logger.warning("skipped: %s", error, extra={"of_one_process": True})
             return None

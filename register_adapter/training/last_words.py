@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from ..errors import RegisterAdapterError
 from ..neurons.search import ALL_THE_SAME
@@ -19,11 +23,15 @@ from .checkpoints import CheckpointError
 from .interruption import Interrupted
 from .saving import RUN_CONFIG
 
-__all__ = ["farewell", "fit_advice", "summarise"]
+__all__ = ["farewell", "fit_advice", "summarise", "tell_fault"]
+
+logger = logging.getLogger(__name__)
 
 _RESUME, _OVERWRITE = "--resume-from-checkpoint", "--overwrite-output-dir"
 #: Metrics that are shares.
 _SHARES = ("accuracy", "zero_shot_agreement")
+#: Seconds within which the main process has met the same fault, and the launcher has ended the others because of it.
+_PATIENCE = 5.0
 
 
 @contextmanager
@@ -72,6 +80,21 @@ def summarise(results: dict[str, Any], output_dir: str) -> str:
 
 def _number(name: str, value: float) -> str:
     return f"{value:.1%}" if name in _SHARES else f"{value:.4g}"
+
+
+def tell_fault(message: str, state: PartialState) -> None:
+    """Say why a run ends: the main process at once, another one if it turns out to be alone with its fault.
+
+    Most faults all processes meet, and one line is enough. A file that one of them alone cannot read only that one
+    can name.
+    """
+    if state.is_main_process:
+        logger.error("%s", message)
+        return
+    with suppress(KeyboardInterrupt):  # it is asked to end with the others, one of which has said why
+        time.sleep(_PATIENCE)
+        where = f"process {state.process_index} of {state.num_processes}"
+        logger.error("%s: %s", where, message, extra={"of_one_process": True})
 
 
 def farewell(stop: Interrupted, args: TrainArguments, prog: str, argv: Sequence[str]) -> str:

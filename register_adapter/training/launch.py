@@ -35,7 +35,7 @@ from .bases import load_base
 from .callbacks import AnnealNeurons
 from .flags import ModelArguments, config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
-from .last_words import farewell, summarise
+from .last_words import farewell, summarise, tell_fault
 from .objectives import OBJECTIVES, ClassificationObjective
 from .objectives.flags import (
     add_objective_flags,
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             results = _train(model_args, data_args, args, flags, interruption)
         except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:
             # A mistake of the user's, not of the program's: no traceback.
-            if state.is_main_process:
-                logger.error("%s", without_password(str(error)))
+            tell_fault(without_password(str(error)), state)
             sys.exit(1)
         except KeyboardInterrupt as error:
             stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
@@ -193,13 +192,16 @@ def _check_store(store: str | None, others: Sequence[str | None]) -> None:
 
 @contextmanager
 def _messages(is_main_process: bool, quiet: bool) -> Iterator[None]:
-    """Show the package's own messages on the standard error, from the main process alone; ``quiet`` keeps warnings."""
+    """Show the package's own messages on the standard error; ``quiet`` keeps warnings.
+
+    From the main process all, from others what they alone know: records with an attribute ``of_one_process``.
+    """
     package, handler = logging.getLogger("register_adapter"), logging.StreamHandler()
+    handler.addFilter(lambda record: is_main_process or hasattr(record, "of_one_process"))
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     level = package.level
     package.addHandler(handler)
-    wanted = logging.WARNING if quiet else logging.INFO
-    package.setLevel(wanted if is_main_process else logging.CRITICAL)
+    package.setLevel(logging.WARNING if quiet or not is_main_process else logging.INFO)
     try:
         with warnings.catch_warnings():
             # PEFT reads an attribute that transformers has renamed.
