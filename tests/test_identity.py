@@ -116,6 +116,34 @@ def test_weights_that_are_not_at_hand_are_not_compared() -> None:
     assert identity.differences(TowerIdentity.of(find_tower(build("vit")))) == []
 
 
+class FourBits(torch.Tensor):
+    """What a quantiser puts in a weight's place."""
+
+
+def with_four_bits(model: nn.Module) -> nn.Module:
+    """The patch embedding as optimum-quanto leaves it: a weight of its own class, rounded to 15 steps."""
+    model = copy.deepcopy(model)
+    layer = find_tower(model).part("patch_embedding")
+    scale = layer.weight.detach().abs().amax() / 7
+    layer.weight = nn.Parameter(((layer.weight.detach() / scale).round() * scale).as_subclass(FourBits))
+    assert type(layer.weight) is FourBits
+    return model
+
+
+@pytest.mark.parametrize("saved", ["float", "four bits"])
+@pytest.mark.parametrize("loaded", ["float", "four bits"])
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_a_quantised_patch_embedding_makes_no_other_base(name: str, saved: str, loaded: str, tmp_path: Path) -> None:
+    base, other = build(name), build(name)
+    perturb(base, seed=1)
+    perturb(other, seed=2)
+    change = {"float": copy.deepcopy, "four bits": with_four_bits}
+    add_registers(change[saved](base)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(change[loaded](base), str(tmp_path))
+    with pytest.raises(BaseModelMismatchError, match="differ in weights"):
+        PeftModel.from_pretrained(change[loaded](other), str(tmp_path))
+
+
 def test_it_says_what_the_tower_is() -> None:
     identity = TowerIdentity.of(find_tower(build("clip")))
     assert (identity.family, identity.hidden_size, identity.num_hidden_layers) == ("clip", WIDTH, 2)

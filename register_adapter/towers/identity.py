@@ -2,11 +2,12 @@
 
 The fingerprint must survive whatever people do to the same weights (another dtype, device, quantisation of the linear
 layers, another head around the tower, other adapters) and must change with the weights. A hash cannot do that, a sketch
-can: the tensors that no quantiser touches are multiplied by fixed signs and summed into a few buckets (count sketch,
+can: the tensors that quantisers leave alone are multiplied by fixed signs and summed into a few buckets (count sketch,
 Charikar et al. 2002), in units of the tensor's own norm. Rounding to bfloat16 moves a bucket by about 0.001.
 
 Position embeddings are resampled for another image size, which makes no other base: their sketch decides only where
-there is no other.
+there is no other. Some quantisers take the patch embedding too (quanto does so with convolutions), and 4 bits move a
+bucket by 0.1: then the biases decide.
 """
 
 from __future__ import annotations
@@ -124,11 +125,16 @@ def _own(tower: Tower, field: str) -> Any:
     return None
 
 
+def _is_quantised(weight: Any) -> bool:
+    """Whether a weight is of a class of somebody's own, as those of quantisers are."""
+    return weight is not None and type(weight) not in (torch.Tensor, nn.Parameter)
+
+
 def _groups(tower: Tower) -> list[list[torch.Tensor]]:
     """The weights of each of the three sketches; empty where the tower has none, or a module does not show them."""
-    position = _own(tower, "position_embedding")
+    position, patch = _own(tower, "position_embedding"), resolve(_own(tower, "patch_embedding"), "weight")
     groups: list[Iterable[Any]] = [
-        [resolve(_own(tower, "patch_embedding"), "weight")],
+        [] if _is_quantised(patch) and not hasattr(patch, "device_mesh") else [patch],
         [position if isinstance(position, torch.Tensor) else _held(position, "weight")],
         _biases(tower.part("blocks")),
     ]
@@ -227,9 +233,12 @@ def _alike(numbers: list[float], others: list[float]) -> bool:
     if len(numbers) != len(others):
         return False
     pairs = list(zip(numbers, others, strict=True))
-    deciding = pairs[:BUCKETS] + pairs[2 * BUCKETS :]
+    patches, positions, biases = pairs[:BUCKETS], pairs[BUCKETS : 2 * BUCKETS], pairs[2 * BUCKETS :]
+    if not all(any(sketch) for sketch in zip(*patches, strict=True)):  # quantised, in one of the two
+        patches = []
+    deciding = patches + biases
     if not any(number or other for number, other in deciding):
-        deciding = pairs
+        deciding = positions
     return all(abs(number - other) <= TOLERANCE for number, other in deciding)
 
 
@@ -252,8 +261,8 @@ def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> To
     if any(any(sketch) and not group for sketch, group in zip(known, _groups(tower), strict=False)):
         return None  # a module in the place of the one that had them does not show its weights
     weight = resolve(_own(tower, "patch_embedding"), "weight")
-    quantised = weight is not None and type(weight) not in (torch.Tensor, nn.Parameter)
-    if quantised or any(getattr(m, "merged", False) for m in tower.module.modules() if isinstance(m, BaseTunerLayer)):
+    layers = [module for module in tower.module.modules() if isinstance(module, BaseTunerLayer)]
+    if _is_quantised(weight) or any(getattr(layer, "merged", False) for layer in layers):
         return None
     now = TowerIdentity.of(tower)
     if now.fingerprint is None or not all(map(is_finite, now.fingerprint)):
