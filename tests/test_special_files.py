@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "checkpoint's numbers": ("train_state.json", lambda folder: checkpoints.read_state(folder, {})),
     "checkpoint's tensors": ("train_state.pt", load_state),
 }
+
+
+def test_a_checkpoints_tensors_take_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    torch.save({"optimizer": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "train_state.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert torch.load(tmp_path / "train_state.pt")["optimizer"].numel() == 2**20, "torch unpacks it"
+    with pytest.raises(checkpoints.CheckpointError, match=r"train_state\.pt cannot be loaded .*unpacks to 4"):
+        load_state(tmp_path)
 
 
 @pytest.mark.parametrize("kind", READERS)

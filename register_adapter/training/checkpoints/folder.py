@@ -8,10 +8,12 @@ on without the random states if they cannot be read, which would break a bit-exa
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +29,7 @@ from ...utils.hub import MANIFEST_NAME
 from ...utils.parameters import trained_parameters
 from ...utils.random_states import random_state, same_random_state, set_random_state
 from ...utils.staging import naming_files, scratch_folder
+from ...utils.text import size_text
 from ..callbacks import Callback
 from .state import STATE, CheckpointError, TrainState, find_all
 
@@ -164,6 +167,20 @@ def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, t
             parameter.copy_(weights[name])
 
 
+def _check_unpacked(file: BinaryIO) -> None:
+    """Refuse a file that takes more memory than it has bytes: torch packs nothing, and unpacks whatever is packed.
+
+    Raises:
+        ValueError: It is one.
+        zipfile.BadZipFile: It is no file of torch's.
+    """
+    with zipfile.ZipFile(file) as archive:
+        inside = sum(entry.file_size for entry in archive.infolist())
+    if inside > file.seek(0, os.SEEK_END):
+        raise ValueError(f"it unpacks to {size_text(inside)}, and torch writes such files unpacked")
+    file.seek(0)
+
+
 def load(
     checkpoint: Path,
     accelerator: Accelerator,
@@ -183,6 +200,7 @@ def load(
     path = checkpoint / _TENSORS
     try:
         with open_regular(path) as file:
+            _check_unpacked(file)
             tensors = torch.load(file, map_location="cpu", weights_only=True)
         scheduler.load_state_dict(tensors["scheduler"])
         _load_optimizer_state(accelerator, model, optimizer, tensors["optimizer"])
