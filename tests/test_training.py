@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -480,6 +481,19 @@ def test_accelerate_launches_what_the_tests_run_two_processes_with(tmp_path: Pat
         theirs = json.loads((tmp_path / str(rank)).read_text())
         del ours["MASTER_PORT"]  # is drawn
         assert ours.items() <= theirs.items()
+
+
+def test_processes_that_see_other_images_are_told_so(vit: Path, photos: Path, tmp_path: Path) -> None:
+    here, there = shutil.copytree(photos, tmp_path / "0"), shutil.copytree(photos, tmp_path / "1")
+    next(path for path in sorted(there.rglob("*")) if path.is_file()).unlink()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom register_adapter.training.launch import main\n"
+        f"main([word.replace({str(here)!r}, {str(tmp_path)!r} + '/' + os.environ['RANK']) for word in sys.argv[1:]])\n"
+    )
+    main_one, other = run_two_processes(script, *flags(vit, here, tmp_path / "out", "--max_train_steps", "1"))
+    assert (main_one.returncode, other.returncode) == (1, 1)
+    assert re.search(r"ERROR: process 1 has train_samples \d+, the main one \d+", main_one.stderr)
 
 
 def test_two_processes_train_and_save_what_one_does(photos: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType
+from accelerate.utils import DistributedType, LoggerType, gather_object
 from peft import PeftConfig, PeftModel
 
 from ..data.datasets import ProcessedDataset
@@ -25,6 +25,7 @@ from ..utils.parameters import part_of
 from .arguments import TrainArguments
 
 __all__ = [
+    "check_alike",
     "check_streamed",
     "image_processor_for",
     "make_accelerator",
@@ -257,6 +258,24 @@ def run_settings(
         "greater_is_better": args.greater_is_better if selecting else None,
         "load_best_model_at_end": args.load_best_model_at_end or None,
     }
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Refuse a run whose processes see other data, or were given other settings; every process calls it.
+
+    Raises:
+        ValueError: They differ, which would end in a collective that not all of them come to.
+    """
+    first, *others = gather_object([dict(settings)])
+    for index, own in enumerate(others, start=1):
+        differ = [name for name in first if own[name] != first[name]]
+        if differ:
+            said = ", ".join(f"{name} {_short(own[name])}, the main one {_short(first[name])}" for name in differ)
+            raise ValueError(f"process {index} has {said}: give all processes the same images and settings")
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"
 
 
 def _plain(config: PeftConfig) -> Any:

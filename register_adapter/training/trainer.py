@@ -36,6 +36,7 @@ from .run_lock import folder_lock
 from .saving import check_finite, check_output_dir, check_push, describe_run, open_outputs, push_run, save_run
 from .selection import Selection
 from .setup import (
+    check_alike,
     check_streamed,
     image_processor_for,
     make_accelerator,
@@ -275,6 +276,7 @@ def _prepare(
     samples = len(eval_data) if eval_data is not None else 0
     learned = {**objective.details(), **_details(callbacks)}
     settings = run_settings(args, accelerator, learned, trainable, train_data, model, samples)
+    check_alike({**settings, "eval_samples": samples})
     state, checkpoint = _find_start(args, model, settings)
     selection = Selection(args, state, checkpoints.read_best(checkpoint) if checkpoint is not None else None)
     generator = torch.Generator()
