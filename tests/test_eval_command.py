@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import call, run_here
-from pairs import write_pair
+from pairs import make_tokenizer, write_pair
 from PIL import Image
 from safetensors.torch import save_file
 
 from register_adapter import add_registers
 from register_adapter.commands.runs.inputs import load_base
+from register_adapter.commands.runs.open_clip_models import open_clip_tokenizer
 from register_adapter.commands.runs.task_data import class_folders
 from register_adapter.commands.runs.tasks import EvalArguments, run_eval
+from register_adapter.evaluation import evaluate_zero_shot
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 from register_adapter.viz import write_task_page
 
@@ -187,6 +190,21 @@ def test_zero_shot_of_open_clip_and_with_a_tokenizer_from_elsewhere(folder: Path
     report = json.loads(said[said.index("{") :])
     assert [row["model"] for row in report["rows"]] == [name, "adapter"]
     assert report["models"]["adapter"]["registers"] == 2
+
+    # A tokenizer from elsewhere is that one, not OpenCLIP's own, which it takes for every name that it does not know.
+    elsewhere, said = open_clip_tokenizer(name, str(folder / "pair")), ["a photo of a red circle", "circle"]
+    expected = make_tokenizer()(said, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+    assert torch.equal(elsewhere(said), expected)
+    assert open_clip_tokenizer(name, "ViT-B-32")(said).shape == (2, 16)
+    with pytest.raises(ValueError, match="no model 'not-there'"):
+        open_clip_tokenizer(name, "not-there")
+    text["vocab_size"], text["hf_tokenizer_name"] = 64, "somewhere"
+    model = open_clip.CLIP(16, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)).eval()
+    with pytest.raises(ValueError, match="another model's: it has a token 49407, and the text tower knows 64"):
+        evaluate_zero_shot(model, str(folder / "classes" / "val"), tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    (own / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no tokenizer could be read in 'local-dir:.*or name one with --tokenizer"):
+        open_clip_tokenizer(name)
 
     shutil.copytree(folder / "pair", tmp_path / "pair")
     (tmp_path / "pair" / "tokenizer.json").unlink()

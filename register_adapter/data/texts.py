@@ -16,7 +16,7 @@ from ..utils.models import require_model
 from ..utils.shipped import local_folder
 from .processors import source_of
 
-__all__ = ["TextTokenizer", "caption_of", "read_prompts"]
+__all__ = ["TextTokenizer", "caption_of", "check_tokens", "load_tokenizer", "read_prompts"]
 
 
 class TextTokenizer:
@@ -64,12 +64,22 @@ class TextTokenizer:
         made = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        largest = int(made["input_ids"].max())
-        if self.words is not None and largest >= self.words:
-            raise ValueError(
-                f"the tokenizer is another model's: it has a token {largest}, and the text tower knows {self.words}"
-            )
+        if self.words is not None:
+            check_tokens(made["input_ids"], self.words)
         return {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
+
+
+def check_tokens(ids: torch.Tensor, words: int) -> None:
+    """Refuse numbers of tokens that a text tower with ``words`` of them does not know.
+
+    Raises:
+        ValueError: There is one: the tokenizer is another model's.
+    """
+    largest = int(ids.max())
+    if largest >= words:
+        raise ValueError(
+            f"the tokenizer is another model's: it has a token {largest}, and the text tower knows {words}"
+        )
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ...data.texts import load_tokenizer
 from ...errors import MissingExtraError
 from ...utils.files import check_regular
+from ...utils.hub import access_error
 
 __all__ = ["is_open_clip", "load_open_clip", "open_clip_tokenizer", "open_clip_transform"]
 
@@ -49,9 +52,41 @@ def open_clip_transform(name: str) -> Callable[[Any], Any]:
     return transform
 
 
-def open_clip_tokenizer(name: str) -> Callable[[Any], Any]:
-    """From texts to the tokens that the model takes."""
-    tokenizer: Callable[[Any], Any] = _library().get_tokenizer(name)
+def open_clip_tokenizer(model: str, name: str | None = None) -> Callable[[Any], Any]:
+    """From texts to the tokens that a model takes.
+
+    Args:
+        model: The model, by the name that OpenCLIP gives it.
+        name: Another tokenizer: its folder or name on the Hub, or a model of OpenCLIP that has it; ``None``: the
+            model's own.
+
+    Raises:
+        MissingExtraError: OpenCLIP is not installed.
+        ValueError: There is no tokenizer.
+        OSError: A pipe, a socket or a device is in the folder.
+    """
+    library = _library()
+    asked = name or model
+    check_regular(asked.removeprefix(_LOCAL))
+    tokenizer: Callable[[Any], Any]
+    text: dict[str, Any] = {} if name is None else (library.get_model_config(model) or {}).get("text_cfg", {})
+    length = None if name is None else text.get("context_length", 77)
+    if is_open_clip(asked) or (asked in library.list_models() and not Path(asked).exists()):
+        try:
+            tokenizer = library.get_tokenizer(asked, context_length=length)
+        except Exception as error:  # of the HTTP library and of tokenizers too
+            if (refused := access_error(asked.removeprefix(_HUB), error)) is not None:
+                raise refused from refused.__cause__
+            said = str(error).strip().partition("\n")[0].removesuffix(" from one of:")
+            raise ValueError(
+                f"no tokenizer could be read in {asked!r}: save the model's own there, or name one with --tokenizer "
+                f"({type(error).__name__}: {said})"
+            ) from error
+        return tokenizer
+    # OpenCLIP would take any name that it does not know for its own CLIP's tokenizer.
+    load_tokenizer(asked)
+    options = {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
+    tokenizer = library.tokenizer.HFTokenizer(asked, length, **options, **text.get("tokenizer_kwargs", {}))
     return tokenizer
 
 

@@ -161,7 +161,7 @@ def _zero_shot(
     name, base = next(iter(models.items()))
     tokenize: Any = None
     if is_open_clip(name):
-        tokenize = open_clip_tokenizer(tokenizer or name)
+        tokenize = open_clip_tokenizer(name, tokenizer)
     elif tokenizer is not None:
         tokenize = TextTokenizer.of(base, tokenizer)
     return evaluate_zero_shot(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ...data.texts import TextTokenizer
+from ...data.texts import TextTokenizer, check_tokens
 from ...errors import UnsupportedModelError
 from ...features.finite import check_finite_features, subject_in_words
 from ...features.passes import PassOptions, open_pass
@@ -230,10 +230,13 @@ def _classes(model: Any, texts: list[list[str]], tokenizer: Any, reading: Readin
     if tokenizer is None and _is_open_clip(base):
         raise ValueError(f"{type(base).__name__} does not say which tokenizer is its: give tokenizer=")
     tokenize = tokenizer or TextTokenizer.of(base)
-    embeds = []
+    embeds, words = [], _vocabulary(base)
     starts = range(0, len(every), _TEXTS)
     for start in tqdm(starts, desc=f"{name}: texts", disable=not reading.progress):
         tokens: Any = tokenize(every[start : start + _TEXTS])
+        ids = tokens if isinstance(tokens, torch.Tensor) else tokens["input_ids"]
+        if words is not None:
+            check_tokens(ids, words)
         if _is_open_clip(base):
             made = base.encode_text(tokens.to(device))
         else:
@@ -242,6 +245,14 @@ def _classes(model: Any, texts: list[list[str]], tokenizer: Any, reading: Readin
         embeds.append(F.normalize(made.float(), dim=-1))
     groups = torch.split(torch.cat(embeds), [len(of_class) for of_class in texts])
     return F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
+
+
+def _vocabulary(base: Any) -> int | None:
+    """How many tokens the text tower knows, if the model says so."""
+    said = getattr(getattr(getattr(base, "config", None), "text_config", None), "vocab_size", None)
+    for part in (base, getattr(base, "text", None)):  # OpenCLIP's
+        said = getattr(part, "vocab_size", None) if said is None else said
+    return said if isinstance(said, int) else None
 
 
 def _text_embeds(base: Any, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
