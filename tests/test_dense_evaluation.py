@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
+from execution_cases import registered
 from PIL import Image
 from sklearn.metrics import jaccard_score, mean_squared_error
 from torch.nn import functional as F
@@ -16,8 +18,10 @@ from torch.nn import functional as F
 from register_adapter import add_registers, capture
 from register_adapter.evaluation import evaluate_depth, evaluate_segmentation
 from register_adapter.evaluation.downstream import distance_scenes, mask_scenes, read_depths, read_masks
-from register_adapter.evaluation.downstream.dense import cells_of_pixels, enlarge
+from register_adapter.evaluation.downstream.dense import DenseReader, cells_of_pixels, enlarge
+from register_adapter.evaluation.downstream.dense_images import DenseImage
 from register_adapter.evaluation.downstream.depth import _means, root_mean_squared_error
+from register_adapter.evaluation.downstream.reading import Reading
 from register_adapter.evaluation.downstream.segmentation import _commonest, class_counts, mean_iou
 from register_adapter.testbed import SceneDataset, load_image_processor, load_planted_vit, load_vit
 
@@ -144,6 +148,34 @@ def test_patch_tokens_of_a_store_are_those_of_the_model(model: Any, processor: A
         stored = evaluate_segmentation(model, sets[0][:6], sets[1][:2], store=tmp_path, **arguments)
         assert stored.rows[0].values == plain.rows[0].values
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("way", ["default", "key_value"])
+def test_patch_tokens_of_rows_of_patches_are_those_of_the_model(way: str) -> None:
+    """SigLIP 2's kind takes no images: its patches are cut of the resized image."""
+    model = registered("siglip2-vision", way)
+    images = [Image.fromarray(np.full((h, w, 3), 40 * h % 255, np.uint8)) for h, w in ((30, 20), (5, 7))]
+    processor = families.tf.Siglip2ImageProcessor(patch_size=8, do_normalize=False)
+    reader = DenseReader((model, "default"), Reading(image_processor=processor), (16, 24))
+    items = [DenseImage(image, np.zeros(image.size[::-1]), "") for image in images]
+    for (_, tokens, _), image in zip(reader.maps(items, ""), images, strict=True):
+        pixels = np.asarray(image.resize((24, 16), Image.Resampling.BICUBIC), np.float32) / 255
+        rows = pixels.reshape(2, 8, 3, 8, 3).transpose(0, 2, 1, 3, 4).reshape(1, 6, -1)
+        mask, shape = torch.ones(1, 6, dtype=torch.long), torch.tensor([[2, 3]])
+        with torch.no_grad():
+            expected = model(torch.from_numpy(rows), pixel_attention_mask=mask, spatial_shapes=shape)
+        assert torch.allclose(tokens, expected.last_hidden_state[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm", "open_clip"])
+def test_a_size_that_the_model_does_not_take_is_refused(name: str) -> None:
+    from stacks_cases import build_stack  # skips without these libraries
+
+    images = [Image.fromarray(np.full((32, 32, 3), value, np.uint8)) for value in (1, 2)]
+    pairs = [(image, np.arange(1024).reshape(32, 32) % 2) for image in images]
+    options: dict[str, Any] = {"image_processor": load_image_processor(), "size": (32, 48)}
+    with pytest.raises(ValueError, match=r"fails on images of 32 × 48 px: .*takes images of one size only: give size="):
+        evaluate_segmentation(build_stack(name), pairs[:1], pairs[1:], **options, **QUICK)
 
 
 def test_a_test_image_that_is_a_training_image_is_refused(model: Any, processor: Any, sets: Any) -> None:

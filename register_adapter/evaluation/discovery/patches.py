@@ -28,7 +28,18 @@ from ...towers.tower import Tower
 from ...utils.arguments import check_whole
 from .boxes import DiscoveredObject
 
-__all__ = ["FEATURES", "Features", "PatchReader", "Preparation", "Prepared", "Size", "Wanted", "each_image"]
+__all__ = [
+    "FEATURES",
+    "Features",
+    "PatchReader",
+    "Preparation",
+    "Prepared",
+    "Size",
+    "Wanted",
+    "each_image",
+    "fails_on",
+    "tower_inputs",
+]
 
 Features = Literal["keys", "queries", "values", "tokens"]
 #: What patches can be compared by.
@@ -221,7 +232,7 @@ class PatchReader:
             patches = stack.enter_context(watch_patches(self.tower))
             if self._antialias:
                 stack.enter_context(antialiased_positions(self.tower))
-            inputs = _inputs(self.tower, pixels, grid)
+            inputs = tower_inputs(self.tower, pixels, grid)
             self._run(pixels, inputs)
             layouts = {pair: find_layout(self.tower, self._registers, pair.block + 1) for pair in kept}
         read: dict[Wanted, torch.Tensor] = {}
@@ -242,14 +253,18 @@ class PatchReader:
         except (RegisterAdapterError, torch.OutOfMemoryError):
             raise
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{type(self.tower.module).__name__} fails on pixel values {tuple(pixels.shape)}: {error}. A model "
-                "that does not interpolate its position embeddings takes images of one size only: give size=(height, "
-                "width)"
-            ) from error
+            raise fails_on(self.tower, f"pixel values {tuple(pixels.shape)}", error) from error
 
 
-def _inputs(tower: Tower, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | dict[str, torch.Tensor]:
+def fails_on(tower: Tower, what: str, error: Exception) -> ValueError:
+    """What to say where a tower fails on images of a size that was asked for."""
+    return ValueError(
+        f"{type(tower.module).__name__} fails on {what}: {error}. A model that does not interpolate its position "
+        "embeddings takes images of one size only: give size=(height, width)"
+    )
+
+
+def tower_inputs(tower: Tower, pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | dict[str, torch.Tensor]:
     """What the tower is called with: pixel values, in order where it shuffles them, or patches where it takes those."""
     names = inspect.signature(tower.module.forward).parameters
     count = grid[0] * grid[1]

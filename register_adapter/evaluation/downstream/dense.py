@@ -15,10 +15,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ...data.processors import find_image_processor, source_of
+from ...errors import RegisterAdapterError
 from ...features.layout import tower_of
 from ...features.subjects import Subject
 from ...towers.tower import Tower
-from ..discovery.patches import Preparation
+from ..discovery.patches import Preparation, fails_on, tower_inputs
 from .dense_images import DenseImage
 from .reading import Reading, iterate_features
 from .samples import refuse_leaks
@@ -111,18 +112,34 @@ class DenseReader:
         self.grid = self.size[0] // patch, self.size[1] // patch
         prepare = Preparation(model, tower, processor, self.size)
         self._subject = subject
-        self._reading = replace(reading, image_processor=_Whole(prepare, processor, self.size))
+        whole = _Whole(prepare, processor, self.size)
+        if not isinstance(tower_inputs(tower, torch.zeros(1, 3, *self.size), self.grid), torch.Tensor):
+            whole = _WholeAsPatches(prepare, processor, self.size, tower, self.grid)
+        self._reading, self._tower = replace(reading, image_processor=whole), tower
 
     def maps(self, items: Sequence[DenseImage], title: str) -> Generator[tuple[int, torch.Tensor, _Array], None, None]:
-        """Of each good image its number, its patch tokens ``(P, D)`` and its target ``(H, W)``; to be closed."""
+        """Of each good image its number, its patch tokens ``(P, D)`` and its target ``(H, W)``; to be closed.
+
+        Raises:
+            ValueError: The model fails on images of this size; and as for :func:`iterate_features`.
+        """
         images = [item.image for item in items]
         batches = iterate_features(self._subject, images, patches=True, reading=self._reading, title=title)
         with closing(batches):
-            for numbers, tensors, _ in batches:
+            for numbers, tensors in self._checked(batches):
                 if (count := tensors["patches"].shape[1]) != self.grid[0] * self.grid[1]:
                     raise ValueError(f"images of {self.size} px have {count} patches, and {self.grid} was meant")
                 for number, tokens in zip(numbers, tensors["patches"], strict=True):
                     yield number, tokens, items[number].read()
+
+    def _checked(self, batches: Iterator[Any]) -> Iterator[tuple[Sequence[int], Mapping[str, torch.Tensor]]]:
+        try:
+            for numbers, tensors, _ in batches:
+                yield numbers, tensors
+        except (RegisterAdapterError, torch.OutOfMemoryError):
+            raise
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise fails_on(self._tower, f"images of {self.size[0]} × {self.size[1]} px", error) from error
 
     def draw(
         self,
@@ -176,6 +193,17 @@ class _Whole:
         """What a store's features depend on: of a transform the normalisation, all of it that is used."""
         own = self.processor.to_dict() if hasattr(self.processor, "to_dict") else self.prepare.normalisation
         return {"size": list(self.size), "normalised as": own}
+
+
+@dataclass(frozen=True, eq=False)
+class _WholeAsPatches(_Whole):
+    """The same for a tower that takes more than pixel values, such as SigLIP 2's rows of patches."""
+
+    tower: Tower
+    grid: tuple[int, int]
+
+    def __call__(self, images: Image.Image, return_tensors: str = "pt") -> Any:
+        return tower_inputs(self.tower, self.prepare(images).pixels[None], self.grid)
 
 
 def _native_size(processor: Any, tower: Tower) -> tuple[int, int]:
