@@ -8,6 +8,7 @@ import torch
 from families import perturb
 from helpers import assert_identical, flatten, hooks
 from processes import run_script
+from stacks_cases import build_stack
 from test_export import perturb_registers
 
 from register_adapter import (
@@ -18,6 +19,7 @@ from register_adapter import (
     export_program,
     save_native,
 )
+from register_adapter.export.saved import export_saved
 from register_adapter.tuner.hooks.tokens import cut_tokens
 
 timm = pytest.importorskip("timm")
@@ -231,3 +233,11 @@ def test_graphs(tmp_path):
     torch.testing.assert_close(
         torch.from_numpy(session.run(["output"], {"x": x.numpy()})[0]), expected, atol=1e-4, rtol=1e-4
     )
+
+
+def test_a_saved_adapter_at_a_size_that_the_model_does_not_take(tmp_path):
+    base = build_stack("timm-wrapper")
+    base.save_pretrained(tmp_path / "base")
+    add_registers(base, 2).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"cannot be run at image_size=48: .*48"):
+        export_saved(tmp_path / "adapter", tmp_path / "out", "program", str(tmp_path / "base"), 48)

@@ -474,6 +474,12 @@ def test_the_attention_bias_form_is_what_the_register_would_say() -> None:
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["timm", "open_clip"])
+def test_a_size_that_the_model_does_not_take_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"images of side 48 \(image_sizes\) cannot be run through VisionTransformer"):
+        fit(build_stack(name), images(batch=8), image_sizes=(48,))
+
+
 @pytest.mark.parametrize("option", [{"attention_bias": True}, {"gate": -1e9}], ids=["attention_bias", "gate"])
 def test_forms_that_need_the_attention_interface_are_refused_without_it(option: dict[str, Any]) -> None:
     model = build_stack("timm")

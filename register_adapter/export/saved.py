@@ -124,7 +124,10 @@ def export_saved(
             processor = cached_file(
                 local_folder(base), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
             )
-    said = FORMATS[form](model, target, image_size)
+    try:
+        said = FORMATS[form](model, target, image_size)
+    except AssertionError as error:  # timm's, of a size that the model does not take
+        raise ValueError(f"{type(model).__name__} cannot be run at image_size={image_size}: {error}") from error
     if processor is not None:
         with staged(target) as scratch:
             shutil.copyfile(processor, scratch / "preprocessor_config.json")

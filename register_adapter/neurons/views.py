@@ -74,7 +74,7 @@ class View:
                 stack.enter_context(scores.attach())
             try:
                 self.tower.run(self.resized(batch))
-            except RuntimeError as error:
+            except (AssertionError, RuntimeError) as error:  # timm asserts
                 if self.size is None:
                     raise
                 said = str(error).partition("\n")[0]
