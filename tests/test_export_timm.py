@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from families import perturb
 from helpers import assert_identical, flatten, hooks
 from processes import run_script
@@ -241,3 +242,12 @@ def test_a_saved_adapter_at_a_size_that_the_model_does_not_take(tmp_path):
     add_registers(base, 2).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"cannot be run at image_size=48: .*48"):
         export_saved(tmp_path / "adapter", tmp_path / "out", "program", str(tmp_path / "base"), 48)
+
+
+def test_an_export_of_transformers_wrapper_loads(tmp_path):
+    model, x = add_registers(build_stack("timm-wrapper"), 2), images()
+    save_native(export_native(model), tmp_path / "plain")
+    plain = transformers.TimmWrapperModel.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        hidden, expected = (each(pixel_values=x).last_hidden_state for each in (plain, model))
+    assert torch.equal(cut_tokens(hidden, 1, 2, hidden.shape[1]), expected)

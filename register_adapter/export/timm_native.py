@@ -47,9 +47,12 @@ def export_timm(subject: Subject) -> nn.Module:
             f"and the adapter's behind the norm: no values of reg_tokens are equivalent. {OTHER_FORMS}"
         )
     base = copy.deepcopy(subject.base)
-    plain = base.get_submodule(subject.path)
+    plain: Any = base.get_submodule(subject.path)
     _strip(base)
     _add_registers(plain, subject, _ARGUMENTS[name])
+    config: Any = getattr(base, "config", None)
+    if hasattr(config, "model_args"):  # transformers' wrapper makes the model anew from it
+        config.model_args = {**(config.model_args or {}), _ARGUMENTS[name]: plain.reg_token.shape[1]}
     return base.requires_grad_(True).eval()
 
 
