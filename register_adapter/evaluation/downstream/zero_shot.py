@@ -234,8 +234,8 @@ def _classes(model: Any, texts: list[list[str]], tokenizer: Any, reading: Readin
     starts = range(0, len(every), _TEXTS)
     for start in tqdm(starts, desc=f"{name}: texts", disable=not reading.progress):
         tokens: Any = tokenize(every[start : start + _TEXTS])
-        ids = tokens if isinstance(tokens, torch.Tensor) else tokens["input_ids"]
-        if words is not None:
+        ids = tokens if isinstance(tokens, torch.Tensor) else tokens.get("input_ids")
+        if words is not None and ids is not None:
             check_tokens(ids, words)
         if _is_open_clip(base):
             made = base.encode_text(tokens.to(device))
