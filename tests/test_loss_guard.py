@@ -54,8 +54,12 @@ def items(count: int = 16) -> list[dict[str, Any]]:
     return [{"pixel_values": image, "labels": 0, "index": index} for index, image in enumerate(pixels)]
 
 
-def run(data: Any, objective: Any, out: Path | None = None, **options: Any) -> Any:
+def run(data: Any, objective: Any, out: Path | None = None, dropout: float = 0.0, **options: Any) -> Any:
+    torch.manual_seed(0)
     model = add_registers(build("vit-classifier"), 2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
     options = {"max_train_steps": 8, "per_device_train_batch_size": 2, "quiet": True, "use_cpu": True, **options}
     train(model, objective, data, TrainArguments(None if out is None else str(out), **options))
     return model
@@ -101,8 +105,9 @@ def test_items_without_numbers_are_not_named() -> None:
         run(data, ClassificationObjective())
 
 
-def test_a_run_goes_on_once_the_fault_is_mended(tmp_path: Path) -> None:
-    options = {"max_train_steps": 8, "gradient_accumulation_steps": 2}
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_run_goes_on_once_the_fault_is_mended(dropout: float, tmp_path: Path) -> None:
+    options = {"max_train_steps": 8, "gradient_accumulation_steps": 2, "dropout": dropout}
     plain = run(items(), Failing(99, FAULTS["nan"][0]), tmp_path / "plain", **options)
     with pytest.raises(FloatingPointError):
         run(items(), Failing(5, FAULTS["nan"][0]), tmp_path / "out", **options)

@@ -187,6 +187,7 @@ class Loop:
         what, images = fault
         self.optimizer.zero_grad()
         self.state.step = self._first_batch  # whoever goes on from here sees these batches again
+        checkpoints.set_random_state(self._before_step)
         self._save_last()
         kept = f"{self.checkpoint} holds what was learned before it" if self.checkpoint else "nothing is saved"
         raise FloatingPointError(
@@ -251,6 +252,8 @@ class Loop:
         if self.random_state is not None:
             checkpoints.set_random_state(self.random_state)
             self.random_state = None
+        if self.state.step == self._first_batch:
+            self._before_step = checkpoints.random_state()
         for callback in self.callbacks:
             callback.on_step_begin(self.model, self.state.global_step / self.total_steps)
         with self.accelerator.accumulate(self.model):

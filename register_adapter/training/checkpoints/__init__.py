@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...utils.random_states import same_random_state, set_random_state
+from ...utils.random_states import random_state, same_random_state, set_random_state
 from .folder import adapter_weights, copy_weights, load, load_adapter, put_weights, read_best, save
 from .state import CheckpointError, TrainState, find, find_all, read_state, remove_all
 
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "load_adapter",
     "put_weights",
+    "random_state",
     "read_best",
     "read_state",
     "remove_all",
