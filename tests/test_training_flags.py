@@ -201,6 +201,7 @@ def test_flags_on_the_command_line_win_over_the_file(tmp_path: Path) -> None:
         ("seed: !!python/object/apply:os.system [ls]", "seed must be a single value"),
         ("learning-rate: nan", "learning_rate must be a finite number"),
         (b"\xff\xfe\x00", "is not YAML in UTF-8"),
+        ("seed: 1\n" * 10_000, "is larger than a file of settings can be (65536 bytes)"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(

@@ -18,7 +18,7 @@ __all__ = ["config_value", "config_words", "did_you_mean", "render_config"]
 #: Flags that are about one start of the program, not about the run.
 _NOT_SETTINGS = ("help", "config", "json", "quiet", "resume_from_checkpoint", "overwrite_output_dir")
 #: Bytes of a file, and collections in one another: a list as a value is refused with the name of its flag.
-_MOST, _DEEPEST = 2**20, 2
+_MOST, _DEEPEST = 2**16, 2
 
 
 def config_words(path: str | Path, parser: ArgumentParser, advice: Callable[[str, Any], str]) -> list[str]:
