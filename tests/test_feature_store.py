@@ -115,6 +115,15 @@ def test_what_the_disk_cannot_hold_is_refused_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    FeatureStore(tmp_path, make_spec()).fill(compute)
+    shard = next(tmp_path.glob("*.safetensors"))
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(StoreError, match=rf"{shard.name} is a folder, .* remove it"):
+        FeatureStore(tmp_path, make_spec())
+
+
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, make_spec())
     store.fill(compute)

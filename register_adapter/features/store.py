@@ -243,8 +243,10 @@ class FeatureStore:
         return self.folder / f"features-{shard:05d}-of-{self.num_shards:05d}.safetensors"
 
     def _check_space(self) -> None:
-        there_already = len(list(self.folder.glob(f"features-*-of-{self.num_shards:05d}.safetensors")))
-        written = min(self.spec.count, there_already * self.spec.images_per_shard)
+        there_already = list(self.folder.glob(f"features-*-of-{self.num_shards:05d}.safetensors"))
+        if folders := [path for path in there_already if path.is_dir()]:
+            raise StoreError(f"{folders[0]} is a folder, in the place of a file of features; remove it")
+        written = min(self.spec.count, len(there_already) * self.spec.images_per_shard)
         needed = (self.spec.count - written) * self.spec.bytes_per_image
         what = f"the features of {self.spec.count} images"
         check_space(self.folder, needed, what, self._instead)
