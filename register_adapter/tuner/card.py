@@ -251,11 +251,13 @@ def _digest(path: Path) -> str | None:
 
 def neuron_strengths(path: Path, config: RegisterConfig) -> list[float] | None:
     """Strengths of the register neurons in a file of weights, in 0…1; ``None`` without neurons or such a file."""
+    if not config.register_neurons or not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
             key = next((key for key in file.keys() if key.endswith(STRENGTH_KEY)), None)  # noqa: SIM118
-            return file.get_tensor(key).float().clamp(0, 1).tolist() if key and config.register_neurons else None
-    except (OSError, SafetensorError, ValueError):
+            return file.get_tensor(key).float().clamp(0, 1).tolist() if key else None
+    except (OSError, SafetensorError):
         return None
 
 
