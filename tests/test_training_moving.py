@@ -42,19 +42,20 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 @pytest.mark.parametrize(
-    ("train", "objective"),
+    ("train", "parts", "objective"),
     [
-        ("registers+gates+lora", LABEL_FREE),
-        ("lora", LABEL_FREE),
-        ("registers+positions+norms+patch_embedding", LABEL_FREE),
-        ("registers+lora+last_blocks=1", ()),
+        ("registers+gates+lora", {"registers", "gates", "lora"}, LABEL_FREE),
+        ("lora", {"lora"}, LABEL_FREE),
+        ("registers+positions+norms+patch_embedding", {"registers", "positions", "copies"}, LABEL_FREE),
+        ("registers+lora+last_blocks=1", {"registers", "lora", "copies", "head"}, ()),
     ],
 )
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_adapters(
-    train: str, objective: tuple[str, ...], case: Path, tmp_path: Path
+    train: str, parts: set[str], objective: tuple[str, ...], case: Path, tmp_path: Path
 ) -> None:
     given = (*objective, *SHORT, "--train", train)
     start(flags(case, tmp_path / "whole", *given, "--checkpointing-steps", "1"))
+    assert set(results_of(tmp_path / "whole")["trained"]) == parts
     resume = ("--resume-from-checkpoint", str(tmp_path / "whole" / "checkpoint-2"))
     start(flags(case, tmp_path / "again", *given, *resume))
     whole, early = weights(tmp_path / "whole"), weights(tmp_path / "whole" / "checkpoint-1")

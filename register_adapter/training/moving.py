@@ -109,8 +109,8 @@ def put_on(
         UnsupportedModelError: The model has no single vision tower.
     """
     options = dict(registers or {})
-    if moving.gates:
-        options.setdefault("gate", -5.0)
+    if moving.gates and options.get("gate") is None:
+        options["gate"] = -5.0
     heads = list(modules_to_save)
     if moving.alone:
         return add_registers(base, **{**options, **({"modules_to_save": heads} if heads else {})})
