@@ -32,13 +32,13 @@ def test_the_package_is_installed_from_its_repository(tmp_path: Path) -> None:
 
 def test_a_fitted_adapters_card_says_what_was_found(tmp_path: Path) -> None:
     fit = {"rule": "auto", "share_before": 0.125, "share_after": 0.00031}
-    fit["num_images"] = {"detect": 50, "rank": 30, "held_out": 20}
+    fit["num_images"] = {"detect": 50, "rank": 30, "held_out": 20}  # the latter two are among the 50
     config = RegisterConfig(init="test_time", register_neurons={2: [1, 5], 3: [4]}, test_time_fit=fit)
     config.base_tower = TOWER
     update_model_card(tmp_path / "README.md", config, ViTForImageClassification)
     text = (tmp_path / "README.md").read_text()
     assert "3 hidden units of MLPs (block 2: 2, block 3: 1)" in text
-    assert "| Images they were found on | 100 (detect 50, rank 30, held_out 20) |" in text
+    assert "| Images they were found on | 50 (detect 50, rank 30, held_out 20) |" in text
     assert "| Rule for outliers | `auto` |" in text
     assert "| Outlier patches on held-out images, when fitted | 12.500% before, 0.031% after |" in text
     assert "2506.08010" in text

@@ -336,7 +336,7 @@ def _fit_rows(config: RegisterConfig, strengths: list[float] | None) -> dict[str
     images = fit.get("num_images")
     if isinstance(images, dict) and all(isinstance(number, int) for number in images.values()):
         parts = ", ".join(f"{plain(str(name))} {number}" for name, number in images.items())
-        rows["Images they were found on"] = f"{sum(images.values())} ({parts})"
+        rows["Images they were found on"] = f"{max(images.values())} ({parts})"  # those of "detect" are all of them
     if "rule" in fit:
         rows["Rule for outliers"] = code(str(fit["rule"]))
     shares = [fit.get("share_before"), fit.get("share_after")]
