@@ -15,6 +15,9 @@ from transformers import (
     AutoConfig,
     CLIPImageProcessor,
     Pix2StructImageProcessor,
+    Siglip2ImageProcessor,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -23,6 +26,8 @@ from transformers import (
 from register_adapter import add_registers
 from register_adapter.data.batches import ImageBatches
 from register_adapter.data.processing import check_fits, process_image
+from register_adapter.errors import UnsupportedModelError
+from register_adapter.studies import study
 from register_adapter.towers import find_tower
 from register_adapter.training.launch import main as train_main
 
@@ -157,3 +162,18 @@ def test_a_processor_of_another_family_that_fits_is_taken() -> None:
     processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     made = process_image(processor, Image.new("RGB", (20, 30)), "image")
     check_fits(made, ViTModel(ViTConfig(**SIZES, image_size=16, patch_size=8)), processor)
+
+
+def test_rows_of_patches_are_not_trained_on(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    model = Siglip2VisionModel(Siglip2VisionConfig(**SIZES, patch_size=8, num_patches=16))
+    with pytest.raises(UnsupportedModelError, match="rows of patches"):
+        study(model, images, tmp_path / "study", image_processor=processor)
+    assert not (tmp_path / "study").exists()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    words = ["--model-name-or-path", tmp_path, "--train-dir", images, "--output-dir", tmp_path / "out", "--use-cpu"]
+    with pytest.raises(SystemExit) as stop:
+        train_main([*map(str, words), "--objective", "preserve", "--quiet"])
+    assert stop.value.code == 1
+    assert "rows of patches" in capsys.readouterr().err

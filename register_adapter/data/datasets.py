@@ -18,7 +18,7 @@ from .augmentation import AUGMENTATIONS, Augmentation
 from .checking import check_image_column, check_labels, item_name, named_errors, skip_bad
 from .folders import read_captioned_folder, read_flat_folder, read_image_folder, split_at_random
 from .images import image_name, load_image, refuse_word
-from .processing import process_image
+from .processing import pixels_alone, process_image
 from .processors import check_processor
 from .shards import SHARD, check_shards, names_shards
 
@@ -127,6 +127,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     Raises:
         ImageFileError: On reading an item whose image is bad.
+        UnsupportedModelError: On reading an item of which the processor makes rows of patches.
         ValueError: On reading an item whose label is ``None`` or negative.
     """
 
@@ -163,8 +164,7 @@ class ProcessedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         image = load_image(item["image"], name)
         if self.augmentation is not None:
             image = self.augmentation(image, self.epoch, index)
-        made = process_image(self.image_processor, image, name)
-        pixels = made if isinstance(made, torch.Tensor) else made["pixel_values"]
+        pixels = pixels_alone(process_image(self.image_processor, image, name), self.image_processor)
         return {"pixel_values": pixels[0], "index": index, "epoch": self.epoch, **labels, **self._text_of(item)}
 
     def _text_of(self, item: Any) -> dict[str, Any]:

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..utils.random_states import same_random_state
 from ..utils.text import printable
 from .images import ImageFileError
 from .processors import check_processor
 
-__all__ = ["LARGE", "Batch", "Processing", "check_fits", "process_image", "reduced", "settings_of"]
+__all__ = ["LARGE", "Batch", "Processing", "check_fits", "pixels_alone", "process_image", "reduced", "settings_of"]
 
 #: Pixels of an image that is processed as it is: beyond what cameras of most phones make.
 LARGE = 2**25
@@ -140,6 +141,26 @@ def check_fits(made: Batch, module: nn.Module, processor: Any) -> None:
         needed = f"{channels} channels" if wrong else f"at least the {sides[0]} × {sides[1]} of a patch"
         made_of = f"{pixels.shape[1]} channels" if wrong else f"{pixels.shape[2]} × {pixels.shape[3]} pixels"
         raise ValueError(f"{who} it makes images of {made_of}, and {needed} are needed; save the model's own with it")
+
+
+def pixels_alone(made: Batch, processor: Any) -> torch.Tensor:
+    """The pixel values of what a processor made, for training, which calls a model with nothing else.
+
+    Args:
+        made: From :func:`process_image`.
+        processor: For the message.
+
+    Raises:
+        UnsupportedModelError: They are rows of patches, as NaFlex models of SigLIP 2 and Pix2Struct take them.
+    """
+    pixels = made if isinstance(made, torch.Tensor) else made.get("pixel_values")
+    if not isinstance(pixels, torch.Tensor) or (isinstance(made, dict) and pixels.ndim == 3):
+        raise UnsupportedModelError(
+            f"{_called(processor)} makes {', '.join(made)} of an image, which are rows of patches; trainings and "
+            "studies give a model pixel values (3, H, W) alone, so that this one cannot be trained. audit, fit, "
+            "features and eval take it"
+        )
+    return pixels
 
 
 class Processing:

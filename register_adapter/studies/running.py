@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..artifacts import ArtifactReport, audit, resolve_rule
+from ..data.processing import pixels_alone, process_image
 from ..data.processors import find_image_processor, source_of
 from ..errors import RegisterAdapterError, UnsupportedModelError
 from ..towers.identity import TowerIdentity
@@ -89,7 +91,7 @@ def study(
     Raises:
         ValueError: An argument is out of range, there are too few images, the folder has a study with other settings,
             or a model with artifacts has adapters already.
-        UnsupportedModelError: The model has no single vision tower.
+        UnsupportedModelError: The model has no single vision tower, or takes rows of patches in place of images.
         OSError: Nothing can be written into the folder, or an image cannot be read.
         FolderInUseError: Another study, or training, writes into the folder.
 
@@ -111,6 +113,7 @@ def study(
     check_target(output_dir)
     out = Path(output_dir)
     image_processor = image_processor or find_image_processor(source_of(model))
+    pixels_alone(process_image(image_processor, Image.new("RGB", (256, 256), "grey"), "a grey image"), image_processor)
     shared = read_images(images, image_processor, max_images, strict)
     settings = {
         "model": TowerIdentity.of(tower).to_dict(),

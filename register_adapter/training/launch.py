@@ -20,7 +20,7 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from ..data.datasets import DataArguments, ProcessedDataset, load_data
-from ..data.processing import check_fits, process_image
+from ..data.processing import check_fits, pixels_alone, process_image
 from ..data.processors import load_image_processor
 from ..data.stream_loading import load_stream
 from ..data.streaming import StreamedDataset
@@ -271,4 +271,6 @@ def _check_processor(processor: Any, base: nn.Module) -> None:
     tower = next(find_towers(base), None)
     if tower is not None:
         blank = Image.new("RGB", (256, 256), "grey")
-        check_fits(process_image(processor, blank, "a grey image"), tower.module, processor)
+        made = process_image(processor, blank, "a grey image")
+        check_fits(made, tower.module, processor)
+        pixels_alone(made, processor)
