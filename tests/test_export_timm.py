@@ -251,3 +251,18 @@ def test_an_export_of_transformers_wrapper_loads(tmp_path):
     with torch.no_grad():
         hidden, expected = (each(pixel_values=x).last_hidden_state for each in (plain, model))
     assert torch.equal(cut_tokens(hidden, 1, 2, hidden.shape[1]), expected)
+
+
+@pytest.mark.parametrize("names", [{0: "cat", 1: "dog", 2: "cup"}, {0: "cat", 1: "dog"}])
+def test_an_export_of_transformers_wrapper_has_the_trained_heads_classes(names, tmp_path):
+    base, x = build_stack("timm-wrapper-classifier"), images()
+    base.config.label_names = list(base.config.id2label.values())  # as a checkpoint of timm's has them
+    base.save_pretrained(tmp_path / "base")
+    base.timm_model.reset_classifier(len(names))
+    model = add_registers(base, 2, modules_to_save=["timm_model.head"], id2label=names)
+    model.save_pretrained(tmp_path / "adapter")
+    export_saved(tmp_path / "adapter", tmp_path / "plain", "native", str(tmp_path / "base"))
+    plain = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / "plain")
+    assert plain.config.id2label == names
+    with torch.no_grad():
+        assert torch.equal(plain(pixel_values=x).logits, model.eval()(pixel_values=x).logits)

@@ -16,6 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import MissingExtraError, UnsupportedModelError
+from ..tuner.heads import name_classes
 from ..tuner.layer import RegisterLayer
 from .subject import OTHER_FORMS, Subject
 from .whole import model_folder
@@ -51,6 +52,9 @@ def export_timm(subject: Subject) -> nn.Module:
     _strip(base)
     _add_registers(plain, subject, _ARGUMENTS[name])
     config: Any = getattr(base, "config", None)
+    given: Any = getattr(subject.base, "config", None)
+    if hasattr(given, "id2label"):  # of a trained head; the copy has the base's again
+        name_classes(base, dict(given.id2label), dict(given.label2id or {}))
     if hasattr(config, "model_args"):  # transformers' wrapper makes the model anew from it
         config.model_args = {**(config.model_args or {}), _ARGUMENTS[name]: plain.reg_token.shape[1]}
     return base.requires_grad_(True).eval()

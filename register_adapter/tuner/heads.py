@@ -30,6 +30,7 @@ __all__ = [
     "labels_for",
     "lacking_modules",
     "modules_called",
+    "name_classes",
     "number_of_labels",
     "warn_of_left_out",
     "warn_of_new_weights",
@@ -257,17 +258,21 @@ class HeadLabels(dict[str, dict[int, str]]):
             self._own = self._shown = None  # somebody has set others, which stay
         if labels is not None:
             self._own = self._own or (dict(config.id2label), dict(config.label2id or {}))
-            self._write(dict(labels), {name: number for number, name in labels.items()})
+            name_classes(self._model[0], dict(labels), {name: number for number, name in labels.items()})
             self._shown = dict(labels)
         elif self._own is not None:
-            self._write(*self._own)
+            name_classes(self._model[0], *self._own)
             self._own = self._shown = None
 
-    def _write(self, id2label: dict[int, str], label2id: dict[str, int]) -> None:
-        model: Any = self._model[0]
-        model.config.id2label, model.config.label2id = id2label, label2id
-        if "num_labels" in vars(model):  # some classes of transformers 4 ask this one
-            model.num_labels = len(id2label)
+
+def name_classes(model: Any, id2label: dict[int, str], label2id: dict[str, int]) -> None:
+    """Write the names of classes into a model's config, wherever it has them."""
+    config: Any = model.config
+    config.id2label, config.label2id = id2label, label2id
+    if getattr(config, "label_names", None) is not None:  # what transformers' wrapper of timm is saved with
+        config.label_names = list(id2label.values())
+    if "num_labels" in vars(model):  # some classes of transformers 4 ask this one
+        model.num_labels = len(id2label)
 
 
 def warn_of_new_weights(model: nn.Module, names: Iterable[str]) -> None:
