@@ -25,6 +25,7 @@ from register_adapter import (
 from register_adapter.evaluation import analyse_registers
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 from register_adapter.evaluation.downstream.provenance import source_of_features
+from register_adapter.viz import read_maps
 
 MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}
 Call = Callable[[], Any]
@@ -126,6 +127,11 @@ def _discovery(model: nn.Module) -> Any:
         return list(PatchReader(model, [Wanted("tokens", -1)]).read(images(), (4, 4)).values())
 
 
+def _maps(model: nn.Module) -> Any:
+    maps = read_maps("", model, images())
+    return [torch.from_numpy(values) for values in (maps.norms, maps.attention)]
+
+
 def test_threads_look_at_adapters_of_one_model() -> None:
     """Each set its adapter for all threads: features of the other's, and in the end one of them was active for good."""
     model = add_registers(build("vit"), 3, init_std=1.0).eval()
@@ -138,7 +144,7 @@ def test_threads_look_at_adapters_of_one_model() -> None:
     }
 
 
-@pytest.mark.parametrize("read", [_features, _audit, _discovery])
+@pytest.mark.parametrize("read", [_features, _audit, _discovery, _maps])
 @pytest.mark.parametrize("other", [1, None], ids=["another", "none"])
 def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module], Any], other: int | None) -> None:
     """Another thread set another one in mid-pass, or switched all off: registers were read as patches, in silence."""

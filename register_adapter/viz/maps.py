@@ -193,7 +193,7 @@ class Maps:
 
 def read_maps(name: str, model: nn.Module, pixel_values: torch.Tensor) -> Maps:
     """Norm and attention maps of ``(B, 3, H, W)`` pixel values under ``model``, with or without registers."""
-    with looking_at(model):
+    with looking_at(model), adapters_stay(tower_of(model)[1]):
         prepared = [PreparedImage(pixels[None], np.empty(0, np.uint8), None) for pixels in pixel_values]
         maps = [read_image_maps(model, image) for image in prepared]
     norms, attention = [image.norms[-1] for image in maps], [image.attention.mean(0) for image in maps]
