@@ -22,7 +22,7 @@ from register_adapter import (
     find_tower,
     get_features,
 )
-from register_adapter.evaluation import analyse_registers
+from register_adapter.evaluation import analyse_registers, probe_tokens
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 from register_adapter.evaluation.downstream.provenance import source_of_features
 from register_adapter.viz import read_maps
@@ -127,6 +127,13 @@ def _discovery(model: nn.Module) -> Any:
         return list(PatchReader(model, [Wanted("tokens", -1)]).read(images(), (4, 4)).values())
 
 
+def _probes(model: nn.Module) -> Any:
+    pixels = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    report = probe_tokens(model, pixels, [0, 1] * 6, batch_size=4, min_images=10, max_iter=5)
+    scores = [row.reconstruction_l2 for row in report.rows]
+    return torch.tensor([score.value for score in scores if score is not None])
+
+
 def _maps(model: nn.Module) -> Any:
     maps = read_maps("", model, images())
     return [torch.from_numpy(values) for values in (maps.norms, maps.attention)]
@@ -144,7 +151,7 @@ def test_threads_look_at_adapters_of_one_model() -> None:
     }
 
 
-@pytest.mark.parametrize("read", [_features, _audit, _discovery, _maps])
+@pytest.mark.parametrize("read", [_features, _audit, _discovery, _probes, _maps])
 @pytest.mark.parametrize("other", [1, None], ids=["another", "none"])
 def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module], Any], other: int | None) -> None:
     """Another thread set another one in mid-pass, or switched all off: registers were read as patches, in silence."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ...artifacts.rules.threshold import Threshold
-from ...features.layout import tower_of
+from ...features.layout import adapters_stay, tower_of
 from ...features.passes import PassOptions, open_pass, resolve_layer
 from ...towers.anatomy import Anatomy
 from ...utils.environment import versions
@@ -138,8 +138,9 @@ def probe_tokens(
         anatomy=anatomy,
         title="probes",
     )
-    sampler = TokenSampler(tower, registers, threshold, index, places, tokens_per_image, max_samples, seed)
-    opened.run(sampler)
+    with adapters_stay(registers):  # the sampler counts the tokens before the patches once, for all passes
+        sampler = TokenSampler(tower, registers, threshold, index, places, tokens_per_image, max_samples, seed)
+        opened.run(sampler)
     samples = sampler.samples()
     enough = len(samples.with_both) >= min_images
     drawn = samples.with_both if enough else samples.with_both + samples.plain
