@@ -398,6 +398,50 @@ def test_an_interrupt_while_registers_are_put_on_leaves_the_model_as_it_was(
     check()
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["registers", "and a head"])
+def test_a_load_that_was_interrupted_can_be_tried_again_on_the_same_base(
+    base: Any, head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT looks for the weights once more when the registers are on; Ctrl-C or a connection that breaks left them."""
+    model = add_registers(copy.deepcopy(base), 2, init_std=1.0, modules_to_save=["classifier"] if head else None)
+    model.save_pretrained(tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            PeftModel.from_pretrained(base, tmp_path)
+    assert_identical(run(PeftModel.from_pretrained(base, tmp_path), PIXELS), run(model, PIXELS))
+
+    other = add_registers(copy.deepcopy(base), 2, adapter_name="one")
+    with pytest.raises(ValueError, match="register adapter 'one' already"):
+        PeftModel.from_pretrained(other.get_base_model(), tmp_path, "one")
+
+
+@pytest.mark.parametrize("since", ["module", "adapter"])
+def test_what_was_done_to_a_base_since_an_interrupted_load_is_not_undone(
+    base: Any, since: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_registers(copy.deepcopy(base), 2).save_pretrained(tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            PeftModel.from_pretrained(base, tmp_path)
+    if since == "module":
+        base.classifier = new = nn.Linear(WIDTH, 2)
+    else:
+        base.peft_config["lora"] = new = LoraConfig()
+    with pytest.raises(ValueError, match="register adapter 'default' already"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert new in (base.classifier, base.peft_config.get("lora"))
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 

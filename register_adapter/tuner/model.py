@@ -43,7 +43,7 @@ from .left_out import follow_contexts
 from .reading import naming
 from .registers import refuse_merging, refuse_summing
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key, state_to_save
-from .undo import unchanged_if_refused, values_unchanged_if_refused
+from .undo import take_off_unfinished, unchanged_if_refused, values_unchanged_if_refused
 
 __all__ = ["RegisterModel"]
 
@@ -82,6 +82,7 @@ class RegisterModel(BaseTuner):
     ) -> None:
         with unchanged_if_refused(model):
             check_name(adapter_name)
+        take_off_unfinished(register_layers(model), model, adapter_name)
         if any(adapter_name in layer.names for layer in register_layers(model)):
             raise ValueError(f"the model has register adapter {adapter_name!r} already; choose another adapter_name")
         known = getattr(model, "peft_config", {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,12 +13,14 @@ from torch import nn
 from ..errors import AdapterFileError
 
 if TYPE_CHECKING:
+    from .layer import RegisterLayer
     from .registers import RegisterTokens
 
 __all__ = [
     "Before",
     "check_arrived",
     "refuse_without_values",
+    "take_off_unfinished",
     "unchanged_if_refused",
     "values_kept",
     "values_unchanged_if_refused",
@@ -54,6 +56,7 @@ class Before:
         self.model = model
         #: By adapter that a loader fills: asks which modules that are saved as a whole have other values than the file.
         self.lost: dict[str, Callable[[], list[str]]] = {}
+        self._names = _names(model)
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
         self._classes = [(module, type(module)) for module in model.modules()]
         self._tables: list[tuple[Any, Any]] = []
@@ -80,10 +83,17 @@ class Before:
 
     def forget(self, adapter_name: str) -> None:
         """An adapter's name was noted down in the model before the time that this is the state of: it was not there."""
+        self._names.discard(adapter_name)
         names = getattr(self.model, "peft_config", None)
         for table, content in self._tables:
             if table is names and isinstance(content, dict):
                 content.pop(adapter_name, None)
+
+    def only_gained(self, model: nn.Module, adapter_name: str) -> bool:
+        """Whether ``model`` is the one of this state, with all its modules, and with one adapter more."""
+        here = set(model.modules())
+        others = _names(model) - {adapter_name}
+        return model is self.model and others == self._names and all(module in here for module, _ in self._classes)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -113,6 +123,12 @@ class Before:
             del self.model._hf_peft_config_loaded
 
 
+def _names(model: nn.Module) -> set[str]:
+    """The adapters that a model's table of configs names."""
+    table = getattr(model, "peft_config", None)
+    return set(table) if isinstance(table, dict) else set()
+
+
 def check_arrived(tokens: RegisterTokens, adapter_name: str, before: Before | None) -> None:
     """What is asked when a loader calls ``eval()``, its last step.
 
@@ -137,6 +153,24 @@ def check_arrived(tokens: RegisterTokens, adapter_name: str, before: Before | No
     if undo is not None and adapter_name in undo.lost and (lost := undo.lost[adapter_name]()):
         undo.restore()
         raise AdapterFileError(_LOST_HEADS.format(modules=" and ".join(map(repr, lost)), name=adapter_name))
+
+
+def take_off_unfinished(layers: Iterable[RegisterLayer], model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off whose loader ended before its values came (Ctrl-C, no connection), so that it can try again.
+
+    Nothing happens where the model has been changed since in other ways: going back would undo these too.
+
+    Args:
+        layers: The model's registers.
+        model: The model that the adapter is to be put on.
+        adapter_name: The adapter's name.
+    """
+    for layer in layers:
+        before = layer.before
+        if before is not None and adapter_name in layer.names and layer.tokens(adapter_name).pending:
+            if before.only_gained(model, adapter_name):
+                before.restore()
+            return
 
 
 def refuse_without_values(adapter_name: str) -> NoReturn:
