@@ -142,3 +142,28 @@ def test_what_another_library_was_refused_by_the_hub_is_told_in_one_line_without
         texts.load_tokenizer("user/base") if reader == "tokenizer" else fail()
     assert token not in "".join(traceback.format_exception(caught.value))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["RegisterPeftModel", "load_adapter"])
+def test_what_peft_was_refused_when_it_looks_for_the_weights_again_is_told_without_the_token(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "_".join(("hf", "secret"))
+    add_registers(build("vit"), 2).save_pretrained(tmp_path)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        refused = hub._HTTP_ERRORS[0](f"not for you\nBearer {token}")
+        refused.response = SimpleNamespace(status_code=401)
+        raise refused
+
+    monkeypatch.setattr(hub, "get_token", lambda: token)
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", fail)
+    with pytest.raises(HubAccessError, match="refused the token") as caught:
+        LOADERS[way](str(tmp_path))
+    assert token not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_file_that_came_shorter_than_the_hub_said_is_told_in_one_line() -> None:
+    with pytest.raises(HubAccessError, match="whether the network wants a login") as caught, hub.hub_errors("user/a"):
+        raise OSError("Consistency check failed: file should be of size 2119 but has size 24 (README.md).\nRetry.")
+    assert "\n" not in str(caught.value)

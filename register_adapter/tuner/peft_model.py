@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..utils.adapter_file import check_savable
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, upload
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, checked_token, hub_errors, upload
 from ..utils.offloaded import state_with_values
 from ..utils.parameters import check_module, trainable_in_words
 from ..utils.readme import copy_readme
@@ -69,7 +69,7 @@ class RegisterPeftModel(PeftModel):
         if config is None:
             config = RegisterConfig.from_pretrained(str(model_id), **kwargs)
         check_folder(model_id, kwargs.get("subfolder"))
-        with unchanged_if_refused(model):
+        with hub_errors(str(model_id), kwargs.get("revision"), kwargs["token"]), unchanged_if_refused(model):
             loaded: RegisterPeftModel = super().from_pretrained(
                 model, str(model_id), adapter_name, is_trainable=is_trainable, config=config, **kwargs
             )
@@ -84,7 +84,7 @@ class RegisterPeftModel(PeftModel):
         check_name(adapter_name)
         check_folder(model_id, kwargs.get("subfolder"))
         check_method(model_id, kwargs.get("subfolder"))
-        with unchanged_if_refused(self):
+        with hub_errors(str(model_id), kwargs.get("revision"), kwargs.get("token")), unchanged_if_refused(self):
             return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:

@@ -169,7 +169,8 @@ def _explain(repo_id: str, revision: str | None, token: str | bool | None, error
         return f"{_endpoint()} answered {status} for {repo_id!r}{said}. Nothing was loaded or uploaded."
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo_id!r} cannot be reached: HF_HUB_OFFLINE is set. Unset it."
-    if isinstance(error, JSONDecodeError | FileMetadataError):
+    short = isinstance(error, OSError) and str(error).startswith("Consistency check failed")
+    if short or isinstance(error, JSONDecodeError | FileMetadataError):
         return (
             f"what {_endpoint()} answered about {repo_id!r} is not what the Hub answers; check HF_ENDPOINT, the proxy, "
             "and whether the network wants a login."
