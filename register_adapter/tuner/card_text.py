@@ -164,13 +164,13 @@ def loads_base(name: str | None, base_class: type, revision: str | None = None) 
 def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: str | None) -> str:
     """Python code that loads the adapter; it runs where the two names lead somewhere."""
     imports, base = loads_base(config.base_model_name_or_path, base_class, config.revision)
-    place = f", subfolder={quoted(subfolder)}" if subfolder else ""
+    place = f", subfolder={quoted(subfolder)})" if subfolder else ")"
+    place += "" if "/" in adapter else "  # a local folder: put its path here, or the name of this repository"
     return (
         "import register_adapter  # makes the method known to PEFT\n"
         "from peft import PeftModel\n"
-        f"{imports}\n\n"
-        f"{base}\n"
-        f"model = PeftModel.from_pretrained(base, {quoted(adapter)}{place})\n"
+        f"{imports}\n\n{base}\n"
+        f"model = PeftModel.from_pretrained(base, {quoted(adapter)}{place}\n"
         "model.eval()  # every output has the shape of the base model's output"
     )
 
