@@ -25,7 +25,7 @@ from register_adapter import (
 from register_adapter.evaluation import analyse_registers, probe_tokens
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 from register_adapter.evaluation.downstream.provenance import source_of_features
-from register_adapter.viz import read_maps
+from register_adapter.viz import read_examples, read_maps
 
 MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}
 Call = Callable[[], Any]
@@ -139,6 +139,11 @@ def _maps(model: nn.Module) -> Any:
     return [torch.from_numpy(values) for values in (maps.norms, maps.attention)]
 
 
+def _examples(model: nn.Module) -> Any:
+    maps = [example.maps["model"] for example in read_examples({"model": model}, images())]
+    return [torch.from_numpy(values) for image in maps for values in (image.norms, image.attention)]
+
+
 def test_threads_look_at_adapters_of_one_model() -> None:
     """Each set its adapter for all threads: features of the other's, and in the end one of them was active for good."""
     model = add_registers(build("vit"), 3, init_std=1.0).eval()
@@ -151,7 +156,7 @@ def test_threads_look_at_adapters_of_one_model() -> None:
     }
 
 
-@pytest.mark.parametrize("read", [_features, _audit, _discovery, _probes, _maps])
+@pytest.mark.parametrize("read", [_features, _audit, _discovery, _probes, _maps, _examples])
 @pytest.mark.parametrize("other", [1, None], ids=["another", "none"])
 def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module], Any], other: int | None) -> None:
     """Another thread set another one in mid-pass, or switched all off: registers were read as patches, in silence."""
