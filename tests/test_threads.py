@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from register_adapter import (
     add_registers,
     audit,
     capture,
+    export_program,
     find_register_layer,
     find_tower,
     get_features,
@@ -142,6 +144,19 @@ def _maps(model: nn.Module) -> Any:
 def _examples(model: nn.Module) -> Any:
     maps = [example.maps["model"] for example in read_examples({"model": model}, images())]
     return [torch.from_numpy(values) for image in maps for values in (image.norms, image.attention)]
+
+
+def test_a_program_is_exported_with_the_adapters_of_its_start(tmp_path: Path) -> None:
+    """Another thread set another one while it was traced: registers stayed in the program's outputs, in silence."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0))
+    expected = model(images()).last_hidden_state
+    block = find_tower(model).part("blocks")[-1]
+    handle = block.register_forward_hook(lambda *_: model.set_adapter("other"))
+    export_program(model, tmp_path / "model.pt2")
+    handle.remove()
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    assert same(program(pixel_values=images())["last_hidden_state"], expected)
 
 
 def test_threads_look_at_adapters_of_one_model() -> None:

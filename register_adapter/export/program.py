@@ -154,7 +154,7 @@ def _traced(
     inputs = made_up(subject) if example_inputs is None else dict(example_inputs)
     shapes: dict[str, Any] = {name: {0: Dim.DYNAMIC} if dynamic_batch else None for name in inputs}
     wrapper = _by_name(subject.base, list(inputs))
-    with evaluating(subject.base):
+    with evaluating(subject.base), subject.layer.staying():  # whatever other threads set meanwhile
         names = tuple(wrapper(**inputs))
         program = torch.export.export(wrapper.eval(), (), inputs, dynamic_shapes=shapes, strict=False)
     return program, names
