@@ -157,7 +157,7 @@ def test_a_mask_of_fractions_is_named_by_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["seed: " + "[" * 2**19, "seed: " + "{a: " * 2**17, "seed: [[1]]", "a:\n b:\n  c: 1\n"]
+    "text", ["seed: " + "[" * 2**15, "seed: " + "{a: " * 2**13, "seed: [[1]]", "a:\n b:\n  c: 1\n"]
 )
 def test_settings_that_are_nested_are_refused_at_once(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text, "utf-8")
