@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, make_inputs
+from peft import PeftModel
 from stacks_cases import build_stack, images
 from torch import nn
 
@@ -24,9 +25,11 @@ from register_adapter import (
     find_tower,
     get_features,
 )
+from register_adapter.artifacts.norms import patch_norms
 from register_adapter.evaluation import analyse_registers, probe_tokens
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 from register_adapter.evaluation.downstream.provenance import source_of_features
+from register_adapter.features.subjects import keeping_adapters, looking_at, named_subjects
 from register_adapter.viz import read_examples, read_maps
 
 MODES: dict[str, dict[str, Any]] = {"input": {}, "late": {"insert_layer": 1}, "deep": {"deep": True}}
@@ -118,6 +121,14 @@ def _features(model: Any) -> Any:
     return get_features(model, images()).values
 
 
+def _batches(model: Any) -> Any:
+    return get_features(model, images().repeat(3, 1, 1, 1), batch_size=2).values
+
+
+def _norms(model: nn.Module) -> Any:
+    return patch_norms(model, [images()] * 3)
+
+
 def _audit(model: nn.Module) -> Any:
     report = audit(model, images())
     means = [layer.norms["patch"].mean for layer in report.layers]
@@ -171,7 +182,7 @@ def test_threads_look_at_adapters_of_one_model() -> None:
     }
 
 
-@pytest.mark.parametrize("read", [_features, _audit, _discovery, _probes, _maps, _examples])
+@pytest.mark.parametrize("read", [_features, _batches, _norms, _audit, _discovery, _probes, _maps, _examples])
 @pytest.mark.parametrize("other", [1, None], ids=["another", "none"])
 def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module], Any], other: int | None) -> None:
     """Another thread set another one in mid-pass, or switched all off: registers were read as patches, in silence."""
@@ -185,6 +196,31 @@ def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module
     assert same(read(model), expected)
     handle.remove()
     assert not same(read(model), expected)
+
+
+@keeping_adapters
+def _each(models: Any) -> dict[str, torch.Tensor]:
+    read = {}
+    for name, subject in named_subjects(models).items():
+        with looking_at(subject) as model:
+            read[name] = model(images()).last_hidden_state
+    return read
+
+
+@pytest.mark.parametrize("kind", ["registers", "stock", "head"])
+def test_adapters_that_are_kept_are_not_those_of_another_subject(kind: str) -> None:
+    options: dict[str, Any] = {"num_registers": 3, "init_std": 1.0}
+    options |= {"modules_to_save": ["pooler"]} if kind == "head" else {}
+    base = build("vit").eval()
+    wanted = {"base": base(images()).last_hidden_state}
+    model: Any = PeftModel(base, RegisterConfig(**options)) if kind == "stock" else add_registers(base, **options)
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0))
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        wanted[f"+ {name}"] = model.eval()(images()).last_hidden_state
+    read = _each(model)
+    assert read.keys() == wanted.keys()
+    assert all(same(read[name], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("heads", [None, ["pooler"]], ids=["registers", "head"])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
+from ..features.subjects import keeping_adapters
 from ..features.trace import capture
 from ..towers.tower import Tower
 
@@ -21,6 +22,7 @@ __all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "similarity_of"
 
 
 @torch.no_grad()
+@keeping_adapters
 def patch_norms(model: nn.Module, batches: Iterable[torch.Tensor], layer: int = -1) -> torch.Tensor:
     """L2 norms of the patch tokens behind one block, before the final LayerNorm.
 

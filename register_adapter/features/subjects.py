@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from peft import PeftModel
 from torch import nn
@@ -12,9 +14,12 @@ from torch import nn
 from ..towers.modes import evaluating
 from ..tuner.config import RegisterConfig
 from ..tuner.fields import check_string
-from ..tuner.layer import find_register_layer
+from ..tuner.layer import RegisterLayer, find_register_layer, register_layers
 
-__all__ = ["Subject", "Subjects", "looking_at", "named_subjects", "names_at_work"]
+__all__ = ["Subject", "Subjects", "keeping_adapters", "looking_at", "named_subjects", "names_at_work"]
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 #: A model as it is, or a PEFT model with one of its adapters (``None``: with its adapters disabled).
 Subject = nn.Module | tuple[nn.Module, str | None]
@@ -36,6 +41,23 @@ def named_subjects(models: Subjects) -> dict[str, Subject]:
     if not isinstance(models, PeftModel) or layer is None:
         return {type(models).__name__: models}
     return {"base": (models, None), **{f"+ {name}": (models, name) for name in layer.names}}
+
+
+def keeping_adapters(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Have a function that reads models, its first argument, see the registers that are active when it is called.
+
+    All its passes have the same then, whatever other threads set meanwhile; ``(model, name)`` has its own.
+    """
+    first = next(iter(inspect.signature(function).parameters))
+
+    @wraps(function)
+    def kept(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        given: Any = args[0] if args else kwargs.get(first)
+        models = given.values() if isinstance(given, Mapping) else [given]
+        with _staying(layer for model in models if isinstance(model, nn.Module) for layer in register_layers(model)):
+            return function(*args, **kwargs)
+
+    return kept
 
 
 @contextmanager
@@ -63,9 +85,9 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
         check_string(name)
     if name is not None and name not in model.peft_config:
         raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(sorted(model.peft_config))}")
-    layer = find_register_layer(model)
-    if layer is not None and name is not None and _registers_only(model):
-        with layer.staying([name]):  # other threads may look at another one
+    layers = register_layers(model)
+    if layers and _registers_only(model):
+        with _staying(layers, [] if name is None else [name]):  # other threads may look at another one
             yield
         return
     # PEFT makes the parameters of an active adapter trainable.
@@ -73,16 +95,26 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
     before = list(model.active_adapters)
     try:
         if name is None:
-            with model.disable_adapter():
+            with model.disable_adapter(), _staying(layers, []):
                 yield
         else:
             model.set_adapter(name)
-            yield
+            with _staying(layers, list(model.active_adapters)):
+                yield
     finally:
         if list(model.active_adapters) != before:
             _activate(model, before)
         for parameter, wanted in gradients:
             parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def _staying(layers: Iterable[RegisterLayer], names: list[str] | None = None) -> Iterator[None]:
+    """This thread's passes have these adapters; ``None``: those that are active now."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.staying(names))
+        yield
 
 
 def names_at_work(model: PeftModel) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from ...features.subjects import keeping_adapters
 from ..rules.rules import Rule, apply_rule, rule_name
 from .config import DetectorConfig
 from .features import attention_features, shape_of_attention
@@ -24,6 +25,7 @@ __all__ = ["calibrate", "train_detector"]
 logger = logging.getLogger(__name__)
 
 
+@keeping_adapters
 def train_detector(
     model: nn.Module,
     images: Any,

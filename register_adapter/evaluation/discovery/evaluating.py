@@ -12,7 +12,7 @@ import numpy as np
 
 from ...data.images import image_name
 from ...features.layout import tower_of
-from ...features.subjects import Subject, Subjects, named_subjects
+from ...features.subjects import Subject, Subjects, keeping_adapters, named_subjects
 from .annotations import BoxedImage, boxed_scenes
 from .patches import FEATURES, Features
 from .running import METHODS, Method, Plan, Reading, run_plans
@@ -48,6 +48,7 @@ _OPTIONS: dict[Method, list[dict[str, Any]]] = {
 }
 
 
+@keeping_adapters
 def evaluate_discovery(
     models: Subjects,
     images: Any,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...features.subjects import Subject, looking_at
+from ...features.subjects import Subject, keeping_adapters, looking_at
 from .boxes import DiscoveredObject
 from .normalised_cut import tokencut_batch
 from .patches import Features, PatchReader, Preparation, Prepared, Size, Wanted, each_image
@@ -85,6 +85,7 @@ class Reading(NamedTuple):
     progress: bool = False
 
 
+@keeping_adapters
 def discover(
     model: nn.Module,
     images: Any,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...features.subjects import Subjects, named_subjects
+from ...features.subjects import Subjects, keeping_adapters, named_subjects
 from ..linear_models import PENALTIES, fit_regression
 from .classifying import device_of, reading_of, settings_of
 from .dense import DenseReader, DrawnTokens, cells_of_pixels, enlarge, two_dense_sets
@@ -33,6 +33,7 @@ RMSE = Metric(
 WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
+@keeping_adapters
 def evaluate_depth(
     models: Subjects,
     train: Any,

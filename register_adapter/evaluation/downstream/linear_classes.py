@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...features.layout import tower_of
-from ...features.subjects import Subjects, named_subjects
+from ...features.subjects import Subjects, keeping_adapters, named_subjects
 from ..linear_models import INVERSE_PENALTIES, fit_classifier
 from .classifying import ACCURACY, common_settings, read_sets, reading_of
 from .reading import ImageFeatures
@@ -41,6 +41,7 @@ class LinearFeature(NamedTuple):
 FEATURES = tuple(LinearFeature(blocks, patch_mean) for blocks in (1, 4) for patch_mean in (False, True))
 
 
+@keeping_adapters
 def evaluate_linear(
     models: Subjects,
     train: Any,

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ...features.subjects import Subjects, named_subjects
+from ...features.subjects import Subjects, keeping_adapters, named_subjects
 from .classifying import ACCURACY, TwoSets, common_settings, device_of, read_sets, reading_of
 from .reading import ImageFeatures
 from .results import TaskReport, compare_means
@@ -27,6 +27,7 @@ BUDGET = 2**28
 _LEAST = 1e-30
 
 
+@keeping_adapters
 def evaluate_knn(
     models: Subjects,
     train: Any,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...features.subjects import Subjects, named_subjects
+from ...features.subjects import Subjects, keeping_adapters, named_subjects
 from ..linear_models import INVERSE_PENALTIES, Fitted, fit_classifier
 from .classifying import reading_of, settings_of
 from .dense import DenseReader, cells_of_pixels, enlarge, two_dense_sets
@@ -28,6 +28,7 @@ MEAN_IOU = Metric(
 )
 
 
+@keeping_adapters
 def evaluate_segmentation(
     models: Subjects,
     train: Any,

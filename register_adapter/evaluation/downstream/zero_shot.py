@@ -17,7 +17,7 @@ from ...data.texts import TextTokenizer, check_tokens
 from ...errors import UnsupportedModelError
 from ...features.finite import check_finite_features, subject_in_words
 from ...features.passes import PassOptions, open_pass
-from ...features.subjects import Subjects, looking_at, named_subjects
+from ...features.subjects import Subjects, keeping_adapters, looking_at, named_subjects
 from ...utils.files import parse_json, read_text
 from .classifying import ACCURACY, reading_of, settings_of
 from .reading import Reading, describe
@@ -41,6 +41,7 @@ _TEXTS = 64
 Classes = Mapping[str, str | Sequence[str]]
 
 
+@keeping_adapters
 def evaluate_zero_shot(
     models: Subjects,
     test: Any,

@@ -19,7 +19,7 @@ from ...utils.text import path_text
 from ..finite import check_finite_features, subject_in_words
 from ..passes import PassOptions, open_pass
 from ..positions import antialiased_positions
-from ..subjects import Subject, looking_at
+from ..subjects import Subject, keeping_adapters, looking_at
 from .tokens import Kind, TokenReader, kinds_of
 
 __all__ = ["FeatureBatch", "FeatureTable", "Wanted", "each_batch", "get_features", "same_size"]
@@ -97,6 +97,7 @@ class FeatureBatch:
     total: int | None
 
 
+@keeping_adapters
 def get_features(
     model: Subject,
     images: Any,

@@ -15,7 +15,7 @@ from ...utils.environment import version
 from ...utils.staging import file_to_write, staged
 from ..passes import PassOptions
 from ..store import check_space
-from ..subjects import Subject
+from ..subjects import Subject, keeping_adapters
 from .files import FileSpec, check_format, opened_writer
 from .reading import Wanted, each_batch
 from .tokens import Kind, kinds_of
@@ -58,6 +58,7 @@ class FeatureFile:
         }
 
 
+@keeping_adapters
 def write_features(
     model: Subject,
     images: Any,
