@@ -13,7 +13,6 @@ from torch import nn
 from ..errors import AdapterFileError
 
 if TYPE_CHECKING:
-    from .layer import RegisterLayer
     from .registers import RegisterTokens
 
 __all__ = [
@@ -155,13 +154,13 @@ def check_arrived(tokens: RegisterTokens, adapter_name: str, before: Before | No
         raise AdapterFileError(_LOST_HEADS.format(modules=" and ".join(map(repr, lost)), name=adapter_name))
 
 
-def take_off_unfinished(layers: Iterable[RegisterLayer], model: nn.Module, adapter_name: str) -> None:
+def take_off_unfinished(layers: Iterable[Any], model: nn.Module, adapter_name: str) -> None:
     """Take an adapter off whose loader ended before its values came (Ctrl-C, no connection), so that it can try again.
 
     Nothing happens where the model has been changed since in other ways: going back would undo these too.
 
     Args:
-        layers: The model's registers.
+        layers: Every :class:`RegisterLayer` of the model.
         model: The model that the adapter is to be put on.
         adapter_name: The adapter's name.
     """
