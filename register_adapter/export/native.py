@@ -98,14 +98,15 @@ def export_native(
         >>> plain.save_pretrained("dinov2-base-with-registers")
     """
     subject = Subject.of(model)
-    subject.check_native()
-    if is_timm(subject.tower):
-        if image_size is not None:
-            raise ValueError("image_size is for transformers' DINOv2 only; a timm model is exact at every size")
-        plain = export_timm(subject)
-    else:
-        plain = _export_transformers(subject, image_size)
-    check_equal(subject, plain, made_up(subject, image_size) if example_inputs is None else example_inputs)
+    with subject.layer.staying():  # whatever other threads set meanwhile
+        subject.check_native()
+        if is_timm(subject.tower):
+            if image_size is not None:
+                raise ValueError("image_size is for transformers' DINOv2 only; a timm model is exact at every size")
+            plain = export_timm(subject)
+        else:
+            plain = _export_transformers(subject, image_size)
+        check_equal(subject, plain, made_up(subject, image_size) if example_inputs is None else example_inputs)
     return plain
 
 

@@ -44,15 +44,16 @@ def named_subjects(models: Subjects) -> dict[str, Subject]:
 
 
 def keeping_adapters(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Have a function that reads models, its first argument, see the registers that are active when it is called.
+    """Have a function, or method, that reads models, its first argument, see the registers active when it is called.
 
     All its passes have the same then, whatever other threads set meanwhile; ``(model, name)`` has its own.
     """
-    first = next(iter(inspect.signature(function).parameters))
+    names = list(inspect.signature(function).parameters)
+    first = int(names[0] == "self")
 
     @wraps(function)
     def kept(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        given: Any = args[0] if args else kwargs.get(first)
+        given: Any = args[first] if len(args) > first else kwargs.get(names[first])
         models = given.values() if isinstance(given, Mapping) else [given]
         with _staying(layer for model in models if isinstance(model, nn.Module) for layer in register_layers(model)):
             return function(*args, **kwargs)

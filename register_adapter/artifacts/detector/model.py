@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...errors import UnsupportedModelError
+from ...features.subjects import keeping_adapters
 from .config import DetectorConfig
 from .features import attention_features
 from .file import read_config, read_weights, write_detector
@@ -161,6 +162,7 @@ class AttentionDetector(nn.Module):
             return self.excess(surprise)
         return along(self.bounded(surprise), self.typical, self.template)
 
+    @keeping_adapters
     def score(
         self,
         model: nn.Module,
