@@ -104,8 +104,9 @@ def hub_errors(repo_id: str, revision: str | None = None, token: str | bool | No
     except HubAccessError:  # of a call in this one
         raise
     except Exception as error:
-        # An upload that fails in a thread of huggingface_hub comes wrapped, and so does a forced download.
-        inner = error.__cause__ if isinstance(error, RuntimeError | ValueError) else None
+        # An upload that fails in a thread of huggingface_hub comes wrapped, and so does a forced download. Not ours.
+        wrapped = isinstance(error, RuntimeError | ValueError) and not isinstance(error, RegisterAdapterError)
+        inner = error.__cause__ if wrapped else None
         message = _explain(repo_id, revision, token, inner if isinstance(inner, Exception) else error)
         if message is None:
             if _shown(error, token) is None:
