@@ -199,6 +199,18 @@ def test_the_model_is_left_as_it_was(pixels: torch.Tensor) -> None:
     assert list(model.active_adapters) == ["default"]
 
 
+@pytest.mark.parametrize("active", [["default", "b"], ["b"]], ids=["several", "one"])
+def test_the_name_that_peft_keeps_is_left_too(pixels: torch.Tensor, active: list[str]) -> None:
+    """It names the adapter of ``active_peft_config`` and of a checkpoint; the tuner may have others at work."""
+    model: Any = peft.get_peft_model(load_vit(), peft.LoraConfig(target_modules=["query", "q_proj"]))
+    for name in ("b", "c"):
+        model.add_adapter(name, peft.LoraConfig(target_modules=["query", "q_proj"]))
+    model.base_model.set_adapter(active)
+    for name in ("b", "c", None):
+        get_features((model, name), pixels[:1])
+        assert (model.active_adapter, list(model.active_adapters)) == ("default", active)
+
+
 # What is refused
 
 

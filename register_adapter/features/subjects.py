@@ -93,7 +93,7 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
         return
     # PEFT makes the parameters of an active adapter trainable.
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    before = list(model.active_adapters)
+    before, kept = list(model.active_adapters), model.active_adapter
     try:
         if name is None:
             with model.disable_adapter(), _staying(layers, []):
@@ -105,6 +105,8 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
     finally:
         if list(model.active_adapters) != before:
             _activate(model, before)
+        if model.active_adapter != kept:
+            model.active_adapter = kept
         for parameter, wanted in gradients:
             parameter.requires_grad_(wanted)
 
