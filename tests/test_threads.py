@@ -224,6 +224,31 @@ def test_adapters_that_are_kept_are_not_those_of_another_subject(kind: str) -> N
     assert all(same(read[name], value) for name, value in wanted.items())
 
 
+@keeping_adapters
+def _twice(models: Any, between: Callable[[], None]) -> list[torch.Tensor]:
+    """As training and test images are read."""
+    read = []
+    for subject in models.values():
+        for _ in range(2):
+            with looking_at(subject) as model:
+                read.append(model(images()).last_hidden_state)
+            between()
+    return read
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_an_adapter_is_looked_at_as_at_the_start(on: bool) -> None:
+    """All were switched off between training and test images of ``(model, name)``: registers for one alone."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    layer = find_register_layer(model)
+    assert layer is not None
+    layer.enable_adapters(on)
+    expected = model(images()).last_hidden_state
+    subjects = {"one": (model, "default"), "two": (model, "default")}
+    read = _twice(subjects, lambda: layer.enable_adapters(not on))
+    assert all(same(value, expected) for value in read)
+
+
 @pytest.mark.parametrize("heads", [None, ["pooler"]], ids=["registers", "head"])
 def test_registers_are_analysed_beside_passes(heads: list[str] | None) -> None:
     """The base's part of it took the registers out of every thread's passes, and could leave them out for good."""

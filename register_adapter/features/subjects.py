@@ -46,7 +46,8 @@ def named_subjects(models: Subjects) -> dict[str, Subject]:
 def keeping_adapters(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Have a function, or method, that reads models, its first argument, see the registers active when it is called.
 
-    All its passes have the same then, whatever other threads set meanwhile; ``(model, name)`` has its own.
+    All its passes have the same then, whatever other threads set meanwhile; ``(model, name)`` has its own, or none
+    where adapters are switched off at the call.
     """
     names = list(inspect.signature(function).parameters)
     first = int(names[0] == "self")
@@ -54,7 +55,8 @@ def keeping_adapters(function: Callable[_Given, _Made]) -> Callable[_Given, _Mad
     @wraps(function)
     def kept(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
         given: Any = args[first] if len(args) > first else kwargs.get(names[first])
-        models = given.values() if isinstance(given, Mapping) else [given]
+        subjects = given.values() if isinstance(given, Mapping) else [given]
+        models = [subject[0] if isinstance(subject, tuple) and subject else subject for subject in subjects]
         with _staying(layer for model in models if isinstance(model, nn.Module) for layer in register_layers(model)):
             return function(*args, **kwargs)
 

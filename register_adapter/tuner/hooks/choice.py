@@ -159,13 +159,15 @@ class Choice(AttentionHooks):
             names: Adapters that it has in place of the active ones.
         """
         call = self.call
-        before, off = call.staying, self._disable_adapters or self._aside
+        before, off = call.staying, call.off
+        if before is None:  # inside of such a context it is as it was at the start of that one
+            call.off = bool(self._disable_adapters or self._aside)
         if names is not None or before is None:
-            call.staying = () if off else tuple(dict.fromkeys(self.active_names if names is None else names))
+            call.staying = () if call.off else tuple(dict.fromkeys(self.active_names if names is None else names))
         try:
             yield
         finally:
-            call.staying = before
+            call.staying, call.off = before, off
 
     @property
     def names_at_work(self) -> list[str]:
