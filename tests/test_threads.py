@@ -153,7 +153,8 @@ def _maps(model: nn.Module) -> Any:
 
 
 def _examples(model: nn.Module) -> Any:
-    maps = [example.maps["model"] for example in read_examples({"model": model}, images())]
+    examples = read_examples({"model": model, "again": model}, images())
+    maps = [shown for example in examples for shown in example.maps.values()]
     return [torch.from_numpy(values) for image in maps for values in (image.norms, image.attention)]
 
 

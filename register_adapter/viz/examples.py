@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.images import image_name
 from ..features.layout import adapters_stay, tower_of
-from ..features.subjects import Subjects, looking_at, named_subjects
+from ..features.subjects import Subjects, keeping_adapters, looking_at, named_subjects
 from .colours import principal_colours
 from .images import ImageSource, Size, prepare_image
 from .maps import ImageMaps, read_image_maps
@@ -37,6 +37,7 @@ class Example:
     maps: dict[str, ImageMaps]
 
 
+@keeping_adapters
 def read_examples(
     models: Subjects,
     images: Sequence[ImageSource] | torch.Tensor,
