@@ -200,6 +200,34 @@ def test_what_is_read_behind_a_pass_is_of_its_adapters(read: Callable[[nn.Module
         assert not same(read(model), expected)
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_data_set_may_run_the_model_with_adapters_of_its_own(stock: bool) -> None:
+    """While it is read: what the reading keeps is for the reading's own passes."""
+    base = build("vit").eval()
+    config = RegisterConfig(num_registers=3, init_std=1.0)
+    expected = base(images()).last_hidden_state
+    model: Any = (PeftModel(base, config) if stock else add_registers(base, 3, init_std=1.0)).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0))
+    model.set_adapter("other")
+    other = model.eval()(images()).last_hidden_state
+    model.set_adapter("default")
+    wanted, seen = _features(model), []
+
+    def data() -> Iterator[torch.Tensor]:
+        for pixels in images():
+            with model.disable_adapter():
+                seen.append(same(model(images()).last_hidden_state, expected))
+            model.set_adapter("other")
+            seen.append(same(model.eval()(images()).last_hidden_state, other))
+            model.set_adapter("default")
+            yield pixels[None]
+
+    assert same(get_features(model, data()).values, wanted)
+    assert same(patch_norms(model, data()), patch_norms(model, [images()]))
+    assert len(seen) == 4 * len(images())
+    assert all(seen)
+
+
 @keeping_adapters
 def _each(models: Any) -> dict[str, torch.Tensor]:
     read = {}

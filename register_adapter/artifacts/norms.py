@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
+from ..features.layout import adapters_stay
 from ..features.subjects import keeping_adapters
 from ..features.trace import capture
 from ..towers.tower import Tower
+from ..tuner.layer import find_register_layer
 
 __all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "similarity_of", "summarise_norms"]
 
@@ -34,9 +36,9 @@ def patch_norms(model: nn.Module, batches: Iterable[torch.Tensor], layer: int = 
     Returns:
         ``(images, patches)`` float32 on the CPU.
     """
-    norms = []
+    norms, registers = [], find_register_layer(model)
     for pixel_values in batches:
-        with capture(model, attentions=False) as trace:
+        with adapters_stay(registers), capture(model, attentions=False) as trace:
             model(pixel_values=pixel_values)
         norms.append(trace.patches(layer).float().norm(dim=-1).cpu())
     return torch.cat(norms)

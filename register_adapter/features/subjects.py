@@ -46,8 +46,8 @@ def named_subjects(models: Subjects) -> dict[str, Subject]:
 def keeping_adapters(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Have a function, or method, that reads models, its first argument, see the registers active when it is called.
 
-    All its passes have the same then, whatever other threads set meanwhile; ``(model, name)`` has its own, or none
-    where adapters are switched off at the call.
+    Its passes, each in :func:`adapters_stay`, have the same then, whatever other threads set meanwhile; ``(model,
+    name)`` has its own, or none where adapters are switched off at the call.
     """
     names = list(inspect.signature(function).parameters)
     first = int(names[0] == "self")
@@ -57,7 +57,10 @@ def keeping_adapters(function: Callable[_Given, _Made]) -> Callable[_Given, _Mad
         given: Any = args[first] if len(args) > first else kwargs.get(names[first])
         subjects = given.values() if isinstance(given, Mapping) else [given]
         models = [subject[0] if isinstance(subject, tuple) and subject else subject for subject in subjects]
-        with _staying(layer for model in models if isinstance(model, nn.Module) for layer in register_layers(model)):
+        with ExitStack() as stack:
+            for model in models:
+                for layer in register_layers(model) if isinstance(model, nn.Module) else ():
+                    stack.enter_context(layer.starting())
             return function(*args, **kwargs)
 
     return kept
@@ -114,8 +117,8 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _staying(layers: Iterable[RegisterLayer], names: list[str] | None = None) -> Iterator[None]:
-    """This thread's passes have these adapters; ``None``: those that are active now."""
+def _staying(layers: Iterable[RegisterLayer], names: list[str]) -> Iterator[None]:
+    """This thread's passes have these adapters."""
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.staying(names))

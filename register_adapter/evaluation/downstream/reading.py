@@ -19,7 +19,7 @@ from ...data.images import ImageFileError
 from ...features.extraction.reading import same_size
 from ...features.finite import check_finite_features, subject_in_words
 from ...features.grid import PatchGrid, patch_tokens, watch_patches
-from ...features.layout import find_layout, tower_of
+from ...features.layout import adapters_stay, find_layout, tower_of
 from ...features.passes import Batch, PassOptions, keep_layer, open_pass
 from ...features.positions import antialiased_positions
 from ...features.store import FeatureStore, StoreSpec
@@ -83,11 +83,13 @@ def describe(subject: Subject) -> dict[str, Any]:
     with looking_at(subject) as model:
         tower, registers = tower_of(model)
         blocks = len(tower.part("blocks"))
+        with adapters_stay(registers):
+            count = registers.count_at(blocks - 1) if registers is not None else 0
         return {
             "family": tower.anatomy.family,
             "hidden_size": tower.hidden_size,
             "blocks": blocks,
-            "registers": registers.count_at(blocks - 1) if registers is not None else 0,
+            "registers": count,
             "norm": {
                 "cls": tower.part("final_norm") is not None,
                 "patches": bool(tower.anatomy.norm_patches and tower.part("final_norm") is not None),

@@ -72,7 +72,8 @@ class CallState(threading.local):
         images: Adapter of each image of the batches, ``"__base__"`` for none; ``None`` for the active adapters.
         asked: Names of adapters that take no part in a replica, or in a layer that was made inside of a context.
         staying: Adapters of this thread's passes, whoever sets others; ``None``: those that are active.
-        off: Adapters were switched off for every thread when ``staying`` was first set.
+        start: What ``staying`` takes where it is not told names: the adapters of a reading's start; ``None`` for none.
+        off: Adapters were switched off for every thread when ``start`` was set.
         contexts: What each open context of this thread leaves out.
         around: All of that together: what a graph goes by, which knows of no coroutines.
         keeping: Number of open contexts of this thread whose attention maps keep the columns of key/value pairs.
@@ -97,6 +98,7 @@ class CallState(threading.local):
         self.images: list[str] | None = None
         self.asked: frozenset[str] = frozenset()
         self.staying: tuple[str, ...] | None = None
+        self.start: tuple[str, ...] | None = None
         self.off: bool = False
         self.contexts: tuple[frozenset[str], ...] = ()
         self.around: frozenset[str] = frozenset()

@@ -158,24 +158,44 @@ class Choice(AttentionHooks):
         Args:
             names: Adapters that it has in place of the active ones.
         """
-        call = self.call
-        before, off = call.staying, call.off
-        if before is None:  # inside of such a context it is as it was at the start of that one
-            call.off = bool(self._disable_adapters or self._aside)
-        if names is not None or before is None:
-            call.staying = () if call.off else tuple(dict.fromkeys(self.active_names if names is None else names))
+        call, before = self.call, self.call.staying
+        off = bool(self._disable_adapters or self._aside) if call.start is None else call.off
+        if names is not None:
+            call.staying = () if off else tuple(dict.fromkeys(names))
+        elif before is None:
+            call.staying = self._at_start() if call.start is None else call.start
         try:
             yield
         finally:
-            call.staying, call.off = before, off
+            call.staying = before
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """In the context, :meth:`staying` takes the adapters of its start; passes outside of that are as ever.
+
+        A data set may run the model itself while it is read, with adapters of its own.
+        """
+        call = self.call
+        before = call.start, call.off
+        if call.start is None:
+            call.off = bool(self._disable_adapters or self._aside)
+            call.start = self._at_start() if call.staying is None else call.staying
+        try:
+            yield
+        finally:
+            call.start, call.off = before
+
+    def _at_start(self) -> tuple[str, ...]:
+        return () if self._disable_adapters or self._aside else tuple(dict.fromkeys(self.active_names))
 
     @property
     def names_at_work(self) -> list[str]:
         """Names of the adapters that take part in this thread's passes: what it is to keep to, or the active ones."""
         call = self.call
-        if EVERYONE in call.without or (call.staying is None and (self._disable_adapters or self._aside)):
+        kept = call.start if call.staying is None else call.staying
+        if EVERYONE in call.without:
             return []
-        names = dict.fromkeys(self.active_names if call.staying is None else call.staying)
+        names = dict.fromkeys(self._at_start() if kept is None else kept)
         return [name for name in names if name not in call.without]
 
     def _segments_by_image(self, images: list[str]) -> list[Segment]:
