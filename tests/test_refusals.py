@@ -398,13 +398,8 @@ def test_an_interrupt_while_registers_are_put_on_leaves_the_model_as_it_was(
     check()
 
 
-@pytest.mark.parametrize("head", [False, True], ids=["registers", "and a head"])
-def test_a_load_that_was_interrupted_can_be_tried_again_on_the_same_base(
-    base: Any, head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def interrupt_loading(base: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT looks for the weights once more when the registers are on; Ctrl-C or a connection that breaks left them."""
-    model = add_registers(copy.deepcopy(base), 2, init_std=1.0, modules_to_save=["classifier"] if head else None)
-    model.save_pretrained(tmp_path)
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -412,7 +407,17 @@ def test_a_load_that_was_interrupted_can_be_tried_again_on_the_same_base(
     with monkeypatch.context() as patch:
         patch.setattr("peft.peft_model.load_peft_weights", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            PeftModel.from_pretrained(base, tmp_path)
+            PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["registers", "and a head"])
+def test_a_load_that_was_interrupted_can_be_tried_again_on_the_same_base(
+    base: Any, head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_registers(copy.deepcopy(base), 2, init_std=1.0, modules_to_save=["classifier"] if head else None)
+    model.save_pretrained(tmp_path)
+
+    interrupt_loading(base, tmp_path, monkeypatch)
     assert_identical(run(PeftModel.from_pretrained(base, tmp_path), PIXELS), run(model, PIXELS))
 
     other = add_registers(copy.deepcopy(base), 2, adapter_name="one")
@@ -426,13 +431,7 @@ def test_what_was_done_to_a_base_since_an_interrupted_load_is_not_undone(
 ) -> None:
     add_registers(copy.deepcopy(base), 2).save_pretrained(tmp_path)
 
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("peft.peft_model.load_peft_weights", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            PeftModel.from_pretrained(base, tmp_path)
+    interrupt_loading(base, tmp_path, monkeypatch)
     if since == "module":
         base.classifier = new = nn.Linear(WIDTH, 2)
     else:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..artifacts import ArtifactReport
-from ..training.saving import write_card_of
+from ..training.saving import save_adapter
 from ..utils.files import parse_json, read_text
 from ..utils.staging import staged, write_text
 from .arms import Arm
@@ -108,8 +108,7 @@ class Records:
         with staged(self.place(arm, seed), last=[_FIGURES]) as scratch:
             if model is not None and hasattr(model, "peft_config"):
                 saved: Any = model
-                saved.save_pretrained(str(scratch / ADAPTER))
-                write_card_of(saved, scratch / ADAPTER, {"adapter": ADAPTER, **facts})
+                save_adapter(saved, scratch / ADAPTER, facts)
             (scratch / _TIMES).write_text(json.dumps({"seconds": round(record.seconds, 1)}) + "\n", "utf-8")
             (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 

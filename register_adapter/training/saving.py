@@ -35,8 +35,8 @@ __all__ = [
     "describe_run",
     "open_outputs",
     "push_run",
+    "save_adapter",
     "save_run",
-    "write_card_of",
 ]
 
 RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
@@ -55,6 +55,23 @@ def check_finite(tensors: dict[str, Any]) -> None:
         raise FloatingPointError(f"not finite after training, nothing is saved: {broken[:5]}; lower the learning rate")
 
 
+def save_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Write a model's adapter, or its adapters of several methods, with a card, all or nothing.
+
+    Args:
+        model: The model.
+        folder: Where to; a card that is there keeps what somebody wrote.
+        facts: What the card says of how it came about, as for :func:`register_adapter.tuner.card.update_model_card`.
+
+    Raises:
+        OSError: It cannot be written; what was there before is untouched.
+    """
+    with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as scratch:
+        copy_readme(folder, scratch)
+        model.save_pretrained(str(scratch))
+        _write_card(model, scratch, {"adapter": folder.absolute().name, **facts})
+
+
 def save_run(
     model: PeftModel,
     weights: dict[str, Any] | None,
@@ -67,7 +84,7 @@ def save_run(
     with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
         copy_readme(folder, scratch)
         model.save_pretrained(str(scratch), state_dict=weights)
-        write_card_of(model, scratch, {**card, "adapter": folder.absolute().name})
+        _write_card(model, scratch, {**card, "adapter": folder.absolute().name})
         if _can_be_saved(image_processor):
             image_processor.save_pretrained(scratch)
         (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -78,14 +95,7 @@ def _can_be_saved(image_processor: Any) -> bool:
     return hasattr(image_processor, "save_pretrained")
 
 
-def write_card_of(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
-    """Bring the card of what a model has saved into a folder up to date, with facts of how it came about.
-
-    Args:
-        model: The model, with adapters of one method or of several.
-        folder: Where they are.
-        facts: As for :func:`register_adapter.tuner.card.update_model_card`.
-    """
+def _write_card(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
     if isinstance(model, ComposedPeftModel):
         model.create_or_update_model_card(str(folder), **facts)
         return

@@ -270,12 +270,8 @@ def check_alike(settings: Mapping[str, Any]) -> None:
     for index, own in enumerate(others, start=1):
         differ = [name for name in first if own[name] != first[name]]
         if differ:
-            said = ", ".join(f"{name} {_short(own[name])}, the main one {_short(first[name])}" for name in differ)
+            said = ", ".join(f"{name} {own[name]!r:.80}, the main one {first[name]!r:.80}" for name in differ)
             raise ValueError(f"process {index} has {said}: give all processes the same images and settings")
-
-
-def _short(value: Any) -> str:
-    return f"{value!r:.80}"
 
 
 def _plain(config: PeftConfig) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..data.images import image_name
-from ..features.layout import adapters_stay, tower_of
+from ..features.layout import tower_of
 from ..features.subjects import Subjects, keeping_adapters, looking_at, named_subjects
 from .colours import principal_colours
 from .images import ImageSource, Size, prepare_image
@@ -85,10 +85,9 @@ def read_examples(
     maps_of: dict[str, list[ImageMaps]] = {}
     for name, subject in named_subjects(models).items():
         with looking_at(subject) as model:
-            tower, registers = tower_of(model)
+            tower = tower_of(model)[0]
             prepared = [prepare_image(model, tower, source, image_processor, size) for source in sources]
-            with adapters_stay(registers):  # the images of one model are of the same adapters
-                maps_of[name] = [read_image_maps(model, image, block, antialias) for image in prepared]
+            maps_of[name] = [read_image_maps(model, image, block, antialias) for image in prepared]
         shown = shown or [image.shown for image in prepared]
     first: list[ImageMaps] | None = None
     for name, maps in maps_of.items():

@@ -26,7 +26,7 @@ from ...testbed import load_image_processor as load_scene_processor
 from ...training import TrainArguments, load_base, train, wrap
 from ...training.objectives import ClassificationObjective
 from ...training.run_lock import folder_lock
-from ...training.saving import write_card_of
+from ...training.saving import save_adapter
 from ...tuner.layer import require_register_layer
 from ...tuner.peft_model import RegisterPeftModel
 from ...utils.shipped import full_name
@@ -293,8 +293,7 @@ def _add_test_time(args: DemoArguments, setting: _Setting, table: _Table, out: P
         fitted = fit_test_time_registers(base, some, progress=args.progress)
     except NoArtifactsError:
         return None
-    fitted.save_pretrained(str(out / "test_time"))
-    write_card_of(fitted, out / "test_time", {"training_data": fitted_to(setting.data_name)})
+    save_adapter(fitted, out / "test_time", {"training_data": fitted_to(setting.data_name)})
     table.add("test_time", "+ 1 test-time register", fitted.eval(), shown="test-time")
     fit: dict[str, Any] = fitted.peft_config["default"].test_time_fit
     start = start_from(fitted)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ...neurons import fit_test_time_registers
-from ...training.saving import RESULTS_NAME, RUN_CONFIG, write_card_of
+from ...training.saving import RESULTS_NAME, RUN_CONFIG, save_adapter
 from ...tuner.card_text import named
-from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
-from ...utils.readme import copy_readme
-from ...utils.staging import check_apart, check_target, staged, write_text
+from ...utils.hub import MANIFEST_NAME
+from ...utils.staging import check_apart, check_target, write_text
 from .inputs import choose_device, load_base, load_images, load_processor
 from .launched import is_main_process, num_processes, own_device
 from .open_clip_models import is_open_clip
@@ -90,11 +89,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
         shared=shared,
     )
     if is_main_process():
-        out = Path(args.output_dir)
-        with staged(out, last=(CONFIG_NAME, WEIGHTS_NAME)) as scratch:
-            copy_readme(out, scratch)
-            fitted.save_pretrained(str(scratch))
-            write_card_of(fitted, scratch, {"adapter": out.absolute().name, "training_data": fitted_to(args.images)})
+        save_adapter(fitted, Path(args.output_dir), {"training_data": fitted_to(args.images)})
     config = fitted.peft_config["default"]
     return config.register_neurons, config.test_time_fit
 

@@ -159,7 +159,7 @@ class Choice(AttentionHooks):
             names: Adapters that it has in place of the active ones.
         """
         call, before = self.call, self.call.staying
-        off = bool(self._disable_adapters or self._aside) if call.start is None else call.off
+        off = self._is_off if call.start is None else call.off
         if names is not None:
             call.staying = () if off else tuple(dict.fromkeys(names))
         elif before is None:
@@ -178,15 +178,20 @@ class Choice(AttentionHooks):
         call = self.call
         before = call.start, call.off
         if call.start is None:
-            call.off = bool(self._disable_adapters or self._aside)
+            call.off = self._is_off
             call.start = self._at_start() if call.staying is None else call.staying
         try:
             yield
         finally:
             call.start, call.off = before
 
+    @property
+    def _is_off(self) -> bool:
+        """Whether adapters are switched off for every thread."""
+        return bool(self._disable_adapters or self._aside)
+
     def _at_start(self) -> tuple[str, ...]:
-        return () if self._disable_adapters or self._aside else tuple(dict.fromkeys(self.active_names))
+        return () if self._is_off else tuple(dict.fromkeys(self.active_names))
 
     @property
     def names_at_work(self) -> list[str]:
