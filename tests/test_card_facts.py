@@ -90,7 +90,7 @@ def test_the_card_says_where_registers_are_and_what_they_started_at(
     assert sentence in text
     assert f"| Registers | {registers} |" in text
     assert f"| Initial values | {initial} |" in text
-    assert ("| Gate | -5 at first" in text) is ("gate" in options)
+    assert ("| Gate | a bias on the attention to registers, made as -5 |" in text) is ("gate" in options)
     if options.get("key_value"):
         assert LEARNED not in text
         assert REMOVED not in text
@@ -164,9 +164,18 @@ def test_the_evaluation_measures_the_head_alone_too(trained: tuple[Path, dict[st
 
 
 @pytest.mark.slow
-def test_a_checkpoints_card_names_the_checkpoint(trained: tuple[Path, dict[str, float], torch.nn.Module]) -> None:
+def test_a_checkpoints_card_names_the_checkpoint_and_the_run(
+    trained: tuple[Path, dict[str, float], torch.nn.Module],
+) -> None:
     text = (trained[0] / "checkpoint-2" / "README.md").read_text()
     assert 'from_pretrained(base, "checkpoint-2")' in text
+    assert "Not stated" not in text
+    whole = (trained[0] / "README.md").read_text()
+    for row in ("| Training images | 16 |", "| Seed | 7 |", "| Objective | classification |"):
+        assert row in text
+        assert row in whole
+    assert "| Steps | 2 |" in text
+    assert "None recorded." in text  # measured at the end, of what is saved there
 
 
 def test_setting_registers_aside_keeps_the_head() -> None:

@@ -301,7 +301,7 @@ def test_the_card_says_what_the_registers_are_and_which_classes_a_head_has(tmp_p
     for line in (
         "REGISTER_ADAPTER: learned tokens, fresh ones at every block",
         f"| `regs`: Registers | 2 × {WIDTH} in each of {BLOCKS} blocks |",
-        "| `regs`: Gate | -1 at first",
+        "| `regs`: Gate | a bias on the attention to registers, made as -1 |",
         "| `regs`: Saved as a whole beside them | `classifier` |",
         f"| `regs`: Classes of the head | {LABELS}: `kind 0`, ",
         "weights have another fingerprint, is refused.",

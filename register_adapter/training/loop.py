@@ -82,9 +82,9 @@ class Loop:
         self.callbacks = callbacks
         self.selection = selection or Selection(args, state)
         self.seconds, self.images, self._evaluating = 0.0, 0, 0.0
-        self._saved = state.global_step if checkpoint else 0
+        self.write_card: Callable[[Any, Path], None] | None = None  # says in a checkpoint's README what the run is
+        self._saved, self._count = state.global_step if checkpoint else 0, 0
         self._sums: dict[str, Any] = defaultdict(float)
-        self._count = 0
         self._guard, self._first_batch = LossGuard(accelerator, loader.dataset), state.step
 
     @property
@@ -312,8 +312,8 @@ class Loop:
         """Write a checkpoint of this step."""
         kept = [callback.state_dict() for callback in self.callbacks]
         self.checkpoint = checkpoints.save(
-            *(self.accelerator, self.model, self.optimizer, self.scheduler, self.state),
-            *(str(self.args.output_dir), self.args.checkpoints_total_limit, self.selection.weights, kept),
+            *(self.accelerator, self.model, self.optimizer, self.scheduler, self.state, str(self.args.output_dir)),
+            *(self.args.checkpoints_total_limit, self.selection.weights, kept, self.write_card),
         )
         self._saved = self.state.global_step
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
+from torch import nn
 
 from ..tuner.card import update_model_card
 from ..tuner.card_text import base_name
@@ -29,14 +31,14 @@ from .arguments import TrainArguments
 __all__ = [
     "RESULTS_NAME",
     "RUN_CONFIG",
-    "check_finite",
     "check_output_dir",
     "check_push",
     "describe_run",
     "open_outputs",
     "push_run",
     "save_adapter",
-    "save_run",
+    "save_trained",
+    "write_card",
 ]
 
 RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
@@ -44,7 +46,7 @@ RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
 _RESULTS = (WEIGHTS_NAME, CONFIG_NAME, RESULTS_NAME)
 
 
-def check_finite(tensors: dict[str, Any]) -> None:
+def _check_finite(tensors: dict[str, Any]) -> None:
     """Refuse what was trained if it is not finite.
 
     Raises:
@@ -69,22 +71,34 @@ def save_adapter(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
     with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as scratch:
         copy_readme(folder, scratch)
         model.save_pretrained(str(scratch))
-        _write_card(model, scratch, {"adapter": folder.absolute().name, **facts})
+        write_card(model, scratch, {"adapter": folder.absolute().name, **facts})
 
 
-def save_run(
-    model: PeftModel,
-    weights: dict[str, Any] | None,
-    folder: Path,
+def save_trained(
+    accelerator: Accelerator,
+    model: nn.Module,
+    trainable: Mapping[str, torch.Tensor],
+    args: TrainArguments,
     results: dict[str, Any],
     image_processor: Any,
     card: dict[str, Any],
 ) -> None:
-    """Write adapter, card, image processor and results, all or nothing."""
+    """Write adapter, card, image processor and results, all or nothing, if that is wanted; every process calls it.
+
+    Raises:
+        FloatingPointError: What was trained is not finite.
+    """
+    weights = checkpoints.adapter_weights(accelerator, model)
+    trained = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    trained.eval()
+    _check_finite(weights or {name: parameter for name, parameter in trained.named_parameters() if name in trainable})
+    if not (accelerator.is_main_process and args.output_dir):
+        return
+    folder = Path(args.output_dir)
     with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
         copy_readme(folder, scratch)
-        model.save_pretrained(str(scratch), state_dict=weights)
-        _write_card(model, scratch, {**card, "adapter": folder.absolute().name})
+        trained.save_pretrained(str(scratch), state_dict=weights)
+        write_card(trained, scratch, {**card, "adapter": folder.absolute().name})
         if _can_be_saved(image_processor):
             image_processor.save_pretrained(scratch)
         (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -95,7 +109,9 @@ def _can_be_saved(image_processor: Any) -> bool:
     return hasattr(image_processor, "save_pretrained")
 
 
-def _write_card(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
+def write_card(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
+    """Bring the README of an adapter's folder up to date; see :func:`save_adapter` for the arguments."""
+    facts = {"adapter": folder.absolute().name, **facts}
     if isinstance(model, ComposedPeftModel):
         model.create_or_update_model_card(str(folder), **facts)
         return
@@ -105,16 +121,19 @@ def _write_card(model: PeftModel, folder: Path, facts: dict[str, Any]) -> None:
 
 
 def describe_run(
-    results: dict[str, Any], args: TrainArguments, training_data: str | None, evaluation_data: str | None
+    results: dict[str, Any], args: TrainArguments, training_data: str | None, evaluation_data: str | None = None
 ) -> dict[str, Any]:
-    """What the card says of the run: the data, its size, and the metrics that were measured on the evaluation set."""
-    metrics = {key: value for key, value in results["metrics"].items() if key.startswith("eval_")}
+    """What the card says of the run: the data, its size, and the metrics that were measured on the evaluation set.
+
+    A checkpoint's results have no metrics and no best step yet.
+    """
+    metrics = {key: value for key, value in results.get("metrics", {}).items() if key.startswith("eval_")}
     images = results["train_samples"]
     run = {
         "Training images": "read as a stream, and not counted" if images is None else images,
         "Evaluation images": results["eval_samples"],
     }
-    best = results["best"] if args.load_best_model_at_end else None
+    best = results.get("best") if args.load_best_model_at_end else None
     parts = ", ".join(f"{part} {count:,}" for part, count in results["trained"].items())
     run["Trained parameters"] = parts
     run |= {"Trained further from": base_name(results["adapter"])} if results.get("adapter") else {}

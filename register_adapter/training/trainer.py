@@ -33,7 +33,7 @@ from .loop import Loop
 from .objectives import Objective
 from .objectives.stored import store_targets
 from .run_lock import folder_lock
-from .saving import check_finite, check_output_dir, check_push, describe_run, open_outputs, push_run, save_run
+from .saving import check_output_dir, check_push, describe_run, open_outputs, push_run, save_trained, write_card
 from .selection import Selection
 from .setup import (
     check_alike,
@@ -139,6 +139,18 @@ def train(
             image_processor,
         )
         resumed, first_step = loop.checkpoint, loop.state.global_step
+
+        def known() -> dict[str, Any]:
+            return {
+                "global_step": loop.state.global_step,
+                "train_samples": number_of(train_data),
+                "eval_samples": len(eval_data) if eval_data is not None else 0,
+                "trained": trainable_by_part(model),
+                "objective": {**objective.details(), **_details(callbacks)},
+                **(details or {}),
+            }
+
+        loop.write_card = lambda saved, folder: write_card(saved, folder, describe_run(known(), args, training_data))
         open_outputs(accelerator, args, resumed is not None, run_config, hub_token)
         try:
             with modes_of_blocks(model, args):
@@ -149,7 +161,6 @@ def train(
             raise
         results = {
             "metrics": metrics,
-            "global_step": loop.state.global_step,
             "resumed_from_step": first_step if resumed is not None else None,
             "resumed_from_checkpoint": str(resumed) if resumed is not None else None,
             "stopped_early": loop.stopped_early,
@@ -157,19 +168,16 @@ def train(
             "evaluations": loop.state.evaluations,
             "seconds": round(loop.seconds, 3),
             "images_per_second": round(loop.images_per_second, 2),
-            "train_samples": number_of(train_data),
-            "eval_samples": len(eval_data) if eval_data is not None else 0,
             "trainable_parameters": sum(parameter.numel() for parameter in trainable.values()),
-            "trained": trainable_by_part(model),
-            "objective": {**objective.details(), **_details(callbacks)},
             "arguments": asdict(args),
             "versions": versions(),
             "hardware": hardware(accelerator),
             "git_commit": git_commit(),
-            **(details or {}),
+            **known(),
         }
         with interruption.deferred() if interruption else nullcontext():
-            card = _save(loop, trainable, results, image_processor, training_data, evaluation_data)
+            card = describe_run(results, args, training_data, evaluation_data)
+            save_trained(accelerator, loop.model, trainable, args, results, image_processor, card)
         if args.push_to_hub and accelerator.is_main_process:
             logger.info("the adapter is saved in %s; now it is uploaded", args.output_dir)
             trained = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
@@ -212,30 +220,6 @@ def _finish(loop: Loop, model: PeftModel) -> dict[str, float]:
             loop.stop()
     loop.accelerator.log(metrics, step=state.global_step)
     return metrics
-
-
-def _save(
-    loop: Loop,
-    trainable: dict[str, torch.nn.Parameter],
-    results: dict[str, Any],
-    image_processor: Any,
-    training_data: str | None,
-    evaluation_data: str | None,
-) -> dict[str, Any]:
-    """Save the adapter and all that goes with it, if that is wanted; what its card says of the run.
-
-    Raises:
-        FloatingPointError: What was trained is not finite.
-    """
-    accelerator, args = loop.accelerator, loop.args
-    weights = checkpoints.adapter_weights(accelerator, loop.model)
-    trained = accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
-    trained.eval()
-    check_finite(weights or {name: parameter for name, parameter in trained.named_parameters() if name in trainable})
-    card = describe_run(results, args, training_data, evaluation_data)
-    if accelerator.is_main_process and args.output_dir:
-        save_run(trained, weights, Path(args.output_dir), results, image_processor, card)
-    return card
 
 
 def _trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -238,7 +238,7 @@ def register_rows(config: RegisterConfig, strengths: list[float] | None = None) 
     """
     return {
         "Registers": _registers(config),
-        **({} if config.gate is None else {"Gate": f"{config.gate:g} at first, a bias on the attention to registers"}),
+        **({} if config.gate is None else {"Gate": f"a bias on the attention to registers, made as {config.gate:g}"}),
         **(_fit_rows(config, strengths) or {"Initial values": _initial_values(config)}),
         "Saved as a whole beside them": ", ".join(code(name) for name in config.modules_to_save or []) or "nothing",
         **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),

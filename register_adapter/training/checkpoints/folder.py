@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +58,7 @@ def save(
     total_limit: int | None = None,
     best: dict[str, torch.Tensor] | None = None,
     callbacks: Sequence[dict[str, Any]] = (),
+    write_card: Callable[[PeftModel, Path], None] | None = None,
 ) -> Path:
     """Write ``checkpoint-<global_step>``; every process calls it, the main one writes.
 
@@ -71,6 +72,7 @@ def save(
         total_limit: Keep this many checkpoints, the newest; ``None`` keeps all.
         best: The best adapter so far, from :func:`copy_weights`.
         callbacks: What each callback says of its state.
+        write_card: Says in the README of the folder that it is given what the run is, beside what the adapter is.
 
     Returns:
         The checkpoint's folder.
@@ -89,7 +91,10 @@ def save(
             # Of the checkpoint's own name, which its card tells.
             new = scratch / "new" / target.name
             with naming_files(new, target):
-                accelerator.unwrap_model(model).save_pretrained(new, state_dict=weights)
+                saved = accelerator.unwrap_model(model)
+                saved.save_pretrained(new, state_dict=weights)
+                if write_card is not None:
+                    write_card(saved, new)
                 _write_tensors(tensors, new / _TENSORS)
                 if best is not None:
                     save_file({name: tensor.contiguous() for name, tensor in best.items()}, new / _BEST)
