@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,10 @@ def _discovery(model: nn.Module) -> Any:
 
 def _probes(model: nn.Module) -> Any:
     pixels = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    report = probe_tokens(model, pixels, [0, 1] * 6, batch_size=4, min_images=10, max_iter=5)
+    return _scores(probe_tokens(model, pixels, [0, 1] * 6, batch_size=4, min_images=10, max_iter=5))
+
+
+def _scores(report: Any) -> torch.Tensor:
     scores = [row.reconstruction_l2 for row in report.rows]
     return torch.tensor([score.value for score in scores if score is not None])
 
@@ -226,6 +230,35 @@ def test_a_data_set_may_run_the_model_with_adapters_of_its_own(stock: bool) -> N
     assert same(patch_norms(model, data()), patch_norms(model, [images()]))
     assert len(seen) == 4 * len(images())
     assert all(seen)
+
+
+@pytest.mark.parametrize("kind", ["head", "stock head"])
+@pytest.mark.parametrize("names", [("other", "default"), ("other", None), (None, "other"), ("default", "other")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_overlapping_looks_leave_the_adapter_of_before(kind: str, names: tuple[str | None, ...], nested: bool) -> None:
+    """The last that ended put back what another had set: its adapter was active for good, and gradients were off."""
+    config = RegisterConfig(num_registers=3, init_std=1.0, modules_to_save=["pooler"])
+    base = build("vit").eval()
+    model: Any = (
+        add_registers(base, 3, init_std=1.0, modules_to_save=["pooler"]) if kind == "head" else PeftModel(base, config)
+    )
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0, modules_to_save=["pooler"]))
+
+    def state() -> Any:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return model.active_adapters, model.active_adapter, trained
+
+    before = state()
+    expected = model.eval()(images()).pooler_output
+    first, second = (looking_at((model, name)) for name in names)
+    with ThreadPoolExecutor(1) as thread, ThreadPoolExecutor(1) as another:
+        of = {first: thread, second: another}
+        for context in (first, second):
+            of[context].submit(context.__enter__).result()
+        for context in (second, first) if nested else (first, second):
+            of[context].submit(context.__exit__, None, None, None).result()
+    assert state() == before
+    assert same(model(images()).pooler_output, expected)
 
 
 @keeping_adapters

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -96,24 +98,65 @@ def _adapter(model: Any, name: str | None) -> Iterator[None]:
         with _staying(layers, [] if name is None else [name]):  # other threads may look at another one
             yield
         return
-    # PEFT makes the parameters of an active adapter trainable.
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    before, kept = list(model.active_adapters), model.active_adapter
-    try:
-        if name is None:
-            with model.disable_adapter(), _staying(layers, []):
-                yield
-        else:
-            model.set_adapter(name)
-            with _staying(layers, list(model.active_adapters)):
-                yield
-    finally:
-        if list(model.active_adapters) != before:
-            _activate(model, before)
-        if model.active_adapter != kept:
-            model.active_adapter = kept
-        for parameter, wanted in gradients:
+    with _turn(model, name) as active, _staying(layers, active):
+        yield
+
+
+class _Turns:
+    """Threads that each have an adapter of one model active for all, and what the first of them found.
+
+    Attributes:
+        open: An object for each, and the name of its adapter; the last has its own active.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.open: list[tuple[object, str | None]] = []
+        self._before, self._kept = list(model.active_adapters), model.active_adapter
+        # PEFT makes the parameters of an active adapter trainable.
+        self._gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def end(self, model: PeftModel, mine: object) -> bool:
+        """One of them ends: the adapter of another is active again, or at last everything as it was.
+
+        Returns:
+            Whether others go on.
+        """
+        was_last = bool(self.open) and self.open[-1][0] is mine
+        self.open = [turn for turn in self.open if turn[0] is not mine]
+        if self.open:
+            following = self.open[-1][1]
+            if was_last and following is not None:
+                model.set_adapter(following)
+            return True
+        if list(model.active_adapters) != self._before:
+            _activate(model, self._before)
+        if model.active_adapter != self._kept:
+            model.active_adapter = self._kept
+        for parameter, wanted in self._gradients:
             parameter.requires_grad_(wanted)
+        return False
+
+
+_TURNS: weakref.WeakKeyDictionary[nn.Module, _Turns] = weakref.WeakKeyDictionary()
+_TURNING = threading.RLock()
+
+
+@contextmanager
+def _turn(model: PeftModel, name: str | None) -> Iterator[list[str]]:
+    """An adapter, or none, active for all threads; the names of those that are."""
+    mine = object()
+    try:
+        with _TURNING:
+            _TURNS.setdefault(model, _Turns(model)).open.append((mine, name))
+            if name is not None:
+                model.set_adapter(name)
+            active = [] if name is None else list(model.active_adapters)
+        with model.disable_adapter() if name is None else nullcontext():
+            yield active
+    finally:
+        with _TURNING:
+            if model in _TURNS and not _TURNS[model].end(model, mine):
+                del _TURNS[model]
 
 
 @contextmanager
