@@ -26,6 +26,7 @@ from register_adapter import (
     find_tower,
     get_features,
 )
+from register_adapter.artifacts import train_detector
 from register_adapter.artifacts.norms import patch_norms
 from register_adapter.evaluation import analyse_registers, probe_tokens
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
@@ -230,6 +231,29 @@ def test_a_data_set_may_run_the_model_with_adapters_of_its_own(stock: bool) -> N
     assert same(patch_norms(model, data()), patch_norms(model, [images()]))
     assert len(seen) == 4 * len(images())
     assert all(seen)
+
+
+@pytest.mark.parametrize("change", ["another", "none"])
+def test_a_detector_has_the_kinds_of_what_was_read(change: str) -> None:
+    """They were counted behind the passes: sizes that do not match, in a model without CLS."""
+    model = add_registers(build("siglip-vision"), 3, init_std=1.0).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0, insert_layer=1))
+    layer = find_register_layer(model)
+    assert layer is not None
+    pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(2)
+
+    def detector() -> Any:
+        trained = train_detector(model, pixels, num_steps=2, progress=False)
+        return trained.config.kinds, [*trained.state_dict().values()]
+
+    kinds, values = detector()
+    block = find_tower(model).part("blocks")[-1]
+    block.register_forward_hook(
+        lambda *_: model.set_adapter("other") if change == "another" else layer.enable_adapters(False)
+    )
+    found, read = detector()
+    assert found == kinds
+    assert same(read, values)
 
 
 @pytest.mark.parametrize("kind", ["head", "stock head"])

@@ -16,7 +16,7 @@ from torch import nn
 from ...errors import UnsupportedModelError
 from ...features.attention_maps import record_attention_maps
 from ...features.grid import PatchGrid, watch_patches
-from ...features.layout import native_registers, tower_of
+from ...features.layout import adapters_stay, native_registers, tower_of
 from ...features.passes import Batch, PassOptions, open_pass
 from ...features.threads import in_this_thread
 
@@ -81,7 +81,8 @@ def shape_of_attention(model: nn.Module) -> tuple[int, tuple[str, ...]]:
     blocks = len(tower.part("blocks"))
     num_cls = tower.prefix - native_registers(tower)
     # Registers that enter later: one kind for all blocks, or maps of different blocks could not stand side by side.
-    fewest = tower.prefix + (min(layer.count_at(block) for block in range(blocks)) if layer is not None else 0)
+    with adapters_stay(layer):  # those that are read
+        fewest = tower.prefix + (min(layer.count_at(block) for block in range(blocks)) if layer is not None else 0)
     return blocks, kinds_of(num_cls, fewest)
 
 
