@@ -29,6 +29,7 @@ from register_adapter import (
 from register_adapter.artifacts import train_detector
 from register_adapter.artifacts.norms import patch_norms
 from register_adapter.evaluation import analyse_registers, probe_tokens
+from register_adapter.evaluation.discovery import discover
 from register_adapter.evaluation.discovery.patches import PatchReader, Wanted
 from register_adapter.evaluation.downstream.provenance import source_of_features
 from register_adapter.features.subjects import keeping_adapters, looking_at, named_subjects
@@ -230,6 +231,80 @@ def test_a_data_set_may_run_the_model_with_adapters_of_its_own(stock: bool) -> N
     assert same(get_features(model, data()).values, wanted)
     assert same(patch_norms(model, data()), patch_norms(model, [images()]))
     assert len(seen) == 4 * len(images())
+    assert all(seen)
+
+
+@pytest.mark.parametrize("read", ["features", "one", "audit", "probes", "analysis", "norms", "discovery", "examples"])
+def test_what_a_data_set_runs_is_not_the_reading_s(read: str) -> None:
+    """Its ``set_adapter`` was passed over, and what it read of the model itself had the registers of the reading."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0))
+    pixels = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def looked() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(images()).last_hidden_state, get_features(model, images())["patch"]]
+
+    own = looked()
+    model.set_adapter("other")
+    other = looked()
+    assert not any(map(same, own, other))
+    model.set_adapter("default")
+    seen: list[bool] = []
+
+    class Data:
+        def __len__(self) -> int:
+            return len(pixels)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            model.set_adapter("other")
+            seen.extend(map(same, looked(), other))
+            model.set_adapter("default")
+            return pixels[index]
+
+    readers: dict[str, Callable[[Any], Any]] = {
+        "features": lambda data: get_features(model, data).values,
+        "one": lambda data: get_features((model, "default"), data).values,
+        "audit": lambda data: torch.tensor(audit(model, data).layers[-1].norms["patch"].mean),
+        "probes": lambda data: _scores(probe_tokens(model, data, [0, 1] * 6, min_images=10, max_iter=5)),
+        "analysis": lambda data: analyse_registers(model, data, progress=False).constancy.tolist(),
+        "norms": lambda data: patch_norms(model, data),
+        "discovery": lambda data: [found.box for found in discover(model, data)],
+        "examples": lambda data: [torch.from_numpy(e.maps["m"].norms) for e in read_examples({"m": model}, data)],
+    }
+    batches = read not in ("discovery", "examples")  # of two images there
+
+    def given(data: Any) -> Any:
+        pairs = (torch.stack([data[n], data[n + 1]]) for n in range(0, len(data), 2))
+        return pairs if batches else data
+
+    expected = readers[read](given(list(pixels)))
+    found = readers[read](given(Data()))
+    assert same(found, expected) if tensors(expected) else found == expected
+    assert len(seen) >= 2 * len(pixels)
+    assert all(seen)
+    assert all(map(same, looked(), own))
+
+
+def test_a_data_set_may_look_into_the_model_while_it_is_read() -> None:
+    """An audit counted the data set's own passes among its images; what the data set has opened stays its own."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    expected = _audit(model)
+    with capture(model) as trace:
+        model(images() + 1)
+        wanted = trace.hidden_states
+    seen = []
+
+    def data() -> Iterator[torch.Tensor]:
+        with capture(model) as own:
+            for pixels in images():
+                model(images() + 1)
+                seen.append(same(own.hidden_states, wanted))
+                yield pixels[None]
+
+    report = audit(model, data())
+    assert same([torch.tensor([layer.norms["patch"].mean for layer in report.layers])], expected[:1])
+    assert len(seen) == len(images())
     assert all(seen)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
-from ..features.layout import adapters_stay
+from ..features.layout import adapters_stay, each_outside
 from ..features.subjects import keeping_adapters
 from ..features.trace import capture
 from ..towers.tower import Tower
@@ -37,7 +37,7 @@ def patch_norms(model: nn.Module, batches: Iterable[torch.Tensor], layer: int = 
         ``(images, patches)`` float32 on the CPU.
     """
     norms, registers = [], find_register_layer(model)
-    for pixel_values in batches:
+    for pixel_values in each_outside(batches):
         with adapters_stay(registers), capture(model, attentions=False) as trace:
             model(pixel_values=pixel_values)
         norms.append(trace.patches(layer).float().norm(dim=-1).cpu())

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..towers.anatomy import Anatomy, resolve
 from ..towers.tower import Tower, find_tower
+from ..tuner.hooks.call_state import outside_of_readings
 from ..tuner.layer import RegisterLayer, find_register_layer
+from .threads import Aside
 
-__all__ = ["TokenLayout", "adapters_stay", "find_layout", "native_registers", "tower_of"]
+__all__ = ["TokenLayout", "adapters_stay", "each_outside", "find_layout", "native_registers", "tower_of"]
+
+_Item = TypeVar("_Item")
 
 # Where towers say how many of their prefix tokens are registers; the last is a parameter (1, R, D).
 _NATIVE = ("config.num_register_tokens", "config.num_registers", "num_register_tokens", "num_reg_tokens", "reg_token")
@@ -75,6 +81,25 @@ def find_layout(tower: Tower, layer: RegisterLayer | None, index: int) -> TokenL
     """The layout of ``hidden_states[index]``: 0 is the first block's input, ``i + 1`` the output of block ``i``."""
     native = native_registers(tower)
     return TokenLayout(tower.prefix - native, native, layer.count_at(max(index - 1, 0)) if layer is not None else 0)
+
+
+def each_outside(items: Iterable[_Item], aside: Aside | None = None) -> Iterator[_Item]:
+    """What a data set gives: what the model is read with, and by, is not for passes that the data set makes itself.
+
+    Args:
+        items: The data set.
+        aside: Has the hooks of the reading rest meanwhile.
+    """
+    aside = aside or Aside()
+    with outside_of_readings(), aside():
+        given = iter(items)
+    while True:
+        with outside_of_readings(), aside():
+            try:
+                item = next(given)
+            except StopIteration:
+                return
+        yield item
 
 
 def adapters_stay(layer: RegisterLayer | None) -> AbstractContextManager[None]:

@@ -26,10 +26,11 @@ from ..towers.anatomy import Anatomy
 from ..towers.calls import first_of, hidden_states_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower
+from ..tuner.hooks.call_state import outside_of_readings
 from ..tuner.layer import RegisterLayer
 from ..utils.arguments import check_whole
-from .layout import adapters_stay, tower_of
-from .threads import in_this_thread
+from .layout import adapters_stay, each_outside, tower_of
+from .threads import Aside, in_this_thread
 
 __all__ = [
     "Batch",
@@ -132,6 +133,7 @@ class ImagePass:
         self._images = images
         self._labels, self._with_labels = labels, with_labels
         self._title, self._progress, self._report = title, options.progress, options.report
+        self._aside = Aside()  # before there are hooks of the pass
         self._batches: Generator[Batch, None, None] = self._read()
 
     @property
@@ -180,9 +182,8 @@ class ImagePass:
         shown = tqdm(total=self._images.total, desc=self._title, unit="image", disable=not self._progress)
         try:
             with shown as bar:
-                for inputs, numbers, own in self._images.labelled(
-                    self.device, self.dtype, self.tower.module, report=False
-                ):
+                given = self._images.labelled(self.device, self.dtype, self.tower.module, report=False)
+                for inputs, numbers, own in each_outside(given, self._aside):
                     labels = self._labels_of(numbers, own) if self._with_labels else None
                     yield Batch(inputs, len(numbers), labels, numbers)
                     bar.update(len(numbers))
@@ -244,15 +245,16 @@ def open_pass(
     options = options or PassOptions()
     tower, registers = tower_of(model, target_modules, anatomy)
     given = None if labels is None else _whole_numbers(labels)
-    batches = ImageBatches(
-        images,
-        options.image_processor,
-        model_name=source_of(model, tower),
-        batch_size=options.batch_size,
-        max_images=options.max_images,
-        strict=options.strict,
-        num_workers=options.num_workers,
-    )
+    with outside_of_readings():  # the first image is looked at
+        batches = ImageBatches(
+            images,
+            options.image_processor,
+            model_name=source_of(model, tower),
+            batch_size=options.batch_size,
+            max_images=options.max_images,
+            strict=options.strict,
+            num_workers=options.num_workers,
+        )
     return ImagePass(tower, registers, batches, options, given, with_labels, title)
 
 

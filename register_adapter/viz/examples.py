@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..data.images import image_name
-from ..features.layout import tower_of
+from ..features.layout import each_outside, tower_of
 from ..features.subjects import Subjects, keeping_adapters, looking_at, named_subjects
 from .colours import principal_colours
 from .images import ImageSource, Size, prepare_image
@@ -75,7 +75,7 @@ def read_examples(
         ImageFileError: A file is not an image.
         UnsupportedModelError: Places of a model's patches are not known.
     """
-    sources: list[ImageSource] = list(images)
+    sources: list[ImageSource] = list(each_outside(images))
     if not sources:
         raise ValueError("no images to look at: images is empty")
     titles = list(names) if names is not None else [_name(source, place) for place, source in enumerate(sources, 1)]

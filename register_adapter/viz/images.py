@@ -19,6 +19,7 @@ from ..data.images import check_pixels, load_image
 from ..data.processors import check_processor, load_image_processor, normalisation_of, source_of
 from ..errors import MissingExtraError, RegisterAdapterError
 from ..towers.tower import Tower
+from ..tuner.hooks.call_state import outside_of_readings
 
 __all__ = ["ImageInputError", "ImageSource", "PreparedImage", "Size", "prepare_image"]
 
@@ -51,6 +52,7 @@ class PreparedImage:
     grid: tuple[int, int] | None
 
 
+@outside_of_readings()
 def prepare_image(
     model: nn.Module, tower: Tower, source: ImageSource, image_processor: Any = None, size: Size | None = None
 ) -> PreparedImage:

@@ -13,6 +13,7 @@ import numpy as np
 from ...data.images import image_name
 from ...features.layout import tower_of
 from ...features.subjects import Subject, Subjects, keeping_adapters, named_subjects
+from ...tuner.hooks.call_state import outside_of_readings
 from .annotations import BoxedImage, boxed_scenes
 from .patches import FEATURES, Features
 from .running import METHODS, Method, Plan, Reading, run_plans
@@ -183,6 +184,7 @@ def _choose(
     return tried + measured(more, f"{title}, settings")
 
 
+@outside_of_readings()
 def _with_boxes(images: Any) -> tuple[list[BoxedImage], int]:
     """Those of the images that have a box, and the number of the others."""
     if hasattr(images, "scene"):

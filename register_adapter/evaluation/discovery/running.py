@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...features.layout import each_outside
 from ...features.subjects import Subject, keeping_adapters, looking_at
 from .boxes import DiscoveredObject
 from .normalised_cut import tokencut_batch
@@ -168,7 +169,7 @@ def run_plans(
         reader = PatchReader(model, [plan.wanted for plan in plans], reading.antialias)
         prepare = Preparation(model, reader.tower, reading.image_processor, reading.size)
         with tqdm(total=total, desc=title, unit="image", disable=not reading.progress) as bar:
-            for batch in _batches(map(prepare, images), reading.batch_size):
+            for batch in _batches(map(prepare, each_outside(images)), reading.batch_size):
                 objects = _of_batch(reader, prepare.patch_size, plans, [image for _, image in batch])
                 done.update((number, per_image) for (number, _), per_image in zip(batch, objects, strict=True))
                 bar.update(len(batch))

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ...data.folders import read_image_folder
 from ...data.images import check_image, image_name
+from ...tuner.hooks.call_state import outside_of_readings
 from ...utils.files import open_regular
 
 __all__ = ["LabelledImages", "digest_of", "label_images", "name_of", "refuse_leaks"]
@@ -53,6 +54,7 @@ class _Unlabelled(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @outside_of_readings()
     def __getitem__(self, index: Any) -> Any:
         item = self.source[int(index)]
         return item["image"] if isinstance(item, Mapping) and "image" in item else item
@@ -61,6 +63,7 @@ class _Unlabelled(Sequence[Any]):
         return (self[index] for index in range(len(self)))
 
 
+@outside_of_readings()
 def label_images(data: Any, classes: Sequence[str] | None = None) -> LabelledImages:
     """Any labelled images in one form.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...towers.anatomy import Anatomy
+from ...tuner.hooks.call_state import outside_of_readings
 from ...utils.environment import version
 from ...utils.staging import file_to_write, staged
 from ..passes import PassOptions
@@ -133,7 +134,8 @@ def write_features(
                 target.parent, spec.nbytes, f"the features of {spec.total} images", "another disk or fewer images"
             )
         if on_start is not None:
-            on_start(spec)
+            with outside_of_readings():
+                on_start(spec)
         rows = 0
         with staged(target.parent) as scratch, opened_writer(scratch / target.name, spec) as writer:
             while True:

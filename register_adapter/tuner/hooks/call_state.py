@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from types import FrameType
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..registers import Segment
 
-__all__ = ["CallState", "MethodCall", "RecordPairs"]
+__all__ = ["CallState", "MethodCall", "RecordPairs", "outside_of_readings"]
 
 #: Called with a block's index, keys and values ``(B, H, N, d)``.
 RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -147,6 +147,18 @@ class CallState(threading.local):
         return self.whole or any(entry.state is self and entry.open for entry in _KEEPING.get())
 
     @contextmanager
+    def reading(self, **changes: Any) -> Iterator[None]:
+        """A context of this thread with other values of what a reading keeps."""
+        before, around = {name: vars(self)[name] for name in _OF_A_READING}, _READINGS.states
+        try:
+            _READINGS.states = (*around, self)
+            vars(self).update(changes)
+            yield
+        finally:
+            vars(self).update(before)
+            _READINGS.states = around
+
+    @contextmanager
     def keeping_pairs(self) -> Iterator[None]:
         """A context of this thread, or coroutine, whose attention maps keep the columns of key/value pairs."""
         entry, state = _Context(self), vars(self)
@@ -224,6 +236,26 @@ class CallState(threading.local):
         return CallState, ()
 
 
+class _Readings(threading.local):
+    """The layers' states that readings of this thread have changed, the outermost's first."""
+
+    states: tuple[CallState, ...] = ()
+
+
+_READINGS = _Readings()
+
+
+@contextmanager
+def outside_of_readings() -> Iterator[None]:
+    """In the context this thread's passes, and readings, are as outside of any: code of the user's runs in it."""
+    with ExitStack() as stack:
+        for state in dict.fromkeys(_READINGS.states):
+            stack.enter_context(state.reading(**_OF_A_READING))
+        yield
+
+
+#: What a reading keeps, as it is outside of any.
+_OF_A_READING: dict[str, Any] = {"staying": None, "start": None, "off": False}
 #: What belongs to one pass, as it is outside of any.
 _OF_A_PASS: dict[str, Any] = {"segments": None, "frame": None, "trains": False, "visible": None, "rotary": None}
 _OF_A_PASS |= {"entered": 0, "length": 0, "left": False, "method": None, "methods": (), "kept": None, "given": None}

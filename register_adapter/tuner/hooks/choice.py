@@ -158,16 +158,15 @@ class Choice(AttentionHooks):
         Args:
             names: Adapters that it has in place of the active ones.
         """
-        call, before = self.call, self.call.staying
+        call = self.call
         off = self._is_off if call.start is None else call.off
+        kept = call.start if call.staying is None else call.staying
         if names is not None:
-            call.staying = () if off else tuple(dict.fromkeys(names))
-        elif before is None:
-            call.staying = self._at_start() if call.start is None else call.start
-        try:
+            kept = () if off else tuple(dict.fromkeys(names))
+        elif kept is None:
+            kept = self._at_start()
+        with call.reading(staying=kept):
             yield
-        finally:
-            call.staying = before
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -176,14 +175,12 @@ class Choice(AttentionHooks):
         A data set may run the model itself while it is read, with adapters of its own.
         """
         call = self.call
-        before = call.start, call.off
-        if call.start is None:
-            call.off = self._is_off
-            call.start = self._at_start() if call.staying is None else call.staying
-        try:
+        if call.start is not None:
             yield
-        finally:
-            call.start, call.off = before
+            return
+        start = self._at_start() if call.staying is None else call.staying
+        with call.reading(start=start, off=self._is_off):
+            yield
 
     @property
     def _is_off(self) -> bool:
