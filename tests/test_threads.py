@@ -17,6 +17,7 @@ from stacks_cases import build_stack, images
 from torch import nn
 
 from register_adapter import (
+    RegisterAdapterError,
     RegisterConfig,
     add_registers,
     audit,
@@ -306,6 +307,34 @@ def test_a_data_set_may_look_into_the_model_while_it_is_read() -> None:
     assert same([torch.tensor([layer.norms["patch"].mean for layer in report.layers])], expected[:1])
     assert len(seen) == len(images())
     assert all(seen)
+
+
+@pytest.mark.parametrize("read", [_batches, _norms, _audit, _probes])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_an_adapter_that_is_deleted_ends_a_reading_of_it(
+    read: Callable[[nn.Module], Any], alone: bool, again: bool
+) -> None:
+    """The rest of the images was read without it, or with another of its name, in silence."""
+    model = add_registers(build("vit"), 3, init_std=1.0).eval()
+    config = RegisterConfig(num_registers=3, init_std=1.0)
+    if not alone:
+        model.add_adapter("other", config)
+
+    def change(*_: Any) -> None:
+        handle.remove()
+        model.delete_adapter("default")
+        if again:
+            model.add_adapter("default", config)
+            model.eval()
+
+    handle = find_tower(model).module.register_forward_hook(change)
+    with pytest.raises(RegisterAdapterError, match="'default' was deleted while the model was read with it"):
+        read(model)
+    left = [*(["other"] if not alone else []), *(["default"] if again else [])]
+    assert list(model.peft_config) == left
+    if left:
+        read(model)
 
 
 @pytest.mark.parametrize("change", ["another", "none"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..registers import Segment
+from ..registers import RegisterTokens, Segment
 
 __all__ = ["CallState", "MethodCall", "RecordPairs", "outside_of_readings"]
 
@@ -74,6 +74,7 @@ class CallState(threading.local):
         staying: Adapters of this thread's passes, whoever sets others; ``None``: those that are active.
         start: What ``staying`` takes where it is not told names: the adapters of a reading's start; ``None`` for none.
         off: Adapters were switched off for every thread when ``start`` was set.
+        read: Registers of the adapters in ``staying`` and ``start``, by name, as they were then.
         contexts: What each open context of this thread leaves out.
         around: All of that together: what a graph goes by, which knows of no coroutines.
         keeping: Number of open contexts of this thread whose attention maps keep the columns of key/value pairs.
@@ -100,6 +101,7 @@ class CallState(threading.local):
         self.staying: tuple[str, ...] | None = None
         self.start: tuple[str, ...] | None = None
         self.off: bool = False
+        self.read: dict[str, RegisterTokens] = {}
         self.contexts: tuple[frozenset[str], ...] = ()
         self.around: frozenset[str] = frozenset()
         self.keeping: int = 0
@@ -255,7 +257,7 @@ def outside_of_readings() -> Iterator[None]:
 
 
 #: What a reading keeps, as it is outside of any.
-_OF_A_READING: dict[str, Any] = {"staying": None, "start": None, "off": False}
+_OF_A_READING: dict[str, Any] = {"staying": None, "start": None, "off": False, "read": {}}
 #: What belongs to one pass, as it is outside of any.
 _OF_A_PASS: dict[str, Any] = {"segments": None, "frame": None, "trains": False, "visible": None, "rotary": None}
 _OF_A_PASS |= {"entered": 0, "length": 0, "left": False, "method": None, "methods": (), "kept": None, "given": None}

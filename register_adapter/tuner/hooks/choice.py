@@ -12,6 +12,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ...errors import RegisterAdapterError
 from ..fields import check_string
 from ..heads import HeadLabels
 from ..registers import Placement, RegisterTokens, Segment
@@ -157,6 +158,9 @@ class Choice(AttentionHooks):
 
         Args:
             names: Adapters that it has in place of the active ones.
+
+        Raises:
+            RegisterAdapterError: An adapter was deleted meanwhile.
         """
         call = self.call
         off = self._is_off if call.start is None else call.off
@@ -165,8 +169,10 @@ class Choice(AttentionHooks):
             kept = () if off else tuple(dict.fromkeys(names))
         elif kept is None:
             kept = self._at_start()
-        with call.reading(staying=kept):
+        with call.reading(staying=kept, read=self._to_read(kept)):
+            self._check_there()
             yield
+            self._check_there()
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -179,8 +185,26 @@ class Choice(AttentionHooks):
             yield
             return
         start = self._at_start() if call.staying is None else call.staying
-        with call.reading(start=start, off=self._is_off):
+        with call.reading(start=start, off=self._is_off, read=self._to_read(start)):
             yield
+
+    def _to_read(self, names: Iterable[str]) -> dict[str, RegisterTokens]:
+        """Registers by the names of their adapters, those that a reading keeps already as it found them."""
+        there: Any = {**self.register_adapter_tokens._modules, **self.call.read}
+        return {name: there[name] for name in names if name in there}
+
+    def _check_there(self) -> None:
+        """The adapters that a reading keeps are those that it began with.
+
+        Raises:
+            RegisterAdapterError: One was deleted; the rest of the images would be read without it, in silence.
+        """
+        for name, tokens in self.call.read.items():
+            if self.register_adapter_tokens._modules.get(name) is not tokens:
+                raise RegisterAdapterError(
+                    f"the adapter {name!r} was deleted while the model was read with it; read it again, and delete "
+                    "adapters before or afterwards"
+                )
 
     @property
     def _is_off(self) -> bool:
