@@ -298,3 +298,48 @@ def test_a_mask_of_colours_is_refused(tmp_path: Path) -> None:
         _save(tmp_path / "masks" / f"{number}.png")
     with pytest.raises(ValueError, match="one number a pixel"):
         read_masks(tmp_path, test_share=0.5).train[0].read()
+
+
+@pytest.mark.parametrize("number", [2**16, 2**63 + 5])
+def test_a_class_that_memory_does_not_hold_is_refused(number: int, model: Any, tmp_path: Path) -> None:
+    mask = np.full((6, 8), number, np.uint64)
+    for name in range(2):
+        _save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        np.save(tmp_path / "masks" / f"{name}.npy", mask)
+    with pytest.raises(ValueError, match=rf"npy: a mask must hold classes below 65,536, found {number}"):
+        [item.read() for part in read_masks(tmp_path, test_share=0.5)[:2] for item in part]
+    pairs = [(Image.new("RGB", (80, 80), colour), np.full((80, 80), number)) for colour in ("red", "blue")]
+    with pytest.raises(ValueError, match=r"the target of train 0: a mask must hold classes below 65,536"):
+        evaluate_segmentation(model, pairs[:1], pairs[1:], **QUICK)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    for number in range(4):
+        _save(tmp_path / "images" / f"{number}.png")
+        _save(tmp_path / "depths" / f"{number}.png", np.ones((6, 8), np.uint16))
+    np.save(tmp_path / "depths" / "1.npy", np.ones((6, 8)))
+    with pytest.raises(ValueError, match=r"1\.npy and .*1\.png have one name"):
+        read_depths(tmp_path)
+
+
+def test_names_of_classes_that_are_no_text_are_refused_with_the_file(tmp_path: Path) -> None:
+    for number in range(4):
+        _save(tmp_path / "images" / f"{number}.png")
+        _save(tmp_path / "masks" / f"{number}.png", np.ones((6, 8), np.uint8))
+    (tmp_path / "classes.txt").write_bytes(b"sky\n\xff\n")
+    with pytest.raises(ValueError, match=r"classes\.txt is not text in UTF-8"):
+        read_masks(tmp_path)
+
+
+def test_depths_are_the_same_whatever_kind_of_file_holds_them(tmp_path: Path) -> None:
+    """Cropped alike, and without a warning of what float32 lacks."""
+    metres = np.full((480, 640), 2.5)
+    for number in range(2):
+        _save(tmp_path / "images" / f"{number}.png")
+    _save(tmp_path / "depths" / "0.png", (1000 * metres).astype(np.uint16))
+    metres[0, 0] = 1e300
+    np.save(tmp_path / "depths" / "1.npy", metres)
+    first, second = (item.read() for part in read_depths(tmp_path, test_share=0.5)[:2] for item in part)
+    np.testing.assert_array_equal(first, second)
+    assert np.isfinite(first).sum() == (471 - 45) * (601 - 41)

@@ -332,6 +332,31 @@ def test_coco(tmp_path: Path) -> None:
         read_coco(file, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('<?xml version="1.0" encoding="nonsense"?><annotation/>', r"b\.xml is not an annotation.*unknown encoding"),
+        ("a\nb\0c\n", r"trainval\.txt must hold names"),
+    ],
+)
+def test_what_no_devkit_of_voc_holds_is_refused_with_the_file(content: str, said: str, tmp_path: Path) -> None:
+    year = _voc(tmp_path / "VOC2007")
+    (year / ("Annotations/b.xml" if "<" in content else "ImageSets/Main/trainval.txt")).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        read_voc(year)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [({"id": 1, "file_name": "2.jpg"}, "several images with the id 1"), ({"id": 2, "file_name": "a\0b"}, "no name")],
+)
+def test_what_no_file_of_coco_holds_is_refused_with_the_file(image: dict[str, Any], said: str, tmp_path: Path) -> None:
+    content = {"images": [{"id": 1, "file_name": "1.jpg"}, image], "annotations": []}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"instances\.json.*{said}"):
+        read_coco(tmp_path / "instances.json", tmp_path)
+
+
 # Evaluation
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path} is not text in UTF-8: {error}") from error
     if not names:
         raise ValueError(f"{path} names no images")
-    if strange := [name for name in names if Path(name).name != name]:
+    if strange := [name for name in names if Path(name).name != name or "\0" in name]:
         raise ValueError(f"{path} must hold names of images, found {strange[0]!r:.80}")
     return names
 
@@ -125,7 +126,7 @@ def _voc_boxes(path: Path, difficult: bool, truncated: bool) -> npt.NDArray[np.f
                 continue
             box = [float(item.findtext(f"bndbox/{name}") or "nothing") for name in ("xmin", "ymin", "xmax", "ymax")]
             boxes.append([box[0] - 1, box[1] - 1, box[2], box[3]])
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:  # LookupError: an unknown encoding
         raise ValueError(f"{path} is not an annotation of VOC's kind: {error}") from error
     return _checked(boxes, str(path))
 
@@ -161,8 +162,13 @@ def read_coco(file: str | Path, folder: str | Path, *, crowd: bool = False) -> l
         raise ValueError(f"{path} is not an annotation file of COCO's kind: {error!r:.200}") from error
     if not images:
         raise ValueError(f"{path} has no images")
+    if len(boxes) < len(images):
+        twice = Counter(number for number, _ in images).most_common(1)[0][0]
+        raise ValueError(f"{path} has several images with the id {twice!r:.80}: whose its boxes are is not known")
     if strange := [name for _, name in images if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise ValueError(f"{path} names a file outside the folder of the images: {strange[0]!r:.80}")
+    if strange := [name for _, name in images if "\0" in name]:
+        raise ValueError(f"{path} names a file by what is no name of one: {strange[0]!r:.80}")
     return [
         BoxedImage(Path(folder) / name, _checked(boxes[number], f"{path}, image {number}"), name)
         for number, name in images

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ...data.images import walk_files
 from ...errors import MissingExtraError
-from ...utils.files import open_regular
+from ...utils.files import open_regular, read_text
 from ..discovery.annotations import read_lines
 
 __all__ = [
@@ -32,6 +32,7 @@ _Array = npt.NDArray[Any]
 _Convert = Callable[[_Array], _Array]
 #: Mark of a pixel without a class; 255 in files.
 IGNORED, _VOID = -1, 255
+_MOST_CLASSES = 2**16  # what 16 bits hold: counts of each class take memory
 # EXIF's tag, and its values of images that lie on a side.
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, range(5, 9)
 VOC_CLASSES = (
@@ -116,17 +117,29 @@ def _other_sides(image: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
     return None if fits else (width, height)
 
 
-def to_classes(raw: _Array, first: int = 0) -> _Array:
-    """Classes of an indexed image, counted from ``first``; 255 and what is below ``first`` is none."""
+def checked_classes(raw: _Array) -> _Array:
+    """Classes of an array as int64.
+
+    Raises:
+        ValueError: They are no whole numbers, or one is beyond 16 bits.
+    """
     if raw.dtype.kind not in "iub":
         raise ValueError(f"a mask must hold whole numbers, found {raw.dtype}")
-    values = raw.astype(np.int64)
+    if raw.max() >= _MOST_CLASSES:
+        raise ValueError(f"a mask must hold classes below {_MOST_CLASSES:,}, found {raw.max()}")
+    return raw.astype(np.int64)
+
+
+def to_classes(raw: _Array, first: int = 0) -> _Array:
+    """Classes of an indexed image, counted from ``first``; 255 and what is below ``first`` is none."""
+    values = checked_classes(raw)
     return np.where((values == _VOID) | (values < first), IGNORED, values - first)
 
 
 def to_depths(raw: _Array, scale: float = 1.0, crop: bool = False) -> _Array:
     """Depths of a file's numbers, divided by ``scale``; 0, what is not finite and what is cropped off is none."""
-    values: _Array = raw.astype(np.float32) / np.float32(scale)
+    with np.errstate(over="ignore"):  # what float32 lacks is not finite, and none
+        values: _Array = raw.astype(np.float32) / np.float32(scale)
     values[~np.isfinite(values) | (values <= 0)] = np.nan
     if crop and values.shape == _NYU_SIZE:
         kept: _Array = np.full_like(values, np.nan)
@@ -234,8 +247,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
     path = root / "classes.txt"
     if not path.is_file():
         return ()
-    with open_regular(path) as file:
-        return tuple(line.decode("utf-8").strip() for line in file if line.strip())
+    return tuple(line.strip() for line in read_text(path).split("\n") if line.strip())
 
 
 def _two_sets(
@@ -271,7 +283,7 @@ def _pairs(images: Path, targets: Path, convert: _Convert) -> list[DenseImage]:
     if alone or not by_name[0]:
         raise ValueError(f"{images} and {targets} must hold files of the same names; alone: {alone[:5] or 'no files'}")
     # What .npy holds is metres, whatever the scale of images.
-    metres = partial(to_depths, scale=1.0) if isinstance(convert, partial) and convert.func is to_depths else convert
+    metres = partial(convert, scale=1.0) if isinstance(convert, partial) and convert.func is to_depths else convert
     return [
         DenseImage(path, by_name[1][name], name, metres if by_name[1][name].suffix.lower() == ".npy" else convert)
         for name, path in by_name[0].items()
@@ -281,7 +293,11 @@ def _pairs(images: Path, targets: Path, convert: _Convert) -> list[DenseImage]:
 def _by_stem(folder: Path) -> Mapping[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk_files(folder)}
+    found: dict[str, Path] = {}
+    for path in walk_files(folder):
+        if (first := found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)) is not path:
+            raise ValueError(f"{first} and {path} have one name, by which an image is matched with its target")
+    return found
 
 
 # Scenes

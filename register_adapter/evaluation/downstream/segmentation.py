@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ...features.subjects import Subjects, keeping_adapters, named_subjects
 from ..linear_models import INVERSE_PENALTIES, Fitted, fit_classifier
 from .classifying import reading_of, settings_of
 from .dense import DenseReader, cells_of_pixels, enlarge, two_dense_sets
-from .dense_images import IGNORED, DenseImage, mask_scenes
+from .dense_images import IGNORED, DenseImage, checked_classes, mask_scenes
 from .reading import describe
 from .results import Metric, TaskReport, compare_sums
 
@@ -88,7 +89,7 @@ def evaluate_segmentation(
     """
     reading = reading_of(image_processor, batch_size, num_workers, strict, progress, antialias, store)
     subjects = named_subjects(models)
-    learned, asked = two_dense_sets(train, test, mask_scenes, progress)
+    learned, asked = map(_as_classes, two_dense_sets(train, test, mask_scenes, progress))
     counts: dict[tuple[str, str], list[_Array]] = {}
     chosen: dict[tuple[str, str], dict[str, Any]] = {}
     numbers: list[list[int]] = []
@@ -137,6 +138,11 @@ def evaluate_segmentation(
         {name: describe(subject) for name, subject in subjects.items()},
         _skipped(asked, numbers[0]),
     )
+
+
+def _as_classes(items: Sequence[DenseImage]) -> list[DenseImage]:
+    """The same; what an array holds is looked at as what a file holds is."""
+    return [item if item.convert else replace(item, convert=checked_classes) for item in items]
 
 
 def _skipped(items: Sequence[DenseImage], numbers: Sequence[int]) -> tuple[str, ...]:
