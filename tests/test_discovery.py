@@ -421,6 +421,24 @@ def test_an_adapter_and_its_base(processor: Any, scenes: list[BoxedImage]) -> No
     assert measured.rows[1].difference is not None
 
 
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        ([80, 0, 90, 20], "1 of 4 images have a true box that lies outside"),
+        ([4, -9, 20, -1], "1 of 4 images have a true box that lies outside"),
+        ([70, -5, 95, 200], ""),
+    ],
+    ids=["beyond", "before", "over the edge"],
+)
+def test_true_boxes_of_another_size_of_image_are_told(
+    box: list[float], said: str, vit: Any, processor: Any, scenes: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [(scenes[0].image, [box]), *((item.image, item.boxes) for item in scenes[1:4])]
+    evaluate_discovery(vit, pairs, sweep=None, image_processor=processor, methods=["lost"])
+    told = [record.message for record in caplog.records if "another size" in record.message]
+    assert [said in text for text in told] == [True] * bool(said)
+
+
 def test_what_cannot_be_measured_is_refused(vit: Any, processor: Any, scenes: list[BoxedImage], tmp_path: Path) -> None:
     scenes[0].image.save(tmp_path / "a.png")
     leaked = [(tmp_path / "a.png", scenes[0].boxes)]

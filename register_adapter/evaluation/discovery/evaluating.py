@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,14 @@ from ...features.layout import tower_of
 from ...features.subjects import Subject, Subjects, keeping_adapters, named_subjects
 from ...tuner.hooks.call_state import outside_of_readings
 from .annotations import BoxedImage, boxed_scenes
+from .boxes import DiscoveredObject
 from .patches import FEATURES, Features
 from .running import METHODS, Method, Plan, Reading, run_plans
 from .scoring import DiscoveryReport, DiscoveryRow, Share, hits
 
 __all__ = ["Sweep", "evaluate_discovery"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,8 @@ def evaluate_discovery(
         best = [max(tried[plan.method], key=lambda pair: pair[1])[0] for plan in plans if tried]
         both = [*plans, *best]
         objects = run_plans(subject, [item.image for item in test], both, reading, name)
+        if not rows:
+            _warn_of_boxes_outside(test, [per_image[0] for per_image in objects])
         for place, plan in enumerate(both):
             swept = place >= len(plans)
             boxes = tuple(tuple(map(float, per_image[place].box)) for per_image in objects)
@@ -215,6 +221,21 @@ def _split(images: list[BoxedImage], share: float, seed: int) -> tuple[list[Boxe
         )
     chosen = set(np.random.default_rng(seed).permutation(len(images))[:count].tolist())
     return [images[n] for n in sorted(chosen)], [item for n, item in enumerate(images) if n not in chosen]
+
+
+def _warn_of_boxes_outside(items: Sequence[BoxedImage], objects: Sequence[DiscoveredObject]) -> None:
+    """Say that true boxes are of images of another size; those that only reach over an edge are usual."""
+    outside = []
+    for item, found in zip(items, objects, strict=True):
+        height, width = np.multiply(found.mask.shape, found.patch_size)  # padded to whole patches
+        beyond = (item.boxes[:, :2] >= [width, height]).any(1) | (item.boxes[:, 2:] <= 0).any(1)
+        outside += [item.name] if beyond.any() else []
+    if outside:
+        logger.warning(
+            "%d of %d images have a true box that lies outside of them, such as %s: are the boxes those of images of "
+            "another size? Nothing can hit them",
+            *(len(outside), len(items), outside[0]),
+        )
 
 
 def _refuse_leaks(test: Sequence[BoxedImage], held_out: Sequence[BoxedImage]) -> None:
