@@ -12,6 +12,7 @@ import pytest
 from command_line import call
 from PIL import Image
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     CLIPImageProcessor,
     Pix2StructImageProcessor,
@@ -176,4 +177,5 @@ def test_rows_of_patches_are_not_trained_on(images: Path, tmp_path: Path, capsys
     with pytest.raises(SystemExit) as stop:
         train_main([*map(str, words), "--objective", "preserve", "--quiet"])
     assert stop.value.code == 1
-    assert "rows of patches" in capsys.readouterr().err
+    known = "siglip2_vision_model" in CONFIG_MAPPING  # as a tower alone, older transformers does not load it
+    assert ("rows of patches" if known else "does not recognize this architecture") in capsys.readouterr().err
