@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.testing import assert_close
 
-from register_adapter import RegisterConfig, add_registers, compose, find_register_layer, find_tower
+from register_adapter import RegisterConfig, add_registers, capture, compose, find_register_layer, find_tower
 from register_adapter.artifacts.statistics import collect_statistics
 from register_adapter.features.grid import watch_patches
 from register_adapter.features.passes import keep_layer
@@ -139,6 +139,25 @@ def test_what_one_thread_records_is_of_its_own_passes() -> None:
         beside()
     assert len(first[0]) == len(last[0]) == len(grid.pixels()) == 3
     assert statistics.num_images == 3
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "siglip2-vision"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_captures_of_one_thread_end_in_any_order(name: str, first: int) -> None:
+    """As generators that hold one do: the second had no attention maps once the first had ended."""
+    model, inputs = add_registers(build(name), 2, init_std=1.0).eval(), make_inputs(name)
+    with capture(model) as trace:
+        run(model, inputs)
+    expected = trace.attentions
+    assert expected
+    contexts = [capture(model), capture(model)]
+    traces = [context.__enter__() for context in contexts]
+    contexts.pop(first).__exit__(None, None, None)
+    traces.pop(first)
+    run(model, inputs)
+    assert_close(traces[0].attentions, expected)
+    contexts[0].__exit__(None, None, None)
+    assert find_tower(model).config._attn_implementation == "sdpa"
 
 
 def test_hooks_that_another_thread_puts_on_meanwhile() -> None:

@@ -38,7 +38,7 @@ def eager_in_this_thread(tower: Tower) -> Iterator[None]:
         tower: The tower; one that looks no implementation up, or has a choice that is made once and for all, stays as
             it is.
     """
-    configs = [config for config in _configs(tower) if getattr(config, _NAME, None) not in (None, "eager")]
+    configs = [config for config in _configs(tower) if _named_outside(config) not in (None, "eager")]
     owner, here, ended = object(), Here(), threading.Event()
 
     def resume() -> Callable[[], AbstractContextManager[None]]:
@@ -84,6 +84,14 @@ def _config_of(module: Any, path: str = "") -> Any:
     """The config of a module, or of the one below it at ``path``, without a stand-in; ``None`` where there is none."""
     config = getattr(resolve(module, path) if path else module, "config", None)
     return config.config if isinstance(config, AttentionConfig) else config
+
+
+def _named_outside(config: Any) -> Any:
+    """The implementation that a config names outside of all contexts: the one around may end before its inner one."""
+    with _SWITCHING:
+        first, _ = _SWITCHED.get(id(config), (type(config), []))
+    inherited: Any = getattr(first, _NAME, None)
+    return inherited.__get__(config) if isinstance(inherited, property) else getattr(config, _NAME, None)
 
 
 @contextmanager
