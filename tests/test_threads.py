@@ -19,6 +19,7 @@ from torch import nn
 from register_adapter import (
     RegisterAdapterError,
     RegisterConfig,
+    RegisterPeftModel,
     add_registers,
     audit,
     capture,
@@ -387,6 +388,50 @@ def test_overlapping_looks_leave_the_adapter_of_before(kind: str, names: tuple[s
             of[context].submit(context.__exit__, None, None, None).result()
     assert state() == before
     assert same(model(images()).pooler_output, expected)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("read", ["other", None])
+def test_what_was_active_may_be_deleted_while_another_is_read(stock: bool, read: str | None) -> None:
+    """The reading ended in "Adapter default not found", and what had been read was lost."""
+    config = RegisterConfig(num_registers=3, init_std=1.0, modules_to_save=["pooler"])
+    model: Any = (PeftModel if stock else RegisterPeftModel)(build("vit"), config).eval()
+    model.add_adapter("other", RegisterConfig(num_registers=1, init_std=1.0, modules_to_save=["pooler"]))
+    expected = get_features((model.eval(), read), images()).values
+
+    def data() -> Iterator[torch.Tensor]:
+        for number, pixels in enumerate(images()):
+            if number == 1:
+                model.delete_adapter("default")
+            yield pixels[None]
+
+    assert same(get_features((model, read), data()).values, expected)
+    assert model.active_adapters == ["other"]
+    with torch.no_grad():
+        left = model(images()).pooler_output
+        model.set_adapter("other")
+        assert same(left, model(images()).pooler_output)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_overlapping_look_may_lose_its_adapter(nested: bool) -> None:
+    """The other one ended in "Adapter other not found"."""
+    model = add_registers(build("vit"), 3, init_std=1.0, modules_to_save=["pooler"])
+    for name in ("other", "third"):
+        model.add_adapter(name, RegisterConfig(num_registers=1, init_std=1.0, modules_to_save=["pooler"]))
+    model.set_adapter("default")
+    with ThreadPoolExecutor(1) as thread:
+        look = looking_at((model, "other"))
+        thread.submit(look.__enter__).result()
+        with looking_at((model, "third")):
+            model.delete_adapter("other")
+            if not nested:
+                with pytest.raises(RegisterAdapterError, match="'other' was deleted"):
+                    thread.submit(look.__exit__, None, None, None).result()
+        if nested:
+            with pytest.raises(RegisterAdapterError, match="'other' was deleted"):
+                thread.submit(look.__exit__, None, None, None).result()
+    assert model.active_adapters == ["default"]
 
 
 @keeping_adapters

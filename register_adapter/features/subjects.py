@@ -125,12 +125,15 @@ class _Turns:
         self.open = [turn for turn in self.open if turn[0] is not mine]
         if self.open:
             following = self.open[-1][1]
-            if was_last and following is not None:
+            if was_last and following in model.peft_config:
                 model.set_adapter(following)
             return True
-        if list(model.active_adapters) != self._before:
-            _activate(model, self._before)
-        if model.active_adapter != self._kept:
+        before = [name for name in self._before if name in model.peft_config]
+        if self._before and not before:  # deleted meanwhile; PEFT has chosen others
+            return False
+        if list(model.active_adapters) != before:
+            _activate(model, before)
+        if model.active_adapter != self._kept and self._kept in model.peft_config:
             model.active_adapter = self._kept
         for parameter, wanted in self._gradients:
             parameter.requires_grad_(wanted)
