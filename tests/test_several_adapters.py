@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, make_inputs
+from families import build, make_inputs, perturb
 from helpers import Snapshot, assert_identical, differs, run
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
 
 from register_adapter import (
     RegisterConfig,
+    RegisterPeftModel,
     add_registers,
     compose,
     find_register_layer,
@@ -269,3 +270,37 @@ def test_a_bad_rename_changes_nothing(old: str, new: str, message: str) -> None:
         rename_adapter(model, old, new)
     snapshot.check()
     assert list(model.peft_config) == ["one", "four", "eight"]
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_head_follows_when_the_adapter_before_it_is_deleted(stock: bool) -> None:
+    """PEFT left the base's in its place, in silence, where the deleted adapter had none."""
+    with_head, without = RegisterConfig(num_registers=2, modules_to_save=["pooler"]), RegisterConfig(num_registers=2)
+    model: Any = (PeftModel if stock else RegisterPeftModel)(build("vit"), with_head, "first").eval()
+    model.add_adapter("second", without)
+    model.add_adapter("third", RegisterConfig(num_registers=2, modules_to_save=["pooler"]))
+    perturb(model)
+    inputs = make_inputs("vit")
+    model.set_adapter("third")
+    expected = run(model.eval(), inputs)
+    model.set_adapter("first")
+    assert differs(run(model, inputs), expected)
+    for name in ("first", "second"):
+        with pytest.warns(UserWarning, match="was active which is now deleted"):
+            model.delete_adapter(name)
+    assert model.active_adapters == ["third"]
+    assert_identical(run(model, inputs), expected)
+    assert all(head.requires_grad for name, head in model.named_parameters() if "modules_to_save.third" in name)
+
+
+def test_the_first_adapter_may_be_deleted_while_others_are_active() -> None:
+    """``has_active_enabled_adapter``, ``adapter_names=`` and saving raised ``KeyError``: the model still named it."""
+    model = add_registers(build("vit"), 2, "first").eval()
+    for name in ("second", "third"):
+        model.add_adapter(name, RegisterConfig(num_registers=1))
+    model.base_model.set_adapter(["second", "third"])
+    model.delete_adapter("first")
+    assert model.active_adapters == ["second", "third"]
+    assert model.has_active_enabled_adapter
+    assert model.active_adapter == "second"
+    model(**make_inputs("vit"), adapter_names=["second", "__base__"])

@@ -20,7 +20,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import nn
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "POSITIONS",
     "PREFIX",
     "REMAPS",
+    "activate_heads",
     "member",
     "name_linear_layers",
     "named_as_in_state",
@@ -275,3 +276,20 @@ def _before_load(
     for key in given:
         del state_dict[f"{prefix}{key}"]
     state_dict.update({f"{prefix}{key}": value for key, value in placed.items()})
+
+
+def activate_heads(model: nn.Module, deleted: str, names: list[str]) -> None:
+    """Modules of ``modules_to_save`` follow when an adapter was deleted that had none of its own.
+
+    PEFT passes over a module that the deleted adapter is not in, so the base's stays beside the adapter that follows.
+
+    Args:
+        model: The model.
+        deleted: Name of the deleted adapter.
+        names: Names of the adapters that are active behind it.
+    """
+    for head in model.modules():
+        if isinstance(head, ModulesToSaveWrapper) and not head.active_adapters and deleted not in head.modules_to_save:
+            wanted = [name for name in names if name in head.modules_to_save]
+            if wanted:
+                head.set_adapter(wanted[0])

@@ -18,6 +18,7 @@ from torch import nn
 from ..towers.identity import TowerIdentity, identity_now
 from ..towers.tower import Tower
 from ..utils.parameters import check_module
+from ._peft_compat import activate_heads
 from .config import RegisterConfig
 from .heads import HeadLabels
 from .hooks.call_state import CallState
@@ -170,9 +171,12 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; the last adapter takes the hooks with it."""
+        was_active = adapter_name in self.active_names
         if self.names == [adapter_name]:
             self._leave_behind()
         super().delete_adapter(adapter_name)
+        if was_active:
+            activate_heads(self.labels.model or self.tower.module, adapter_name, self.active_names)
         self.show_labels()
         if not self.names:
             self._remove_hooks()

@@ -108,6 +108,9 @@ class RegisterPeftModel(PeftModel):
         """As in PEFT; ``TypeError`` for what is no string."""
         check_string(adapter_name)
         super().delete_adapter(adapter_name)
+        active = self.active_adapters
+        if self.__dict__["active_adapter"] not in self.peft_config and active:
+            self.__dict__["active_adapter"] = active[0]  # PEFT's is out of date where several are active
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
