@@ -587,6 +587,17 @@ def test_a_batch_without_adapters_is_the_bases() -> None:
             run(model.train(mode), inputs, adapter_names=names)
 
 
+@pytest.mark.parametrize("name", ["registers", "other"])
+def test_a_pass_that_fails_leaves_no_adapter_names_behind(name: str) -> None:
+    """PEFT left its hooks on LoRA's layers: further batches of as many images had the names of the one that failed."""
+    model, inputs = pair(), make_inputs("vit-classifier")
+    expected, before = run(model, inputs), hooks(model)
+    with pytest.raises(ValueError, match="channel dimension"):
+        run(model, {"pixel_values": inputs["pixel_values"][:, :2]}, adapter_names=[name, "__base__"])
+    assert hooks(model) == before
+    assert_identical(run(model, inputs), expected)
+
+
 def test_adapter_names_of_several_methods_in_one_batch_are_refused() -> None:
     model, inputs = pair(), make_inputs("vit-classifier")
     with pytest.raises(ValueError, match="must be of one method"):

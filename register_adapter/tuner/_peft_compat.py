@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -39,6 +40,7 @@ __all__ = [
     "remap_on_load",
     "renamed_by_transformers",
     "renew_on_save",
+    "taken_off",
 ]
 
 METHOD = "register_adapter"
@@ -293,3 +295,13 @@ def activate_heads(model: nn.Module, deleted: str, names: list[str]) -> None:
             wanted = [name for name in names if name in head.modules_to_save]
             if wanted:
                 head.set_adapter(wanted[0])
+
+
+@contextmanager
+def taken_off(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """A context of PEFT's that takes its hooks off, also behind a pass that fails: PEFT then leaves them for good."""
+    context.__enter__()
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...utils.arguments import check_mapping
+from .._peft_compat import taken_off
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import BASE, EVERYONE, check_batch
@@ -334,7 +335,7 @@ class ComposedPeftModel(SavesAll):
             if names:
                 tuner = self.base_model.tuner_of(names)
                 tuner.training = self.training  # it is not a submodule, and train() does not reach it
-                stack.enter_context(tuner._enable_peft_forward_hooks(*args, **kwargs))
+                stack.enter_context(taken_off(tuner._enable_peft_forward_hooks(*args, **kwargs)))
             yield
 
     @classmethod
