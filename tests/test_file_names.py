@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from register_adapter.commands.runs.fit import write_skipped
 from register_adapter.data import DataArguments, ImageBatches, load_data, load_image
 from register_adapter.data.datasets import read_image_folder
 from register_adapter.testbed import load_image_processor
+from register_adapter.training.launch import _messages
 from register_adapter.utils.text import first_few, path_text, printable
 from register_adapter.viz.page.markup import element
 
@@ -162,3 +164,10 @@ def test_class_folders_that_are_shown_as_one_are_refused(tmp_path: Path) -> None
         (tmp_path / os.fsdecode(name)).mkdir()
     with pytest.raises(ValueError, match=re.escape(r"2 class folders that are shown as 'a\\nb': [b'a\nb', b'a\\nb']")):
         read_image_folder(tmp_path)
+
+
+def test_training_says_every_name_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "/out/\x1b[31mred\udce9 holds\ntwo lines \u202e"
+    with _messages(is_main_process=True, quiet=False):
+        logging.getLogger("register_adapter.training").error("%s", said)
+    assert capsys.readouterr().err == "ERROR: /out/\\x1b[31mred\\xe9 holds\ntwo lines \\u202e\n"

@@ -207,6 +207,34 @@ def test_bytes_spoiled_at_random_are_refused_or_fit(name: str, subject: tuple[Sn
     assert refused > 80
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("task_type", "\x1b[31mred\nERROR: a line of its own\u202e", r"\x1b[31mred\nERROR: a line of its own\u202e"),
+        ("init", "a" * 100_000, "got 'aaaa"),
+        ("id2label", "a" * 100_000, "got 'aaaa"),
+        ("gate", ["a"] * 100_000, "got ['a', 'a'"),
+        ("family", "\x1b[31m\nERROR: " + "a" * 100_000, r"vision tower \x1b[31m\nERROR: aaaa"),
+    ],
+)
+def test_an_error_is_one_short_line_whatever_the_value(
+    field: str, value: Any, shown: str, subject: tuple[Snapshot, Path], tmp_path: Path
+) -> None:
+    snapshot, good = subject
+    config = json.loads((good / "adapter_config.json").read_text())
+    (config["base_tower"] if field == "family" else config)[field] = value
+    shutil.copytree(good, tmp_path / "bad")
+    (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(REFUSALS) as refusal:
+        PeftModel.from_pretrained(snapshot.model, str(tmp_path / "bad"))
+    said = str(refusal.value)
+    assert str(tmp_path / "bad") in said
+    assert shown in said
+    assert said.isprintable()
+    assert len(said) < 1000
+    snapshot.check()
+
+
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b'{"gate": 1e', b"\x80"])
 def test_a_config_that_breaks_a_parser_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)

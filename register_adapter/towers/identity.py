@@ -24,6 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..utils.text import one_line
 from .anatomy import resolve
 from .tower import Tower
 
@@ -216,7 +217,7 @@ class TowerIdentity:
         shape = f"{self.num_hidden_layers} blocks of width {self.hidden_size}"
         patch = f", patch {self.patch_size}" if self.patch_size else ""
         code = f", weights {abs(hash(tuple(self.fingerprint))) % 0xFFFFFF:06x}" if self.fingerprint else ""
-        return f"{self.family} ({shape}{patch}{code})"
+        return f"{one_line(self.family, 100)} ({shape}{patch}{code})"
 
     def differences(self, other: TowerIdentity) -> list[str]:
         """Names of the fields in which two identities differ; empty if they can be the same weights."""

@@ -190,6 +190,14 @@ def _check_store(store: str | None, others: Sequence[str | None]) -> None:
             raise ValueError(f"--target-store {store} is in {name}, which holds something else; name another folder")
 
 
+class _Formatter(logging.Formatter):
+    """What others chose, such as the name of a folder, does not control a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text in which every character shows."""
+        return printable(super().format(record), keep="\n")
+
+
 @contextmanager
 def _messages(is_main_process: bool, quiet: bool) -> Iterator[None]:
     """Show the package's own messages on the standard error; ``quiet`` keeps warnings.
@@ -198,7 +206,7 @@ def _messages(is_main_process: bool, quiet: bool) -> Iterator[None]:
     """
     package, handler = logging.getLogger("register_adapter"), logging.StreamHandler()
     handler.addFilter(lambda record: is_main_process or hasattr(record, "of_one_process"))
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))
     level = package.level
     package.addHandler(handler)
     package.setLevel(logging.WARNING if quiet or not is_main_process else logging.INFO)

@@ -15,6 +15,7 @@ from ..errors import AdapterFileError, RegisterAdapterError
 from ..utils.adapter_file import TensorInfo
 from ..utils.files import checksum, open_regular
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME
+from ..utils.text import one_line
 from ._peft_compat import METHOD
 
 __all__ = [
@@ -64,7 +65,7 @@ def naming(path: str | Path) -> Iterator[None]:
             raise
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:
-        said = str(error) or type(error).__name__
+        said = one_line(str(error) or type(error).__name__)
         raise AdapterFileError(f"{path} cannot be used: {said}. Nothing was changed.") from error
 
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["first_few", "path_text", "printable", "size_text", "without_password"]
+__all__ = ["first_few", "one_line", "path_text", "printable", "size_text", "without_password"]
 
 #: Controls, formats (among them what turns the direction of writing), halves of surrogate pairs, line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -33,6 +33,12 @@ def printable(text: object, keep: str = "") -> str:
         return text
     safe = (char in keep or unicodedata.category(char) not in _UNSAFE for char in text)
     return "".join(char if shown else _escaped(char) for char, shown in zip(text, safe, strict=True))
+
+
+def one_line(text: object, most: int = 500) -> str:
+    """What somebody else wrote, or an error that quotes it: printable, in one line, and cut where it is too long."""
+    line = printable(text)
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def without_password(text: str) -> str:
