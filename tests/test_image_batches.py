@@ -6,9 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from families import build, make_inputs
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from register_adapter import get_features
 from register_adapter.data import ImageBatches, ImageFileError, ProcessedDataset, list_images
 from register_adapter.data.batches import batch_length, slice_batch
 from register_adapter.data.processing import process_image, settings_of
@@ -221,6 +224,15 @@ def test_what_is_wrong_is_said(images, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         read(images, None if "image_processor" in message else load_image_processor(), **options)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "clip-vision"])
+@pytest.mark.parametrize("given", ["generator", "TensorDataset"])
+def test_images_one_by_one_are_told_from_batches(name: str, given: str) -> None:
+    pixels = make_inputs(name)["pixel_values"]
+    images = TensorDataset(pixels) if given == "TensorDataset" else (image for image in pixels)
+    with pytest.raises(ValueError, match=r"takes no batch \(3, 32, 32\) .*one by one, give .*DataLoader"):
+        get_features(build(name), images, progress=False)
 
 
 def test_an_empty_folder_and_images_of_several_sizes(tmp_path):

@@ -310,6 +310,28 @@ def test_a_data_set_may_look_into_the_model_while_it_is_read() -> None:
     assert all(seen)
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_what_a_data_set_switches_off_between_its_images_is_on_for_the_reading(stock: bool) -> None:
+    """A generator that had adapters disabled around its ``yield`` had the reading be the base's, in silence."""
+    base, config = build("vit").eval(), RegisterConfig(num_registers=3, init_std=1.0)
+    model: Any = (PeftModel(base, config) if stock else add_registers(base, 3, init_std=1.0)).eval()
+    features, report = _features(model), _audit(model)
+    seen = []
+
+    def data(pixels: torch.Tensor) -> Iterator[torch.Tensor]:
+        with model.disable_adapter():
+            for image in pixels:
+                seen.append(same(get_features(model, images()).values, features))
+                yield image[None]
+
+    assert same(get_features(model, data(images())).values, features)
+    audited = audit(model, data(images()))
+    assert same([torch.tensor([layer.norms["patch"].mean for layer in audited.layers])], report[:1])
+    assert same([torch.tensor(audited.num_registers)], report[1:2])
+    assert seen == [False] * 2 * len(images())
+    assert same(_features(model), features)
+
+
 @pytest.mark.parametrize("read", [_batches, _norms, _audit, _probes])
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("again", [False, True])

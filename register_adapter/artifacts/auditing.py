@@ -14,6 +14,7 @@ from ..data.processors import source_of
 from ..errors import UnsupportedModelError
 from ..features.layout import adapters_stay, native_registers
 from ..features.passes import PassOptions, open_pass
+from ..features.subjects import keeping_adapters
 from ..towers.anatomy import Anatomy
 from ..towers.tower import Tower
 from ..tuner.layer import find_register_layer
@@ -31,6 +32,7 @@ from .verdicts import attention_in_words, judge
 __all__ = ["audit", "audit_outliers", "build_report"]
 
 
+@keeping_adapters
 def audit(
     model: nn.Module,
     images: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Number
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-__all__ = ["check_ready", "image_of", "iterate", "no_image", "no_items"]
+from ..errors import RegisterAdapterError
+
+__all__ = ["check_ready", "image_of", "iterate", "no_image", "no_items", "telling_images"]
 
 
 def no_image(source: Any) -> str | None:
@@ -89,6 +92,28 @@ def check_ready(batch: Any, labels: Any) -> None:
             f"pixel values of a batch must be floats, as an image processor makes them, and are {found}; give the "
             "images themselves (PIL images, files), or what the processor makes of them"
         )
+
+
+@contextmanager
+def telling_images(batch: Any) -> Iterator[None]:
+    """Around a forward pass: where it fails since the batch is one image, say so. Spectrograms have three axes too.
+
+    Args:
+        batch: A tensor, or tensors by name.
+
+    Raises:
+        ValueError: The pass fails, and the batch has as many axes as an image.
+    """
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError) as error:
+        pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
+        if isinstance(error, RegisterAdapterError) or not isinstance(pixels, torch.Tensor) or pixels.ndim != 3:
+            raise
+        raise ValueError(
+            f"the model takes no batch {tuple(pixels.shape)} ({error!s:.200}); if images come one by one, give "
+            "torch.utils.data.DataLoader(images, batch_size=32)"
+        ) from error
 
 
 def _kind(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from ..data.batches import Batch as Inputs
 from ..data.batches import ImageBatches, slice_batch
 from ..data.processors import source_of
+from ..data.sources import telling_images
 from ..towers.anatomy import Anatomy
 from ..towers.calls import first_of, hidden_states_of
 from ..towers.modes import evaluating
@@ -30,7 +32,7 @@ from ..tuner.hooks.call_state import outside_of_readings
 from ..tuner.layer import RegisterLayer
 from ..utils.arguments import check_whole
 from .layout import adapters_stay, each_outside, tower_of
-from .threads import Aside, in_this_thread
+from .threads import in_this_thread
 
 __all__ = [
     "Batch",
@@ -124,6 +126,7 @@ class ImagePass:
         labels: _Labels | None,
         with_labels: bool,
         title: str,
+        context: Context,
     ) -> None:
         self.tower, self.registers = tower, registers
         if (given := options.dtype) is not None and not (isinstance(given, torch.dtype) and given.is_floating_point):
@@ -133,7 +136,7 @@ class ImagePass:
         self._images = images
         self._labels, self._with_labels = labels, with_labels
         self._title, self._progress, self._report = title, options.progress, options.report
-        self._aside = Aside()  # before there are hooks of the pass
+        self._context = context
         self._batches: Generator[Batch, None, None] = self._read()
 
     @property
@@ -174,7 +177,8 @@ class ImagePass:
     def feed(self, batch: Batch, *consumers: Consumer) -> None:
         """Run the tower over one batch, inside :meth:`attached`, and hand the batch to the consumers."""
         with adapters_stay(self.registers):
-            self.tower.run(batch.inputs)
+            with telling_images(batch.inputs):
+                self.tower.run(batch.inputs)
             for consumer in consumers:
                 consumer.take(batch)
 
@@ -183,7 +187,7 @@ class ImagePass:
         try:
             with shown as bar:
                 given = self._images.labelled(self.device, self.dtype, self.tower.module, report=False)
-                for inputs, numbers, own in each_outside(given, self._aside):
+                for inputs, numbers, own in each_outside(given, self._context):
                     labels = self._labels_of(numbers, own) if self._with_labels else None
                     yield Batch(inputs, len(numbers), labels, numbers)
                     bar.update(len(numbers))
@@ -245,8 +249,10 @@ def open_pass(
     options = options or PassOptions()
     tower, registers = tower_of(model, target_modules, anatomy)
     given = None if labels is None else _whole_numbers(labels)
+    context = copy_context()  # before there are hooks of the pass
     with outside_of_readings():  # the first image is looked at
-        batches = ImageBatches(
+        batches = context.run(
+            ImageBatches,
             images,
             options.image_processor,
             model_name=source_of(model, tower),
@@ -255,7 +261,7 @@ def open_pass(
             strict=options.strict,
             num_workers=options.num_workers,
         )
-    return ImagePass(tower, registers, batches, options, given, with_labels, title)
+    return ImagePass(tower, registers, batches, options, given, with_labels, title, context)
 
 
 def place_of(tower: Tower) -> tuple[torch.device, torch.dtype]:

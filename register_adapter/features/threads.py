@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from ..tuner.hooks.recomputation import is_recomputing
 from ..tuner.hooks.recording import show_hooks_to_compiler
 
-__all__ = ["Aside", "Here", "in_this_thread"]
+__all__ = ["Here", "in_this_thread"]
 
 
 class Here:
@@ -41,24 +40,6 @@ class Here:
 
 #: What the running coroutine, or thread, has made; nothing is kept for its sake.
 _HERE: ContextVar[frozenset[weakref.ref[Here]]] = ContextVar("register_adapter_here", default=frozenset())
-
-
-class Aside:
-    """Has the hooks that this thread, or coroutine, makes from here on rest while code of the user's runs in it."""
-
-    def __init__(self) -> None:
-        self._others = _HERE.get()
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """A context for such code; hooks that it makes itself are its own, in later contexts too."""
-        own = _HERE.get() - self._others
-        _HERE.set(_HERE.get() - own)
-        try:
-            yield
-        finally:
-            self._others |= _HERE.get()
-            _HERE.set(_HERE.get() | own)
 
 
 class _Hook:

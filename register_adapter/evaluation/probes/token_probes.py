@@ -21,6 +21,7 @@ from torch import nn
 from ...artifacts.rules.threshold import Threshold
 from ...features.layout import adapters_stay, tower_of
 from ...features.passes import PassOptions, open_pass, resolve_layer
+from ...features.subjects import keeping_adapters
 from ...towers.anatomy import Anatomy
 from ...utils.environment import versions
 from .fitting import LOCAL, Probing, Task
@@ -47,6 +48,7 @@ DEFINITIONS = {
 }
 
 
+@keeping_adapters
 def probe_tokens(
     model: nn.Module,
     images: Any,
