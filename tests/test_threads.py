@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import build, make_inputs
@@ -330,6 +331,28 @@ def test_what_a_data_set_switches_off_between_its_images_is_on_for_the_reading(s
     assert same([torch.tensor(audited.num_registers)], report[1:2])
     assert seen == [False] * 2 * len(images())
     assert same(_features(model), features)
+
+
+@pytest.mark.parametrize("begun", [0, 1], ids=["new", "begun"])
+@pytest.mark.parametrize("read", ["audit", "features"])
+def test_an_iterator_that_others_began_or_end_may_set_context_variables(read: str, begun: int) -> None:
+    """As ``np.errstate`` does: "Token … was created in a different Context", behind all images of the reading."""
+    model: Any = add_registers(build("vit").eval(), 3, init_std=1.0).eval()
+    before = np.geterr()
+
+    def data(pixels: torch.Tensor) -> Iterator[torch.Tensor]:
+        with np.errstate(all="raise"):
+            yield from (image[None] for image in pixels)
+
+    pixels = torch.cat([images(), images()])
+    given = data(pixels)
+    assert all(same(next(given), pixels[:1]) for _ in range(begun))
+    if read == "features":
+        assert same(get_features(model, given).values, get_features(model, pixels[begun:]).values)
+    else:
+        audit(model, given, max_images=1)
+        assert same(list(given), list(pixels[begun + 1 :].split(1)))
+    assert np.geterr() == before
 
 
 @pytest.mark.parametrize("read", [_batches, _norms, _audit, _probes])

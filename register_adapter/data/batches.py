@@ -218,8 +218,6 @@ class ImageBatches:
     def _whole_batches(self) -> Iterator[Labelled]:
         start = 0
         for item in self._items:
-            if start == self.max_images:
-                return
             batch, labels = item, None
             if isinstance(item, list | tuple):
                 batch, labels = item[0], item[1] if len(item) == 2 else None
@@ -235,6 +233,8 @@ class ImageBatches:
                 labels = None if labels is None else labels[:left]
             yield Labelled(batch, range(start, start + number), labels)
             start += number
+            if start == self.max_images:  # the next one is for whoever goes on with the iterator
+                return
 
     def _read(self, module: nn.Module) -> Iterator[Labelled]:
         numbered = enumerate(islice(self._items, self.max_images))

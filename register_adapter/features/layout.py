@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from ..towers.anatomy import Anatomy, resolve
 from ..towers.tower import Tower, find_tower
-from ..tuner.hooks.call_state import outside_of_readings
+from ..tuner.hooks.call_state import Outside
 from ..tuner.layer import RegisterLayer, find_register_layer
 
 __all__ = ["TokenLayout", "adapters_stay", "each_outside", "find_layout", "native_registers", "tower_of"]
@@ -83,22 +82,22 @@ def find_layout(tower: Tower, layer: RegisterLayer | None, index: int) -> TokenL
     return TokenLayout(tower.prefix - native, native, layer.count_at(max(index - 1, 0)) if layer is not None else 0)
 
 
-def each_outside(items: Iterable[_Item], context: Context | None = None) -> Iterator[_Item]:
+def each_outside(items: Iterable[_Item], outside: Outside | None = None) -> Iterator[_Item]:
     """What a data set gives: what the model is read with, and by, is not for passes that the data set makes itself.
 
     Nor is what the data set switches on or off between its images for the reading.
 
     Args:
         items: The data set.
-        context: Where its code runs, without the hooks of a reading; ``None`` for the context of the first image.
+        outside: Where its code runs, without the hooks of a reading; ``None`` for what is outside of the first image.
     """
-    context = context or copy_context()
-    with outside_of_readings():
-        given = context.run(iter, items)
+    outside = outside or Outside()
+    with outside():
+        given = iter(items)
     while True:
-        with outside_of_readings():
+        with outside():
             try:
-                item = context.run(next, given)
+                item = next(given)
             except StopIteration:
                 return
         yield item

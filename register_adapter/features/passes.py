@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +27,7 @@ from ..towers.anatomy import Anatomy
 from ..towers.calls import first_of, hidden_states_of
 from ..towers.modes import evaluating
 from ..towers.tower import Tower
-from ..tuner.hooks.call_state import outside_of_readings
+from ..tuner.hooks.call_state import Outside
 from ..tuner.layer import RegisterLayer
 from ..utils.arguments import check_whole
 from .layout import adapters_stay, each_outside, tower_of
@@ -126,7 +125,7 @@ class ImagePass:
         labels: _Labels | None,
         with_labels: bool,
         title: str,
-        context: Context,
+        outside: Outside,
     ) -> None:
         self.tower, self.registers = tower, registers
         if (given := options.dtype) is not None and not (isinstance(given, torch.dtype) and given.is_floating_point):
@@ -136,7 +135,7 @@ class ImagePass:
         self._images = images
         self._labels, self._with_labels = labels, with_labels
         self._title, self._progress, self._report = title, options.progress, options.report
-        self._context = context
+        self._outside = outside
         self._batches: Generator[Batch, None, None] = self._read()
 
     @property
@@ -187,7 +186,7 @@ class ImagePass:
         try:
             with shown as bar:
                 given = self._images.labelled(self.device, self.dtype, self.tower.module, report=False)
-                for inputs, numbers, own in each_outside(given, self._context):
+                for inputs, numbers, own in each_outside(given, self._outside):
                     labels = self._labels_of(numbers, own) if self._with_labels else None
                     yield Batch(inputs, len(numbers), labels, numbers)
                     bar.update(len(numbers))
@@ -249,10 +248,9 @@ def open_pass(
     options = options or PassOptions()
     tower, registers = tower_of(model, target_modules, anatomy)
     given = None if labels is None else _whole_numbers(labels)
-    context = copy_context()  # before there are hooks of the pass
-    with outside_of_readings():  # the first image is looked at
-        batches = context.run(
-            ImageBatches,
+    outside = Outside()  # before there are hooks of the pass
+    with outside():  # the first image is looked at
+        batches = ImageBatches(
             images,
             options.image_processor,
             model_name=source_of(model, tower),
@@ -261,7 +259,7 @@ def open_pass(
             strict=options.strict,
             num_workers=options.num_workers,
         )
-    return ImagePass(tower, registers, batches, options, given, with_labels, title, context)
+    return ImagePass(tower, registers, batches, options, given, with_labels, title, outside)
 
 
 def place_of(tower: Tower) -> tuple[torch.device, torch.dtype]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..tuner.hooks.call_state import own_variable
 from ..tuner.hooks.recomputation import is_recomputing
 from ..tuner.hooks.recording import show_hooks_to_compiler
 
@@ -39,7 +40,7 @@ class Here:
 
 
 #: What the running coroutine, or thread, has made; nothing is kept for its sake.
-_HERE: ContextVar[frozenset[weakref.ref[Here]]] = ContextVar("register_adapter_here", default=frozenset())
+_HERE: ContextVar[frozenset[weakref.ref[Here]]] = own_variable("register_adapter_here", frozenset())
 
 
 class _Hook:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .hooks.call_state import own_variable
 from .hooks.choice import EVERYONE
 from .layer import RegisterLayer, attached_layers
 
@@ -26,7 +27,7 @@ class _Context:
 
 
 #: The contexts that a thread, or coroutine, is in, from the outermost on.
-_OPEN: ContextVar[tuple[_Context, ...]] = ContextVar("register_adapter_contexts", default=())
+_OPEN: ContextVar[tuple[_Context, ...]] = own_variable("register_adapter_contexts", ())
 
 
 def _open() -> tuple[_Context, ...]:

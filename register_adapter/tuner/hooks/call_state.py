@@ -9,17 +9,26 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..registers import RegisterTokens, Segment
 
-__all__ = ["CallState", "MethodCall", "RecordPairs", "outside_of_readings"]
+__all__ = ["CallState", "MethodCall", "Outside", "RecordPairs", "outside_of_readings", "own_variable"]
 
 #: Called with a block's index, keys and values ``(B, H, N, d)``.
 RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+_Value = TypeVar("_Value")
+_VARIABLES: list[ContextVar[Any]] = []
+
+
+def own_variable(name: str, default: _Value) -> ContextVar[_Value]:
+    """A context variable of this package, which :class:`Outside` keeps apart."""
+    _VARIABLES.append(variable := ContextVar(name, default=default))
+    return variable
 
 
 class MethodCall:
@@ -56,9 +65,9 @@ class _Context:
 
 
 #: A coroutine has values of its own, beside others in its thread, and takes them along into ``asyncio.to_thread``.
-_LEFT_OUT: ContextVar[tuple[_Context, ...]] = ContextVar("register_adapter_left_out", default=())
+_LEFT_OUT: ContextVar[tuple[_Context, ...]] = own_variable("register_adapter_left_out", ())
 #: Contexts whose attention maps keep the columns of key/value pairs.
-_KEEPING: ContextVar[tuple[_Context, ...]] = ContextVar("register_adapter_keeping", default=())
+_KEEPING: ContextVar[tuple[_Context, ...]] = own_variable("register_adapter_keeping", ())
 
 
 class CallState(threading.local):
@@ -254,6 +263,35 @@ def outside_of_readings() -> Iterator[None]:
         for state in dict.fromkeys(_READINGS.states):
             stack.enter_context(state.reading(**_OF_A_READING))
         yield
+
+
+class Outside:
+    """Where code of the user's runs between the steps of a reading: as outside of it, from when this is made.
+
+    What such code switches on or off of this package's is kept for the next time, and from the reading. All else stays
+    as Python has it: whoever made an iterator may have begun it, and may go on with it, with context variables of its
+    own, numpy's ``errstate`` among them, which can be put back only in the context that they were set in.
+    """
+
+    def __init__(self) -> None:
+        self._values = [variable.get() for variable in _VARIABLES]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """A context for such code: this thread's passes, and readings, are as outside of any."""
+        with outside_of_readings():
+            around = [variable.get() for variable in _VARIABLES]
+            _set(self._values)
+            try:
+                yield
+            finally:
+                self._values = [variable.get() for variable in _VARIABLES]
+                _set(around)
+
+
+def _set(values: list[Any]) -> None:
+    for variable, value in zip(_VARIABLES, values, strict=True):
+        variable.set(value)
 
 
 #: What a reading keeps, as it is outside of any.
