@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,26 @@ def test_the_transformers_api_adds_switches_and_deletes(tmp_path: Path) -> None:
     assert_identical(run(base, inputs), fresh)
     base.delete_adapter("fresh")
     snapshot.check_values()
+
+
+def test_transformers_switches_a_head_on_again_with_its_registers(tmp_path: Path) -> None:
+    """`enable_adapters()` of transformers passes over ``modules_to_save``, which `disable_adapters()` switches off."""
+    base, inputs = tf.ViTForImageClassification(build("vit").config).eval(), make_inputs("vit")
+    names = {number: f"kind {number}" for number in range(base.config.num_labels)}
+    config = RegisterConfig(num_registers=2, init_std=1.0, modules_to_save=["classifier"], id2label=names)
+    trained = get_peft_model(deepcopy(base), config).eval()
+    with torch.no_grad():
+        trained.get_base_model().classifier.modules_to_save["default"].weight.normal_()
+    expected, plain = run(trained, inputs), run(base, inputs)
+    base.load_adapter(saved(trained, tmp_path / "adapter"))
+    base.eval()
+    assert_identical(run(base, inputs), expected)
+    base.disable_adapters()
+    assert_identical(run(base, inputs), plain)
+    assert base.config.id2label != names
+    base.enable_adapters()
+    assert_identical(run(base, inputs), expected)
+    assert base.config.id2label == names
 
 
 def test_a_whole_model_saved_by_transformers_holds_its_adapter(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "PREFIX",
     "REMAPS",
     "activate_heads",
+    "enable_heads",
     "member",
     "name_linear_layers",
     "named_as_in_state",
@@ -295,6 +296,26 @@ def activate_heads(model: nn.Module, deleted: str, names: list[str]) -> None:
             wanted = [name for name in names if name in head.modules_to_save]
             if wanted:
                 head.set_adapter(wanted[0])
+
+
+def enable_heads(model: nn.Module, names: list[str]) -> None:
+    """Modules of ``modules_to_save`` follow when transformers switches adapters on again.
+
+    ``disable_adapters()`` of a model of transformers switches them off too, and ``enable_adapters()`` passes over them.
+
+    Args:
+        model: The model.
+        names: Names of the adapters whose modules these are.
+    """
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return  # PEFT's own calls see to them
+    for head in model.modules():
+        if (
+            isinstance(head, ModulesToSaveWrapper)
+            and head.disable_adapters
+            and not set(names).isdisjoint(head.modules_to_save)
+        ):
+            head.enable_adapters(True)
 
 
 @contextmanager

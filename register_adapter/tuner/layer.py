@@ -18,7 +18,7 @@ from torch import nn
 from ..towers.identity import TowerIdentity, identity_now
 from ..towers.tower import Tower
 from ..utils.parameters import check_module
-from ._peft_compat import activate_heads
+from ._peft_compat import activate_heads, enable_heads
 from .config import RegisterConfig
 from .heads import HeadLabels
 from .hooks.call_state import CallState
@@ -189,6 +189,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
     def enable_adapters(self, enabled: bool) -> None:
         """As in PEFT; see :meth:`set_adapter`."""
         super().enable_adapters(enabled)
+        if enabled:
+            enable_heads(self.labels.model or self.tower.module, self.names)
         self.show_labels()
 
     def _replicate_for_data_parallel(self) -> RegisterLayer:
