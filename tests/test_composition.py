@@ -326,6 +326,21 @@ def test_merging_keeps_registers(method: str, order: int, tmp_path: Path) -> Non
     assert differs(run(again, inputs), expected)
 
 
+@pytest.mark.parametrize("heads", [None, ["classifier"]], ids=["no-head", "head"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_merged_is_saved_in_two_parts(method: str, heads: list[str] | None, tmp_path: Path) -> None:
+    """As docs/composition.md has it: each part alone gives other outputs."""
+    model, inputs = pair(method, modules_to_save=heads), make_inputs("vit-classifier")
+    expected = run(model, inputs)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "base")
+    save_adapters(merged, tmp_path / "registers")
+    base, said = type(merged).from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert any("register_adapter_tokens" in key for key in said["unexpected_keys"])
+    assert differs(run(base.eval(), inputs), expected)
+    assert_identical_nearly(run(load_adapters(base, tmp_path / "registers"), inputs), expected)
+
+
 def assert_identical_nearly(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert list(actual) == list(expected)
     for name in expected:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..towers.identity import TowerIdentity, identity_now
@@ -212,8 +213,12 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         self.labels.renew()
         configs: dict[str, Any] = getattr(self.labels.model, "peft_config", {})
         trained = any(getattr(config, "bias", "none") not in ("none", None) for config in configs.values())
-        parameters = self.tower.part("blocks").named_parameters()
-        trained = trained or any(value.requires_grad for key, value in parameters if key.endswith(".bias"))
+        # What was merged or deleted has left its flags behind, and is the base's now: no adapter brings it along.
+        blocks = self.tower.part("blocks")
+        others = any(not isinstance(config, RegisterConfig) for config in configs.values())
+        others = others or any(isinstance(part, AuxiliaryTrainingWrapper) for part in blocks.modules())
+        flags = (value.requires_grad for key, value in blocks.named_parameters() if key.endswith(".bias"))
+        trained = trained or (others and any(flags))
         for name, before in list(self.bases.items()):
             config = configs.get(name)
             if not isinstance(config, RegisterConfig):
