@@ -31,6 +31,7 @@ from torch import nn
 from register_adapter import (
     Anatomy,
     ComposedPeftModel,
+    PositionConfig,
     RegisterConfig,
     add_registers,
     compose,
@@ -746,3 +747,37 @@ def test_a_model_without_adapters_and_a_file_are_refused(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         save_adapters(pair(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("order", [("other", "registers"), ("registers", "other"), ("registers", "place", "other")])
+@pytest.mark.parametrize("heads", [None, ["classifier"]])
+def test_biases_that_lora_brings_along_are_trained_in_every_order(
+    bias: Any, order: tuple[str, ...], heads: Any, tmp_path: Path
+) -> None:
+    """Behind registers LoRA's biases stayed frozen, in silence."""
+    name = "vit-classifier"
+    config = LoraConfig(target_modules=["q_proj", "query"], bias=bias, init_lora_weights=False)
+    configs: dict[str, Any] = {
+        "other": config,
+        "registers": registers(modules_to_save=heads),
+        "place": PositionConfig(),
+    }
+    alone = get_peft_model(build(name), config, "other")
+    expected = {key for key, value in alone.named_parameters() if value.requires_grad and key.endswith("bias")}
+    model = compose(build(name), {key: configs[key] for key in order})
+
+    def biases(model: nn.Module) -> dict[str, nn.Parameter]:
+        named = {key: value for key, value in model.named_parameters() if key.endswith("bias") and value.requires_grad}
+        return {key: value for key, value in named.items() if not heads or "classifier" not in key}
+
+    assert expected
+    wanted = {key for key in expected if not heads or "classifier" not in key}
+    assert set(biases(model)) == wanted
+    with torch.no_grad():
+        for value in biases(model).values():
+            value += 0.5
+    model.save_pretrained(tmp_path)
+    again = load_adapters(build(name), tmp_path, is_trainable=True)
+    assert set(biases(again)) == wanted
+    assert_identical(run(again.eval(), make_inputs(name)), run(model.eval(), make_inputs(name)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .._peft_compat import name_linear_layers
@@ -26,6 +27,7 @@ __all__ = [
     "flags_kept",
     "hooks_lifted",
     "leave_out_copies",
+    "trained_biases",
 ]
 
 #: Held by a thread that switches layers of PEFT's.
@@ -41,6 +43,26 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad = flag
+
+
+def trained_biases(model: nn.Module, name: str, config: PeftConfig) -> list[nn.Parameter]:
+    """Biases of the base that an adapter trains beside its own parameters; PEFT marks those of a first adapter alone.
+
+    Args:
+        model: The model, the adapter on it.
+        name: The adapter's name.
+        config: Its config; ``bias`` is ``"all"``, or ``"lora_only"`` and the like: of the layers that it is in.
+    """
+    which = getattr(config, "bias", None)
+    if config.inference_mode or not isinstance(which, str) or which == "none":
+        return []
+    if which != "all":
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        mine = [layer for layer in layers if name in layer._all_available_adapter_names()]
+        return [bias for layer in mine if isinstance(bias := getattr(layer, "bias", None), nn.Parameter)]
+    heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    own = {id(parameter) for head in heads for parameter in head.parameters()}
+    return [value for key, value in model.named_parameters() if f".{key}".endswith(".bias") and id(value) not in own]
 
 
 def check_switched_on(model: nn.Module) -> None:

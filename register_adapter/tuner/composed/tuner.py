@@ -22,7 +22,7 @@ from ..model import RegisterModel
 from ..positions import PositionLayer, position_layers
 from ..registers import refuse_merging
 from .aside import Aside
-from .guards import check_heads, check_layers, check_merges, flags_kept, hooks_lifted, leave_out_copies
+from .guards import check_heads, check_layers, check_merges, flags_kept, hooks_lifted, leave_out_copies, trained_biases
 
 __all__ = ["ComposedTuner"]
 
@@ -160,6 +160,8 @@ class ComposedTuner(BaseTuner):
             check_layers(self.model, name)
             self.peft_config[name] = config
             self._keep(tuner)
+        for bias in trained_biases(self.model, name, config):
+            bias.requires_grad = True
         self._set_active(
             [*active, *([] if rivals else [name])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
         )
