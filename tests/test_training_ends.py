@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,8 @@ from safetensors.torch import load_file
 from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
 from training_helpers import adapter_bytes
 
-from register_adapter.training import ClassificationObjective, TrainArguments, checkpoints
+from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
+from register_adapter.training import ClassificationObjective, TrainArguments, checkpoints, saving, train, wrap
 from register_adapter.training.checkpoints import TrainState
 from register_adapter.training.interruption import Interrupted, Interruption
 from register_adapter.training.last_words import summarise
@@ -336,3 +340,24 @@ def test_a_terminal_interrupts_the_loaders_workers_too(case: Path, tmp_path: Pat
     last = said.strip().splitlines()[-1]
     (checkpoint,) = checkpoints.find_all(tmp_path)
     assert f"{checkpoint} is complete; go on with: python -m register_adapter.train" in last
+
+
+def test_a_disk_too_full_for_the_results_has_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def run(out: Path) -> None:
+        objective = ClassificationObjective()
+        torch.manual_seed(0)
+        model = wrap(load_vit(), objective, num_registers=4)
+        args = TrainArguments(output_dir=str(out), max_train_steps=2, use_cpu=True, seed=7, quiet=True)
+        train(model, objective, SceneDataset(16, seed=1), args, image_processor=load_image_processor())
+
+    run(tmp_path / "whole")
+    monkeypatch.setattr(saving, "json", SimpleNamespace(dumps=full))
+    with pytest.raises(OSError, match=r"cannot be written: No space left .*is saved in .*without results\.json"):
+        run(tmp_path / "full")
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "full").iterdir()} == names
+    assert adapter_bytes(tmp_path / "full") == adapter_bytes(tmp_path / "whole")
+    assert "| Training images | 16 |" in (tmp_path / "full" / "README.md").read_text()

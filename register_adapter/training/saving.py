@@ -87,6 +87,7 @@ def save_trained(
 
     Raises:
         FloatingPointError: What was trained is not finite.
+        OSError: They cannot be written; adapter and card alone are, if they can be.
     """
     weights = checkpoints.adapter_weights(accelerator, model)
     trained = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -95,13 +96,25 @@ def save_trained(
     if not (accelerator.is_main_process and args.output_dir):
         return
     folder = Path(args.output_dir)
-    with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
+
+    def write_adapter(scratch: Path) -> None:
         copy_readme(folder, scratch)
         trained.save_pretrained(str(scratch), state_dict=weights)
         write_card(trained, scratch, {**card, "adapter": folder.absolute().name})
-        if _can_be_saved(image_processor):
-            image_processor.save_pretrained(scratch)
-        (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+    try:
+        with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME)) as scratch:
+            write_adapter(scratch)
+            if _can_be_saved(image_processor):
+                image_processor.save_pretrained(scratch)
+            (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    except OSError as error:  # a full disk may hold what was trained, which has a few kB
+        try:
+            with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as scratch:
+                write_adapter(scratch)
+        except OSError:
+            raise error from None
+        raise OSError(f"{error}. What was trained is saved in {folder}, without {RESULTS_NAME}") from error
 
 
 def _can_be_saved(image_processor: Any) -> bool:
