@@ -166,7 +166,9 @@ def test_class_folders_that_are_shown_as_one_are_refused(tmp_path: Path) -> None
         read_image_folder(tmp_path)
 
 
-def test_training_says_every_name_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_says_every_name_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Or pytest keeps the record for its report, which workers of pytest-xdist cannot send.
+    monkeypatch.setattr(logging.getLogger("register_adapter"), "propagate", False)
     said = "/out/\x1b[31mred\udce9 holds\ntwo lines \u202e"
     with _messages(is_main_process=True, quiet=False):
         logging.getLogger("register_adapter.training").error("%s", said)
