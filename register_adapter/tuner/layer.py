@@ -216,7 +216,10 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         # What was merged or deleted has left its flags behind, and is the base's now: no adapter brings it along.
         blocks = self.tower.part("blocks")
         others = any(not isinstance(config, RegisterConfig) for config in configs.values())
-        others = others or any(isinstance(part, AuxiliaryTrainingWrapper) for part in blocks.modules())
+        inside = set(map(id, blocks.modules()))
+        whole = (self.labels.model or self.tower.module).modules()
+        wrappers = [part for part in whole if isinstance(part, AuxiliaryTrainingWrapper)]  # in the blocks, or around
+        others = others or any(not inside.isdisjoint(map(id, part.modules())) for part in wrappers)
         flags = (value.requires_grad for key, value in blocks.named_parameters() if key.endswith(".bias"))
         trained = trained or (others and any(flags))
         for name, before in list(self.bases.items()):
