@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -41,7 +40,6 @@ __all__ = [
     "remap_on_load",
     "renamed_by_transformers",
     "renew_on_save",
-    "taken_off",
 ]
 
 METHOD = "register_adapter"
@@ -316,13 +314,3 @@ def enable_heads(model: nn.Module, names: list[str]) -> None:
             and not set(names).isdisjoint(head.modules_to_save)
         ):
             head.enable_adapters(True)
-
-
-@contextmanager
-def taken_off(context: AbstractContextManager[Any]) -> Iterator[None]:
-    """A context of PEFT's that takes its hooks off, also behind a pass that fails: PEFT then leaves them for good."""
-    context.__enter__()
-    try:
-        yield
-    finally:
-        context.__exit__(None, None, None)

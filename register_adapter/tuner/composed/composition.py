@@ -21,7 +21,6 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...utils.arguments import check_mapping
-from .._peft_compat import taken_off
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import BASE, EVERYONE, check_batch
@@ -335,7 +334,10 @@ class ComposedPeftModel(SavesAll):
             if names:
                 tuner = self.base_model.tuner_of(names)
                 tuner.training = self.training  # it is not a submodule, and train() does not reach it
-                stack.enter_context(taken_off(tuner._enable_peft_forward_hooks(*args, **kwargs)))
+                hooked = tuner._enable_peft_forward_hooks(*args, **kwargs)
+                hooked.__enter__()
+                # Of a pass that fails, PEFT's context would leave its hooks on if it were told.
+                stack.callback(hooked.__exit__, None, None, None)
             yield
 
     @classmethod
