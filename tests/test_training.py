@@ -245,7 +245,7 @@ def test_killed_again_and_again_and_resumed_bit_for_bit(
     assert results["resumed_from_step"] >= step
     assert results["global_step"] == STEPS
     assert adapter_bytes(tmp_path) == adapter_bytes(uninterrupted)
-    assert results["metrics"]["eval_loss"] == read_results(uninterrupted)["metrics"]["eval_loss"]
+    assert results["metrics"] == read_results(uninterrupted)["metrics"]
     assert len(checkpoints.find_all(tmp_path)) == (limit or STEPS)
     assert not list(tmp_path.glob(".register_adapter.*")), "half-written checkpoints were left behind"
 

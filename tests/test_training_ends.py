@@ -191,6 +191,15 @@ def test_what_is_best(losses: tuple[float, ...], options: dict[str, Any], best: 
     assert selection.is_exhausted == exhausted
 
 
+@pytest.mark.parametrize("step", [6, 7, STEPS])
+def test_a_run_tells_the_same_wherever_it_was_resumed(case: Path, whole: Path, tmp_path: Path, step: int) -> None:
+    """Logged at steps 3, 6 and 8: the second goes on from between two, the last has nothing left to do."""
+    checkpoint = str(whole / f"checkpoint-{step}")
+    results = start(flags(case, tmp_path, *SELECTING, "--resume-from-checkpoint", checkpoint))
+    assert results["metrics"] == results_of(whole)["metrics"]
+    assert "train_loss" in results["metrics"]
+
+
 # The summary
 
 

@@ -22,7 +22,7 @@ from ..data.streaming import StreamedBatches
 from ..utils.parameters import trained_parameters
 from . import checkpoints
 from .arguments import TrainArguments
-from .callbacks import Callback, LossGuard
+from .callbacks import Callback, LossGuard, RunningMeans
 from .checkpoints import TrainState
 from .interruption import Interrupted, Interruption
 from .objectives import Objective
@@ -47,6 +47,7 @@ class Loop:
         generator: The loader's generator; it is set anew for each epoch.
         state: Where the run is; moved on in place.
         total_steps: Optimiser steps of the whole run.
+        means: What is logged of its batches, one of the callbacks.
         random_state: The random states of a checkpoint; set after the first batch is read, since reading draws random
             numbers too.
         eval_loader: The prepared loader of the evaluation set, for evaluations on the way.
@@ -68,6 +69,7 @@ class Loop:
         generator: torch.Generator,
         state: TrainState,
         total_steps: int,
+        means: RunningMeans,
         random_state: dict[str, Any] | None = None,
         eval_loader: Any = None,
         selection: Selection | None = None,
@@ -77,14 +79,13 @@ class Loop:
     ) -> None:
         self.accelerator, self.args, self.objective, self.model = accelerator, args, objective, model
         self.optimizer, self.scheduler, self.loader, self.generator = optimizer, scheduler, loader, generator
-        self.state, self.total_steps, self.random_state = state, total_steps, random_state
+        self.state, self.total_steps, self.means, self.random_state = state, total_steps, means, random_state
         self.eval_loader, self.checkpoint, self.interruption = eval_loader, checkpoint, interruption
         self.callbacks = callbacks
         self.selection = selection or Selection(args, state)
         self.seconds, self.images, self._evaluating = 0.0, 0, 0.0
         self.write_card: Callable[[Any, Path], None] | None = None  # says in a checkpoint's README what the run is
-        self._saved, self._count = state.global_step if checkpoint else 0, 0
-        self._sums: dict[str, Any] = defaultdict(float)
+        self._saved = state.global_step if checkpoint else 0
         self._guard, self._first_batch = LossGuard(accelerator, loader.dataset), state.step
 
     @property
@@ -101,15 +102,14 @@ class Loop:
         """Train to the last step, or until the evaluations get no better.
 
         Returns:
-            ``train_<name>`` of the loss and the objective's metrics, means since the last logging step; empty if there
-            was nothing left to do.
+            ``train_<name>`` of the loss and the objective's metrics, means since the last logging step, the same
+            wherever the run was resumed.
 
         Raises:
             FloatingPointError: The loss or the gradient is not finite; nothing is learned from it, and a checkpoint of
                 the last good step is written where there can be one.
             Interrupted: A signal came; a checkpoint is written where there can be one.
         """
-        metrics: dict[str, float] = {}
         began, total = time.perf_counter(), self.total_steps
         shown = self.accelerator.is_local_main_process and not self.args.quiet
         with (
@@ -137,11 +137,11 @@ class Loop:
                         self.stop()
                 else:  # of a stream the end is not known before
                     self.state.epoch, self.state.step = self.state.epoch + (self.state.step > 0), 0
-            if self._count:
-                metrics = self._log()
+            if self.means:
+                self._log()
             self._tell("on_evaluate_begin")  # what is evaluated and saved from now on
         self.seconds = time.perf_counter() - began - self._evaluating
-        return metrics
+        return self.means.last
 
     @property
     def _is_streamed(self) -> bool:
@@ -269,9 +269,7 @@ class Loop:
             if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
             self.optimizer.zero_grad()
-        for name, value in {"loss": loss, **metrics}.items():
-            self._sums[name] += value.detach().float()
-        self._count += 1
+        self.means.add({"train_loss": loss, **{f"train_{name}": value for name, value in metrics.items()}})
         self.images += (find_batch_size(batch) or 0) * self.accelerator.num_processes
         self.state.step += 1
         if not self._is_streamed and self.state.step == len(self.loader):
@@ -294,13 +292,10 @@ class Loop:
         return None if scaler is not None and scaler.is_enabled() else norm
 
     def _log(self) -> dict[str, float]:
-        means = {name: value / self._count for name, value in self._sums.items()}
-        reduced = {f"train_{name}": float(self.accelerator.reduce(mean, "mean")) for name, mean in means.items()}
-        self._sums.clear()
-        self._count = 0
+        means = self.means.take()
         rate = {"learning_rate": self.scheduler.get_last_lr()[0], "images_per_second": self.images_per_second}
-        self.accelerator.log({**reduced, **rate}, step=self.state.global_step)
-        return reduced
+        self.accelerator.log({**means, **rate}, step=self.state.global_step)
+        return means
 
     def _checkpoint_due(self) -> bool:
         every = self.args.checkpointing_steps

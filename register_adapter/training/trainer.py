@@ -26,7 +26,7 @@ from ..utils.parameters import trainable_by_part, trained_parameters
 from . import checkpoints
 from .arguments import TrainArguments
 from .block_modes import check_modes, modes_of_blocks
-from .callbacks import AverageWeights, Callback, WatchArtifacts
+from .callbacks import AverageWeights, Callback, RunningMeans, WatchArtifacts
 from .checkpoints import TrainState
 from .interruption import Interrupted, Interruption, leave_signals_to_the_run
 from .loop import Loop
@@ -289,7 +289,8 @@ def _prepare(
     steps = 0 if args.max_train_steps else math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
     total_steps = args.max_train_steps or args.num_train_epochs * steps
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, total_steps)
-    random_state = None
+    random_state, means = None, RunningMeans(accelerator)
+    callbacks = [*callbacks, means]
     if checkpoint is not None:
         random_state = checkpoints.load(checkpoint, accelerator, prepared, optimizer, scheduler, callbacks)
     if args.with_tracking and args.audit_images and eval_data is not None:
@@ -306,6 +307,7 @@ def _prepare(
         generator,
         state,
         total_steps,
+        means,
         random_state,
         eval_loader,
         selection,
