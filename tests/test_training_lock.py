@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from processes import run_two_processes
 from training_cases import flags, start, stopped, write_case
 
 from register_adapter.training import checkpoints
@@ -64,6 +65,15 @@ def test_a_second_run_is_refused_with_the_name_of_the_first(
         assert not set(before) - {path.name for path in tmp_path.iterdir()}
     said = capsys.readouterr().err.splitlines()[-1]
     assert f"{tmp_path} is in use by another run (process {process} on " in said
+
+
+def test_every_process_of_a_second_run_is_refused_and_one_says_so(case: Path, tmp_path: Path) -> None:
+    with held(tmp_path):
+        main_one, other = run_two_processes("register_adapter.train", *flags(case, tmp_path, *SHORT))
+    assert (main_one.returncode, other.returncode) == (2, 2)
+    assert f"{tmp_path} is in use by another run" in main_one.stderr.splitlines()[-1]
+    for done in (main_one, other):
+        assert "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -46,7 +46,7 @@ from .objectives.flags import (
     objective_of,
     takers_of,
 )
-from .run_lock import folder_lock
+from .run_lock import run_lock
 from .saving import check_output_dir, check_push
 from .setup import check_streamed, use_cpu
 from .starting import registers_of, start
@@ -80,14 +80,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             classes = (data_args.train_dir, data_args.validation_dir) if labelled else ()
             for folder in (str(args.output_dir), *([] if args.target_store is None else [args.target_store])):
                 check_target(folder, *classes)
-            if state.is_main_process:
-                held.enter_context(folder_lock(str(args.output_dir)))
+            held.enter_context(run_lock(str(args.output_dir), state))
             check_output_dir(args)
             check_push(args)
             # Before data and model are loaded, which may take hours.
             check_writable(str(args.output_dir))
         except (ValueError, OSError) as error:
-            parser.error(str(error))
+            if state.is_main_process:
+                parser.error(str(error))
+            tell_fault(str(error), state)
+            sys.exit(2)
         try:
             results = _train(model_args, data_args, args, flags, interruption)
         except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:

@@ -7,14 +7,16 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from ..errors import RegisterAdapterError
 
-__all__ = ["FolderInUseError", "folder_lock"]
+__all__ = ["FolderInUseError", "folder_lock", "run_lock"]
 
 #: The lock, and who holds it: a file of its own, because some versions of filelock empty the lock's.
 _LOCK, _HOLDER = ".register_adapter-training.lock", ".register_adapter-training.txt"
@@ -62,6 +64,29 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
             with suppress(OSError):
                 (place / name).unlink()
         lock.release()
+
+
+@contextmanager
+def run_lock(folder: str | Path, state: PartialState | Accelerator) -> Iterator[None]:
+    """The lock of a run on several processes: the main one holds it, and all are refused together.
+
+    Every process enters it; the others would wait for one that has ended.
+
+    Raises:
+        FolderInUseError: Another run is in it.
+        OSError: The folder cannot be made.
+        ValueError: It is a file.
+    """
+    with ExitStack() as held:
+        fault: Exception | None = None
+        if state.is_main_process:
+            try:
+                held.enter_context(folder_lock(folder))
+            except (OSError, ValueError) as error:
+                fault = error
+        if (met := gather_object([fault])[0]) is not None:
+            raise met
+        yield
 
 
 def _acquire(lock: FileLock, place: Path, shown: Path) -> None:
