@@ -333,6 +333,32 @@ def test_coco(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("mark", "crowd"), [(0, False), ("0", False), (None, False), (False, False), (1, True), ("1", True), (True, True)]
+)
+def test_a_crowd_is_one_however_the_file_writes_it(mark: Any, crowd: bool, tmp_path: Path) -> None:
+    boxes = [{"image_id": 1, "bbox": [0, 0, 5, 5], "iscrowd": mark}]
+    content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": boxes}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    assert len(read_coco(tmp_path / "instances.json", tmp_path)[0].boxes) == (not crowd)
+    assert len(read_coco(tmp_path / "instances.json", tmp_path, crowd=True)[0].boxes) == 1
+
+
+@pytest.mark.parametrize("mark", ["false", "no", 2, -1, [], 0.5, float("nan")])
+def test_a_mark_that_says_neither_is_refused_with_the_file(mark: Any, tmp_path: Path) -> None:
+    boxes = [{"image_id": 1, "bbox": [0, 0, 5, 5], "iscrowd": mark}]
+    content = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": boxes}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"instances\.json.*iscrowd must be 0 or 1, found"):
+        read_coco(tmp_path / "instances.json", tmp_path)
+    year = _voc(tmp_path / "VOC2007")
+    path = year / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("<difficult>1<", f"<difficult>{mark}<"))
+    with pytest.raises(ValueError, match=r"a\.xml.*difficult must be 0 or 1, found"):
+        read_voc(year, difficult=False)
+    assert len(read_voc(year)[0].boxes) == 2  # nothing is asked of the mark
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
         ('<?xml version="1.0" encoding="nonsense"?><annotation/>', r"b\.xml is not an annotation.*unknown encoding"),

@@ -121,8 +121,8 @@ def _voc_boxes(path: Path, difficult: bool, truncated: bool) -> npt.NDArray[np.f
         with open_regular(path) as file:
             objects = ElementTree.parse(file).getroot().findall("object")
         for item in objects:
-            marked = {name: (item.findtext(name) or "0").strip() == "1" for name in ("difficult", "truncated")}
-            if (marked["difficult"] and not difficult) or (marked["truncated"] and not truncated):
+            unwanted = [name for name, kept in (("difficult", difficult), ("truncated", truncated)) if not kept]
+            if any(_is_marked(item.findtext(name), name) for name in unwanted):
                 continue
             box = [float(item.findtext(f"bndbox/{name}") or "nothing") for name in ("xmin", "ymin", "xmax", "ymax")]
             boxes.append([box[0] - 1, box[1] - 1, box[2], box[3]])
@@ -155,7 +155,7 @@ def read_coco(file: str | Path, folder: str | Path, *, crowd: bool = False) -> l
         "".join(name for _, name in images).encode()  # half of a surrogate pair is the name of no file
         boxes: dict[Any, list[list[float]]] = {number: [] for number, _ in images}
         for item in content["annotations"]:
-            if crowd or not item.get("iscrowd", 0):
+            if crowd or not _is_marked(item.get("iscrowd"), "iscrowd"):
                 x, y, width, height = (float(value) for value in item["bbox"])
                 boxes[item["image_id"]].append([float(round(v)) for v in (x, y, x + width, y + height)])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -173,6 +173,16 @@ def read_coco(file: str | Path, folder: str | Path, *, crowd: bool = False) -> l
         BoxedImage(Path(folder) / name, _checked(boxes[number], f"{path}, image {number}"), name)
         for number, name in images
     ]
+
+
+def _is_marked(mark: Any, name: str) -> bool:
+    """What a file says of an object by 0 or 1, a number or text, or not at all."""
+    text = mark.strip() if isinstance(mark, str) else mark
+    if text in (None, "", 0, "0"):
+        return False
+    if text in (1, "1"):
+        return True
+    raise ValueError(f"{name} must be 0 or 1, found {mark!r:.80}")
 
 
 def _checked(boxes: Sequence[Sequence[float]], place: str) -> npt.NDArray[np.float64]:
