@@ -20,7 +20,7 @@ from cases_base import BLOCKS, LABELS, WIDTH
 from families import build, make_inputs
 from helpers import assert_identical, run
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import ViTForImageClassification
 
@@ -37,6 +37,7 @@ from register_adapter.testbed import load_shipped
 from register_adapter.towers import find_tower
 from register_adapter.tuner.composed import folder as adapter_folder
 from register_adapter.tuner.composed import saving
+from register_adapter.tuner.composed.card import write_card
 from register_adapter.utils import hub as hub_files
 from register_adapter.utils.adapter_file import read_tensors
 
@@ -290,6 +291,23 @@ def test_the_card_says_how_to_load_the_folder_and_keeps_the_users_text(tmp_path:
     assert "mine" in text
     assert "load_adapters" not in text
     assert json.loads((tmp_path / "adapters.json").read_text())["adapters"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "line"),
+    [
+        ("checkpoint-9", '"checkpoint-9")  # a local folder: put its path here, or the name of this repository'),
+        ("me/pair", '"me/pair")'),
+        (None, '"path/to/this/folder")'),
+    ],
+)
+def test_the_card_says_where_a_path_belongs_as_that_of_one_adapter_does(
+    adapter: str | None, line: str, tmp_path: Path
+) -> None:
+    configs: dict[str, PeftConfig] = {"registers": RegisterConfig(), "lora": LoraConfig()}
+    write_card(tmp_path / "README.md", configs, ViTForImageClassification, "base", adapter=adapter)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert f"model = register_adapter.load_adapters(base, {line}" in lines
 
 
 def test_the_card_says_what_the_registers_are_and_which_classes_a_head_has(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from ..errors import install_command
 from ..utils.environment import version
 from ..utils.shipped import is_shipped, shipped_name
-from ..utils.text import printable
+from ..utils.text import printable, where_it_is
 from .config import RegisterConfig
 from .neuron_shift import count_neurons
 
@@ -165,7 +165,7 @@ def _snippet(config: RegisterConfig, base_class: type, adapter: str, subfolder: 
     """Python code that loads the adapter; it runs where the two names lead somewhere."""
     imports, base = loads_base(config.base_model_name_or_path, base_class, config.revision)
     place = f", subfolder={quoted(subfolder)})" if subfolder else ")"
-    place += "" if "/" in adapter else "  # a local folder: put its path here, or the name of this repository"
+    place += where_it_is(adapter)
     return (
         "import register_adapter  # makes the method known to PEFT\n"
         "from peft import PeftModel\n"

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["first_few", "one_line", "path_text", "printable", "size_text", "without_password"]
+__all__ = ["first_few", "one_line", "path_text", "printable", "size_text", "where_it_is", "without_password"]
 
 #: Controls, formats (among them what turns the direction of writing), halves of surrogate pairs, line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -76,3 +76,8 @@ def _escaped(char: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return char.encode("unicode_escape").decode("ascii")
+
+
+def where_it_is(adapter: str) -> str:
+    """What stands behind a line of code that loads an adapter by the bare name of its folder; else nothing."""
+    return "" if "/" in adapter else "  # a local folder: put its path here, or the name of this repository"

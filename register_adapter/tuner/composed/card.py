@@ -14,6 +14,7 @@ from ...utils.environment import version
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
 from ...utils.readme import find_block, read_readme, write_readme
+from ...utils.text import where_it_is
 from ..card import checked_metrics, neuron_strengths
 from ..card_text import (
     INSTALL,
@@ -46,7 +47,7 @@ import register_adapter
 {imports}
 
 {base}
-model = register_adapter.load_adapters(base, {adapter})
+model = register_adapter.load_adapters(base, {adapter}
 model.eval()  # every output has the shape of the base model's output
 ```
 
@@ -103,7 +104,8 @@ def write_card(
     if written is None or told or written[0]["weights"] != weights:
         revision = next((config.revision for config in configs.values() if config.revision), None)
         imports, loads = loads_base(base, base_class, revision)
-        named = quoted(adapter or "path/to/this/folder")
+        named = adapter or "path/to/this/folder"
+        named = f"{quoted(named)}){where_it_is(named)}"
         rows = {
             "Base model": f"{code(base_name(base) or 'not named')} (`{base_class.__name__}`)",
             **{
