@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -353,6 +354,67 @@ def test_an_iterator_that_others_began_or_end_may_set_context_variables(read: st
         audit(model, given, max_images=1)
         assert same(list(given), list(pixels[begun + 1 :].split(1)))
     assert np.geterr() == before
+
+
+@pytest.mark.parametrize("end", ["at its end", "early", "by an error"])
+@pytest.mark.parametrize("read", ["features", "one", "audit", "norms", "discovery"])
+@pytest.mark.parametrize("mode", ["no_grad", "enable_grad", "autocast"])
+def test_torch_s_modes_around_a_yield_are_the_data_set_s_own(mode: str, read: str, end: str) -> None:
+    """Gradients stayed off for good behind a data set that ended in the reading, and the reading was in bfloat16."""
+    model: Any = add_registers(build("vit").eval(), 3, init_std=1.0).eval()
+    pixels, seen = torch.cat([images(), images()]), []
+    most = 2 if end == "early" else len(pixels)
+
+    def modes() -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    def data() -> Iterator[torch.Tensor]:
+        entered = {"no_grad": torch.no_grad(), "enable_grad": torch.enable_grad()}.get(mode)
+        seen.append(torch.is_grad_enabled())
+        with torch.autocast("cpu", torch.bfloat16) if entered is None else entered:
+            for place, image in enumerate(pixels):
+                before = modes()
+                yield image if read == "discovery" else image[None]
+                seen.append(modes() == before)
+                if place == 1 and end == "by an error":
+                    raise KeyError("of the data set")
+        seen.append(torch.is_grad_enabled())
+
+    readers: dict[str, Callable[[Any], Any]] = {
+        "features": lambda data: get_features(model, data, max_images=most).values,
+        "one": lambda data: get_features((model, "default"), data, max_images=most).values,
+        "audit": lambda data: [layer.norms["patch"].mean for layer in audit(model, data, max_images=most).layers],
+        "norms": lambda data: patch_norms(model, itertools.islice(data, most)),
+        "discovery": lambda data: [found.box for found in discover(model, itertools.islice(data, most))],
+    }
+    expected, before, given = readers[read](pixels if read == "discovery" else pixels.split(1)), modes(), data()
+    if end == "by an error":
+        with pytest.raises(KeyError, match="of the data set"):
+            readers[read](given)
+    else:
+        found = readers[read](given)
+        assert same(found, expected) if tensors(expected) else found == expected
+    assert modes() == before == (True, False)
+    given.close()
+    assert modes() == before
+    assert all(seen)
+    assert len(seen) > 1
+
+
+def test_a_data_set_may_have_gradients() -> None:
+    """The first image's were there, the others' were not: "does not require grad and does not have a grad_fn"."""
+    model: Any = add_registers(build("vit").eval(), 3, init_std=1.0).eval()
+
+    def data() -> Iterator[torch.Tensor]:
+        for image in images().split(1):
+            image.requires_grad_()
+            (slope,) = torch.autograd.grad(model(pixel_values=image).last_hidden_state.sum(), image)
+            yield image.detach() + slope
+
+    moved = list(data())
+    assert [layer.norms["patch"].mean for layer in audit(model, data()).layers] == [
+        layer.norms["patch"].mean for layer in audit(model, moved).layers
+    ]
 
 
 @pytest.mark.parametrize("read", [_batches, _norms, _audit, _probes])

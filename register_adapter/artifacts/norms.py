@@ -23,7 +23,6 @@ from ..tuner.layer import find_register_layer
 __all__ = ["NormSummary", "neighbour_similarity", "patch_norms", "similarity_of", "summarise_norms"]
 
 
-@torch.no_grad()
 @keeping_adapters
 def patch_norms(model: nn.Module, batches: Iterable[torch.Tensor], layer: int = -1) -> torch.Tensor:
     """L2 norms of the patch tokens behind one block, before the final LayerNorm.
@@ -38,7 +37,7 @@ def patch_norms(model: nn.Module, batches: Iterable[torch.Tensor], layer: int = 
     """
     norms, registers = [], find_register_layer(model)
     for pixel_values in each_outside(batches):
-        with adapters_stay(registers), capture(model, attentions=False) as trace:
+        with adapters_stay(registers), torch.no_grad(), capture(model, attentions=False) as trace:
             model(pixel_values=pixel_values)
         norms.append(trace.patches(layer).float().norm(dim=-1).cpu())
     return torch.cat(norms)

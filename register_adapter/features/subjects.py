@@ -16,6 +16,7 @@ from torch import nn
 from ..towers.modes import evaluating
 from ..tuner.config import RegisterConfig
 from ..tuner.fields import check_string
+from ..tuner.hooks.call_state import modes_around
 from ..tuner.layer import RegisterLayer, find_register_layer, register_layers
 
 __all__ = ["Subject", "Subjects", "keeping_adapters", "looking_at", "named_subjects", "names_at_work"]
@@ -77,6 +78,7 @@ def looking_at(subject: Subject) -> Iterator[nn.Module]:
     """
     model, adapter = subject if isinstance(subject, tuple) else (subject, "")
     with ExitStack() as stack:
+        stack.enter_context(modes_around())
         if isinstance(subject, tuple):
             stack.enter_context(_adapter(model, adapter))
         stack.enter_context(evaluating(model, seed=None))

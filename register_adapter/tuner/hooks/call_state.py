@@ -16,7 +16,7 @@ from torch import nn
 
 from ..registers import RegisterTokens, Segment
 
-__all__ = ["CallState", "MethodCall", "Outside", "RecordPairs", "outside_of_readings", "own_variable"]
+__all__ = ["CallState", "MethodCall", "Outside", "RecordPairs", "modes_around", "outside_of_readings", "own_variable"]
 
 #: Called with a block's index, keys and values ``(B, H, N, d)``.
 RecordPairs = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -247,19 +247,37 @@ class CallState(threading.local):
         return CallState, ()
 
 
+#: Whether a thread has gradients, and autocast on each kind of device.
+_Modes = tuple[bool, list[tuple[str, bool, torch.dtype]]]
+
+
 class _Readings(threading.local):
-    """The layers' states that readings of this thread have changed, the outermost's first."""
+    """The layers' states that readings of this thread have changed, the outermost's first; torch's modes around it."""
 
     states: tuple[CallState, ...] = ()
+    modes: _Modes | None = None
 
 
 _READINGS = _Readings()
 
 
 @contextmanager
+def modes_around() -> Iterator[None]:
+    """A context of a reading that is about to switch gradients off: :class:`Outside` has them as they are now."""
+    before = _READINGS.modes
+    _READINGS.modes = before or _modes()
+    try:
+        yield
+    finally:
+        _READINGS.modes = before
+
+
+@contextmanager
 def outside_of_readings() -> Iterator[None]:
     """In the context this thread's passes, and readings, are as outside of any: code of the user's runs in it."""
+    modes, _READINGS.modes = _READINGS.modes, None
     with ExitStack() as stack:
+        stack.callback(setattr, _READINGS, "modes", modes)
         for state in dict.fromkeys(_READINGS.states):
             stack.enter_context(state.reading(**_OF_A_READING))
         yield
@@ -268,32 +286,50 @@ def outside_of_readings() -> Iterator[None]:
 class Outside:
     """Where code of the user's runs between the steps of a reading: as outside of it, from when this is made.
 
-    What such code switches on or off of this package's is kept for the next time, and from the reading. All else stays
-    as Python has it: whoever made an iterator may have begun it, and may go on with it, with context variables of its
-    own, numpy's ``errstate`` among them, which can be put back only in the context that they were set in.
+    What such code switches on or off of this package's is kept for the next time, and from the reading; so are torch's
+    gradients and autocast, which ``with torch.no_grad()`` around a ``yield`` would put back in the midst of the reading
+    as they were before it, and the reading's end as they were in it. All else stays as Python has it: whoever made an
+    iterator may have begun it, and may go on with it, with context variables of its own, numpy's ``errstate`` among
+    them, which can be put back only in the context that they were set in.
     """
 
     def __init__(self) -> None:
-        self._values = [variable.get() for variable in _VARIABLES]
+        self._values, self._modes = _values(), _READINGS.modes or _modes()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """A context for such code: this thread's passes, and readings, are as outside of any."""
         with outside_of_readings():
-            around = [variable.get() for variable in _VARIABLES]
-            _set(self._values)
+            values, modes = _values(), _modes()
+            _set(self._values, self._modes)
             try:
                 yield
             finally:
-                self._values = [variable.get() for variable in _VARIABLES]
-                _set(around)
+                self._values, self._modes = _values(), _modes()
+                _set(values, modes)
 
 
-def _set(values: list[Any]) -> None:
+def _values() -> list[Any]:
+    return [variable.get() for variable in _VARIABLES]
+
+
+def _modes() -> _Modes:
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _DEVICES]
+    return torch.is_grad_enabled(), autocast
+
+
+def _set(values: list[Any], modes: _Modes) -> None:
     for variable, value in zip(_VARIABLES, values, strict=True):
         variable.set(value)
+    gradients, autocast = modes
+    torch.set_grad_enabled(gradients)
+    for kind, on, dtype in autocast:
+        torch.set_autocast_enabled(kind, on)
+        torch.set_autocast_dtype(kind, dtype)
 
 
+#: Kinds of devices that have autocast.
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 #: What a reading keeps, as it is outside of any.
 _OF_A_READING: dict[str, Any] = {"staying": None, "start": None, "off": False, "read": {}}
 #: What belongs to one pass, as it is outside of any.
