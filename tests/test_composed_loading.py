@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from register_adapter import AdapterFileError, ComposedPeftModel, RegisterConfig, compose, load_adapters, save_adapters
@@ -119,3 +120,37 @@ def test_one_adapter_of_another_place_is_not_left_unread(tmp_path: Path, up: boo
     before.check()
     model.load_adapter(tmp_path / "registers", "registers")
     model.load_adapter(tmp_path, "lora")
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("order", list(permutations(["lora", "norms", "scales", "registers"], 3)), ids="-".join)
+def test_biases_load_in_every_order_of_methods(bias: Any, order: tuple[str, ...], tmp_path: Path) -> None:
+    """A folder was saved and refused: another method that came after LoRA had moved a bias into its own layer."""
+    configs: dict[str, Any] = {
+        "lora": LoraConfig(target_modules=["q_proj", "query"], bias=bias, init_lora_weights=False),
+        "norms": LNTuningConfig(target_modules=["layernorm_before"]),
+        "scales": IA3Config(target_modules=["fc2", "output.dense"], feedforward_modules=["fc2", "output.dense"]),
+        "registers": RegisterConfig(num_registers=2, init_std=1.0, modules_to_save=["classifier"]),
+    }
+    name, inputs = "vit-classifier", make_inputs("vit-classifier")
+
+    def outputs(model: Any) -> list[torch.Tensor]:
+        found = [run(model.eval(), inputs)]
+        for adapter in order:
+            with model.disable_adapter(adapter):
+                found.append(run(model, inputs))
+        return found
+
+    model = compose(build(name), {key: configs[key] for key in order})
+    for place, value in enumerate(value for value in model.parameters() if value.requires_grad):
+        value.data += 0.1 + 0.01 * place
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    for found, wanted in zip(outputs(load_adapters(build(name), tmp_path)), expected, strict=True):
+        assert_identical(found, wanted)
+    other = compose(build(name), {key: configs[key] for key in reversed(order)})
+    other.load_adapter(tmp_path, order[0])
+    for found, wanted in zip(outputs(other), expected, strict=True):
+        assert_identical(found, wanted)
+    for adapter in order:
+        assert load_adapters(build(name), tmp_path, selected_adapters=[adapter]).active_adapters == [adapter]

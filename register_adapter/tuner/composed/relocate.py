@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ...towers.tower import find_tower
 from ...utils.adapter_file import read_tensors
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
+from .._peft_compat import named_as_in_state
 from ..config import RegisterConfig
 from ..layer import register_layers
 from .folder import SavedAdapter
@@ -30,6 +32,8 @@ __all__ = ["relocated", "tower_path"]
 
 _ROOT = "base_model.model."
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+#: The end of a bias's key, in a layer of PEFT's or not.
+_BIAS = re.compile(r"(\.base_layer|\.original_module)?\.bias$")
 #: Fields of PEFT's configs with a value for some of the targets.
 _BY_TARGET = ("rank_pattern", "alpha_pattern")
 
@@ -61,12 +65,12 @@ def tower_path(base: nn.Module) -> str | None:
 
 
 @contextmanager
-def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[SavedAdapter]]:
+def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[Iterator[SavedAdapter]]:
     """The adapters as they would have been saved from a model whose tower lies where it does in ``base``.
 
     Register adapters find their tower themselves. The names of the others' targets may be the ends of paths
     (``"q_proj"``), which a text tower has too: there they are written out. Within the context, moved files are at
-    ``copied_to``.
+    ``copied_to``; each is made when its turn comes, for the base with those before it.
 
     Args:
         saved: From :func:`read_folder`.
@@ -78,7 +82,7 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[Saved
     """
     here = tower_path(base)
     with tempfile.TemporaryDirectory() as scratch:
-        yield [
+        placed = [
             adapter
             if isinstance(adapter.config, RegisterConfig)
             or None in (adapter.tower, here)
@@ -86,6 +90,7 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[list[Saved
             else _moved(adapter, str(here), base, Path(scratch, adapter.name))
             for adapter in saved
         ]
+        yield (_with_biases(adapter, base, Path(scratch, f"{adapter.name}.biases")) for adapter in placed)
     for adapter in saved:
         for name, digest in adapter.digests.items():
             file = adapter.path / name
@@ -106,11 +111,43 @@ def _moved(adapter: SavedAdapter, here: str, base: nn.Module, place: Path) -> Sa
         config = adapter.config
     if old == new:
         return replace(adapter, config=config)
-    tensors = {place_of[key]: value for key, value in read_tensors(adapter.path / WEIGHTS_NAME).items()}
+    return _copied(replace(adapter, config=config), place_of, place)
+
+
+def _copied(adapter: SavedAdapter, place_of: Mapping[str, str], place: Path) -> SavedAdapter:
+    """The adapter in another folder, with the keys of its tensors changed, and those left out that have none."""
+    read = read_tensors((adapter.copied_to or adapter.path) / WEIGHTS_NAME)
+    tensors = {place_of[key]: value for key, value in read.items() if key in place_of}
     place.mkdir()
     save_file(tensors, place / WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(place))
-    return replace(adapter, copied_to=place, config=config, keys=frozenset(tensors))
+    adapter.config.save_pretrained(str(place))
+    return replace(adapter, copied_to=place, keys=frozenset(tensors))
+
+
+def _with_biases(adapter: SavedAdapter, base: nn.Module, place: Path) -> SavedAdapter:
+    """The adapter with the biases that it trains outside of its own layers where these are in the base now.
+
+    Another method's layer around a module moves the module's bias, and may come, or have come, before or after.
+    """
+    which = getattr(adapter.config, "bias", "none")
+    if not isinstance(which, str) or which == "none":
+        return adapter
+    inner = {_ROOT + path: _inside(module) for path, module in named_as_in_state(base) if isinstance(module, _ADAPTED)}
+    others = sorted(key for key in adapter.keys if not _BIAS.search(key))
+    place_of: dict[str, str] = {}
+    for key in adapter.keys:
+        path, name = _BIAS.sub("", key), _BIAS.search(key)
+        own = "".join(others[(start := bisect_left(others, f"{path}.")) : start + 1]).startswith(f"{path}.")
+        if name is None or own:
+            place_of[key] = key
+        elif which == "all":  # others are the base's own, which PEFT saves beside the adapter's
+            place_of[key] = path + inner.get(path, "") + ".bias"
+    return adapter if place_of == {key: key for key in adapter.keys} else _copied(adapter, place_of, place)
+
+
+def _inside(module: nn.Module) -> str:
+    """Where the module is that a layer of PEFT's is around."""
+    return next((f".{name}" for name in ("base_layer", "original_module") if hasattr(module, name)), "")
 
 
 def _on(config: PeftConfig, old: str, new: str, base: nn.Module, keys: Iterable[str]) -> PeftConfig:
