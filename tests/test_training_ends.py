@@ -351,18 +351,27 @@ def test_a_terminal_interrupts_the_loaders_workers_too(case: Path, tmp_path: Pat
     assert f"{checkpoint} is complete; go on with: python -m register_adapter.train" in last
 
 
-def test_a_disk_too_full_for_the_results_has_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_disk_too_full_for_the_results_has_what_was_trained(
+    earlier: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the results of an earlier run, which another adapter has."""
+
     def full(*_: Any, **__: Any) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def run(out: Path) -> None:
+    def run(out: Path, steps: int = 2) -> None:
         objective = ClassificationObjective()
         torch.manual_seed(0)
         model = wrap(load_vit(), objective, num_registers=4)
-        args = TrainArguments(output_dir=str(out), max_train_steps=2, use_cpu=True, seed=7, quiet=True)
+        args = TrainArguments(output_dir=str(out), max_train_steps=steps, use_cpu=True, seed=7, quiet=True)
+        args.overwrite_output_dir = True
         train(model, objective, SceneDataset(16, seed=1), args, image_processor=load_image_processor())
 
     run(tmp_path / "whole")
+    for _ in range(earlier):
+        run(tmp_path / "full", steps=1)
+        assert adapter_bytes(tmp_path / "full") != adapter_bytes(tmp_path / "whole")
     monkeypatch.setattr(saving, "json", SimpleNamespace(dumps=full))
     with pytest.raises(OSError, match=r"cannot be written: No space left .*is saved in .*without results\.json"):
         run(tmp_path / "full")

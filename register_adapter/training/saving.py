@@ -112,6 +112,8 @@ def save_trained(
         try:
             with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as scratch:
                 write_adapter(scratch)
+            for name in (RESULTS_NAME, "preprocessor_config.json"):  # an earlier run's, whose adapter was written over
+                (folder / name).unlink(missing_ok=True)
         except OSError:
             raise error from None
         raise OSError(f"{error}. What was trained is saved in {folder}, without {RESULTS_NAME}") from error
