@@ -46,7 +46,7 @@ from .objectives.flags import (
     objective_of,
     takers_of,
 )
-from .run_lock import run_lock
+from .run_lock import folder_lock_of_run
 from .saving import check_output_dir, check_push
 from .setup import check_streamed, use_cpu
 from .starting import registers_of, start
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             classes = (data_args.train_dir, data_args.validation_dir) if labelled else ()
             for folder in (str(args.output_dir), *([] if args.target_store is None else [args.target_store])):
                 check_target(folder, *classes)
-            held.enter_context(run_lock(str(args.output_dir), state))
+            held.enter_context(folder_lock_of_run(str(args.output_dir), state))
             check_output_dir(args)
             check_push(args)
             # Before data and model are loaded, which may take hours.

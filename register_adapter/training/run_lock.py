@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import RegisterAdapterError
 
-__all__ = ["FolderInUseError", "folder_lock", "run_lock"]
+__all__ = ["FolderInUseError", "folder_lock", "folder_lock_of_run"]
 
 #: The lock, and who holds it: a file of its own, because some versions of filelock empty the lock's.
 _LOCK, _HOLDER = ".register_adapter-training.lock", ".register_adapter-training.txt"
@@ -67,7 +67,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def run_lock(folder: str | Path, state: PartialState | Accelerator) -> Iterator[None]:
+def folder_lock_of_run(folder: str | Path, state: PartialState | Accelerator) -> Iterator[None]:
     """The lock of a run on several processes: the main one holds it, and all are refused together.
 
     Every process enters it; the others would wait for one that has ended.

@@ -32,7 +32,7 @@ from .interruption import Interrupted, Interruption, leave_signals_to_the_run
 from .loop import Loop
 from .objectives import Objective
 from .objectives.stored import store_targets
-from .run_lock import run_lock
+from .run_lock import folder_lock_of_run
 from .saving import check_output_dir, check_push, describe_run, open_outputs, push_run, save_trained, write_card
 from .selection import Selection
 from .setup import (
@@ -111,7 +111,7 @@ def train(
     """
     accelerator = make_accelerator(args)
     callbacks = [*callbacks, *([AverageWeights(args.ema_decay)] if args.ema_decay is not None else [])]
-    with run_lock(str(args.output_dir), accelerator) if args.output_dir is not None else nullcontext():
+    with folder_lock_of_run(str(args.output_dir), accelerator) if args.output_dir is not None else nullcontext():
         check_output_dir(args)
         check_push(args, hub_token)
         set_seed(args.seed, device_specific=True)
