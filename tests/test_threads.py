@@ -358,18 +358,22 @@ def test_an_iterator_that_others_began_or_end_may_set_context_variables(read: st
 
 @pytest.mark.parametrize("end", ["at its end", "early", "by an error"])
 @pytest.mark.parametrize("read", ["features", "one", "audit", "norms", "discovery"])
-@pytest.mark.parametrize("mode", ["no_grad", "enable_grad", "autocast"])
+@pytest.mark.parametrize("mode", ["no_grad", "enable_grad", "autocast", "inference"])
 def test_torch_s_modes_around_a_yield_are_the_data_set_s_own(mode: str, read: str, end: str) -> None:
-    """Gradients stayed off for good behind a data set that ended in the reading, and the reading was in bfloat16."""
+    """Gradients stayed off for good behind a data set that ended in the reading, and the reading was in bfloat16.
+
+    In inference mode what was read could not be trained on: "Inference tensors cannot be saved for backward".
+    """
     model: Any = add_registers(build("vit").eval(), 3, init_std=1.0).eval()
     pixels, seen = torch.cat([images(), images()]), []
     most = 2 if end == "early" else len(pixels)
 
-    def modes() -> tuple[bool, bool]:
-        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    def modes() -> tuple[bool, bool, bool]:
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
 
     def data() -> Iterator[torch.Tensor]:
-        entered = {"no_grad": torch.no_grad(), "enable_grad": torch.enable_grad()}.get(mode)
+        contexts = {"no_grad": torch.no_grad, "enable_grad": torch.enable_grad, "inference": torch.inference_mode}
+        entered = contexts[mode]() if mode in contexts else None
         seen.append(torch.is_grad_enabled())
         with torch.autocast("cpu", torch.bfloat16) if entered is None else entered:
             for place, image in enumerate(pixels):
@@ -394,7 +398,8 @@ def test_torch_s_modes_around_a_yield_are_the_data_set_s_own(mode: str, read: st
     else:
         found = readers[read](given)
         assert same(found, expected) if tensors(expected) else found == expected
-    assert modes() == before == (True, False)
+        assert not any(tensor.is_inference() for tensor in tensors(found))
+    assert modes() == before == (True, False, False)
     given.close()
     assert modes() == before
     assert all(seen)

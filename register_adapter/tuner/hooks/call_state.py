@@ -247,8 +247,8 @@ class CallState(threading.local):
         return CallState, ()
 
 
-#: Whether a thread has gradients, and autocast on each kind of device.
-_Modes = tuple[bool, list[tuple[str, bool, torch.dtype]]]
+#: Whether a thread is in inference mode, has gradients, and autocast on each kind of device.
+_Modes = tuple[bool, bool, list[tuple[str, bool, torch.dtype]]]
 
 
 class _Readings(threading.local):
@@ -287,10 +287,10 @@ class Outside:
     """Where code of the user's runs between the steps of a reading: as outside of it, from when this is made.
 
     What such code switches on or off of this package's is kept for the next time, and from the reading; so are torch's
-    gradients and autocast, which ``with torch.no_grad()`` around a ``yield`` would put back in the midst of the reading
-    as they were before it, and the reading's end as they were in it. All else stays as Python has it: whoever made an
-    iterator may have begun it, and may go on with it, with context variables of its own, numpy's ``errstate`` among
-    them, which can be put back only in the context that they were set in.
+    gradients, inference mode and autocast, which ``with torch.no_grad()`` around a ``yield`` would put back in the
+    midst of the reading as they were before it, and the reading's end as they were in it. All else stays as Python has
+    it: whoever made an iterator may have begun it, and may go on with it, with context variables of its own, numpy's
+    ``errstate`` among them, which can be put back only in the context that they were set in.
     """
 
     def __init__(self) -> None:
@@ -301,11 +301,14 @@ class Outside:
         """A context for such code: this thread's passes, and readings, are as outside of any."""
         with outside_of_readings():
             values, modes = _values(), _modes()
-            _set(self._values, self._modes)
             try:
-                yield
+                with torch.inference_mode(self._modes[0]):  # which nothing else can set
+                    _set(self._values, self._modes)
+                    try:
+                        yield
+                    finally:
+                        self._values, self._modes = _values(), _modes()
             finally:
-                self._values, self._modes = _values(), _modes()
                 _set(values, modes)
 
 
@@ -315,13 +318,13 @@ def _values() -> list[Any]:
 
 def _modes() -> _Modes:
     autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _DEVICES]
-    return torch.is_grad_enabled(), autocast
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), autocast
 
 
 def _set(values: list[Any], modes: _Modes) -> None:
     for variable, value in zip(_VARIABLES, values, strict=True):
         variable.set(value)
-    gradients, autocast = modes
+    _, gradients, autocast = modes
     torch.set_grad_enabled(gradients)
     for kind, on, dtype in autocast:
         torch.set_autocast_enabled(kind, on)
