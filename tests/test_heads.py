@@ -304,6 +304,22 @@ def test_a_new_head_that_nothing_trains_is_named(wrap: str, trained: Path) -> No
         ways[wrap]()
 
 
+@pytest.mark.parametrize("order", [("registers", "lora"), ("lora", "registers")])
+def test_there_is_no_warning_of_a_head_that_another_adapter_trains(order: tuple[str, str], trained: Path) -> None:
+    configs = {
+        "registers": RegisterConfig(),
+        "lora": LoraConfig(target_modules=["query", "q_proj"], modules_to_save=["classifier"]),
+    }
+    base = tf.Dinov2ForImageClassification.from_pretrained(trained / "base", num_labels=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*had no weights.*")
+        model = compose(base, {name: configs[name] for name in order})
+    assert any(parameter.requires_grad for name, parameter in model.named_parameters() if "classifier" in name)
+    other = tf.Dinov2ForImageClassification.from_pretrained(trained / "base", num_labels=3)
+    with pytest.warns(UserWarning, match="no weights for classifier"):  # what one call trains is none of the next one's
+        compose(other, {"registers": RegisterConfig()})
+
+
 def test_there_is_no_warning_where_nothing_is_random_or_it_is_trained(trained: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*had no weights.*")

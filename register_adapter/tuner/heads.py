@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..utils.module_names import names_that_load
 
 __all__ = [
     "TASK_HEADS",
+    "TRAINED_BESIDE",
     "HeadLabels",
     "check_adapter_name",
     "checked_labels",
@@ -43,6 +45,8 @@ TASK_HEADS: dict[Any, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+#: Modules that the adapters of the call to ``compose`` in progress save, trained as a whole.
+TRAINED_BESIDE: ContextVar[tuple[str, ...]] = ContextVar("TRAINED_BESIDE", default=())
 _SHOWN = 5
 
 
@@ -281,7 +285,8 @@ def warn_of_new_weights(model: nn.Module, names: Iterable[str]) -> None:
     They were drawn at random when it was loaded, are frozen like the rest of the base, and stay random.
     """
     places = sorted({key.rpartition(".")[0] for key in _new_weights(model)})
-    kept = [path for path in places if not any(f".{name}." in f".{path}." for name in names)]
+    trained = [*names, *TRAINED_BESIDE.get()]
+    kept = [path for path in places if not any(f".{name}." in f".{path}." for name in trained)]
     if kept:
         heads = names_that_load(model, [path.partition(".")[0] for path in kept])
         warnings.warn(

@@ -28,7 +28,7 @@ from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .folder import SavedAdapter, check_alone, fetch_folder, holds_several, read_folder
-from .guards import check_heads, check_switched_on, flags_kept
+from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
 from .saving import INITS, SavesAll, adapter_tensors, keys_of_others, write_adapters
@@ -62,7 +62,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     check_mapping("configs", configs, "of PEFT configs by the names of adapters")
     check_adapters(base, configs)
     check_switched_on(base)
-    with _all_or_nothing(model, configs.values()):
+    with _all_or_nothing(model, configs.values()), trained_beside(configs.values()):
         composed = ComposedPeftModel(model)
         everything = list(dict.fromkeys([*composed.active_adapters, *configs]))
         check_heads({**configs_of(base), **configs}, everything)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .._peft_compat import name_linear_layers
 from ..checks.copied_layers import check_own_layers, wrappers
+from ..heads import TRAINED_BESIDE
 from ..layer import RegisterLayer
 from ..left_out import in_context
 
@@ -27,6 +28,7 @@ __all__ = [
     "flags_kept",
     "hooks_lifted",
     "leave_out_copies",
+    "trained_beside",
     "trained_biases",
 ]
 
@@ -43,6 +45,18 @@ def flags_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad = flag
+
+
+@contextlib.contextmanager
+def trained_beside(configs: Iterable[PeftConfig]) -> Iterator[None]:
+    """Have registers know which modules the adapters that come after them will train."""
+    token = TRAINED_BESIDE.set(
+        tuple(name for config in configs for name in getattr(config, "modules_to_save", None) or ())
+    )
+    try:
+        yield
+    finally:
+        TRAINED_BESIDE.reset(token)
 
 
 def trained_biases(model: nn.Module, name: str, config: PeftConfig) -> list[nn.Parameter]:
