@@ -49,6 +49,9 @@ POSITIONS = "offset_positions"
 _LEFT_OUT = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: Whether AutoPeftModel itself refuses to import packages that are not on a list (not in PEFT 0.18).
 CHECKS_IMPORTS = hasattr(peft.auto, "check_import_allowlist")
+#: Class of the config, and of the tuner, by method of this package.
+_READERS: dict[str, Any] = {}
+_LOADERS: dict[str, Any] = {}
 
 
 def peft_type() -> Any:
@@ -79,19 +82,21 @@ def register(config_cls: type, model_cls: type) -> None:
     """Make the method known to PEFT; a second call does nothing."""
     if peft_type() not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
-        _read_with(config_cls)
-        _load_with(model_cls)
+        _READERS[METHOD.upper()], _LOADERS[METHOD.upper()] = config_cls, model_cls
+        _read_by_method()
+        _load_by_method()
         _save_with(model_cls)
 
 
 def register_positions(config_cls: type, model_cls: type) -> None:
-    """The same for the method that moves position embeddings, which PEFT's own readers and loaders serve."""
+    """The same for the method that moves position embeddings, which PEFT's own writer serves."""
     if member(POSITIONS) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=POSITIONS, config_cls=config_cls, model_cls=model_cls, prefix=f"{POSITIONS}_")
+        _READERS[POSITIONS.upper()], _LOADERS[POSITIONS.upper()] = config_cls, model_cls
 
 
-def _read_with(config_cls: Any) -> None:
-    """Have ``PeftConfig.from_pretrained`` read this method's folders by the method's own reader.
+def _read_by_method() -> None:
+    """Have ``PeftConfig.from_pretrained`` read these methods' folders by the methods' own readers.
 
     transformers' loaders and AutoPeftModel ask it for a config, and it makes one without telling the config's class of
     the folder: the weights in it could be checked only after they are in the model, where they may replace the base's.
@@ -101,25 +106,27 @@ def _read_with(config_cls: Any) -> None:
     def from_pretrained(
         cls: Any, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        if cls is PeftConfig and _is_ours(pretrained_model_name_or_path, subfolder, kwargs):
-            return config_cls.from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        reader = _reader_of(pretrained_model_name_or_path, subfolder, kwargs) if cls is PeftConfig else None
+        if reader is not None:
+            return reader.from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         return inherited(cls, pretrained_model_name_or_path, subfolder, **kwargs)
 
     from_pretrained.__doc__ = inherited.__doc__
     PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type, unused-ignore]
 
 
-def _is_ours(name: Any, subfolder: str | None, kwargs: dict[str, Any]) -> bool:
+def _reader_of(name: Any, subfolder: str | None, kwargs: dict[str, Any]) -> Any:
     hub = PeftConfig._split_kwargs(kwargs)[0] | ({"subfolder": subfolder} if subfolder else {})
     try:
         # Also what only means it, such as the name in small letters: the method's own reader refuses it in words.
-        return METHOD.upper() in str(PeftConfig._get_peft_type(str(name), **hub)).upper()
+        said = str(PeftConfig._get_peft_type(str(name), **hub)).upper()
     except Exception:  # no file, or none that can be read: PEFT says so
-        return False
+        return None
+    return next((reader for method, reader in _READERS.items() if method in said), None)
 
 
-def _load_with(model_cls: Any) -> None:
-    """Have PEFT put a file's values into a register adapter by way of ``model_cls.loading``.
+def _load_by_method() -> None:
+    """Have PEFT put a file's values into an adapter of these methods by way of their tuners' ``loading``.
 
     PEFT looks for the modules of ``modules_to_save`` before it asks the tuner, and finds them by one name alone.
     """
@@ -130,12 +137,12 @@ def _load_with(model_cls: Any) -> None:
         model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
         config = getattr(model, "peft_config", {}).get(adapter_name)
-        ours = getattr(config, "peft_type", None) == peft_type()
-        if ours or hasattr(model, "renews_bases"):  # one of ours around adapters of other methods
+        loader = _LOADERS.get(getattr(getattr(config, "peft_type", None), "value", ""))
+        if loader is not None or hasattr(model, "renews_bases"):  # one of ours around adapters of other methods
             model = _as_in_state(model)
-        if not ours:
+        if loader is None:
             return inherited(model, peft_model_state_dict, adapter_name, *args, **kwargs)
-        with model_cls.loading(model, peft_model_state_dict, adapter_name) as placed:
+        with loader.loading(model, peft_model_state_dict, adapter_name) as placed:
             return inherited(model, placed, adapter_name, *args, **kwargs)
 
     for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):

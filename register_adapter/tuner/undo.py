@@ -213,7 +213,8 @@ def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: lis
         AdapterFileError: A tensor of a module that is saved as a whole is missing.
     """
     before = [state for state in states if state is not None]
-    own = (f".register_adapter_tokens.{adapter_name}.", f".modules_to_save.{adapter_name}.")
+    tables = ("register_adapter_tokens", "offset_positions_values", "modules_to_save")
+    own = tuple(f".{table}.{adapter_name}." for table in tables)
     if not before:
         before = [Before(model)]
     heads = [f"{path}." for path, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]

@@ -7,11 +7,18 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ...errors import AdapterFileError
 from ...towers.identity import TowerIdentity
+from ...utils.adapter_file import TensorInfo, check_adapter_file, read_header
+from ...utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from .._peft_compat import POSITIONS, member
 from ..fields import one_name
+from ..reading import SavedWeights, naming, read_json
 
-__all__ = ["PositionConfig"]
+__all__ = ["OFFSETS_KEY", "PositionConfig"]
+
+#: The end of the offsets' key in a file.
+OFFSETS_KEY = f"{POSITIONS}.{POSITIONS}_values.weight"
 
 
 @dataclass
@@ -49,6 +56,8 @@ class PositionConfig(PeftConfig):
         if not isinstance(names, str | list | tuple | set | None) or not all(isinstance(n, str) for n in names or ()):
             raise TypeError(f"target_modules must be the name of a vision tower, got {names!r}")
         self.from_file = self.base_tower is not None
+        #: What is beside the config in its file, which has been checked.
+        self.saved_weights: SavedWeights | None = None
         if self.base_tower is not None:
             if not isinstance(self.base_tower, dict):
                 raise TypeError(f"base_tower must be a dictionary, got {self.base_tower!r:.100}")
@@ -57,10 +66,45 @@ class PositionConfig(PeftConfig):
             self.ignore_base_mismatch = False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, ignore_base_mismatch: bool = False, **kwargs: Any) -> PositionConfig:
-        """As in PEFT; with ``ignore_base_mismatch`` the adapter may be put on another base."""
-        config: PositionConfig = super().from_pretrained(*args, **kwargs)
-        config.ignore_base_mismatch = ignore_base_mismatch
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PositionConfig:
+        """Read a config, and check the weights beside it, so that bad ones are refused before a model is changed.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or repository on the Hub.
+            subfolder: Folder below that.
+            **kwargs: ``revision``, ``token``, ``cache_dir``… for the Hub; ``ignore_base_mismatch``, with which the
+                adapter may be put on another base.
+
+        Raises:
+            AdapterFileError: There is no config, it is of another PEFT method or has wrong types or values, or the
+                weights beside it are missing, pickled, damaged, or hold what is none of the adapter's.
+            HubAccessError: The repository on the Hub cannot be read.
+        """
+        name = str(pretrained_model_name_or_path)
+        kwargs["token"] = checked_token(kwargs.get("token"))
+        hub = {key: value for key, value in cls._split_kwargs(kwargs)[0].items() if value is not None}
+        path = find_config(name, subfolder, hub)
+        values = read_json(path)
+        if values.get("peft_type") != POSITIONS.upper():
+            raise AdapterFileError(
+                f"{path} of {name!r} is of the method {values.get('peft_type')!r:.100}, not position embeddings."
+            )
+        with naming(path):
+            config: PositionConfig = cls.from_peft_type(**values)
+        config.ignore_base_mismatch = bool(kwargs.get("ignore_base_mismatch", False))
+        weights = find_weights(name, subfolder, hub)
+        if weights is None and config.from_file:
+            raise AdapterFileError(
+                f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME} in {path.parent}. Save it again."
+            )
+        if weights is not None:
+            header = read_header(weights)
+            shape = next((info.shape for key, info in header.items() if key.endswith(OFFSETS_KEY)), ())
+            tensors = check_adapter_file(weights, {OFFSETS_KEY: shape}, config.modules_to_save)
+            layout = {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+            config.saved_weights = SavedWeights(weights, layout, None)
         return config
 
     @property

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .._peft_compat import POSITIONS
+from ..undo import Before
 
 __all__ = ["PositionLayer", "position_layers"]
 
@@ -58,6 +59,8 @@ class PositionLayer(nn.Module, BaseTunerLayer):
         self.offset_positions_values = nn.ModuleDict()
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
+        #: The model before it got an adapter whose values are still to come from a file.
+        self.before: Before | None = None
 
     @property
     def base(self) -> nn.Parameter:

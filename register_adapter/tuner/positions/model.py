@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -12,16 +12,20 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...errors import UnsupportedModelError
+from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.identity import TowerIdentity, check_finite_base, identity_now
 from ...towers.tower import Tower, find_tower
+from ...utils.adapter_file import check_tensors
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
 from ..checks.placing import checked_identity
+from ..checks.saved_heads import check_saved_heads
 from ..fields import check_name
-from ..undo import unchanged_if_refused
-from .config import PositionConfig
+from ..heads import modules_called
+from ..saved_keys import copied_modules
+from ..undo import unchanged_if_refused, values_unchanged_if_refused
+from .config import OFFSETS_KEY, PositionConfig
 from .layer import CHILD, PositionLayer, position_layers
 
 __all__ = ["PositionModel", "place_of_positions"]
@@ -64,11 +68,16 @@ class PositionModel(BaseTuner):
             present = TowerIdentity.of(tower)
             check_finite_base(tower, present)
             identity = checked_identity(present, config)
+            _check_file(model, tower, self._place, config)
             config.base_tower, config.ignore_base_mismatch = identity.to_dict(), False
+            loads, config.saved_weights = config.saved_weights is not None, None
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
                 del self._place
+        for layer in position_layers(model):
+            if loads and adapter_name in layer.offset_positions_values:
+                layer.before = before
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # PEFT wants a module with a name, and the owner may be the model itself: any one will do.
@@ -132,6 +141,26 @@ class PositionModel(BaseTuner):
             return {f"{key.removesuffix(end)}{own}" if key.endswith(end) else key: moved[key] for key in moved}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, moved)
 
+    @classmethod
+    @contextmanager
+    def loading(
+        cls, model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """A context in which an adapter's values are put in; the model is as it was if that is refused.
+
+        Yields:
+            The tensors.
+        """
+        layers = [layer for layer in position_layers(model) if adapter_name in layer.offset_positions_values]
+        config: Any = cast(Any, model).peft_config[adapter_name]
+        with values_unchanged_if_refused(model, adapter_name, [layer.before for layer in layers]):
+            shapes = {OFFSETS_KEY: tuple(layers[0].base.shape)} if layers else {}
+            present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
+            check_tensors(state_dict, shapes, config.modules_to_save, f"adapter {adapter_name!r}", present)
+            yield dict(state_dict)
+        for layer in layers:
+            layer.before = None
+
     def renew_bases(self) -> None:
         """Write down the base as it is now; of PEFT 0.18, which saves without asking the tuner."""
         for config in self.peft_config.values():
@@ -146,6 +175,30 @@ def renew_base(model: nn.Module, config: PeftConfig) -> None:
         now = identity_now(find_tower(model, config.tower_name), before, biases=not others)
         if now is not None:
             config.base_tower = now.to_dict()
+
+
+def _check_file(model: nn.Module, tower: Tower, place: tuple[nn.Module, str], config: PositionConfig) -> None:
+    """What is in an adapter's file fits the model.
+
+    Raises:
+        AdapterFileError: It does not.
+    """
+    saved = config.saved_weights
+    if saved is None:
+        return
+    owner, name = place
+    present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
+    layout = check_saved_heads(model, tower, present, saved)
+    copied = copied_modules(model, present)
+    values = {f"{path}.{key}": value for path, module in copied for key, value in module.state_dict().items()}
+    pairs = [(key, info.shape, tuple(values[key].shape)) for key, info in layout.items()]
+    offsets = next(key for key in saved.layout if key.endswith(OFFSETS_KEY))
+    pairs.append((offsets, saved.layout[offsets].shape, tuple(owner.get_parameter(name).shape)))
+    wrong = [f"{key} has shape {given}, the model's has {own}" for key, given, own in pairs if given != own]
+    if wrong:
+        raise AdapterFileError(
+            f"{saved.path} does not fit {type(model).__name__}: {'; '.join(wrong[:10])}. Nothing was changed."
+        )
 
 
 def place_of_positions(tower: Tower) -> tuple[nn.Module, str]:

@@ -1,0 +1,155 @@
+"""Files of moved position embeddings with something wrong in them: refused by name, and the model is as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from families import build, loads_heads, make_inputs
+from helpers import Snapshot, assert_identical, run
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from register_adapter import PositionConfig
+from register_adapter.errors import AdapterFileError
+from register_adapter.tuner.positions import position_layers
+
+OFFSETS = "base_model.model.embeddings.offset_positions.offset_positions_values.weight"
+#: The tower in a classifier.
+INSIDE = OFFSETS.replace("model.embeddings", "model.vit.embeddings")
+
+
+def base(kind: str) -> Any:
+    model: Any = build("vit")
+    if kind == "head":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = tf.ViTForImageClassification(model.config)
+    return model.eval()
+
+
+def write(kind: str, folder: Path) -> Path:
+    model = get_peft_model(base(kind), PositionConfig(modules_to_save=["classifier"] if kind == "head" else None))
+    with torch.no_grad():
+        for layer in position_layers(model):
+            layer.offset_positions_values["default"].weight.normal_()
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def _with(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: {**tensors, key: value(tensors[key])}
+
+
+#: What is done to the tensors, and what the refusal says.
+SPOILED: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "the base's own": (
+        "tower",
+        lambda tensors: {**tensors, "base_model.model.layernorm.weight": torch.zeros(32)},
+        "tensors that the config does not mention",
+    ),
+    "no offsets": ("tower", lambda tensors: {"base_model.model.other": torch.zeros(1)}, "expected one tensor"),
+    "not finite": ("tower", _with(OFFSETS, lambda value: value * torch.nan), "not finite"),
+    "too large": ("tower", _with(OFFSETS, lambda value: value.double() + 1e300), "not finite"),
+    "complex": ("tower", _with(OFFSETS, lambda value: value.to(torch.complex64)), "dtype torch.complex64"),
+    "another grid": ("tower", _with(OFFSETS, lambda value: value[:, 1:].contiguous()), "has shape"),
+    "flat": ("tower", _with(OFFSETS, lambda value: value.flatten()), "has shape"),
+    "a head of another width": (
+        "head",
+        _with("base_model.model.classifier.weight", lambda value: value[:, 1:].contiguous()),
+        "classifier.weight has shape",
+    ),
+    "a head of other classes": (
+        "head",
+        _with("base_model.model.classifier.weight", lambda value: value.repeat(2, 1)),
+        "classifier",
+    ),
+    "no head": (
+        "head",
+        lambda tensors: {INSIDE: tensors[INSIDE]},
+        r"no tensors of the modules_to_save \['classifier'\]",
+    ),
+}
+WAYS: dict[str, Callable[[Any, str], Any]] = {
+    "PeftModel": lambda model, folder: PeftModel.from_pretrained(model, folder),
+    "trainable": lambda model, folder: PeftModel.from_pretrained(model, folder, is_trainable=True),
+    "transformers": lambda model, folder: model.load_adapter(folder),
+}
+
+
+def refused(load: Callable[[], Any], model: nn.Module, inputs: Any, message: str, folder: Path) -> None:
+    before = Snapshot(model, inputs)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(AdapterFileError, match=message) as error:
+        load()
+    assert str(folder) in str(error.value)
+    before.check()
+    assert [type(module) for module in model.modules()] == classes
+    assert not getattr(model, "peft_config", {})
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_a_spoiled_file_changes_nothing(spoiled: str, way: str, tmp_path: Path) -> None:
+    kind, change, message = SPOILED[spoiled]
+    file = write(kind, tmp_path) / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    model, inputs = base(kind), make_inputs("vit")
+    refused(lambda: WAYS[way](model, str(tmp_path)), model, inputs, message, tmp_path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_model.safetensors", b"\xff" * 40, "not a whole safetensors file"),
+        ("adapter_model.safetensors", None, "no weights"),
+        ("adapter_config.json", {"base_tower": 5}, "base_tower must be a dictionary"),
+        ("adapter_config.json", {"target_modules": [1]}, "target_modules must be the name"),
+    ],
+    ids=["damaged", "no weights", "base", "target"],
+)
+def test_so_do_damaged_files_and_configs(way: str, name: str, content: Any, message: str, tmp_path: Path) -> None:
+    file = write("tower", tmp_path) / name
+    if content is None:
+        file.unlink()
+    elif isinstance(content, dict):
+        file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **content}), "utf-8")
+    else:
+        file.write_bytes(content)
+    model, inputs = base("tower"), make_inputs("vit")
+    refused(lambda: WAYS[way](model, str(tmp_path)), model, inputs, message, tmp_path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["tower", "head"])
+def test_a_whole_file_loads_in_the_same_ways(kind: str, way: str, tmp_path: Path) -> None:
+    """Also after a refusal, and over one that is there."""
+    inputs = make_inputs("vit")
+    trained = PeftModel.from_pretrained(base(kind), str(write(kind, tmp_path / "whole"))).eval()
+    expected = run(trained, inputs)
+    file = write(kind, tmp_path / "spoiled") / "adapter_model.safetensors"
+    save_file({key: value * torch.nan for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    model = base(kind)
+    with pytest.raises(AdapterFileError):
+        WAYS[way](model, str(tmp_path / "spoiled"))
+
+    def load() -> Any:
+        return WAYS[way](model, str(tmp_path / "whole"))
+
+    loaded = loads_heads(load) if (kind, way) == ("head", "transformers") else load()
+    subject = (model if way == "transformers" else loaded).eval()
+    assert_identical(run(subject, inputs), expected)
+    if way == "transformers":
+        return
+    for name in ("default", "another"):
+        with pytest.raises(AdapterFileError, match="not finite"):
+            subject.load_adapter(str(tmp_path / "spoiled"), name)
+        assert list(subject.peft_config) == ["default"]
+        assert_identical(run(subject, inputs), expected)
