@@ -84,3 +84,42 @@ def test_two_threads_add_adapters() -> None:
     assert not failed
     assert_close(run(model, inputs), expected)
     assert set(model.peft_config) <= set(find_register_layer(model).names)
+
+
+@pytest.mark.parametrize("walk", ["modules", "named_parameters", "eval"])
+@pytest.mark.parametrize("adding", [True, False])
+def test_whoever_walks_over_a_model_is_not_disturbed(walk: str, adding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As readings and saves do; another thread may come in at any step of it."""
+    model = add_registers(build("vit"), 2).eval()
+    if not adding:
+        model.add_adapter("guest", RegisterConfig(num_registers=2))
+    before = [type(module) for module in model.modules()]
+    came = []
+
+    def come_or_go() -> None:
+        if not came:
+            came.append(True)
+            if adding:
+                model.add_adapter("guest", RegisterConfig(num_registers=2))
+            else:
+                model.delete_adapter("guest")
+
+    layer = find_register_layer(model)
+    assert layer is not None
+    if walk == "eval":
+        tokens = type(layer.tokens("default"))
+        monkeypatch.setattr(tokens, "train", lambda self, mode: (come_or_go(), torch.nn.Module.train(self, mode))[1])
+        model.eval()
+    elif walk == "modules":
+        seen = []
+        for module in model.modules():
+            seen.append(type(module))
+            if module is layer.tokens("default"):
+                come_or_go()
+        assert seen == before
+    else:
+        for name, _ in model.named_parameters():
+            if "register_adapter_tokens.default" in name:
+                come_or_go()
+    assert came
+    assert ("guest" in layer.names) == adding

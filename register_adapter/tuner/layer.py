@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,7 +31,7 @@ from .hooks.place import PlaceHooks
 from .hooks.recomputation import Inputs, drop
 from .hooks.recording import show_hooks_to_compiler
 from .hooks.sequence import SequenceHooks
-from .registers import Placement, RegisterTokens, refuse_merging
+from .registers import ByAdapter, Placement, RegisterTokens, refuse_merging
 from .undo import Before, check_arrived, refuse_without_values
 
 __all__ = [
@@ -62,7 +62,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         super().__init__()
         self.tower = tower
         self.prefix = tower.prefix
-        self.register_adapter_tokens = nn.ModuleDict()
+        self.register_adapter_tokens = ByAdapter()
         self.placements: dict[str, Placement] = {}
         self.labels = HeadLabels()
         #: Adapter name to the identity that the tower had when the adapter was attached, or last saved.
@@ -162,8 +162,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         Raises:
             AdapterFileError: No finite values have come in from an adapter's file, or not those of its heads.
         """
-        for name in self.names:
-            check_arrived(self.tokens(name), name, self.before)
+        for name, tokens in list(self.register_adapter_tokens.items()):  # another thread may delete one
+            check_arrived(cast(RegisterTokens, tokens), name, self.before)
         self.before = None
         super().train(mode)
         return self

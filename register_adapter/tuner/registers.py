@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import RegisterAdapterError
 from .neuron_shift import NeuronShift
 
-__all__ = ["Placement", "RegisterTokens", "Segment", "refuse_merging", "refuse_summing"]
+__all__ = ["ByAdapter", "Placement", "RegisterTokens", "Segment", "refuse_merging", "refuse_summing"]
 
 
 class Placement(NamedTuple):
@@ -38,6 +38,22 @@ class Placement(NamedTuple):
         if self.key_value:
             return (num_blocks - self.insert_layer, 2, *last)
         return (num_blocks - self.insert_layer, *last) if self.deep else last
+
+
+class ByAdapter(nn.ModuleDict):
+    """Modules by the name of their adapter, in a table that is replaced and never changed.
+
+    A thread that walks over the model's modules, to read or to save it, sees the table as it was when it came by.
+    """
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        fresh = nn.ModuleDict({key: module})  # which refuses what no table can hold
+        self._modules = {**self._modules, **fresh._modules}
+
+    def __delitem__(self, key: str) -> None:
+        left = dict(self._modules)
+        del left[key]
+        self._modules = left
 
 
 class RegisterTokens(NeuronShift):
