@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from register_adapter import AdapterFileError, ComposedPeftModel, RegisterConfig, compose, load_adapters, save_adapters
@@ -133,6 +133,9 @@ def test_biases_load_in_every_order_of_methods(bias: Any, order: tuple[str, ...]
         "registers": RegisterConfig(num_registers=2, init_std=1.0, modules_to_save=["classifier"]),
     }
     name, inputs = "vit-classifier", make_inputs("vit-classifier")
+    alone = get_peft_model_state_dict(get_peft_model(build(name), copy.deepcopy(configs["lora"])))
+    if not any(key.endswith("bias") for key in alone):
+        pytest.skip("PEFT 0.18 saves no biases of lora_only, of LoRA alone neither")
 
     def outputs(model: Any) -> list[torch.Tensor]:
         found = [run(model.eval(), inputs)]
