@@ -39,6 +39,8 @@ def write(kind: str, folder: Path) -> Path:
     with torch.no_grad():
         for layer in position_layers(model):
             layer.offset_positions_values["default"].weight.normal_()
+        if kind == "head":
+            model.get_base_model().classifier.modules_to_save["default"].weight.normal_()
     model.save_pretrained(str(folder))
     return folder
 
@@ -57,7 +59,7 @@ SPOILED: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]], str]] 
     "no offsets": ("tower", lambda tensors: {"base_model.model.other": torch.zeros(1)}, "expected one tensor"),
     "not finite": ("tower", _with(OFFSETS, lambda value: value * torch.nan), "not finite"),
     "too large": ("tower", _with(OFFSETS, lambda value: value.double() + 1e300), "not finite"),
-    "complex": ("tower", _with(OFFSETS, lambda value: value.to(torch.complex64)), "dtype torch.complex64"),
+    "whole numbers": ("tower", _with(OFFSETS, lambda value: value.to(torch.int32)), "dtype torch.int32"),
     "another grid": ("tower", _with(OFFSETS, lambda value: value[:, 1:].contiguous()), "has shape"),
     "flat": ("tower", _with(OFFSETS, lambda value: value.flatten()), "has shape"),
     "a head of another width": (
