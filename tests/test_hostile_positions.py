@@ -14,6 +14,7 @@ from families import build, loads_heads, make_inputs
 from helpers import Snapshot, assert_identical, run
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_save_load import found_by_transformers, with_tower_of
 from torch import nn
 
 from register_adapter import PositionConfig
@@ -155,3 +156,53 @@ def test_a_whole_file_loads_in_the_same_ways(kind: str, way: str, tmp_path: Path
             subject.load_adapter(str(tmp_path / "spoiled"), name)
         assert list(subject.peft_config) == ["default"]
         assert_identical(run(subject, inputs), expected)
+
+
+@pytest.mark.parametrize("way", ["PeftModel", "transformers"])
+@pytest.mark.parametrize("name", ["vit", "clip-vision"])
+def test_a_second_file_loads_beside_one_that_is_there(name: str, way: str, tmp_path: Path) -> None:
+    inputs, expected = make_inputs(name), {}
+    for adapter in ("default", "another"):
+        trained = get_peft_model(build(name), PositionConfig())
+        torch.nn.init.normal_(position_layers(trained)[0].offset_positions_values["default"].weight)
+        trained.save_pretrained(str(tmp_path / adapter))
+        expected[adapter] = run(trained.eval(), inputs)
+    model: Any = build(name).eval()
+    if way == "PeftModel":
+        model = PeftModel.from_pretrained(model, str(tmp_path / "default"))
+    else:
+        model.load_adapter(str(tmp_path / "default"))
+    model.load_adapter(str(tmp_path / "another"), "another")
+    for adapter, values in expected.items():
+        model.set_adapter(adapter)
+        assert_identical(run(model.eval(), inputs), values)
+    assert all(layer.before is None for layer in position_layers(model)), "nothing waits any longer"
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize(("source", "target"), [("clip-vision", "clip"), ("clip", "clip-vision")])
+def test_transformers_loads_them_from_another_model_or_says_that_it_cannot(
+    source: str, target: str, is_trainable: bool, tmp_path: Path
+) -> None:
+    trained = get_peft_model(build(source), PositionConfig())
+    torch.nn.init.normal_(position_layers(trained)[0].offset_positions_values["default"].weight)
+    trained.save_pretrained(str(tmp_path))
+    model, inputs = with_tower_of(target, source).eval(), make_inputs(target)
+    whole = with_tower_of(target, source).eval()
+    whole.load_state_dict(model.state_dict())
+    expected = run(PeftModel.from_pretrained(whole, str(tmp_path)).eval(), inputs)
+
+    def load() -> None:
+        model.load_adapter(str(tmp_path), is_trainable=is_trainable)
+        model.train(is_trainable)
+
+    if found_by_transformers(source, target):
+        load()
+        assert_identical(run(model.eval(), inputs), expected)
+    else:
+        before = Snapshot(model, inputs)
+        with pytest.raises(AdapterFileError, match=r"(?s)no \(finite\) position values.*PeftModel\.from_pretrained"):
+            load()
+        before.check()
+        assert not position_layers(model)
+        assert not getattr(model, "peft_config", {})

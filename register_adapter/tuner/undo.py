@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -12,12 +12,10 @@ from torch import nn
 
 from ..errors import AdapterFileError
 
-if TYPE_CHECKING:
-    from .registers import RegisterTokens
-
 __all__ = [
     "Before",
     "check_arrived",
+    "is_transformers",
     "refuse_without_values",
     "take_off_unfinished",
     "unchanged_if_refused",
@@ -26,7 +24,7 @@ __all__ = [
 ]
 
 _NO_VALUES = (
-    "the adapter {name!r} got no (finite) register values from its file: the tensor is missing, damaged, or from a "
+    "the adapter {name!r} got no (finite) {what} values from its file: the tensor is missing, damaged, or from a "
     "model in which the vision tower has another place."
 )
 _LOAD_WITH_PEFT = (
@@ -128,26 +126,31 @@ def _names(model: nn.Module) -> set[str]:
     return set(table) if isinstance(table, dict) else set()
 
 
-def check_arrived(tokens: RegisterTokens, adapter_name: str, before: Before | None) -> None:
+def is_transformers(before: Before | None) -> bool:
+    """Whether transformers has put an adapter on by itself: nobody else holds it, and it can be taken off again."""
+    return before is not None and bool(getattr(before.model, "_hf_peft_config_loaded", False))
+
+
+def check_arrived(tokens: Any, adapter_name: str, before: Before | None, what: str = "register") -> None:
     """What is asked when a loader calls ``eval()``, its last step.
 
     Args:
-        tokens: The adapter's registers.
+        tokens: The adapter's registers, or other values that know whether they are ``pending``.
         adapter_name: Its name.
         before: The model as it was before a loader put the adapter on, if one is at work.
+        what: What the values are of, in the error.
 
     Raises:
         AdapterFileError: The registers have no values; or transformers has put the adapter on for inference, and a
             module that is saved as a whole has other values than the file. There the model is as it was before.
     """
-    # transformers puts an adapter on by itself, and nobody else holds it: it can be taken off again.
-    undo = before if before is not None and getattr(before.model, "_hf_peft_config_loaded", False) else None
+    undo = before if is_transformers(before) else None
     if tokens.pending and not tokens.weight.is_meta:
         if undo is None:
             refuse_without_values(adapter_name)
         undo.restore()
         raise AdapterFileError(
-            f"{_NO_VALUES.format(name=adapter_name)} The model is as it was before. {_LOAD_WITH_PEFT}"
+            f"{_NO_VALUES.format(name=adapter_name, what=what)} The model is as it was before. {_LOAD_WITH_PEFT}"
         )
     if undo is not None and adapter_name in undo.lost and (lost := undo.lost[adapter_name]()):
         undo.restore()
@@ -175,7 +178,7 @@ def take_off_unfinished(layers: Iterable[Any], model: nn.Module, adapter_name: s
 def refuse_without_values(adapter_name: str) -> NoReturn:
     """``AdapterFileError``: nothing has come in, and the adapter stays, because others may hold it."""
     raise AdapterFileError(
-        f"{_NO_VALUES.format(name=adapter_name)} The model behaves as without it. Take it off with "
+        f"{_NO_VALUES.format(name=adapter_name, what='register')} The model behaves as without it. Take it off with "
         f"delete_adapter({adapter_name!r}). {_LOAD_WITH_PEFT}"
     )
 

@@ -58,6 +58,8 @@ class PositionConfig(PeftConfig):
         self.from_file = self.base_tower is not None
         #: What is beside the config in its file, which has been checked.
         self.saved_weights: SavedWeights | None = None
+        #: Whether the offsets in that file are other than zero.
+        self.moves = False
         if self.base_tower is not None:
             if not isinstance(self.base_tower, dict):
                 raise TypeError(f"base_tower must be a dictionary, got {self.base_tower!r:.100}")
@@ -105,6 +107,7 @@ class PositionConfig(PeftConfig):
             tensors = check_adapter_file(weights, {OFFSETS_KEY: shape}, config.modules_to_save)
             layout = {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
             config.saved_weights = SavedWeights(weights, layout, None)
+            config.moves = any(bool(value.any()) for key, value in tensors.items() if key.endswith(OFFSETS_KEY))
         return config
 
     @property

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .._peft_compat import POSITIONS
-from ..undo import Before
+from ..undo import Before, check_arrived, is_transformers
 
 __all__ = ["PositionLayer", "position_layers"]
 
@@ -35,6 +35,13 @@ class _Offsets(nn.Module):
     def __init__(self, like: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros_like(like))
+        #: Whether offsets that are not all zero are to come from a file.
+        self.awaited = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether what is to come from a file is not here."""
+        return self.awaited and (self.weight.is_meta or not bool(self.weight.any()))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` plus the offsets; it is called, so that what offloads modules brings them."""
@@ -82,6 +89,18 @@ class PositionLayer(nn.Module, BaseTunerLayer):
         """Add offsets of one adapter, zeros, and make it the active one if it is the first."""
         self.offset_positions_values[adapter_name] = _Offsets(self.base.detach())
         super().set_adapter(self._active or [adapter_name], inference_mode=inference_mode)
+
+    def train(self, mode: bool = True) -> PositionLayer:
+        """As for any module; loaders call ``eval()`` once the weights are in, so this is where missing ones are found.
+
+        Raises:
+            AdapterFileError: transformers has put an adapter on, and its offsets or heads have not come in.
+        """
+        for name, offsets in self.offset_positions_values.items() if is_transformers(self.before) else ():
+            check_arrived(offsets, name, self.before, "position")
+        self.before = None
+        super().train(mode)
+        return self
 
     @property
     def _active(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from ...utils.adapter_file import check_tensors
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
 from ..checks.placing import checked_identity
-from ..checks.saved_heads import check_saved_heads
+from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
 from ..heads import modules_called
 from ..saved_keys import copied_modules
@@ -70,14 +71,17 @@ class PositionModel(BaseTuner):
             identity = checked_identity(present, config)
             _check_file(model, tower, self._place, config)
             config.base_tower, config.ignore_base_mismatch = identity.to_dict(), False
-            loads, config.saved_weights = config.saved_weights is not None, None
+            saved, config.saved_weights = config.saved_weights, None
+            if saved is not None:
+                before.lost[adapter_name] = partial(lost_heads, model, adapter_name, saved)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
                 del self._place
         for layer in position_layers(model):
-            if loads and adapter_name in layer.offset_positions_values:
+            if saved is not None and adapter_name in layer.offset_positions_values:
                 layer.before = before
+                cast(Any, layer.offset_positions_values[adapter_name]).awaited = config.moves
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         # PEFT wants a module with a name, and the owner may be the model itself: any one will do.
@@ -193,7 +197,7 @@ def _check_file(model: nn.Module, tower: Tower, place: tuple[nn.Module, str], co
     values = {f"{path}.{key}": value for path, module in copied for key, value in module.state_dict().items()}
     pairs = [(key, info.shape, tuple(values[key].shape)) for key, info in layout.items()]
     offsets = next(key for key in saved.layout if key.endswith(OFFSETS_KEY))
-    pairs.append((offsets, saved.layout[offsets].shape, tuple(owner.get_parameter(name).shape)))
+    pairs.append((offsets, saved.layout[offsets].shape, tuple(cast(nn.Parameter, owner._parameters[name]).shape)))
     wrong = [f"{key} has shape {given}, the model's has {own}" for key, given, own in pairs if given != own]
     if wrong:
         raise AdapterFileError(
