@@ -206,3 +206,25 @@ def test_transformers_loads_them_from_another_model_or_says_that_it_cannot(
         before.check()
         assert not position_layers(model)
         assert not getattr(model, "peft_config", {})
+
+
+def test_what_half_precision_cannot_hold_is_refused(tmp_path: Path) -> None:
+    file = write("tower", tmp_path) / "adapter_model.safetensors"
+    save_file({key: value * 0 + 1e6 for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    PeftModel.from_pretrained(base("tower"), str(tmp_path))
+    model = base("tower").half()
+    before = dict(model.state_dict())
+    with pytest.raises(AdapterFileError, match=r"has values up to 1e.06, and the model is in torch.float16"):
+        PeftModel.from_pretrained(model, str(tmp_path), ignore_base_mismatch=True)
+    assert not position_layers(model)
+    assert list(model.state_dict()) == list(before)
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+def test_a_task_of_text_is_refused_on_a_model_without(task_type: str) -> None:
+    model, inputs = base("tower"), make_inputs("vit")
+    before = Snapshot(model, inputs)
+    with pytest.raises(ValueError, match=f"task_type '{task_type}' is for models that generate text"):
+        get_peft_model(model, PositionConfig(task_type=task_type))
+    before.check()
+    assert not position_layers(model)

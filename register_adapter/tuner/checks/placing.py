@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 
 from ...errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
@@ -58,7 +59,7 @@ def check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
             )
 
 
-def check_task(model: nn.Module, config: RegisterConfig) -> None:
+def check_task(model: nn.Module, config: PeftConfig) -> None:
     """The model can do what PEFT's class for the ``task_type`` asks of it.
 
     Raises:

@@ -17,10 +17,10 @@ from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.identity import TowerIdentity, check_finite_base, identity_now
 from ...towers.tower import Tower, find_tower
-from ...utils.adapter_file import check_tensors
+from ...utils.adapter_file import check_range, check_tensors
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
-from ..checks.placing import checked_identity
+from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
 from ..heads import modules_called
@@ -43,6 +43,7 @@ class PositionModel(BaseTuner):
 
     Raises:
         UnsupportedModelError: No vision tower, several and none chosen, or one without learned position embeddings.
+        ValueError: The ``task_type`` is to generate text, and the model does not.
         BaseModelMismatchError: The config was saved with another base model.
     """
 
@@ -62,6 +63,7 @@ class PositionModel(BaseTuner):
         with unchanged_if_refused(model) as before:
             before.forget(adapter_name)
             check_name(adapter_name)
+            check_task(model, config)
             tower = find_tower(model, config.tower_name)
             if not config.from_file:
                 check_copies_load(model, config.modules_to_save or (), by_end=False)
@@ -161,6 +163,8 @@ class PositionModel(BaseTuner):
             shapes = {OFFSETS_KEY: tuple(layers[0].base.shape)} if layers else {}
             present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
             check_tensors(state_dict, shapes, config.modules_to_save, f"adapter {adapter_name!r}", present)
+            for dtype in {layer.base.dtype for layer in layers}:
+                check_range(state_dict, dtype, f"adapter {adapter_name!r}")
             yield dict(state_dict)
         for layer in layers:
             layer.before = None
