@@ -32,7 +32,7 @@ def install_command(extra: str = "", upgrade: bool = False) -> str:
 def check_format(version: object, newest: int) -> None:
     """``ValueError`` for a format of a file that this release does not know, or that there is not."""
     if type(version) is not int or version < 1:
-        raise ValueError(f"it has format {version!r}, which there is not; save it again")
+        raise ValueError(f"it has format {version!r:.100}, which there is not; save it again")
     if version > newest:
         raise ValueError(
             f"it has format {version!r}, the newest this release knows is {newest}. "

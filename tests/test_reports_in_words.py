@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from page_cases import make_report
 from rich.console import Console
 
 from register_adapter import add_registers, capture, get_features
-from register_adapter.artifacts import apply_rule
+from register_adapter.artifacts import Threshold, apply_rule
+from register_adapter.commands import cli
 from register_adapter.commands.audit import audit_command, print_reports
 from register_adapter.commands.fit import fit_command
 from register_adapter.commands.output import name_flags, print_table
@@ -150,6 +153,30 @@ def test_the_table_of_an_audit_is_whole(
 )
 def test_arguments_are_named_as_flags(command: Any, message: str, expected: str) -> None:
     assert name_flags(message, command) == expected
+
+
+@pytest.mark.parametrize("quoted", ["x" * 200_000, "x_" * 100_000, "x=" * 100_000, "x(" * 100_000, "x='" * 70_000])
+def test_an_error_that_quotes_a_file_at_length_is_told_at_once(quoted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError(f"adapters.json: give top_block=, not {quoted}")
+
+    start = time.process_time()
+    name_flags(quoted, fit_command)
+    monkeypatch.setattr("sys.argv", ["register-adapter", "fit"])
+    with pytest.raises(SystemExit) as stop:
+        cli._report(fail)
+    assert time.process_time() - start < 10
+    assert str(stop.value).startswith("error: adapters.json: give --top-block, not x")
+    assert str(stop.value).endswith("characters in all)")
+    assert len(str(stop.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.0, 1.25, "norms over 1.25"), (2.0, math.inf, "norms under 2"), (0.5, 1e4, "norms over 1e+04 or under 0.5")],
+)
+def test_a_threshold_is_told_in_words(low: float, high: float, words: str) -> None:
+    assert Threshold("fixed", high, low, True).in_words() == words
 
 
 @pytest.fixture(scope="module")

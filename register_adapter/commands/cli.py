@@ -95,9 +95,10 @@ def _report(run: Callable[[], None]) -> None:
     try:
         run()
     except (RegisterAdapterError, ValueError, OSError) as error:
-        from ..utils.text import printable, without_password
+        from ..utils.text import printable, shortened, without_password
 
-        said = f"what is printed cannot be written ({error})" if _is_output_lost(error) else _with_flags(str(error))
+        lost = _is_output_lost(error)
+        said = f"what is printed cannot be written ({error})" if lost else _with_flags(shortened(str(error)))
         sys.exit(printable(f"error: {without_password(said)}", keep="\n"))
 
 

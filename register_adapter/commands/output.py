@@ -30,7 +30,7 @@ __all__ = [
 _LOGGER, _SHOWN = "register_adapter.data.batches", 20
 #: Width of what is printed where the environment says that there is none.
 _WIDTH = 80
-_CALL = re.compile(r"\w+\([^()]*\)")
+_CALL = re.compile(r"\b\w+\([^()]*\)")
 # An argument as Python has it, with the value if there is one, or a name that no English word is.
 _ARGUMENT = re.compile(
     r"(?<![\w.\-/'\"])(?P<name>[a-z]+(?:_[a-z]+)*)(?:=(?P<value>'[^']*'|\"[^\"]*\"|[\w.:+-]*\w)?)?(?![\w=/(\[])"

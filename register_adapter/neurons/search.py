@@ -102,7 +102,7 @@ class Search:
             error: type[Exception] = NoArtifactsError if self.by_hand else RegisterAdapterError
             raise error(
                 f"of {parts.num_images} images, the {self.num_ranked} on which units are ranked have no outlier behind "
-                f"block {top} ({views[0].threshold_behind(top)}): give more images, or "
+                f"block {top} ({views[0].threshold_behind(top).in_words()}): give more images, or "
                 f"{'another threshold' if self.by_hand else 'others first'}"
             )
         return views, top, pool([view_scores.ranked(self.most) for view_scores in ranking], self.most)

@@ -29,7 +29,7 @@ from ..towers.tower import find_towers
 from ..utils.progress import disable_progress_bars
 from ..utils.shipped import full_name
 from ..utils.staging import check_apart, check_target, check_writable, real_path
-from ..utils.text import printable, without_password
+from ..utils.text import printable, shortened, without_password
 from .arguments import TrainArguments
 from .bases import load_base
 from .callbacks import AnnealNeurons
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             results = _train(model_args, data_args, args, flags, interruption)
         except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:
             # A mistake of the user's, not of the program's: no traceback.
-            tell_fault(without_password(str(error)), state)
+            tell_fault(shortened(without_password(str(error))), state)
             sys.exit(1)
         except KeyboardInterrupt as error:
             stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)

@@ -8,7 +8,16 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["first_few", "one_line", "path_text", "printable", "size_text", "where_it_is", "without_password"]
+__all__ = [
+    "first_few",
+    "one_line",
+    "path_text",
+    "printable",
+    "shortened",
+    "size_text",
+    "where_it_is",
+    "without_password",
+]
 
 #: Controls, formats (among them what turns the direction of writing), halves of surrogate pairs, line separators.
 _UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -39,6 +48,11 @@ def one_line(text: object, most: int = 500) -> str:
     """What somebody else wrote, or an error that quotes it: printable, in one line, and cut where it is too long."""
     line = printable(text)
     return line if len(line) <= most else f"{line[:most]}…"
+
+
+def shortened(text: str, most: int = 4000) -> str:
+    """A message without its end where it quotes a file at length, with the number of characters that it had."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters in all)"
 
 
 def without_password(text: str) -> str:

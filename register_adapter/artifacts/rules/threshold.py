@@ -32,6 +32,11 @@ class Threshold:
     separated: bool = False
     reason: str = ""
 
+    def in_words(self) -> str:
+        """Which norms are outliers, such as ``"norms over 41.3"``."""
+        sides = [f"over {self.high:.4g}"] * (self.high < float("inf")) + [f"under {self.low:.4g}"] * (self.low > 0)
+        return f"norms {' or '.join(sides)}" if sides else "no norm"
+
     def outliers(self, norms: Any) -> Any:
         """Bool of the shape of ``norms`` (a tensor or an array): which of them are outliers."""
         return (norms > self.high) | (norms < self.low)
