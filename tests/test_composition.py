@@ -661,6 +661,16 @@ def _without_a_tensor(folder: Path) -> None:
     (folder / "adapters.json").write_text(json.dumps(manifest))
 
 
+def _of_kind(dtype: torch.dtype) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        path = folder / "other" / "adapter_model.safetensors"
+        save_file({key: tensor.to(dtype) for key, tensor in read_tensors(path).items()}, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        _manifest(lambda values: values["adapters"][1].update(sha256=digest))(folder)
+
+    return damage
+
+
 def _of_another_width(folder: Path) -> None:
     path = folder / "other" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "r": 3}))
@@ -687,7 +697,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (_truncate, "damaged, or of another save"),
     "half a save": (_of_another_save, "damaged, or of another save"),
     "no tensor": (_without_a_tensor, "do not fit ViTForImageClassification: missing.*lora_"),
-    "does not fit": (_of_another_width, "do not fit ViTForImageClassification.*size mismatch"),
+    "does not fit": (_of_another_width, "do not fit ViTForImageClassification[^\\n]*size mismatch[^\\n]*$"),
+    "complex": (_of_kind(torch.complex64), "lora_A.weight has dtype torch.complex64"),
+    "bool": (_of_kind(torch.bool), "lora_A.weight has dtype torch.bool"),
+    "whole numbers": (_of_kind(torch.int64), "lora_A.weight has dtype torch.int64"),
 }
 
 

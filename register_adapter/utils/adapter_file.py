@@ -73,6 +73,8 @@ _METADATA = "__metadata__"
 #: The largest value whose square float32 can hold: norms, layer norms and attention multiply values of one size.
 _LARGEST = torch.finfo(torch.float32).max ** 0.5
 _SHOWN = 10
+#: Tensors that other methods multiply with; some methods have indices beside theirs.
+_REAL = re.compile(r"\.(lora_|ln_tuning_)")
 
 
 class TensorInfo(NamedTuple):
@@ -205,9 +207,11 @@ def check_finite(tensors: Mapping[str, torch.Tensor], source: str | Path) -> Non
     """Compare the values of an adapter of any method with what can be computed with.
 
     Raises:
-        AdapterFileError: A value is not finite.
+        AdapterFileError: A value is not finite, or of a kind that loses something in the model's own.
     """
-    _refuse(_value_faults(tensors), source)
+    odd = {key: x.dtype for key, x in tensors.items() if x.is_complex() or x.dtype == torch.bool}
+    odd |= {key: x.dtype for key, x in tensors.items() if _REAL.search(key) and not x.is_floating_point()}
+    _refuse([f"{key} has dtype {dtype}" for key, dtype in odd.items()] + _value_faults(tensors), source)
 
 
 def check_savable(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:

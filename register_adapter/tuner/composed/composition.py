@@ -21,6 +21,7 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...utils.arguments import check_mapping
+from ...utils.text import one_line
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import BASE, EVERYONE, check_batch
@@ -153,7 +154,8 @@ def load_adapters(
                 result = PeftModel.load_adapter(composed, place, adapter.name, is_trainable=is_trainable, **options)
             except (RuntimeError, KeyError) as error:
                 raise AdapterFileError(
-                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: {error}"
+                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: "
+                    f"{one_line(' '.join(str(error).split()))}"
                 ) from error
             # PEFT takes any key with these letters in it for the adapter's.
             end = PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]
