@@ -23,6 +23,8 @@ __all__ = [
 
 # Far more than any model has patches.
 _MOST = 2**16
+#: What float32 holds, and what normal values of that deviation, and their squares' sums, stay within.
+_MOST_GATE, _MOST_STD = 3.4e38, 1e15
 # Bytes of a file's name.
 _LONGEST = 255
 # Names of the modules that hold the registers.
@@ -97,6 +99,9 @@ def check_values(config: Any) -> None:
         raise ValueError(f"gate must be a finite number or None, got {config.gate}")
     if not is_finite(config.init_std) or config.init_std < 0:
         raise ValueError(f"init_std must be a finite number of at least 0, got {config.init_std}")
+    for name, most in (("gate", _MOST_GATE), ("init_std", _MOST_STD)):
+        if abs(getattr(config, name) or 0.0) > most:
+            raise ValueError(f"{name} must be at most {most:g} on either side of 0, got {getattr(config, name)}")
 
 
 def check_combinations(config: Any) -> None:
