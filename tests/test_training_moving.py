@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from families import build
 from helpers import run
 from processes import run_module
 from safetensors.torch import load_file
@@ -13,7 +17,8 @@ from training_cases import RUN, flags, results_of, start, stopped, write_case
 from training_helpers import write_planted
 from transformers import ViTForImageClassification
 
-from register_adapter import ComposedPeftModel, load_adapters
+from register_adapter import ComposedPeftModel, PositionConfig, RegisterConfig, compose, load_adapters
+from register_adapter.training.setup import shard_by_block
 
 pytestmark = pytest.mark.slow
 
@@ -135,3 +140,13 @@ def test_flags_that_contradict_what_moves_are_refused(
 ) -> None:
     assert stopped(flags(case, tmp_path / "out", *SHORT, *words)) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_positions_are_not_sharded() -> None:
+    """FSDP reads parameters as attributes, and would get the sum of the position embeddings and their offsets."""
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=["ViTLayer"])
+    sharding: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin))
+    registers = {"registers": RegisterConfig(num_registers=2)}
+    shard_by_block(sharding, compose(build("vit"), registers))
+    with pytest.raises(ValueError, match="position embeddings cannot be trained under FSDP"):
+        shard_by_block(sharding, compose(build("vit"), {**registers, "positions": PositionConfig()}))

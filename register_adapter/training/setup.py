@@ -20,6 +20,7 @@ from ..data.streaming import StreamedDataset
 from ..errors import MissingExtraError
 from ..tuner.config import RegisterConfig
 from ..tuner.layer import find_register_layer
+from ..tuner.positions import position_layers
 from ..utils.environment import has_accelerator
 from ..utils.parameters import part_of
 from .arguments import TrainArguments
@@ -120,8 +121,13 @@ def shard_by_block(accelerator: Accelerator, model: PeftModel) -> None:
 
     accelerate would take transformers' list of what may not be split, which for a ViT has the embeddings too; they hold
     the input embedding, which accelerate shards as a unit of its own, and a parameter cannot be in two.
+
+    Raises:
+        ValueError: FSDP, and position embeddings move: it would shard the sum of them and their offsets.
     """
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is not None and position_layers(model):
+        raise ValueError("position embeddings cannot be trained under FSDP: leave +positions out, or use DDP")
     layer = find_register_layer(model)
     if plugin is not None and layer is not None and not plugin.transformer_cls_names_to_wrap:
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in layer.tower.part("blocks")})
