@@ -708,7 +708,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_folder_is_refused_and_the_base_is_untouched(case: str, tmp_path: Path) -> None:
     damage, message = DAMAGE[case]
     save_adapters(pair(), tmp_path)
-    damage(tmp_path)
+    try:
+        damage(tmp_path)
+    except KeyError as error:
+        assert error.args == (torch.complex64,)
+        pytest.skip("the oldest safetensors writes no complex numbers")
     base = build("vit-classifier").requires_grad_(True)
     snapshot = Snapshot(base, make_inputs("vit-classifier"))
     with pytest.raises(ValueError, match=f"(?s){message}"):
