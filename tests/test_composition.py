@@ -711,7 +711,8 @@ def test_a_damaged_folder_is_refused_and_the_base_is_untouched(case: str, tmp_pa
     try:
         damage(tmp_path)
     except KeyError as error:
-        assert error.args == (torch.complex64,)
+        if error.args != (torch.complex64,):
+            raise
         pytest.skip("the oldest safetensors writes no complex numbers")
     base = build("vit-classifier").requires_grad_(True)
     snapshot = Snapshot(base, make_inputs("vit-classifier"))
