@@ -14,14 +14,13 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity
 from ..towers.untrusted import check_fields
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, UNITS_KEY, TensorInfo, check_adapter_file
-from ..utils.files import check_regular, checksum
-from ..utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
+from ..utils.files import checksum
 from ..utils.shipped import is_shipped, local_folder, shipped_name
 from ._peft_compat import CHECKS_IMPORTS, METHOD, peft_type
 from .fields import check_combinations, check_types, check_values, one_name
 from .heads import TASK_HEADS, checked_labels
 from .neuron_shift import checked_neurons, count_neurons
-from .reading import SavedWeights, naming, read_json, without_unlisted
+from .reading import SavedFolder, SavedWeights, naming, read_json, without_unlisted
 from .registers import Placement
 
 __all__ = ["FORMAT_VERSION", "RegisterConfig"]
@@ -290,27 +289,14 @@ class RegisterConfig(PeftConfig):
                 weights beside it are missing, pickled, damaged, or do not fit it.
             HubAccessError: The repository on the Hub cannot be read.
         """
-        name = str(pretrained_model_name_or_path)
-        kwargs["token"] = checked_token(kwargs.get("token"))
-        hub = {key: value for key, value in cls._split_kwargs(kwargs)[0].items() if value is not None}
-        path = find_config(name, subfolder, hub)
-        values = read_json(path)
-        method = values.get("peft_type")
-        if method != METHOD.upper():
-            raise AdapterFileError(f"{path} of {name!r} is of the method {method!r:.100}, not registers.")
+        saved = SavedFolder(cls, str(pretrained_model_name_or_path), subfolder, kwargs, METHOD, "registers")
+        path, values = saved.path, saved.values
         if (anatomy := kwargs.get("anatomy")) is not None:
             values["anatomy"] = anatomy
         with naming(path):
             config: RegisterConfig = cls.from_peft_type(**values)
-            if config.base_model_name_or_path:
-                check_regular(config.base_model_name_or_path)  # other libraries would wait for a pipe's other end
         config.ignore_base_mismatch = bool(kwargs.get("ignore_base_mismatch", False))
-        weights = find_weights(name, subfolder, hub)
-        if weights is None and config.base_tower is not None:
-            # A config without a base's identity was never attached to a model, and may well stand alone.
-            raise AdapterFileError(
-                f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME} in {path.parent}. Save it again."
-            )
+        weights = saved.weights()
         config.folder = path.parent
         if weights is not None:
             needed = [name for name in config.modules_to_save or [] if config.needs(name)]

@@ -13,13 +13,14 @@ from peft import PeftConfig, PeftType
 
 from ..errors import AdapterFileError, RegisterAdapterError
 from ..utils.adapter_file import TensorInfo
-from ..utils.files import checksum, open_regular
-from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME
+from ..utils.files import check_regular, checksum, open_regular
+from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, find_config, find_weights
 from ..utils.text import one_line
 from ._peft_compat import METHOD
 
 __all__ = [
     "IMPORTABLE",
+    "SavedFolder",
     "SavedWeights",
     "check_imports",
     "check_method",
@@ -49,6 +50,57 @@ class SavedWeights(NamedTuple):
     path: Path
     layout: dict[str, TensorInfo]
     units: list[int] | None
+
+
+class SavedFolder:
+    """Where an adapter of this package is saved, and what its config says, before anything is made of it.
+
+    Args:
+        config_class: The method's class of configs.
+        name: Folder, or repository on the Hub.
+        subfolder: Folder below that.
+        kwargs: ``revision``, ``token``, ``cache_dir``… for the Hub, among others; the token is checked in place.
+        method: The method that it is to be of.
+        called: What that method is of, in the error.
+
+    Attributes:
+        path: The config's file.
+        values: What is in it.
+
+    Raises:
+        AdapterFileError: There is no config, or it is of another method, or names a special file as its base.
+        HubAccessError: The repository on the Hub cannot be read.
+    """
+
+    def __init__(
+        self, config_class: Any, name: str, subfolder: str | None, kwargs: dict[str, Any], method: str, called: str
+    ) -> None:
+        kwargs["token"] = checked_token(kwargs.get("token"))
+        hub = {key: value for key, value in config_class._split_kwargs(kwargs)[0].items() if value is not None}
+        self._place = name, subfolder, hub
+        self.path = find_config(*self._place)
+        self.values = read_json(self.path)
+        found = self.values.get("peft_type")
+        if found != method.upper():
+            raise AdapterFileError(f"{self.path} of {name!r} is of the method {found!r:.100}, not {called}.")
+        base = self.values.get("base_model_name_or_path")
+        if base and isinstance(base, str):
+            with naming(self.path):
+                check_regular(base)  # other libraries would wait for a pipe's other end
+
+    def weights(self) -> Path | None:
+        """The weights beside the config, ``None`` for one that was never attached to a model and may stand alone.
+
+        Raises:
+            AdapterFileError: There are none, or they are pickled.
+        """
+        weights = find_weights(*self._place)
+        if weights is None and self.values.get("base_tower") is not None:
+            raise AdapterFileError(
+                f"the adapter in {self._place[0]!r} has no weights: there is no {WEIGHTS_NAME} in {self.path.parent}. "
+                "Save it again."
+            )
+        return weights
 
 
 @contextmanager

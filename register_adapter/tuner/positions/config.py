@@ -7,13 +7,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from ...errors import AdapterFileError
 from ...towers.identity import TowerIdentity
 from ...utils.adapter_file import TensorInfo, check_adapter_file, read_header
-from ...utils.hub import WEIGHTS_NAME, checked_token, find_config, find_weights
 from .._peft_compat import POSITIONS, member
 from ..fields import one_name
-from ..reading import SavedWeights, naming, read_json
+from ..reading import SavedFolder, SavedWeights, naming
 
 __all__ = ["OFFSETS_KEY", "PositionConfig"]
 
@@ -85,22 +83,11 @@ class PositionConfig(PeftConfig):
             HubAccessError: The repository on the Hub cannot be read.
         """
         name = str(pretrained_model_name_or_path)
-        kwargs["token"] = checked_token(kwargs.get("token"))
-        hub = {key: value for key, value in cls._split_kwargs(kwargs)[0].items() if value is not None}
-        path = find_config(name, subfolder, hub)
-        values = read_json(path)
-        if values.get("peft_type") != POSITIONS.upper():
-            raise AdapterFileError(
-                f"{path} of {name!r} is of the method {values.get('peft_type')!r:.100}, not position embeddings."
-            )
-        with naming(path):
-            config: PositionConfig = cls.from_peft_type(**values)
+        saved = SavedFolder(cls, name, subfolder, kwargs, POSITIONS, "position embeddings")
+        with naming(saved.path):
+            config: PositionConfig = cls.from_peft_type(**saved.values)
         config.ignore_base_mismatch = bool(kwargs.get("ignore_base_mismatch", False))
-        weights = find_weights(name, subfolder, hub)
-        if weights is None and config.from_file:
-            raise AdapterFileError(
-                f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME} in {path.parent}. Save it again."
-            )
+        weights = saved.weights()
         if weights is not None:
             header = read_header(weights)
             shape = next((info.shape for key, info in header.items() if key.endswith(OFFSETS_KEY)), ())
