@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -413,12 +414,18 @@ def test_a_checkpoint_of_several_adapters_without_its_list_is_refused(
     assert "adapters.json" in capsys.readouterr().err
 
 
-def test_random_states_that_cannot_be_set_are_refused_before_the_first_step(
-    vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("wrong", ["random", "shape", "complex", "nan"])
+def test_states_that_do_not_fit_are_refused_before_the_first_step(
+    wrong: str, vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = copy_run(checkpoint, tmp_path / "run")
     tensors = torch.load(copied / "train_state.pt", weights_only=True)
-    tensors["random"][0]["torch"] = tensors["random"][0]["torch"][:10]
+    changes: dict[str, Any] = {"shape": lambda x: x[:1], "complex": lambda x: x * 1j, "nan": lambda x: x * math.nan}
+    if wrong == "random":
+        tensors["random"][0]["torch"] = tensors["random"][0]["torch"][:10]
+    else:
+        moments = tensors["optimizer"]["state"][0]
+        moments.update({name: changes[wrong](x) for name, x in moments.items() if x.dim()})
     torch.save(tensors, copied / "train_state.pt")
     state = json.loads((copied / "train_state.json").read_text())
     del state["files"]  # as older releases wrote it

@@ -246,8 +246,28 @@ def _load_optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer:
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         set_optimizer_state_dict(model, optimizer.optimizer, state, options=_gathered())
-    else:
-        optimizer.load_state_dict(state)
+        return
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        _check_moments(optimizer, state)
+    optimizer.load_state_dict(state)
+
+
+def _check_moments(optimizer: Any, state: Any) -> None:
+    """An optimiser's values are the parameters'; torch casts them, and looks at their shapes in the first step only.
+
+    Raises:
+        ValueError: They have another shape, are complex or not finite.
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=False):
+        for name, value in state["state"].get(number, {}).items():
+            shape = tuple(value.shape)
+            if value.is_complex() or not value.isfinite().all() or shape not in (tuple(parameter.shape), ()):
+                raise ValueError(
+                    f"the optimiser's {name} of a parameter {list(parameter.shape)} is {list(shape)} of {value.dtype}, "
+                    "which is another shape, complex, or not finite"
+                )
 
 
 def _gathered() -> Any:
