@@ -157,3 +157,23 @@ def test_biases_load_in_every_order_of_methods(bias: Any, order: tuple[str, ...]
         assert_identical(found, wanted)
     for adapter in order:
         assert load_adapters(build(name), tmp_path, selected_adapters=[adapter]).active_adapters == [adapter]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"layer_replication": [[0, 2], [1, 2]]}, {"trainable_token_indices": [1]}],
+    ids=lambda values: min(values),
+)
+def test_what_cannot_be_composed_is_refused_with_its_file(values: dict[str, Any], tmp_path: Path) -> None:
+    save_adapters(composed(1), tmp_path)
+    config, manifest = tmp_path / "lora" / "adapter_config.json", tmp_path / "adapters.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    listed = json.loads(manifest.read_text())
+    for entry in listed["adapters"]:
+        del entry["config_sha256"]
+    manifest.write_text(json.dumps(listed))
+    base: Any = build("vit")
+    before = Snapshot(base, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=f"{config}: .*{min(values)}|{config} cannot.*{min(values)}"):
+        load_adapters(base, tmp_path)
+    before.check()

@@ -113,10 +113,12 @@ def test_a_spoiled_file_changes_nothing(spoiled: str, way: str, tmp_path: Path) 
     [
         ("adapter_model.safetensors", b"\xff" * 40, "not a whole safetensors file"),
         ("adapter_model.safetensors", None, "no weights"),
-        ("adapter_config.json", {"base_tower": 5}, "base_tower must be a dictionary"),
-        ("adapter_config.json", {"target_modules": [1]}, "target_modules must be the name"),
+        ("adapter_config.json", {"base_tower": 5}, "base_tower must be dict"),
+        ("adapter_config.json", {"target_modules": [1]}, "target_modules must hold names"),
+        ("adapter_config.json", {"modules_to_save": "classifier"}, "modules_to_save must be list"),
+        ("adapter_config.json", {"base_model_name_or_path": 5}, "base_model_name_or_path must be str"),
     ],
-    ids=["damaged", "no weights", "base", "target"],
+    ids=["damaged", "no weights", "base", "target", "heads", "name"],
 )
 def test_so_do_damaged_files_and_configs(way: str, name: str, content: Any, message: str, tmp_path: Path) -> None:
     file = write("tower", tmp_path) / name

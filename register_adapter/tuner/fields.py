@@ -59,12 +59,13 @@ _KINDS: dict[str, Any] = {
 
 
 def check_types(config: Any) -> None:
-    """Every argument has the type of its field.
+    """Every argument of a config of this package has the type of its field.
 
     Raises:
         TypeError: One has not.
     """
-    for name, kind in _KINDS.items():
+    present = {name: kind for name, kind in _KINDS.items() if hasattr(config, name)}
+    for name, kind in present.items():
         value = getattr(config, name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             if isinstance(value, type(config)):

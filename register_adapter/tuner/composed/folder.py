@@ -27,6 +27,7 @@ from ...utils.staging import staged
 from ..config import RegisterConfig
 from ..fields import check_name as check_any_name
 from ..reading import check_imports, naming, note_checksums, read_json
+from .methods import check_composable
 
 __all__ = [
     "SavedAdapter",
@@ -256,6 +257,8 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
             f"{', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}. Nothing was changed."
         )
     config, keys = _read_files(place / _CONFIG, place / WEIGHTS_NAME)
+    with naming(place / _CONFIG):
+        check_composable(name, config)
     # Manifests of old releases have no checksum of the config.
     found = {file: digest for file, digest in digests.items() if digest is not None}
     return SavedAdapter(name, place, config, entry["active"], keys, digests=found)

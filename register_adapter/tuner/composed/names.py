@@ -14,6 +14,7 @@ from torch import nn
 from ...utils.parameters import check_module
 from ..fields import check_known
 from .folder import check_name
+from .methods import check_composable
 
 __all__ = ["check_adapters", "configs_of", "innermost", "rename_adapter"]
 
@@ -99,22 +100,7 @@ def check_adapters(base: nn.Module, new: Mapping[str, PeftConfig]) -> None:
         if not isinstance(config, PeftConfig):
             raise TypeError(f"expected a config of PEFT for the adapter {name!r}, got {type(config).__name__}")
     for name, config in {**known, **new}.items():
-        if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "tuner_layer_cls"):
-            raise ValueError(
-                f"the adapter {name!r} is of the method {config.peft_type.value}, which puts no layers on a model's "
-                "own modules: it cannot be composed with others"
-            )
-        if getattr(config, "layer_replication", None):
-            raise ValueError(
-                f"the adapter {name!r} has layer_replication: LoRA repeats blocks of the base, and neither takes them "
-                "off again nor merges them rightly: it cannot be composed with others. Leave layer_replication out."
-            )
-        if getattr(config, "trainable_token_indices", None):
-            raise ValueError(
-                f"the adapter {name!r} has trainable_token_indices: what is saved of them beside adapters of other "
-                "methods could not be loaded. Leave them out, and train the tokens by an adapter of their own: "
-                "TrainableTokensConfig(target_modules=…, token_indices=…)."
-            )
+        check_composable(name, config)
     for layer in base.modules():
         if isinstance(layer, BaseTunerLayer):
             for name in layer._all_available_adapter_names():

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from ...towers.identity import TowerIdentity
 from ...utils.adapter_file import TensorInfo, check_adapter_file, read_header
 from .._peft_compat import POSITIONS, member
-from ..fields import one_name
+from ..fields import check_types, one_name
 from ..reading import SavedFolder, SavedWeights, naming
 
 __all__ = ["OFFSETS_KEY", "PositionConfig"]
@@ -30,7 +30,7 @@ class PositionConfig(PeftConfig):
         ignore_base_mismatch: Load the adapter although the base is another one. Never saved or read from a file.
 
     Raises:
-        TypeError: ``target_modules`` or ``base_tower`` has the wrong type.
+        TypeError: An argument has the wrong type.
         ValueError: ``target_modules`` names several towers.
     """
 
@@ -50,17 +50,13 @@ class PositionConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = member(POSITIONS)
-        names = self.target_modules
-        if not isinstance(names, str | list | tuple | set | None) or not all(isinstance(n, str) for n in names or ()):
-            raise TypeError(f"target_modules must be the name of a vision tower, got {names!r}")
+        check_types(self)
         self.from_file = self.base_tower is not None
         #: What is beside the config in its file, which has been checked.
         self.saved_weights: SavedWeights | None = None
         #: Whether the offsets in that file are other than zero.
         self.moves = False
         if self.base_tower is not None:
-            if not isinstance(self.base_tower, dict):
-                raise TypeError(f"base_tower must be a dictionary, got {self.base_tower!r:.100}")
             self.base_tower = TowerIdentity.from_dict(self.base_tower).to_dict()
             # A file cannot waive the check of its own base; the loaders do, where their caller says so.
             self.ignore_base_mismatch = False
