@@ -40,7 +40,7 @@ def test_a_fitted_adapters_card_says_what_was_found(tmp_path: Path) -> None:
     assert "3 hidden units of MLPs (block 2: 2, block 3: 1)" in text
     assert "| Images they were found on | 50 (detect 50, rank 30, held_out 20) |" in text
     assert "| Rule for outliers | `auto` |" in text
-    assert "| Outlier patches on held-out images, when fitted | 12.500% before, 0.031% after |" in text
+    assert "| Patches beyond the base's threshold, held-out images | 12.500% before, 0.031% after |" in text
     assert "2506.08010" in text
     assert "standard deviation" not in text
     assert "learned tokens" not in text

@@ -74,7 +74,8 @@ def test_probes_and_registers_say_their_tables() -> None:
 def test_a_fit_says_what_it_found() -> None:
     values: dict[str, Any] = {"num_neurons": 1, "top_block": 3, "rule": "auto", "num_images": {"detect": 96}}
     record = FitRecord(values | {"share_before": 0.012, "share_after": 0.0, "curve": {}})
-    assert repr(record).startswith("<fit of 1 neuron up to block 3, rule auto, 96 images: outliers 1.20% before, 0.00%")
+    assert repr(record).startswith("<fit of 1 neuron up to block 3, rule auto, 96 images: ")
+    assert "beyond the base's threshold 1.20% before, 0.00% after, of held-out patches" in repr(record)
     assert record == dict(record)
 
 

@@ -112,9 +112,9 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
     from rich.table import Table
 
     console = make_console()
-    table = Table(title="outlier patches left, by number of register neurons (held-out images)")
+    table = Table(title="patches beyond the base's threshold, by number of register neurons (held-out images)")
     table.add_column("neurons", justify="right")
-    table.add_column("outlier patches", justify="right")
+    table.add_column("patches beyond", justify="right")
     for number, share in sorted((int(number), share) for number, share in fit["curve"].items()):
         chosen = number == fit["num_neurons"]
         table.add_row(f"{number}{' *' if chosen else ''}", f"{share:.3%}", style="bold" if chosen else None)
@@ -123,7 +123,8 @@ def print_fit(neurons: dict[int, list[int]], fit: dict[str, Any], output_dir: st
         console.print(f"Block {block}: hidden units {', '.join(map(str, units))}")
     console.print(f"Outliers appear behind block {fit['top_block']} (rule {fit['rule']}). {fit['reason']}")
     console.print(
-        "Share of the patch tokens beyond the threshold, behind that block; L2 norms, before the final LayerNorm.",
+        "The threshold is the one without registers, behind that block; L2 norms, before the final LayerNorm. "
+        "A smaller group may stand apart below it: audit --adapter applies the rule to the model with registers anew.",
         style="dim",
     )
     console.print(f"Written to {output_dir}; {loading}", markup=False)

@@ -107,7 +107,8 @@ def fit_test_time_registers(
         The model with the adapter; ``model.peft_config[adapter_name].test_time_fit`` says what was found: the block,
         the thresholds, the share of outliers left by number of neurons on the held-out images (``curve``, behind the
         block where they appear), and before and after at the layer where it is largest
-        (L2 norms before the final LayerNorm).
+        (L2 norms before the final LayerNorm), by the thresholds of the model without registers. An audit of the model
+        with them applies the rule anew, and may find a smaller group that still stands apart.
 
     Raises:
         NoArtifactsError: The audit's verdict on these images is ``"none"``; nothing was changed. The message says so
@@ -223,8 +224,8 @@ class FitRecord(dict[str, Any]):
             f"{self['num_neurons']} neuron{'' if self['num_neurons'] == 1 else 's'} up to block {self['top_block']}"
         )
         return (
-            f"<fit of {neurons}, rule {self['rule']}, {self['num_images']['detect']} images: outliers "
-            f"{self['share_before']:.2%} before, {self['share_after']:.2%} after, of held-out patches>"
+            f"<fit of {neurons}, rule {self['rule']}, {self['num_images']['detect']} images: beyond the "
+            f"base's threshold {self['share_before']:.2%} before, {self['share_after']:.2%} after, of held-out patches>"
         )
 
 

@@ -341,7 +341,7 @@ def _fit_rows(config: RegisterConfig, strengths: list[float] | None) -> dict[str
         rows["Rule for outliers"] = code(str(fit["rule"]))
     shares = [fit.get("share_before"), fit.get("share_after")]
     if all(isinstance(share, int | float) and math.isfinite(share) for share in shares):
-        rows["Outlier patches on held-out images, when fitted"] = f"{shares[0]:.3%} before, {shares[1]:.3%} after"
+        rows["Patches beyond the base's threshold, held-out images"] = f"{shares[0]:.3%} before, {shares[1]:.3%} after"
     return rows
 
 
