@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -802,3 +803,30 @@ def test_biases_that_lora_brings_along_are_trained_in_every_order(
     if any(key.endswith("bias") for key in get_peft_model_state_dict(alone, adapter_name="other")):  # PEFT 0.18 saves
         # none of "lora_only", of LoRA alone neither
         assert_identical(run(again.eval(), make_inputs(name)), run(model.eval(), make_inputs(name)))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("way", ["disable_adapter", "delete_adapter", "unload"])
+def test_biases_that_lora_trained_stay_and_a_warning_says_so(way: str, bias: Any) -> None:
+    base, inputs = build("vit"), make_inputs("vit")
+    before = run(base, inputs)["last_hidden_state"]
+    lora = LoraConfig(target_modules=["q_proj", "query"], bias=bias)
+    model = compose(base, {"registers": RegisterConfig(init_std=1.0), "lora": lora})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.endswith("bias"):
+                parameter.add_(1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if way == "disable_adapter":
+            with model.disable_adapter():
+                after = run(model, inputs)["last_hidden_state"]
+        elif way == "delete_adapter":
+            model.delete_adapter("lora")
+            with model.disable_adapter():
+                after = run(model, inputs)["last_hidden_state"]
+        else:
+            after = run(model.unload(), inputs)["last_hidden_state"]
+    said = [str(item.message) for item in caught if f"'{bias}'" in str(item.message)]
+    assert len(said) == (bias != "none")
+    assert torch.equal(after, before) == (bias == "none")

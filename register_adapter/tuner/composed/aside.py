@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -72,6 +73,12 @@ class Aside:
             names: Names of adapters; with :data:`EVERYONE` among them all, those that come meanwhile too.
         """
         out = frozenset(names)
+        for name, bias in self._biases(out):
+            warnings.warn(  # in PEFT's words
+                f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                f"output as the base model would without adaption: the biases are those that {name!r} has trained.",
+                stacklevel=5,
+            )
         with registers_left_out(self._model, out):
             self._enter(out)
             try:
@@ -80,8 +87,13 @@ class Aside:
                 self._leave(out)
 
     @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        """What is done in the context to PEFT's layers holds when nobody sets anything aside any more."""
+    def lifted(self, gone: Iterable[str] = ()) -> Iterator[None]:
+        """What is done in the context to PEFT's layers holds when nobody sets anything aside any more.
+
+        Args:
+            gone: Names of adapters that are taken off in it.
+        """
+        self.leave_biases(gone)
         with SWITCHING:
             contexts, self._contexts = self._contexts, []
             self._switch()
@@ -90,6 +102,21 @@ class Aside:
             finally:
                 self._contexts = contexts
                 self._switch()
+
+    def leave_biases(self, names: Iterable[str]) -> None:
+        """Warn that what adapters have made of the base's own biases stays there when they are taken off."""
+        for name, bias in self._biases(names):
+            warnings.warn(
+                f"the base keeps the biases that the adapter {name!r} (bias={bias!r}) has trained, and what is saved "
+                "of other adapters from now on is for this changed base; load the base anew to have its own.",
+                stacklevel=4,
+            )
+
+    def _biases(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Names and settings of those among ``names`` that train biases of the base, in place."""
+        wanted, configs = set(names), getattr(self._model, "peft_config", {})
+        said = {name: getattr(config, "bias", "none") for name, config in configs.items()}
+        return [(name, said[name]) for name in said if said[name] != "none" and not wanted.isdisjoint({name, EVERYONE})]
 
     def _switch(self) -> None:
         """Have PEFT's layers do without what is set aside now."""

@@ -316,7 +316,7 @@ class ComposedPeftModel(SavesAll):
         """Within the context the named adapters take no part; ``requires_grad`` is afterwards as it was before.
 
         Args:
-            adapter_names: One name or several, default all: then the outputs are the base model's.
+            adapter_names: One name or several, default all: the outputs are the base's, but for trained biases.
 
         Raises:
             ValueError: An adapter is not there.

@@ -208,7 +208,7 @@ class ComposedTuner(BaseTuner):
         """
         if any(name in layer.merged_adapters for layer in self._layers(self.peft_config[name].peft_type)):
             raise ValueError(f"adapter {name!r} is merged into the base's weights; call unmerge_adapter() first")
-        with self._aside.lifted():
+        with self._aside.lifted(gone=[name]):
             self._take_off(name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -335,6 +335,7 @@ class ComposedTuner(BaseTuner):
             own = [hasattr(layer, "unload_and_optionally_merge_module") for layer in layers]
             names = [None if alone else adapter_names for alone in own]
             check_merges(zip(layers, names, strict=True), safe_merge)
+        self._aside.leave_biases([] if merge else others)
         gone = {name: self.peft_config.pop(name) for name in others}
         try:
             self._strip(methods, merge, **({"safe_merge": safe_merge, "adapter_names": adapter_names} if merge else {}))
