@@ -72,6 +72,20 @@ def test_half_a_surrogate_pair_is_no_name_of_an_image(tmp_path: Path) -> None:
         read_coco(path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"file_name": "\\ud800.png", "text": "a"}',
+        '{"file_name": "a.png", "text": ["b", "\\ud800"]}',
+        '{"file_name": "a\\u0000.png", "text": "a"}',
+    ],
+)
+def test_a_caption_that_no_file_or_text_can_be_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text(f"\n{line}", "utf-8")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2"):
+        read_captioned_folder(tmp_path, "text")
+
+
 def test_a_report_nested_too_deeply_is_no_report(tmp_path: Path) -> None:
     (tmp_path / "audit.json").write_text(DEEP, "utf-8")
     with pytest.raises(ValueError, match="nested too deeply"):

@@ -145,7 +145,14 @@ def _read_caption(line: bytes, column: str, place: str) -> tuple[str, list[str]]
     given = entry[column] if isinstance(entry[column], list) else [entry[column]]
     if not given or not all(isinstance(text, str) and text.strip() for text in given):
         raise ValueError(f"{place}: {column!r} must be a text or a list of texts, found {entry[column]!r:.80}")
-    return entry["file_name"], given
+    name = entry["file_name"]
+    try:
+        "".join([name, *given]).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} has half of a surrogate pair, which is no text: {name!r:.80}") from error
+    if "\0" in name:
+        raise ValueError(f"{place} names a file by what is no name of one: {name!r:.80}")
+    return name, given
 
 
 def split_at_random(images: Dataset, share: float, seed: int, name: str | Path) -> tuple[Dataset, Dataset]:
