@@ -86,6 +86,47 @@ def test_a_caption_that_no_file_or_text_can_be_is_named(line: str, tmp_path: Pat
         read_captioned_folder(tmp_path, "text")
 
 
+_FIGURES = {
+    **{"verdict": "none", "outlier_share": 0, "largest_ratio": 1.5, "attention_on_outliers": None},
+    **{"attention_gathered": 0.2, "drift": 0.1, "clean_kept": 0.9, "task": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *(("figures.json", {"report": {**_FIGURES, "drift": value}}) for value in ("x", None, True, [], 10**400)),
+        ("figures.json", {"choose": {**_FIGURES, "clean_kept": float("nan")}}),
+        ("figures.json", {"choose": {**_FIGURES, "task": float("inf")}}),
+        ("figures.json", {"report": {**_FIGURES, "verdict": "fine"}}),
+        ("figures.json", {"report": {**_FIGURES, "verdict": []}}),
+        *(("figures.json", {side: None}) for side in ("choose", "report")),
+        ("figures.json", {"choose": None, "report": None}),
+        ("figures.json", {"choose": None, "report": None, "why_not": "the base can always be made"}),
+        ("figures.json", {"why_not": 7}),
+        ("figures.json", {"why_not": "it was made"}),
+        *(("times.json", {"seconds": value}) for value in (10**400, float("nan"), "1", True)),
+    ],
+)
+def test_figures_of_a_study_that_cannot_be_are_named(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    files: dict[str, dict[str, Any]] = {
+        "figures.json": {"choose": _FIGURES, "report": _FIGURES, "why_not": None},
+        "times.json": {"seconds": 2},
+    }
+    place = records.place(ARMS[0], 0)
+    place.mkdir(parents=True)
+    for file, values in files.items():
+        (place / file).write_text(json.dumps(values), "utf-8")
+    read = records.read(ARMS[0], 0)
+    assert read is not None
+    assert read.seconds == 2
+    (place / name).write_text(json.dumps(files[name] | change), "utf-8")
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        records.read(ARMS[0], 0)
+    assert f"remove {place}" in str(caught.value)
+
+
 def test_a_report_nested_too_deeply_is_no_report(tmp_path: Path) -> None:
     (tmp_path / "audit.json").write_text(DEEP, "utf-8")
     with pytest.raises(ValueError, match="nested too deeply"):
@@ -105,7 +146,7 @@ def test_a_checkpoint_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["figures.json", "times.json"])
 @pytest.mark.parametrize("text", [DEEP, "", "[]", "{}", '{"choose": {"strange": 1}, "report": null, "why_not": null}'])
 def test_a_damaged_arm_of_a_study_is_named(file: str, text: str, tmp_path: Path) -> None:
-    records, arm = Records(tmp_path), ARMS[0]
+    records, arm = Records(tmp_path), ARMS[-1]
     place = records.place(arm, 0)
     place.mkdir(parents=True)
     (place / "figures.json").write_text(json.dumps({"choose": None, "report": None, "why_not": "x"}), "utf-8")

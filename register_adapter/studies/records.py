@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import nn
 
 from ..artifacts import ArtifactReport
+from ..artifacts.report import Verdict
+from ..towers.identity import is_finite
 from ..training.saving import save_adapter
 from ..utils.files import parse_json, read_text
 from ..utils.staging import staged, write_text
@@ -22,6 +24,8 @@ __all__ = ["ADAPTER", "Record", "Records"]
 _SETTINGS, _AUDIT, _FIGURES, _TIMES = "settings.json", "audit.json", "figures.json", "times.json"
 #: Folder of an arm's adapter, in that of the arm and its seed.
 ADAPTER = "adapter"
+#: Figures that a model may be without.
+_MAY_LACK = {"attention_on_outliers", "task"}
 
 
 class Record(NamedTuple):
@@ -91,10 +95,14 @@ class Records:
             return None
         with _naming(place, place):
             figures, times = (parse_json(read_text(place / name)) for name in (_FIGURES, _TIMES))
-            choose, report = (
-                None if figures[name] is None else Figures(**figures[name]) for name in ("choose", "report")
-            )
-            return Record(choose, report, figures["why_not"], float(times["seconds"]))
+            choose, report = (_figures(name, figures[name]) for name in ("choose", "report"))
+            why_not, seconds = figures["why_not"], _number("seconds", times["seconds"])
+            made, base = (choose is not None, report is not None), arm.kind == "base"
+            if why_not is not None and not isinstance(why_not, str):
+                raise ValueError(f"why_not is {why_not!r:.80}")
+            if made != (why_not is None,) * 2 or (base and why_not is not None):
+                raise ValueError("an arm that was made has both figures, and another says why it was not")
+            return Record(choose, report, why_not, seconds)
 
     def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None, facts: dict[str, Any]) -> None:
         """Write an arm, its figures last; an adapter of ``model`` is saved beside them, with ``facts`` on its card."""
@@ -113,6 +121,30 @@ class Records:
             (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
 
+def _figures(name: str, values: Any) -> Figures | None:
+    """Figures of a file, ``None`` if there are none.
+
+    Raises:
+        TypeError: Others are there, or one is missing.
+        ValueError: One is not what it can be.
+    """
+    if values is None:
+        return None
+    read = Figures(**values)
+    if read.verdict not in get_args(Verdict):
+        raise ValueError(f"verdict of {name} is {read.verdict!r:.80}")
+    for item, value in read.to_dict().items():
+        if item != "verdict" and not (value is None and item in _MAY_LACK):
+            _number(f"{item} of {name}", value)
+    return read
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not is_finite(value):
+        raise ValueError(f"{name} is {value!r:.80}")
+    return float(value)
+
+
 @contextmanager
 def _naming(place: Path, remove: Path) -> Iterator[None]:
     """Have what is wrong with the files of an earlier start name them, and what to remove.
@@ -122,5 +154,5 @@ def _naming(place: Path, remove: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{place} is damaged ({error}); remove {remove}, or name another folder") from error
