@@ -190,6 +190,15 @@ def test_a_test_image_that_is_a_training_image_is_refused(model: Any, processor:
         evaluate_depth(model, scenes, scenes, penalties=())
 
 
+def test_test_images_without_any_class_are_refused(model: Any, processor: Any, sets: Any) -> None:
+    bare = [(image, np.full_like(mask, -1)) for image, mask in sets[1][:2]]
+    with pytest.raises(ValueError, match="no pixel of the 2 test images has a class"):
+        evaluate_segmentation(model, sets[0][:6], bare, image_processor=processor, **QUICK)
+    half = evaluate_segmentation(model, sets[0][:6], [bare[0], sets[1][1]], image_processor=processor, **QUICK)
+    alone = evaluate_segmentation(model, sets[0][:6], [sets[1][1]], image_processor=processor, **QUICK)
+    assert half.rows[0].score.value == alone.rows[0].score.value > 0
+
+
 def test_a_model_is_as_before_after_a_target_that_cannot_be_read(processor: Any, sets: Any) -> None:
     model = add_registers(load_vit(), num_registers=2)
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]

@@ -78,7 +78,8 @@ def evaluate_segmentation(
         progress: Show progress bars.
 
     Raises:
-        ValueError: A set is empty, an image is in both, a mask cannot be read, or no size is known.
+        ValueError: A set is empty, an image is in both, a mask cannot be read, no pixel of the test images has a
+            class, or no size is known.
         ImageFileError: No image is good, or one is bad and may not be.
         UnsupportedModelError: The model has no vision tower, or places of its patches are not known.
         MissingExtraError: scikit-learn is not installed.
@@ -113,6 +114,8 @@ def evaluate_segmentation(
         }
     if any(read != numbers[0] for read in numbers):
         raise ValueError("the models could read different images; give one image_processor, or strict=True")
+    if not any(part[:, 2].any() for parts in counts.values() for part in parts):
+        raise ValueError(f"no pixel of the {len(numbers[0])} test images has a class")
     widest = max(len(part) for parts in counts.values() for part in parts)
     summed = {
         key: np.stack([np.pad(part, ((0, widest - len(part)), (0, 0))) for part in parts])
