@@ -205,6 +205,7 @@ def test_plain_adapters_keep_their_format() -> None:
 SPOILED = {
     "negative": (lambda t: t.update(units=t["units"] - 99), "negative"),
     "beyond": (lambda t: t.update(units=t["units"] + 10_000), "hidden unit"),
+    "twice": (lambda t: t.update(units=t["units"] * 0), "more than once"),
     "float": (lambda t: t.update(units=t["units"].float()), "dtype"),
     "short": (lambda t: t.update(units=t["units"][:-1]), "shape"),
     "missing": (lambda t: t.pop("strength"), "strength"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from peft import PeftConfig
@@ -56,6 +57,11 @@ def check_units(tower: Tower, neurons: Mapping[int, Any], source: str) -> None:
             raise AdapterFileError(
                 f"{source} names hidden unit {highest} of block {block} of {name}, whose MLP has {width}. "
                 "Nothing was changed."
+            )
+        known = sorted(unit for unit in units if unit >= 0) if isinstance(units, list) else []  # -1 is yet to come
+        if twice := [unit for unit, following in pairwise(known) if unit == following]:
+            raise AdapterFileError(
+                f"{source} names hidden unit {twice[0]} of block {block} of {name} more than once. Nothing was changed."
             )
 
 
