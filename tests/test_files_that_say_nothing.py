@@ -78,6 +78,9 @@ def test_half_a_surrogate_pair_is_no_name_of_an_image(tmp_path: Path) -> None:
         '{"file_name": "\\ud800.png", "text": "a"}',
         '{"file_name": "a.png", "text": ["b", "\\ud800"]}',
         '{"file_name": "a\\u0000.png", "text": "a"}',
+        '{"file_name": "", "text": "a"}',
+        '{"file_name": "/etc/a.png", "text": "a"}',
+        '{"file_name": "b/../../a.png", "text": "a"}',
     ],
 )
 def test_a_caption_that_no_file_or_text_can_be_is_named(line: str, tmp_path: Path) -> None:

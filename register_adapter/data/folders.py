@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -150,8 +150,10 @@ def _read_caption(line: bytes, column: str, place: str) -> tuple[str, list[str]]
         "".join([name, *given]).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place} has half of a surrogate pair, which is no text: {name!r:.80}") from error
-    if "\0" in name:
+    if "\0" in name or not name:
         raise ValueError(f"{place} names a file by what is no name of one: {name!r:.80}")
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise ValueError(f"{place} names a file outside of its folder, {name!r:.80}: names are relative to the folder")
     return name, given
 
 
