@@ -1,4 +1,4 @@
-"""What a save of registers writes can be loaded again: weights of any float, and none of the base's embeddings."""
+"""What a save of registers, or offsets, writes can be loaded again: any float, and none of the base's embeddings."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from helpers import assert_identical, run
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from register_adapter import PositionConfig, RegisterConfig, add_registers, compose, find_register_layer, load_adapters
+from register_adapter.tuner.positions import position_layers
 from register_adapter.utils.adapter_file import read_header
 
 
@@ -178,3 +179,47 @@ def test_a_head_that_is_called_what_keys_begin_with_is_left_out_alone(tmp_path: 
         loaded = PeftModel.from_pretrained(build("vit"), tmp_path)
     weight = find_register_layer(loaded).tokens("default").weight
     assert torch.equal(weight, find_register_layer(model).tokens("default").weight)
+
+
+def offsets_of(model: Any, name: str) -> torch.Tensor:
+    values: torch.Tensor = position_layers(model)[0].offset_positions_values[name].weight.data
+    return values
+
+
+@pytest.mark.parametrize("way", ["PEFT", "transformers"])
+@pytest.mark.parametrize("other", ["weight", "embeddings", "offset_positions_values"])
+def test_offsets_beside_an_adapter_called_like_a_part_of_their_key(other: str, way: str, tmp_path: Path) -> None:
+    model: Any = build("vit")
+    if way == "PEFT":
+        model = get_peft_model(model, PositionConfig(), adapter_name="own")
+        model.add_adapter(other, PositionConfig())
+    else:
+        for name in ("own", other):
+            model.add_adapter(PositionConfig(), name)
+        model.set_adapter("own")
+    expected = offsets_of(model, "own").normal_().clone()
+    model.save_pretrained(tmp_path)
+    folder = tmp_path / "own" if way == "PEFT" else tmp_path
+    again = PeftModel.from_pretrained(build("vit"), folder, ignore_base_mismatch=True)
+    assert torch.equal(offsets_of(again, "default"), expected)
+
+
+def test_offsets_without_resized_embeddings(resized: Path, tmp_path: Path) -> None:
+    model = get_peft_model(with_more_words(resized), PositionConfig())
+    model.save_pretrained(tmp_path)
+    assert len(read_header(tmp_path / "adapter_model.safetensors")) == 1
+    PeftModel.from_pretrained(with_more_words(resized), tmp_path)
+    with pytest.raises(ValueError, match="registers and moved position embeddings: they train no"):
+        model.save_pretrained(tmp_path / "other", save_embedding_layers=True)
+
+
+@pytest.mark.parametrize("part", ["offsets", "head"])
+def test_offsets_that_no_loader_takes_are_not_written(part: str, tmp_path: Path) -> None:
+    model: Any = get_peft_model(build("vit-classifier"), PositionConfig(modules_to_save=["classifier"]))
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    head = model.get_base_model().classifier.modules_to_save["default"].weight.data
+    (offsets_of(model, "default") if part == "offsets" else head).fill_(torch.nan)
+    with pytest.raises(ValueError, match="'default' is not saved, since no file with such values can be loaded"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before

@@ -23,6 +23,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper, register_peft_method
 from torch import nn
 
+from ..utils.adapter_file import check_savable_values
+
 __all__ = [
     "CHECKS_IMPORTS",
     "METHOD",
@@ -89,7 +91,7 @@ def register(config_cls: type, model_cls: type) -> None:
 
 
 def register_positions(config_cls: type, model_cls: type) -> None:
-    """The same for the method that moves position embeddings, which PEFT's own writer serves."""
+    """The same for the method that moves position embeddings."""
     if member(POSITIONS) not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name=POSITIONS, config_cls=config_cls, model_cls=model_cls, prefix=f"{POSITIONS}_")
         _READERS[POSITIONS.upper()], _LOADERS[POSITIONS.upper()] = config_cls, model_cls
@@ -150,13 +152,14 @@ def _load_by_method() -> None:
 
 
 _NO_EMBEDDINGS = (
-    "save_embedding_layers=True is not offered for registers: they train no embedding layer, and no loader takes a "
-    "file with weights of the base's own. Leave it out, and save the base too if its embeddings were changed."
+    "save_embedding_layers=True is not offered for registers and moved position embeddings: they train no embedding "
+    "layer, and no loader takes a file with weights of the base's own. Leave it out, and save the base too if its "
+    "embeddings were changed."
 )
 
 
 def _save_with(model_cls: Any) -> None:
-    """Have PEFT gather a register adapter's tensors alone, from what can be loaded.
+    """Have PEFT gather an adapter's tensors alone, of these methods, from what can be loaded.
 
     It would write the base's embedding layers along where the vocabulary of a model around the tower was resized, which
     no loader takes, and leave out what has another adapter's name anywhere in its key, be it "weight" or "gate".
@@ -172,17 +175,21 @@ def _save_with(model_cls: Any) -> None:
         values = given.arguments
         model, name = getattr(values["model"], "_orig_mod", values["model"]), values["adapter_name"]
         configs = getattr(model, "peft_config", {})
-        if getattr(configs.get(name), "peft_type", None) == peft_type():
+        method = getattr(configs.get(name), "peft_type", None)
+        if method in (peft_type(), member(POSITIONS)):
             if values["save_embedding_layers"] is True:
                 raise ValueError(_NO_EMBEDDINGS)
             values["save_embedding_layers"] = False
             state = model.state_dict() if values["state_dict"] is None else values["state_dict"]
-            if not SAVES_BY_TUNER:
+            if not SAVES_BY_TUNER and method == peft_type():
                 state = model_cls.state_to_save(model, name, state)
-            mark, own = f".{PREFIX}tokens.", f".{PREFIX}tokens.{name}."
-            values["state_dict"] = {k: v for k, v in state.items() if mark not in k or own in k}
+            mark = f".{PREFIX}tokens." if method == peft_type() else f".{POSITIONS}_values."
+            values["state_dict"] = {k: v for k, v in state.items() if mark not in k or f"{mark}{name}." in k}
             values["model"] = with_one(model, name)
-        return inherited(*given.args, **given.kwargs)
+        tensors = inherited(*given.args, **given.kwargs)
+        if method == member(POSITIONS):  # registers' tuner has looked at its own
+            check_savable_values(tensors, name)
+        return tensors
 
     for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model, peft.functional):
         holder.get_peft_model_state_dict = get_peft_model_state_dict
