@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from families import build, loads_heads, make_inputs
 from helpers import Snapshot, assert_identical, run
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_save_load import found_by_transformers, with_tower_of
 from torch import nn
@@ -115,10 +115,15 @@ def test_a_spoiled_file_changes_nothing(spoiled: str, way: str, tmp_path: Path) 
         ("adapter_model.safetensors", None, "no weights"),
         ("adapter_config.json", {"base_tower": 5}, "base_tower must be dict"),
         ("adapter_config.json", {"target_modules": [1]}, "target_modules must hold names"),
+        ("adapter_config.json", {"modules_to_save": 5}, "modules_to_save must be list or tuple"),
+        ("adapter_config.json", {"modules_to_save": [["a"]]}, "modules_to_save must hold names"),
+        ("adapter_config.json", {"modules_to_save": ["offset_positions"]}, "the offsets themselves"),
+        ("adapter_config.json", {"inference_mode": "yes"}, "inference_mode must be bool"),
+        ("adapter_config.json", {"revision": 5}, "revision must be str or None"),
         ("adapter_config.json", {"modules_to_save": "classifier"}, "modules_to_save must be list"),
         ("adapter_config.json", {"base_model_name_or_path": 5}, "base_model_name_or_path must be str"),
     ],
-    ids=["damaged", "no weights", "base", "target", "heads", "name"],
+    ids=["damaged", "no weights", "base", "target", "head", "head in a list", "own module", "mode", "revision", "heads", "name"],
 )
 def test_so_do_damaged_files_and_configs(way: str, name: str, content: Any, message: str, tmp_path: Path) -> None:
     file = write("tower", tmp_path) / name
@@ -230,3 +235,12 @@ def test_a_task_of_text_is_refused_on_a_model_without(task_type: str) -> None:
         get_peft_model(model, PositionConfig(task_type=task_type))
     before.check()
     assert not position_layers(model)
+
+
+def test_a_class_outside_of_the_list_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("register_adapter.tuner.positions.config.CHECKS_IMPORTS", False)  # as in PEFT 0.18
+    config = write("tower", tmp_path) / "adapter_config.json"
+    kept = {"parent_library": "transformers", "base_model_class": "ViTModel"}
+    for named, expected in ((kept, kept), ({**kept, "parent_library": "strange_module"}, None)):
+        config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), "auto_mapping": named}), "utf-8")
+        assert PeftConfig.from_pretrained(str(tmp_path)).auto_mapping == expected

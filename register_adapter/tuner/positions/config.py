@@ -9,14 +9,16 @@ from peft import PeftConfig
 
 from ...towers.identity import TowerIdentity
 from ...utils.adapter_file import TensorInfo, check_adapter_file, read_header
-from .._peft_compat import POSITIONS, member
+from .._peft_compat import CHECKS_IMPORTS, POSITIONS, member
 from ..fields import check_types, one_name
-from ..reading import SavedFolder, SavedWeights, naming
+from ..reading import SavedFolder, SavedWeights, naming, without_unlisted
 
 __all__ = ["OFFSETS_KEY", "PositionConfig"]
 
 #: The end of the offsets' key in a file.
 OFFSETS_KEY = f"{POSITIONS}.{POSITIONS}_values.weight"
+# Names of the modules that hold the offsets.
+_OWN = {POSITIONS, f"{POSITIONS}_values"}
 
 
 @dataclass
@@ -31,7 +33,7 @@ class PositionConfig(PeftConfig):
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: ``target_modules`` names several towers.
+        ValueError: ``target_modules`` names several towers, or ``modules_to_save`` the offsets themselves.
     """
 
     target_modules: str | list[str] | None = field(
@@ -51,6 +53,13 @@ class PositionConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = member(POSITIONS)
         check_types(self)
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)
+        if own := [name for name in self.modules_to_save or () if not _OWN.isdisjoint(name.split("."))]:
+            raise ValueError(
+                f"modules_to_save names {own[0]!r}, the offsets themselves, which are always saved: leave it out"
+            )
+        self.auto_mapping: dict[str, Any] | None = without_unlisted(self.auto_mapping, any_package=CHECKS_IMPORTS)
         self.from_file = self.base_tower is not None
         #: What is beside the config in its file, which has been checked.
         self.saved_weights: SavedWeights | None = None
