@@ -123,7 +123,19 @@ def test_a_spoiled_file_changes_nothing(spoiled: str, way: str, tmp_path: Path) 
         ("adapter_config.json", {"modules_to_save": "classifier"}, "modules_to_save must be list"),
         ("adapter_config.json", {"base_model_name_or_path": 5}, "base_model_name_or_path must be str"),
     ],
-    ids=["damaged", "no weights", "base", "target", "head", "head in a list", "own module", "mode", "revision", "heads", "name"],
+    ids=[
+        "damaged",
+        "no weights",
+        "base",
+        "target",
+        "head",
+        "head in a list",
+        "own module",
+        "mode",
+        "revision",
+        "heads",
+        "name",
+    ],
 )
 def test_so_do_damaged_files_and_configs(way: str, name: str, content: Any, message: str, tmp_path: Path) -> None:
     file = write("tower", tmp_path) / name

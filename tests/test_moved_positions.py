@@ -309,3 +309,21 @@ def test_without_compose_they_are_taken_off_and_put_on_again() -> None:
     assert torch.equal(outputs("vit", base), plain)
     move(base)
     assert not torch.equal(outputs("vit", base), plain)
+
+
+@pytest.mark.parametrize("adding", [True, False])
+def test_whoever_walks_over_a_model_is_not_disturbed(adding: bool) -> None:
+    """By offsets that another thread adds or deletes at any step of it."""
+    model = get_peft_model(fresh("vit"), PositionConfig())
+    if not adding:
+        model.add_adapter("guest", PositionConfig())
+    (layer,) = position_layers(model)
+    own, before, seen = layer.offset_positions_values["default"], list(model.modules()), []
+    for module in model.modules():
+        seen.append(module)
+        if module is own and adding:
+            model.add_adapter("guest", PositionConfig())
+        elif module is own:
+            model.delete_adapter("guest")
+    assert seen == before
+    assert ("guest" in layer.offset_positions_values) == adding

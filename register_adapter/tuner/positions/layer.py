@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .._peft_compat import POSITIONS
+from ..registers import ByAdapter
 from ..undo import Before, check_arrived, is_transformers
 
 __all__ = ["PositionLayer", "position_layers"]
@@ -63,7 +64,7 @@ class PositionLayer(nn.Module, BaseTunerLayer):
         # In a tuple, which makes no submodule of it: it holds this layer.
         self._place = (owner, name)
         self._frozen: torch.Tensor | None = None
-        self.offset_positions_values = nn.ModuleDict()
+        self.offset_positions_values = ByAdapter()
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         #: The model before it got an adapter whose values are still to come from a file.
@@ -96,7 +97,8 @@ class PositionLayer(nn.Module, BaseTunerLayer):
         Raises:
             AdapterFileError: transformers has put an adapter on, and its offsets or heads have not come in.
         """
-        for name, offsets in self.offset_positions_values.items() if is_transformers(self.before) else ():
+        # A list: another thread may delete one.
+        for name, offsets in list(self.offset_positions_values.items()) if is_transformers(self.before) else ():
             check_arrived(offsets, name, self.before, "position")
         self.before = None
         super().train(mode)
