@@ -18,7 +18,7 @@ from test_save_load import found_by_transformers, with_tower_of
 from torch import nn
 
 from register_adapter import PositionConfig
-from register_adapter.errors import AdapterFileError
+from register_adapter.errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
 from register_adapter.tuner.positions import position_layers
 
 OFFSETS = "base_model.model.embeddings.offset_positions.offset_positions_values.weight"
@@ -86,10 +86,12 @@ WAYS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def refused(load: Callable[[], Any], model: nn.Module, inputs: Any, message: str, folder: Path) -> None:
+def refused(
+    load: Callable[[], Any], model: nn.Module, inputs: Any, message: str, folder: Path, kind: Any = AdapterFileError
+) -> None:
     before = Snapshot(model, inputs)
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(AdapterFileError, match=message) as error:
+    with pytest.raises(kind, match=message) as error:
         load()
     assert str(folder) in str(error.value)
     before.check()
@@ -256,3 +258,18 @@ def test_a_class_outside_of_the_list_is_not_imported(tmp_path: Path, monkeypatch
     for named, expected in ((kept, kept), ({**kept, "parent_library": "strange_module"}, None)):
         config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), "auto_mapping": named}), "utf-8")
         assert PeftConfig.from_pretrained(str(tmp_path)).auto_mapping == expected
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("kind", "error"), [("another base", BaseModelMismatchError), ("no tower", UnsupportedModelError)]
+)
+def test_a_refusal_of_the_base_names_the_file(kind: str, error: Any, way: str, tmp_path: Path) -> None:
+    file = write("tower", tmp_path) / "adapter_config.json"
+    model, inputs = base("tower"), make_inputs("vit")
+    if kind == "no tower":
+        file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "target_modules": "elsewhere"}), "utf-8")
+    else:
+        with torch.no_grad():
+            model.embeddings.patch_embeddings.projection.weight.mul_(-1)
+    refused(lambda: WAYS[way](model, str(tmp_path)), model, inputs, "", tmp_path, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
 from ..heads import modules_called
+from ..reading import naming
 from ..saved_keys import copied_modules
 from ..undo import unchanged_if_refused, values_unchanged_if_refused
 from .config import OFFSETS_KEY, PositionConfig
@@ -60,7 +61,8 @@ class PositionModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not isinstance(config, PositionConfig):
             raise TypeError(f"expected a PositionConfig for adapter {adapter_name!r}, got {type(config).__name__}")
-        with unchanged_if_refused(model) as before:
+        folder = naming(config.saved_weights.path.parent) if config.saved_weights else nullcontext()
+        with unchanged_if_refused(model) as before, folder:
             before.forget(adapter_name)
             check_name(adapter_name)
             check_task(model, config)
