@@ -203,6 +203,26 @@ def test_an_annealed_run_can_be_resumed(planted: Path, tmp_path: Path) -> None:
     assert adapter_bytes(tmp_path / "parts") == adapter_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_best_of_an_annealed_run_has_the_strength_that_it_was_measured_with(
+    resumed: bool, planted: Path, tmp_path: Path
+) -> None:
+    """The strength is no parameter, and went on to fall after the best evaluation."""
+    words = ("--init", "test_time", "--neurons", "anneal", "--load_best_model_at_end", "--eval_steps", "1")
+    # Later steps ruin the registers, so that an early one is the best.
+    options = (*words, "--learning_rate", "10", "--checkpointing_steps", "5", "--train_val_split", "0.5")
+    main(flags(planted, tmp_path / "a", *options))
+    if resumed:
+        shutil.copytree(tmp_path / "a" / "checkpoint-5", tmp_path / "b" / "checkpoint-5")
+        main(flags(planted, tmp_path / "b", *options, "--resume_from_checkpoint", "latest"))
+    out = tmp_path / ("b" if resumed else "a")
+    results = json.loads((out / "results.json").read_text())
+    step, total = results["best"]["step"], results["global_step"]
+    assert step < 5 < total
+    expected = 1 - (step - 1) / total / 0.8
+    assert trained(out)["strength"].tolist() == pytest.approx([expected] * len(trained(out)["strength"]))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...tuner.composed import ComposedPeftModel
+from ...tuner.neuron_shift import NeuronShift
 from ...utils.adapter_file import read_tensors
 from ...utils.files import checksum, open_regular
 from ...utils.hub import MANIFEST_NAME
@@ -155,7 +156,8 @@ def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
     """What is trained as it is now, on the CPU; every process calls it, and where it is sharded the main one has it."""
     weights = adapter_weights(accelerator, model)
     if weights is None:
-        weights = trained_parameters(accelerator.unwrap_model(model))
+        inner = accelerator.unwrap_model(model)
+        weights = trained_parameters(inner) | _strengths(inner)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
@@ -167,9 +169,22 @@ def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, t
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(model, dict(weights), options=options)
         return
+    inner = accelerator.unwrap_model(model)
     with torch.no_grad():
-        for name, parameter in trained_parameters(accelerator.unwrap_model(model)).items():
+        for name, parameter in trained_parameters(inner).items():
             parameter.copy_(weights[name])
+        for name, strength in _strengths(inner).items():
+            if name in weights:  # checkpoints of earlier versions lack it
+                strength.copy_(weights[name])
+
+
+def _strengths(model: nn.Module) -> dict[str, torch.Tensor]:
+    """How far register neurons that are not trained are shifted, by name: a run may anneal it."""
+    return {
+        f"{name}.strength": module.strength
+        for name, module in model.named_modules()
+        if isinstance(module, NeuronShift) and module.slices and not isinstance(module.strength, nn.Parameter)
+    }
 
 
 def _check_unpacked(file: BinaryIO) -> None:
