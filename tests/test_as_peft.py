@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from families import build, make_inputs
 from helpers import run
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 
-from register_adapter import AdapterFileError, HubAccessError, RegisterConfig, RegisterPeftModel, add_registers
+from register_adapter import (
+    AdapterFileError,
+    HubAccessError,
+    PositionConfig,
+    RegisterConfig,
+    RegisterPeftModel,
+    add_registers,
+    compose,
+    rename_adapter,
+)
 from register_adapter.utils import hub
 
 
@@ -39,6 +50,36 @@ def test_a_name_that_a_head_has_is_refused_first(name: str) -> None:
     assert not getattr(base, "peft_config", {})
     assert not hasattr(base.vit, "registers")
     run(get_peft_model(base, RegisterConfig(), name), make_inputs("vit-classifier"))  # without a head it is free
+
+
+HEADED: dict[str, Callable[..., PeftConfig]] = {
+    "registers": RegisterConfig,
+    "positions": PositionConfig,
+    "LoRA": partial(LoraConfig, target_modules=["q_proj", "query"]),
+}
+
+
+@pytest.mark.parametrize("way", ["PEFT", "compose", "rename"])
+@pytest.mark.parametrize("method", HEADED)
+def test_so_it_is_for_every_method_and_way_in(method: str, way: str) -> None:
+    """PEFT would write the head's tensors under keys that nothing loads."""
+    base, config = build("vit-classifier"), HEADED[method](modules_to_save=["classifier"])
+    if method == "LoRA" and way == "PEFT":
+        pytest.skip("PEFT's own")
+    model = compose(base, {"own": config}) if way == "rename" else base
+    for name in ("weight", "classifier"):
+        before = list(model.state_dict())
+        calls: dict[str, Callable[[], Any]] = {
+            "PEFT": partial(get_peft_model, model, config, name),
+            "compose": partial(compose, model, {name: config}),
+            "rename": partial(rename_adapter, model, "own", name),
+        }
+        with pytest.raises(ValueError, match=f"called '{name}' cannot have 'classifier' in modules_to_save"):
+            calls[way]()
+        assert list(model.state_dict()) == before
+    if way == "rename":
+        rename_adapter(model, "own", "modules_to_save")
+        assert list(model.peft_config) == ["modules_to_save"]
 
 
 def test_the_model_runs_when_the_last_adapter_is_gone() -> None:

@@ -91,17 +91,17 @@ def lacking_modules(model: nn.Module, tower: Tower, names: Iterable[str]) -> lis
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str, names: Iterable[str]) -> None:
-    """An adapter's name is a part of its tensors' keys, and must be told apart from the heads' own names.
+    """An adapter's name is a part of its tensors' keys, and is told apart from the heads' own names.
 
     Raises:
         ValueError: PEFT would take it for a module of ``names``, or for a tensor in one.
     """
-    for wanted in names:
-        tensors = [key for module in modules_called(model, wanted).values() for key in module.state_dict()]
-        if tensors and (adapter_name.endswith(wanted) or any(adapter_name in key.split(".") for key in tensors)):
+    for wanted, called in ((name, modules_called(model, name).values()) for name in names):
+        keys = [key for m in called for key in getattr(m, "original_module", m).state_dict()]
+        if keys and (adapter_name.endswith(wanted) or any(adapter_name in key.split(".") for key in keys)):
             raise ValueError(
-                f"an adapter called {adapter_name!r} cannot have {wanted!r} in modules_to_save: PEFT would take its "
-                "name for that of the module, or of a tensor in it. Choose another adapter_name."
+                f"an adapter called {adapter_name!r} cannot have {wanted!r} in modules_to_save: PEFT would take "
+                "its name for that of the module, or of a tensor in it. Choose another adapter_name."
             )
 
 

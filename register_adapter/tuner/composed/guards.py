@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...utils.module_names import check_copies_load
 from .._peft_compat import name_linear_layers
 from ..checks.copied_layers import check_own_layers, wrappers
-from ..heads import TRAINED_BESIDE
+from ..heads import TRAINED_BESIDE, check_adapter_name
 from ..layer import RegisterLayer
 from ..left_out import in_context
 
@@ -25,15 +26,27 @@ __all__ = [
     "check_layers",
     "check_merges",
     "check_switched_on",
+    "fit_copies",
     "flags_kept",
     "hooks_lifted",
-    "leave_out_copies",
     "trained_beside",
     "trained_biases",
 ]
 
 #: Held by a thread that switches layers of PEFT's.
 SWITCHING = threading.RLock()
+
+
+def fit_copies(model: nn.Module, name: str, config: PeftConfig) -> None:
+    """What an adapter saves as a whole can be loaded again by the keys that PEFT writes, and gets no layers.
+
+    Raises:
+        ValueError: It cannot, because of the modules' names or of the adapter's.
+    """
+    names = getattr(config, "modules_to_save", None) or ()
+    check_copies_load(model, names, by_end=False)
+    check_adapter_name(model, name, names)
+    leave_out_copies(model, config)
 
 
 @contextlib.contextmanager

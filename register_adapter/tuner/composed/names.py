@@ -13,6 +13,7 @@ from torch import nn
 
 from ...utils.parameters import check_module
 from ..fields import check_known
+from ..heads import check_adapter_name
 from .folder import check_name
 from .methods import check_composable
 
@@ -28,13 +29,14 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         new: The name it gets.
 
     Raises:
-        ValueError: There is no adapter ``old``, or ``new`` is in use or not a plain name.
+        ValueError: There is no adapter ``old``, or ``new`` is in use, not a plain name, or a head's.
     """
     base = innermost(model)
     configs = configs_of(base)
     check_known([old], configs)
     if check_name(new) in configs:
         raise ValueError(f"the name {new!r} is in use; the model has {list(configs)}")
+    check_adapter_name(base, new, getattr(configs[old], "modules_to_save", None) or ())
     for module in [*model.modules(), *base.modules()]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | BaseTuner | PeftModel):
             _rename(module, old, new)

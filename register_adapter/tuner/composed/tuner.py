@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...utils.module_names import check_copies_load
 from .._peft_compat import remap_on_load
 from ..config import RegisterConfig
 from ..fields import check_known
@@ -22,7 +21,7 @@ from ..model import RegisterModel
 from ..positions import PositionLayer, position_layers
 from ..registers import refuse_merging
 from .aside import Aside
-from .guards import check_heads, check_layers, check_merges, flags_kept, hooks_lifted, leave_out_copies, trained_biases
+from .guards import check_heads, check_layers, check_merges, fit_copies, flags_kept, hooks_lifted, trained_biases
 
 __all__ = ["ComposedTuner"]
 
@@ -141,8 +140,7 @@ class ComposedTuner(BaseTuner):
         rivals, active = self._of(method), self.active_adapters
         if not rivals:
             check_heads({**self.peft_config, name: config}, [*active, name])
-        check_copies_load(self.model, getattr(config, "modules_to_save", None) or (), by_end=False)
-        leave_out_copies(self.model, config)
+        fit_copies(self.model, name, config)
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
         kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
         with kept, hooks_lifted(self.model):

@@ -23,7 +23,7 @@ from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
 from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
-from ..heads import modules_called
+from ..heads import check_adapter_name, modules_called
 from ..reading import naming
 from ..saved_keys import copied_modules
 from ..undo import unchanged_if_refused, values_unchanged_if_refused
@@ -69,6 +69,7 @@ class PositionModel(BaseTuner):
             tower = find_tower(model, config.tower_name)
             if not config.from_file:
                 check_copies_load(model, config.modules_to_save or (), by_end=False)
+            check_adapter_name(model, adapter_name, config.modules_to_save or ())
             self._place = place_of_positions(tower)
             present = TowerIdentity.of(tower)
             check_finite_base(tower, present)
