@@ -164,3 +164,36 @@ def test_another_decay_is_another_run(case: Path, whole: Path, tmp_path: Path, c
         assert stopped(flags(case, tmp_path / "out", *words, str(whole / "checkpoint-3"), *decay)) == 1
         assert "written by a run with other settings (objective:" in capfd.readouterr().err
     assert json.loads((whole / "results.json").read_text())["global_step"] == STEPS
+
+
+# What is saved as the best
+
+
+class Statistics(Callback):
+    """Keeps the running mean of the head's BatchNorm as it is evaluated, by step."""
+
+    def __init__(self) -> None:
+        self.means: list[torch.Tensor] = []
+
+    def on_evaluate_begin(self, model: Any) -> None:
+        self.means.append(
+            next(value for key, value in model.named_buffers() if key.endswith("default.0.running_mean")).clone()
+        )
+
+
+def test_the_best_head_has_the_running_statistics_that_it_was_measured_with(tmp_path: Path) -> None:
+    """They are no parameters, and later steps move them too."""
+    torch.manual_seed(0)
+    base: Any = build("vit-classifier")
+    base.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(base.config.hidden_size), base.classifier)
+    model, record = add_registers(base, 2, modules_to_save=["classifier"]), Statistics()
+    args = TrainArguments(
+        str(tmp_path), quiet=True, use_cpu=True, max_train_steps=5, eval_steps=1, greater_is_better=True
+    )
+    args.load_best_model_at_end = True
+    results = train(model, ClassificationObjective(), items(), args, items(), callbacks=[record])
+    step = results["best"]["step"]
+    kept = next(value for key, value in model.named_buffers() if key.endswith("default.0.running_mean"))
+    assert step < 5
+    assert torch.equal(kept, record.means[step - 1])
+    assert not torch.equal(kept, record.means[4])

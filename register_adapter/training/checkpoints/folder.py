@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -157,7 +158,7 @@ def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
     weights = adapter_weights(accelerator, model)
     if weights is None:
         inner = accelerator.unwrap_model(model)
-        weights = trained_parameters(inner) | _strengths(inner)
+        weights = trained_parameters(inner) | _moving_buffers(inner)
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
@@ -173,18 +174,25 @@ def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, t
     with torch.no_grad():
         for name, parameter in trained_parameters(inner).items():
             parameter.copy_(weights[name])
-        for name, strength in _strengths(inner).items():
+        for name, buffer in _moving_buffers(inner).items():
             if name in weights:  # checkpoints of earlier versions lack it
-                strength.copy_(weights[name])
+                buffer.copy_(weights[name])
 
 
-def _strengths(model: nn.Module) -> dict[str, torch.Tensor]:
-    """How far register neurons that are not trained are shifted, by name: a run may anneal it."""
-    return {
-        f"{name}.strength": module.strength
-        for name, module in model.named_modules()
-        if isinstance(module, NeuronShift) and module.slices and not isinstance(module.strength, nn.Parameter)
-    }
+def _moving_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is saved with the trained parameters and changes without a gradient, by name.
+
+    How far register neurons are shifted, which a run may anneal, and the buffers of modules that are saved as a whole,
+    such as the running statistics of a BatchNorm.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NeuronShift) and module.slices and not isinstance(module.strength, nn.Parameter):
+            found[f"{name}.strength"] = module.strength
+        elif isinstance(module, ModulesToSaveWrapper):
+            state = module.modules_to_save.state_dict(prefix=f"{name}.modules_to_save.", keep_vars=True)
+            found |= {key: value for key, value in state.items() if not isinstance(value, nn.Parameter)}
+    return found
 
 
 def _check_unpacked(file: BinaryIO) -> None:
