@@ -180,6 +180,8 @@ def _save_with(model_cls: Any) -> None:
             if values["save_embedding_layers"] is True:
                 raise ValueError(_NO_EMBEDDINGS)
             values["save_embedding_layers"] = False
+            if method == member(POSITIONS):
+                _LOADERS[POSITIONS.upper()].find_again(model)
             state = model.state_dict() if values["state_dict"] is None else values["state_dict"]
             if not SAVES_BY_TUNER and method == peft_type():
                 state = model_cls.state_to_save(model, name, state)

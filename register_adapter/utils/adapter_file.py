@@ -252,7 +252,9 @@ def check_plain(keys: list[str], adapter_name: str) -> None:
 
 
 def check_savable_values(tensors: Mapping[str, torch.Tensor], adapter_name: str) -> None:
-    """The same of tensors that are all the adapter's, whatever their keys."""
+    """The same of tensors that are all the adapter's, whatever their keys; there are some."""
+    if not tensors:
+        raise ValueError(f"adapter {adapter_name!r} is not saved: its tensors are not in the state that is to be saved")
     if faults := _value_faults(tensors):
         raise ValueError(
             f"adapter {adapter_name!r} is not saved, since no file with such values can be loaded: "

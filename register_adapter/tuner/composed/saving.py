@@ -60,10 +60,10 @@ def write_adapters(
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     check_own_layers(composed.get_base_model(), names)
-    state = state_with_values(composed) if state_dict is None else state_dict
     renew_bases(composed)
     for config in composed.peft_config.values():
         renew_base(composed.get_base_model(), config)
+    state = state_with_values(composed) if state_dict is None else state_dict
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     for name, (_, tensors) in adapters.items():
         check_plain([key for key in tensors if ".register_adapter_tokens." in key], name)

@@ -18,7 +18,7 @@ from ..config import RegisterConfig
 from ..fields import check_known
 from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
-from ..positions import PositionLayer, position_layers
+from ..positions import PositionLayer, position_layers, take_off
 from ..registers import refuse_merging
 from .aside import Aside
 from .guards import check_heads, check_layers, check_merges, fit_copies, flags_kept, hooks_lifted, trained_biases
@@ -78,7 +78,8 @@ class ComposedTuner(BaseTuner):
 
     def _layers(self, method: Any) -> list[BaseTunerLayer]:
         kind = PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls
-        return [module for module in self.model.modules() if isinstance(module, kind)]
+        among = position_layers(self.model) if kind is PositionLayer else self.model.modules()
+        return [module for module in among if isinstance(module, kind)]
 
     @property
     def _heads(self) -> list[AuxiliaryTrainingWrapper]:
@@ -234,10 +235,10 @@ class ComposedTuner(BaseTuner):
         kinds = tuple(PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls for method in methods)
         for layer in attached_layers(self.model) if RegisterLayer in kinds else []:
             layer.detach()
-        for offsets in position_layers(self.model) if PositionLayer in kinds else []:
-            if merge:
+        if PositionLayer in kinds:
+            for offsets in position_layers(self.model) if merge else []:
                 offsets.merge(**options)
-            offsets.detach()
+            take_off(self.model)
         with hooks_lifted(self.model):
             done: list[str] = []
             for path, module in list(self.model.named_modules()):

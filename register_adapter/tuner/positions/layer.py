@@ -20,11 +20,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ...errors import UnsupportedModelError
 from .._peft_compat import POSITIONS
 from ..registers import ByAdapter
 from ..undo import Before, check_arrived, is_transformers
 
-__all__ = ["PositionLayer", "position_layers"]
+__all__ = ["CHILD", "PositionLayer"]
 
 #: Name of the layer in the module that owns the position embeddings.
 CHILD = POSITIONS
@@ -69,6 +70,11 @@ class PositionLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         #: The model before it got an adapter whose values are still to come from a file.
         self.before: Before | None = None
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The module whose parameter the position embeddings are, and its name there."""
+        return self._place
 
     @property
     def base(self) -> nn.Parameter:
@@ -158,6 +164,29 @@ class PositionLayer(nn.Module, BaseTunerLayer):
         owner.add_module(CHILD, self)
         owner.__class__ = _reading_through(kind, name)
 
+    def move_to(self, owner: nn.Module) -> None:
+        """Add the offsets to the position embeddings of another owner, which somebody has put in the place of its own.
+
+        Raises:
+            UnsupportedModelError: It has none of this shape, or the offsets were merged into those that are gone.
+        """
+        before, name = self._place
+        values: Any = owner._parameters.get(name)
+        shape = next((tuple(cast(_Offsets, kept).weight.shape) for kept in self.offset_positions_values.values()), None)
+        if shape is None:
+            return
+        found = None if values is None else tuple(values.shape)
+        if self.merged or found != shape:
+            what = "which they were merged into" if self.merged else f"of shape {list(shape)}"
+            raise UnsupportedModelError(
+                f"the position embeddings {what}, that the adapters {list(self.offset_positions_values)} move, were "
+                f"replaced with {type(owner).__name__}, whose {name!r} has the shape {list(found or ())}. Put the old "
+                f"{type(before).__name__} back, or take the adapters off with unload()."
+            )
+        self.detach()
+        self._place = (owner, name)
+        self.attach()
+
     def detach(self) -> None:
         """Undo :meth:`attach`; what was merged stays in the position embeddings."""
         owner, _ = self._place
@@ -165,11 +194,6 @@ class PositionLayer(nn.Module, BaseTunerLayer):
         before = vars(type(owner)).get(_BEFORE)
         if before is not None:  # a class that somebody made from it since then reads what is there without this layer
             owner.__class__ = before
-
-
-def position_layers(model: nn.Module) -> list[PositionLayer]:
-    """All layers with offsets in a model, one per tower."""
-    return [module for module in model.modules() if isinstance(module, PositionLayer)]
 
 
 _BEFORE = "_without_offsets"

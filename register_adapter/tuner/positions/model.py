@@ -28,7 +28,8 @@ from ..reading import naming
 from ..saved_keys import copied_modules
 from ..undo import unchanged_if_refused, values_unchanged_if_refused
 from .config import OFFSETS_KEY, PositionConfig
-from .layer import CHILD, PositionLayer, position_layers
+from .following import follow, position_layers, take_off
+from .layer import CHILD, PositionLayer
 
 __all__ = ["PositionModel", "place_of_positions"]
 
@@ -64,6 +65,7 @@ class PositionModel(BaseTuner):
         folder = naming(config.saved_weights.path.parent) if config.saved_weights else nullcontext()
         with unchanged_if_refused(model) as before, folder:
             before.forget(adapter_name)
+            position_layers(model)  # where a replaced module has them
             check_name(adapter_name)
             check_task(model, config)
             tower = find_tower(model, config.tower_name)
@@ -112,6 +114,7 @@ class PositionModel(BaseTuner):
             layer = PositionLayer(owner, name)
             layer.train(owner.training)
             layer.attach()
+            follow(self.model, layer)
         layer.update_layer(adapter_name, bool(peft_config.inference_mode))
 
     @contextmanager
@@ -122,10 +125,9 @@ class PositionModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         options = {name: kwargs[name] for name in ("safe_merge", "adapter_names") if name in kwargs}
-        for layer in position_layers(self.model):
-            if merge:
-                layer.merge(**options)
-            layer.detach()
+        for layer in position_layers(self.model) if merge else ():
+            layer.merge(**options)
+        take_off(self.model)
         base: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         return base
 
@@ -172,6 +174,21 @@ class PositionModel(BaseTuner):
         for layer in layers:
             layer.before = None
 
+    @classmethod
+    def find_again(cls, model: nn.Module) -> None:
+        """Before a save: offsets whose module was replaced are in the model's state again."""
+        position_layers(model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT, also of offsets whose module was replaced."""
+        position_layers(self.model)
+        super().delete_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """The same."""
+        position_layers(self.model)
+        super().set_adapter(adapter_name, *args, **kwargs)
+
     def renew_bases(self) -> None:
         """Write down the base as it is now; of PEFT 0.18, which saves without asking the tuner."""
         for config in self.peft_config.values():
@@ -181,6 +198,7 @@ class PositionModel(BaseTuner):
 def renew_base(model: nn.Module, config: PeftConfig) -> None:
     """Have a config name the base as it is now, if its weights were loaded after the offsets were attached."""
     if isinstance(config, PositionConfig) and (before := config.identity) is not None:
+        position_layers(model)  # where a replaced module has them
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         others = any(not isinstance(layer, PositionLayer) for layer in layers)
         now = identity_now(find_tower(model, config.tower_name), before, biases=not others)

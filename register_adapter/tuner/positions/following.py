@@ -1,0 +1,84 @@
+"""Offsets follow when somebody replaces the module that owns the position embeddings, or the tower."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import nn
+
+from .layer import CHILD, PositionLayer
+
+__all__ = ["follow", "position_layers", "take_off"]
+
+# Two threads may run the first pass behind a replacement.
+_MOVING = threading.RLock()
+
+
+class _Follower:
+    """A forward pre-hook of a module above the owner: where the owner is another one now, the layer moves there.
+
+    Args:
+        path: Dotted name of the owner, below the module that has this hook.
+        layer: The owner's layer.
+    """
+
+    def __init__(self, path: str, layer: PositionLayer) -> None:
+        self.path, self.layer = path, layer
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        """Find the owner, and the layer in it.
+
+        Raises:
+            UnsupportedModelError: What is there now has no such position embeddings.
+        """
+        try:
+            owner = module.get_submodule(self.path)
+        except AttributeError:  # something stands in between that gives no access
+            return
+        there = owner._modules.get(CHILD)
+        if isinstance(there, PositionLayer):
+            if there is not self.layer and not getattr(module, "_is_replica", False):
+                self.layer = there  # the owner is a copy, with a layer of its own
+            return
+        with _MOVING:
+            wrapped = any(part is self.layer for part in owner.modules())
+            if not wrapped and not isinstance(owner._modules.get(CHILD), PositionLayer):
+                self.layer.move_to(owner)
+
+
+def follow(model: nn.Module, layer: PositionLayer) -> None:
+    """Have a layer follow, in passes of ``model`` and of every module between it and the owner that is called alone."""
+    owner, _ = layer.place
+    path = next(name for name, module in model.named_modules() if module is owner)
+    parts = path.split(".") if path else []
+    for depth in range(len(parts)):
+        above = model.get_submodule(".".join(parts[:depth]))
+        above.register_forward_pre_hook(_Follower(".".join(parts[depth:]), layer))
+
+
+def position_layers(model: nn.Module) -> list[PositionLayer]:
+    """All layers with offsets in a model, one per tower; those whose owner was replaced are put on the new one first.
+
+    Raises:
+        UnsupportedModelError: It has no such position embeddings.
+    """
+    for module, _, follower in _followers(model):
+        follower(module)
+    return [module for module in model.modules() if isinstance(module, PositionLayer)]
+
+
+def take_off(model: nn.Module) -> None:
+    """Take all layers off their owners, replaced ones too; nothing follows any more."""
+    layers = [module for module in model.modules() if isinstance(module, PositionLayer)]
+    for module, key, follower in _followers(model):
+        layers.append(follower.layer)
+        del module._forward_pre_hooks[key]
+    for layer in layers:
+        layer.detach()
+
+
+def _followers(model: nn.Module) -> list[tuple[nn.Module, int, _Follower]]:
+    # Lists, because another thread may put on hooks of its own meanwhile.
+    hooks = [(module, key, hook) for module in model.modules() for key, hook in list(module._forward_pre_hooks.items())]
+    return [(module, key, hook) for module, key, hook in hooks if isinstance(hook, _Follower)]
