@@ -26,6 +26,7 @@ __all__ = [
     "OFF",
     "base_name",
     "body",
+    "classes_in_words",
     "code",
     "is_hub_name",
     "line",
@@ -241,7 +242,7 @@ def register_rows(config: RegisterConfig, strengths: list[float] | None = None) 
         **({} if config.gate is None else {"Gate": f"a bias on the attention to registers, made as {config.gate:g}"}),
         **(_fit_rows(config, strengths) or {"Initial values": _initial_values(config)}),
         "Saved as a whole beside them": ", ".join(code(name) for name in config.modules_to_save or []) or "nothing",
-        **({"Classes of the head": _classes(config.id2label)} if config.id2label else {}),
+        **({"Classes of the head": classes_in_words(config.id2label)} if config.id2label else {}),
     }
 
 
@@ -329,8 +330,7 @@ def _fit_rows(config: RegisterConfig, strengths: list[float] | None) -> dict[str
     blocks = ", ".join(f"block {block}: {number}" for block, number in counts.items())
     rows = {"Register neurons": f"{sum(counts.values())} hidden units of MLPs ({blocks}); remove {code(config.remove)}"}
     if strengths and min(strengths) < 1:
-        weakest, strongest = min(strengths), max(strengths)
-        moved = f"{weakest:.3g} to {strongest:.3g}" if strongest > 0 else "0: they move nothing any more"
+        moved = f"{min(strengths):.3g} to {max(strengths):.3g}" if any(strengths) else "0: they move nothing any more"
         rows["Strength of what they move"] = f"{moved} (1 as fitted)"
     fit = config.test_time_fit or {}
     images = fit.get("num_images")
@@ -345,6 +345,6 @@ def _fit_rows(config: RegisterConfig, strengths: list[float] | None) -> dict[str
     return rows
 
 
-def _classes(labels: dict[int, str]) -> str:
-    names = ", ".join(code(name) for name in list(labels.values())[:_SHOWN])
-    return f"{len(labels)}: {names}" + (" …" if len(labels) > _SHOWN else "")
+def classes_in_words(labels: dict[int, str]) -> str:
+    """Their number, and the names of the first."""
+    return f"{len(labels)}: {', '.join(map(code, [*labels.values()][:_SHOWN]))}{' …' if len(labels) > _SHOWN else ''}"

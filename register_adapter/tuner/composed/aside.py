@@ -15,6 +15,7 @@ from torch import nn
 from ..hooks.choice import EVERYONE
 from ..layer import RegisterLayer
 from ..left_out import registers_left_out, when_back
+from .class_names import show_classes
 from .guards import SWITCHING, flags_kept
 
 __all__ = ["Aside"]
@@ -118,8 +119,17 @@ class Aside:
         said = {name: getattr(config, "bias", "none") for name, config in configs.items()}
         return [(name, said[name]) for name in said if said[name] != "none" and not wanted.isdisjoint({name, EVERYONE})]
 
+    def settled(self) -> nn.Module:
+        """The model, whose config names the classes of the head that is at work."""
+        show_classes(self._model)
+        return self._model
+
     def _switch(self) -> None:
         """Have PEFT's layers do without what is set aside now."""
+        self._switch_layers()
+        self.settled()
+
+    def _switch_layers(self) -> None:
         if not self._contexts and not self._before:
             return
         out: frozenset[str] = frozenset().union(*self._contexts)

@@ -19,6 +19,7 @@ from ..card import checked_metrics, neuron_strengths
 from ..card_text import (
     INSTALL,
     base_name,
+    classes_in_words,
     code,
     is_hub_name,
     line,
@@ -32,6 +33,7 @@ from ..card_text import (
     what_they_are,
 )
 from ..config import RegisterConfig
+from .class_names import classes_of
 
 __all__ = ["write_card"]
 
@@ -139,7 +141,11 @@ def _rows(name: str, config: PeftConfig, folder: Path) -> dict[str, str]:
     """What a table says of an adapter; of registers also where they are, their number, and the classes of a head."""
     kind = plain(str(config.peft_type.value))
     if not isinstance(config, RegisterConfig):
-        return {f"Adapter `{name}`": kind}
+        classes = classes_of(config)
+        return {
+            f"Adapter `{name}`": kind,
+            **({f"`{name}`: Classes of the head": classes_in_words(classes)} if classes else {}),
+        }
     strengths = neuron_strengths(folder / name / WEIGHTS_NAME, config)
     rows = {f"`{name}`: {key}": value for key, value in register_rows(config, strengths).items()}
     return {f"Adapter `{name}`": f"{kind}: {what_they_are(config, strengths)}", **rows}

@@ -28,6 +28,7 @@ from ..hooks.choice import BASE, EVERYONE, check_batch
 from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
+from .class_names import fit_classes
 from .folder import SavedAdapter, check_alone, fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
@@ -149,6 +150,7 @@ def load_adapters(
                     options.get("autocast_adapter_dtype", True),
                 )
             _check_own(composed, adapter)
+            fit_classes(base, adapter.name)
             try:
                 place = str(adapter.copied_to or adapter.path)
                 result = PeftModel.load_adapter(composed, place, adapter.name, is_trainable=is_trainable, **options)

@@ -27,6 +27,7 @@ from ...utils.staging import staged
 from ..config import RegisterConfig
 from ..fields import check_name as check_any_name
 from ..reading import check_imports, naming, note_checksums, read_json
+from .class_names import classes_of, read_classes
 from .methods import check_composable
 
 __all__ = [
@@ -129,6 +130,7 @@ def write_folder(
                         "active": name in order[: -len(names)],
                         "sha256": checksum(place / WEIGHTS_NAME),
                     }
+                    | ({"id2label": classes} if (classes := classes_of(config)) else {})
                 )
             note_checksums(staging)
             for entry in entries:
@@ -259,6 +261,7 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     config, keys = _read_files(place / _CONFIG, place / WEIGHTS_NAME)
     with naming(place / _CONFIG):
         check_composable(name, config)
+    read_classes(config, entry, folder / MANIFEST_NAME)
     # Manifests of old releases have no checksum of the config.
     found = {file: digest for file, digest in digests.items() if digest is not None}
     return SavedAdapter(name, place, config, entry["active"], keys, digests=found)

@@ -30,6 +30,7 @@ from ..positions.model import renew_base
 from ..reading import check_method, naming, read_json
 from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
+from .class_names import note_classes
 from .folder import read_folder, write_folder
 from .relocate import relocated, tower_path
 from .tuner import ComposedTuner
@@ -63,6 +64,7 @@ def write_adapters(
     renew_bases(composed)
     for config in composed.peft_config.values():
         renew_base(composed.get_base_model(), config)
+    note_classes(composed.get_base_model(), composed.peft_config)
     state = state_with_values(composed) if state_dict is None else state_dict
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     for name, (_, tensors) in adapters.items():

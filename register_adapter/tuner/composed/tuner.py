@@ -343,7 +343,7 @@ class ComposedTuner(BaseTuner):
             raise
         if not self.peft_config:
             del self.model.peft_config
-        return cast(nn.Module, self.model)
+        return self._aside.settled()
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("adapters are put on with add_adapter")

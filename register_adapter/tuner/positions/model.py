@@ -23,7 +23,7 @@ from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
 from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
-from ..heads import check_adapter_name, modules_called
+from ..heads import check_adapter_name, modules_called, number_of_labels
 from ..reading import naming
 from ..saved_keys import copied_modules
 from ..undo import unchanged_if_refused, values_unchanged_if_refused
@@ -220,7 +220,11 @@ def _check_file(model: nn.Module, tower: Tower, place: tuple[nn.Module, str], co
     layout = check_saved_heads(model, tower, present, saved)
     copied = copied_modules(model, present)
     values = {f"{path}.{key}": value for path, module in copied for key, value in module.state_dict().items()}
-    pairs = [(key, info.shape, tuple(values[key].shape)) for key, info in layout.items()]
+    # A composed model's folder tells the classes of a head, which is fitted to their number.
+    new = {number_of_labels(model): len(vars(config).get("saved_id2label") or ())}
+    shapes = {key: tuple(value.shape) for key, value in values.items()}
+    shapes = {key: (new.get(own[0]) or own[0], *own[1:]) if own else own for key, own in shapes.items()}
+    pairs = [(key, info.shape, shapes[key]) for key, info in layout.items()]
     offsets = next(key for key in saved.layout if key.endswith(OFFSETS_KEY))
     pairs.append((offsets, saved.layout[offsets].shape, tuple(cast(nn.Parameter, owner._parameters[name]).shape)))
     wrong = [f"{key} has shape {given}, the model's has {own}" for key, given, own in pairs if given != own]
