@@ -11,12 +11,12 @@ import pytest
 import torch
 from families import build, make_inputs
 from helpers import hooks, run
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_moved_positions import FAMILIES, fresh, move, moved, outputs
 from torch import nn
 
 from register_adapter import PositionConfig, RegisterConfig, UnsupportedModelError, compose, load_adapters
-from register_adapter.tuner.positions import position_layers
+from register_adapter.tuner.positions import PositionModel, position_layers
 
 NAMES = [*FAMILIES, "torchvision"]
 
@@ -125,3 +125,79 @@ def test_where_they_cannot_follow_it_is_said_and_they_come_off(kind: str, tmp_pa
             call()
     assert not list(tmp_path.glob("*.safetensors"))
     assert hooks(model.unload()) == hooks(build("vit"))
+
+
+class Hiding(nn.Module):
+    """Gives no access to what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("when", ["before", "within", "within, and no pass"])
+@pytest.mark.parametrize("kind", ["alone", "registers", "lora"])
+def test_they_are_off_where_adapters_are_disabled(kind: str, when: str) -> None:
+    configs: dict[str, Any] = {
+        "registers": RegisterConfig(init_std=1.0),
+        "lora": LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+    }
+    model: Any = moved("vit")
+    if kind != "alone":
+        model = compose(build("vit"), {"positions": PositionConfig(), "other": configs[kind]})
+        move(model)
+    inputs = make_inputs("vit")
+    plain, before = (run(each, inputs)["last_hidden_state"] for each in (build("vit"), model))
+    if when == "before":
+        replace(model.get_base_model(), "embeddings", build("vit").embeddings)  # type: ignore[arg-type]
+    with model.disable_adapter():
+        if when != "before":
+            replace(model.get_base_model(), "embeddings", build("vit").embeddings)  # type: ignore[arg-type]
+        if when != "within, and no pass":
+            assert torch.equal(run(model, inputs)["last_hidden_state"], plain)
+    assert torch.equal(run(model, inputs)["last_hidden_state"], before)
+    assert not torch.equal(before, plain)
+
+
+def test_an_optimiser_meets_them_before_the_first_pass() -> None:
+    model = moved("vit")
+    offsets = position_layers(model)[0].offset_positions_values["default"].weight
+    replace(model.get_base_model(), "embeddings", build("vit").embeddings)  # type: ignore[arg-type]
+    assert [value is offsets for value in model.parameters() if value.requires_grad] == [True]
+
+
+def test_a_module_that_hides_its_parts_is_refused_or_has_them() -> None:
+    inputs, model = make_inputs("clip-vision"), moved("clip-vision")
+    before, base = run(model, inputs)["last_hidden_state"], model.get_base_model()
+    path = owner_of(base)[0].rpartition(".")[0]
+    old = base.get_submodule(path)
+    replace(base, path, Hiding(old))
+    assert torch.equal(run(model, inputs)["last_hidden_state"], before)
+    replace(base, path, Hiding(build("clip-vision").get_submodule(path)))
+    with pytest.raises(UnsupportedModelError, match="was replaced"):
+        run(model, inputs)
+    replace(base, path, old)
+    assert torch.equal(run(model, inputs)["last_hidden_state"], before)
+
+
+def test_another_grid_in_the_same_module_is_refused() -> None:
+    model: Any = moved("vit")
+    model.get_base_model().embeddings.position_embeddings = nn.Parameter(torch.zeros(1, 1, 32))
+    with pytest.raises(UnsupportedModelError, match="grid"):
+        run(model, make_inputs("vit"))
+
+
+def test_an_interrupted_adapter_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
+        put_on(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    put_on, model = PositionModel._create_and_replace, moved("vit")
+    replace(model.get_base_model(), "embeddings", build("vit").embeddings)  # type: ignore[arg-type]
+    monkeypatch.setattr(PositionModel, "_create_and_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.add_adapter("other", PositionConfig())
+    assert [layer.adapters for layer in position_layers(model)] == [["default"]]

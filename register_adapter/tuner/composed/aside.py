@@ -15,6 +15,7 @@ from torch import nn
 from ..hooks.choice import EVERYONE
 from ..layer import RegisterLayer
 from ..left_out import registers_left_out, when_back
+from ..positions import find_again
 from .class_names import show_classes
 from .guards import SWITCHING, flags_kept
 
@@ -134,6 +135,7 @@ class Aside:
             return
         out: frozenset[str] = frozenset().union(*self._contexts)
         everyone = EVERYONE in out
+        find_again(self._model)
         parts = (part for part in self._model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper))
         for part in parts:
             if isinstance(part, RegisterLayer) or part in self._before or part.disable_adapters:

@@ -18,7 +18,7 @@ from ..config import RegisterConfig
 from ..fields import check_known
 from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
-from ..positions import PositionLayer, position_layers, take_off
+from ..positions import PositionLayer, Walked, position_layers, take_off
 from ..registers import refuse_merging
 from .aside import Aside
 from .guards import check_heads, check_layers, check_merges, fit_copies, flags_kept, hooks_lifted, trained_biases
@@ -26,7 +26,7 @@ from .guards import check_heads, check_layers, check_merges, fit_copies, flags_k
 __all__ = ["ComposedTuner"]
 
 
-class ComposedTuner(BaseTuner):
+class ComposedTuner(Walked, BaseTuner):
     """The adapters of all methods on one model; one tuner of PEFT's for each method is kept for what only it can do.
 
     Args:

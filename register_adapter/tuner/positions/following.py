@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
+from ...errors import UnsupportedModelError
 from .layer import CHILD, PositionLayer
 
-__all__ = ["follow", "position_layers", "take_off"]
+__all__ = ["Walked", "find_again", "follow", "position_layers", "take_off"]
 
 # Two threads may run the first pass behind a replacement.
 _MOVING = threading.RLock()
@@ -30,11 +33,17 @@ class _Follower:
         """Find the owner, and the layer in it.
 
         Raises:
-            UnsupportedModelError: What is there now has no such position embeddings.
+            UnsupportedModelError: What is there now has no such position embeddings, or cannot be looked into.
         """
         try:
             owner = module.get_submodule(self.path)
-        except AttributeError:  # something stands in between that gives no access
+        except AttributeError:  # something stands in between that gives no access, with the owner of before or another
+            if self.layer.adapters and not any(isinstance(part, PositionLayer) for part in module.modules()):
+                raise UnsupportedModelError(
+                    f"the adapters {self.layer.adapters} move position embeddings in {self.path!r} of "
+                    f"{type(module).__name__}, which is not there any more: what is on the way to it was replaced. Put "
+                    "it back, or take the adapters off with unload()."
+                ) from None
             return
         there = owner._modules.get(CHILD)
         if isinstance(there, PositionLayer):
@@ -66,6 +75,25 @@ def position_layers(model: nn.Module) -> list[PositionLayer]:
     for module, _, follower in _followers(model):
         follower(module)
     return [module for module in model.modules() if isinstance(module, PositionLayer)]
+
+
+def find_again(model: nn.Module) -> None:
+    """Put the layers on owners that have come since, where that works; a pass says where it does not."""
+    for module, _, follower in _followers(model):
+        with contextlib.suppress(UnsupportedModelError):
+            follower(module)
+
+
+class Walked:
+    """A tuner in whose modules whoever walks over them (PEFT's switches, an optimiser) meets the layers that follow."""
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As for any module."""
+        tuner = cast(nn.Module, self)
+        base = tuner._modules.get("model")
+        if base is not None:
+            find_again(base)
+        return nn.Module.named_modules(tuner, *args, **kwargs)
 
 
 def take_off(model: nn.Module) -> None:

@@ -47,7 +47,15 @@ class _Offsets(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` plus the offsets; it is called, so that what offloads modules brings them."""
-        return values if self.weight.is_meta else values + self.weight  # on the meta device they wait for their file
+        if self.weight.is_meta:  # they wait for their file
+            return values
+        if values.shape != self.weight.shape:
+            raise UnsupportedModelError(
+                f"the position embeddings have the shape {list(values.shape)}, and the offsets of an adapter "
+                f"{list(self.weight.shape)}: another parameter was put in their place, of another grid. Put the old "
+                "one back, or take the adapters off with unload()."
+            )
+        return values + self.weight
 
 
 class PositionLayer(nn.Module, BaseTunerLayer):
@@ -75,6 +83,11 @@ class PositionLayer(nn.Module, BaseTunerLayer):
     def place(self) -> tuple[nn.Module, str]:
         """The module whose parameter the position embeddings are, and its name there."""
         return self._place
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters with offsets."""
+        return list(self.offset_positions_values)
 
     @property
     def base(self) -> nn.Parameter:

@@ -28,13 +28,13 @@ from ..reading import naming
 from ..saved_keys import copied_modules
 from ..undo import unchanged_if_refused, values_unchanged_if_refused
 from .config import OFFSETS_KEY, PositionConfig
-from .following import follow, position_layers, take_off
+from .following import Walked, find_again, follow, position_layers, take_off
 from .layer import CHILD, PositionLayer
 
 __all__ = ["PositionModel", "place_of_positions"]
 
 
-class PositionModel(BaseTuner):
+class PositionModel(Walked, BaseTuner):
     """Adds trained offsets to the learned position embeddings of a frozen vision transformer.
 
     Args:
@@ -63,9 +63,9 @@ class PositionModel(BaseTuner):
         if not isinstance(config, PositionConfig):
             raise TypeError(f"expected a PositionConfig for adapter {adapter_name!r}, got {type(config).__name__}")
         folder = naming(config.saved_weights.path.parent) if config.saved_weights else nullcontext()
+        position_layers(model)  # where a replaced module has them
         with unchanged_if_refused(model) as before, folder:
             before.forget(adapter_name)
-            position_layers(model)  # where a replaced module has them
             check_name(adapter_name)
             check_task(model, config)
             tower = find_tower(model, config.tower_name)
@@ -183,6 +183,16 @@ class PositionModel(BaseTuner):
         """As in PEFT, also of offsets whose module was replaced."""
         position_layers(self.model)
         super().delete_adapter(adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        """The same."""
+        find_again(self.model)
+        super().enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """The same."""
+        find_again(self.model)
+        super().disable_adapter_layers()
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         """The same."""
