@@ -93,7 +93,8 @@ class Walked:
         base = tuner._modules.get("model")
         if base is not None:
             find_again(base)
-        return nn.Module.named_modules(tuner, *args, **kwargs)
+        found: Iterator[tuple[str, nn.Module]] = nn.Module.named_modules(tuner, *args, **kwargs)
+        return found
 
 
 def take_off(model: nn.Module) -> None:
