@@ -143,7 +143,7 @@ class Hiding(nn.Module):
 def test_they_are_off_where_adapters_are_disabled(kind: str, when: str) -> None:
     configs: dict[str, Any] = {
         "registers": RegisterConfig(init_std=1.0),
-        "lora": LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+        "lora": LoraConfig(target_modules=["q_proj", "query"], init_lora_weights=False),
     }
     model: Any = moved("vit")
     if kind != "alone":
