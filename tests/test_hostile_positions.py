@@ -262,9 +262,10 @@ def test_a_class_outside_of_the_list_is_not_imported(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("kind", "error"), [("another base", BaseModelMismatchError), ("no tower", UnsupportedModelError)]
+    ("kind", "error", "message"),
+    [("another base", BaseModelMismatchError, "was made for"), ("no tower", UnsupportedModelError, "elsewhere")],
 )
-def test_a_refusal_of_the_base_names_the_file(kind: str, error: Any, way: str, tmp_path: Path) -> None:
+def test_a_refusal_of_the_base_names_the_file(kind: str, error: Any, message: str, way: str, tmp_path: Path) -> None:
     file = write("tower", tmp_path) / "adapter_config.json"
     model, inputs = base("tower"), make_inputs("vit")
     if kind == "no tower":
@@ -272,4 +273,4 @@ def test_a_refusal_of_the_base_names_the_file(kind: str, error: Any, way: str, t
     else:
         with torch.no_grad():
             model.embeddings.patch_embeddings.projection.weight.mul_(-1)
-    refused(lambda: WAYS[way](model, str(tmp_path)), model, inputs, "", tmp_path, error)
+    refused(lambda: WAYS[way](model, str(tmp_path)), model, inputs, message, tmp_path, error)

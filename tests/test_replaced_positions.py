@@ -13,6 +13,7 @@ from families import build, make_inputs
 from helpers import hooks, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_moved_positions import FAMILIES, fresh, move, moved, outputs
+from test_wrapped_blocks import Around
 from torch import nn
 
 from register_adapter import PositionConfig, RegisterConfig, UnsupportedModelError, compose, load_adapters
@@ -127,17 +128,6 @@ def test_where_they_cannot_follow_it_is_said_and_they_come_off(kind: str, tmp_pa
     assert hooks(model.unload()) == hooks(build("vit"))
 
 
-class Hiding(nn.Module):
-    """Gives no access to what it wraps."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-
 @pytest.mark.parametrize("when", ["before", "within", "within, and no pass"])
 @pytest.mark.parametrize("kind", ["alone", "registers", "lora"])
 def test_they_are_off_where_adapters_are_disabled(kind: str, when: str) -> None:
@@ -174,9 +164,9 @@ def test_a_module_that_hides_its_parts_is_refused_or_has_them() -> None:
     before, base = run(model, inputs)["last_hidden_state"], model.get_base_model()
     path = owner_of(base)[0].rpartition(".")[0]
     old = base.get_submodule(path)
-    replace(base, path, Hiding(old))
+    replace(base, path, Around(old))
     assert torch.equal(run(model, inputs)["last_hidden_state"], before)
-    replace(base, path, Hiding(build("clip-vision").get_submodule(path)))
+    replace(base, path, Around(build("clip-vision").get_submodule(path)))
     with pytest.raises(UnsupportedModelError, match="was replaced"):
         run(model, inputs)
     replace(base, path, old)

@@ -181,7 +181,7 @@ def _save_with(model_cls: Any) -> None:
                 raise ValueError(_NO_EMBEDDINGS)
             values["save_embedding_layers"] = False
             if method == member(POSITIONS):
-                _LOADERS[POSITIONS.upper()].find_again(model)
+                _LOADERS[POSITIONS.upper()].before_save(model)
             state = model.state_dict() if values["state_dict"] is None else values["state_dict"]
             if not SAVES_BY_TUNER and method == peft_type():
                 state = model_cls.state_to_save(model, name, state)

@@ -175,8 +175,8 @@ class PositionModel(Walked, BaseTuner):
             layer.before = None
 
     @classmethod
-    def find_again(cls, model: nn.Module) -> None:
-        """Before a save: offsets whose module was replaced are in the model's state again."""
+    def before_save(cls, model: nn.Module) -> None:
+        """Offsets whose module was replaced are in the model's state again."""
         position_layers(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
