@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import re
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 
-from register_adapter.artifacts import ArtifactReport
+from register_adapter.artifacts import ArtifactReport, audit
 from register_adapter.data.folders import read_captioned_folder
 from register_adapter.data.texts import read_prompts
 from register_adapter.evaluation.discovery import read_coco
@@ -134,6 +137,57 @@ def test_a_report_nested_too_deeply_is_no_report(tmp_path: Path) -> None:
     (tmp_path / "audit.json").write_text(DEEP, "utf-8")
     with pytest.raises(ValueError, match="nested too deeply"):
         ArtifactReport.load(tmp_path / "audit.json")
+
+
+@pytest.fixture(scope="module")
+def report_values() -> dict[str, Any]:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    model = Dinov2Model(Dinov2Config(image_size=28, patch_size=7, **size)).eval()
+    return audit(model, torch.rand(4, 3, 28, 28), progress=False, sinks=True).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("way", "value"),
+    [
+        (["evidence"], float("nan")),
+        (["verdict"], "perhaps"),
+        (["num_images"], "many"),
+        (["num_images"], True),
+        (["first_layer"], 99),
+        (["first_layer"], -1),
+        (["layers"], []),
+        (["grid"], [4]),
+        (["rule"], None),
+        (["definitions"], {"norm": 3}),
+        (["layers", 1, "outlier_share"], "0.1"),
+        (["layers", 1, "outlier_share"], float("nan")),
+        (["layers", 1, "norms"], {}),
+        (["layers", 1, "norms", "patch", "quantiles"], {}),
+        (["layers", 1, "norms", "patch", "edges"], {"0": 1}),
+        (["layers", 1, "threshold", "high"], "3"),
+        (["layers", 1, "attention", "from_all"], [0.1]),
+        (["sinks", "advice"], "one string"),
+    ],
+)
+def test_what_no_report_holds_is_refused_by_its_field(
+    way: list[Any], value: Any, tmp_path: Path, report_values: dict[str, Any]
+) -> None:
+    values = copy.deepcopy(report_values)
+    assert ArtifactReport.from_dict(values).to_dict() == values
+    *path, last = way
+    inner = values
+    for step in path:
+        inner = inner[step]
+    assert last in inner or isinstance(inner, list)
+    inner[last] = value
+    with pytest.raises((TypeError, ValueError), match=str(last)):
+        ArtifactReport.from_dict(values)
+    # A study says which file it is, and what to remove.
+    records = Records(tmp_path)
+    (tmp_path / "audit.json").write_text(json.dumps(values), "utf-8")
+    with pytest.raises(ValueError, match=r"audit\.json is damaged .*; remove "):
+        records.audit()
 
 
 def test_a_card_whose_record_is_nested_too_deeply_is_one_without() -> None:

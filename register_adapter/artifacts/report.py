@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..utils.arguments import check_fields
 from ..utils.files import parse_json, read_text
 from ..utils.staging import write_text
 from .rules.threshold import Threshold
@@ -270,7 +271,8 @@ class ArtifactReport:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            TypeError: A field is missing, or there is one that a report does not have.
+            TypeError: A field is missing, holds what it cannot, or there is one that a report does not have.
+            ValueError: There is no layer, ``first_layer`` is none of them, or one lacks norms of patches.
         """
         grid, sinks = values.get("grid"), values.get("sinks")
         layers = [_layer(layer) for layer in values.get("layers", [])]
@@ -279,7 +281,14 @@ class ArtifactReport:
             "layers": layers,
             "sinks": None if sinks is None else SinkReport.from_dict(sinks),
         }
-        return cls(**{**values, **read})
+        report = cls(**{**values, **read})
+        check_fields("report", report)
+        if not 0 <= (report.first_layer or 0) < len(layers):
+            raise ValueError(f"first_layer is {report.first_layer!r:.40}, and the report has {len(layers)} layers")
+        for number, layer in enumerate(layers):
+            if "patch" not in layer.norms or any({"0.5", "1"} - {*norms.quantiles} for norms in layer.norms.values()):
+                raise ValueError(f"layers[{number}].norms of the report lacks patches, or the quantiles 0.5 and 1")
+        return report
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON, whole or not at all, and return the path; folders are made.
@@ -296,7 +305,7 @@ class ArtifactReport:
 
         Raises:
             OSError: There is no such file.
-            ValueError: It is not JSON.
+            ValueError: It is not JSON, or see :meth:`from_dict`.
             TypeError: It is not a report.
         """
         return cls.from_dict(parse_json(read_text(path)))
