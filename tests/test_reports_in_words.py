@@ -21,6 +21,8 @@ from register_adapter import add_registers, capture, get_features
 from register_adapter.artifacts import Threshold, apply_rule
 from register_adapter.commands import cli
 from register_adapter.commands.audit import audit_command, print_reports
+from register_adapter.commands.eval import eval_command
+from register_adapter.commands.features import features_command
 from register_adapter.commands.fit import fit_command
 from register_adapter.commands.output import name_flags, print_table
 from register_adapter.commands.probe import probe_command
@@ -148,6 +150,9 @@ def test_the_table_of_an_audit_is_whole(
         (audit_command, "or capture with attentions=False", "or capture with --no-attentions"),
         (audit_command, "give threshold= and top_block=.", "give threshold= and top_block=."),
         (probe_command, "min_images=100, rule='mad:6'", "--min-images 100, --rule 'mad:6'"),
+        (eval_command, "give more images, or sweep=None (also", "give more images, or --no-sweep (also"),
+        (features_command, "norm=False and norm=True", "--no-norm and --norm"),
+        (fit_command, "give threshold=None", "give threshold=None"),
         (fit_command, "the file /a/top_block.png, test_time_fit", "the file /a/top_block.png, test_time_fit"),
         (fit_command, "call add_registers(model, remove='mean')", "call add_registers(model, remove='mean')"),
     ],

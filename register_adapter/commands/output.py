@@ -195,7 +195,7 @@ def name_flags(message: str, command: Callable[..., Any]) -> str:
             return match[0]
         if value == "True" or value is None:
             return flags[name]
-        if value == "False":
+        if value == "False" or (value == "None" and name in negated):
             return flags[name].replace("--", "--no-", 1) if name in negated else f"without {flags[name]}"
         return match[0] if value == "None" else f"{flags[name]} {value}"
 
@@ -217,8 +217,10 @@ def _flags(command: Callable[..., Any]) -> tuple[dict[str, str], set[str]]:
                 # typer takes the first name for a default until the command is built.
                 words = (option.default, *(option.param_decls or ()))
                 given = [word for word in words if isinstance(word, str) and word.startswith("--")]
-                flags[name] = given[0] if given else f"--{name.replace('_', '-')}"
-                negated |= {name} if hint.__origin__ is bool and not given else set()
+                # One word can give both: "--sweep/--no-sweep".
+                yes, _, no = (given[0] if given else f"--{name.replace('_', '-')}").partition("/")
+                flags[name] = yes
+                negated |= {name} if hint.__origin__ is bool and (no or not given) else set()
     return flags, negated
 
 

@@ -216,8 +216,8 @@ def _split(images: list[BoxedImage], share: float, seed: int) -> tuple[list[Boxe
     count = round(share * len(images))
     if not 0 < count < len(images):
         raise ValueError(
-            f"held_out_share={share} of {len(images)} images leaves none to choose settings on, or none to measure; "
-            "give held_out=, more images, or sweep=None"
+            f"{share:.0%} of {len(images)} images leave none to choose settings on, or none to measure; give more "
+            "images, or sweep=None (evaluate_discovery also takes held_out= and held_out_share=)"
         )
     chosen = set(np.random.default_rng(seed).permutation(len(images))[:count].tolist())
     return [images[n] for n in sorted(chosen)], [item for n, item in enumerate(images) if n not in chosen]
