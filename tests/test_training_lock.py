@@ -101,7 +101,17 @@ def test_one_thread_may_hold_it_twice_and_two_may_not(tmp_path: Path) -> None:
         assert f"process {os.getpid()} on" in str(errors[0])
     second()
     assert len(errors) == 1
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_refused_run_leaves_no_folder_of_its_own(there: bool, case: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    if there:
+        out.mkdir(parents=True)
+    assert stopped(flags(case, out, *SHORT, "--model-name-or-path", str(tmp_path / "no model"))) == 1
+    assert out.exists() == there
+    assert (tmp_path / "new").exists() == there
 
 
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ class FolderInUseError(RegisterAdapterError, ValueError):
 def folder_lock(folder: str | Path) -> Iterator[None]:
     """Keep other training runs out of a folder for the length of the context; it is made if it is missing.
 
-    The same thread may enter it again. Where the file system has no locks, nothing is locked.
+    Folders that it made go again if they are empty at the end, as after a run that was refused. The same thread may
+    enter it again. Where the file system has no locks, nothing is locked.
 
     Raises:
         FolderInUseError: Another run is in it; the message names its process.
@@ -44,6 +45,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise ValueError(f"output_dir {target} is a file; name a folder")
+    missing = [path for path in (target, *target.parents) if not path.exists()]
     target.mkdir(parents=True, exist_ok=True)
     place = target.resolve()
     if _held.get(place) == threading.get_ident():
@@ -64,6 +66,9 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
             with suppress(OSError):
                 (place / name).unlink()
         lock.release()
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager
