@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,30 @@ def test_they_come_back_and_go_with_the_head(method: str, own: list[str], tmp_pa
         again.delete_adapter("own")
     assert off.config.id2label == dict(enumerate(own))
     assert torch.equal(run(again.get_base_model(), inputs)["logits"], plain)
+
+
+def pickled(model: Any) -> Any:
+    whole = io.BytesIO()
+    torch.save(model, whole)
+    whole.seek(0)
+    return torch.load(whole, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "torch.save"])
+def test_a_copy_has_the_classes_and_gives_the_base_its_own_again(copied: Any, tmp_path: Path) -> None:
+    logits, inputs, own = saved("lora", tmp_path), make_inputs("vit"), {0: "a", 1: "b"}
+    model: Any = load_adapters(base(["a", "b"]), tmp_path)
+    other = copied(model)
+    off = other.unload()
+    assert off.config.id2label == own
+    assert not [name for name in vars(off) if name not in vars(base(["a", "b"]))]
+    assert torch.equal(run(model, inputs)["logits"], logits)
+    assert model.config.id2label == dict(enumerate(NAMES))
+    again = copied(model)
+    with again.disable_adapter():
+        assert again.config.id2label == own
+        assert model.config.id2label == dict(enumerate(NAMES))
+    assert again.config.id2label == dict(enumerate(NAMES))
 
 
 @pytest.mark.parametrize("classes", [5, {"0": 1}, {"1": "a"}, {"0": "a", "1": "b", "2": "c", "3": "d"}])

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 from peft import PeftConfig
 from peft.utils import ModulesToSaveWrapper
@@ -20,8 +19,8 @@ from ..reading import naming
 
 __all__ = ["classes_of", "fit_classes", "note_classes", "read_classes", "show_classes"]
 
-#: Base model to the classes that its config shows.
-_LABELS: WeakKeyDictionary[nn.Module, HeadLabels] = WeakKeyDictionary()
+#: Attribute of a base whose config shows the classes of a head: with the base's own, for copies of the model too.
+_LABELS = "_register_adapter_classes"
 
 
 def classes_of(config: PeftConfig | None) -> dict[int, str] | None:
@@ -64,17 +63,21 @@ def fit_classes(base: nn.Module, name: str) -> None:
 
 def show_classes(base: nn.Module) -> None:
     """Have the model's config name the classes of the head that is at work, or the base's own again."""
-    labels, configs = _LABELS.get(base), getattr(base, "peft_config", {})
+    labels: HeadLabels | None = vars(base).get(_LABELS)
+    configs = getattr(base, "peft_config", {})
     if labels is not None:
         labels.renew()
     name = next((name for name in _at_work(base) if classes_of(configs.get(name)) is not None), None)
     if name is not None:
         if labels is None:
-            labels = _LABELS[base] = HeadLabels()
+            labels = HeadLabels()
             labels.bind(base)
+            setattr(base, _LABELS, labels)
         labels[name] = cast("dict[int, str]", classes_of(configs[name]))
     if labels is not None:
         labels.show(name)
+        if name is None:
+            delattr(base, _LABELS)
 
 
 def _at_work(base: nn.Module) -> list[str]:
