@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
 import json
+import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,9 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, run
-from peft import LNTuningConfig, LoraConfig
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 
-from register_adapter import AdapterFileError, PositionConfig, compose, load_adapters
+from register_adapter import AdapterFileError, PositionConfig, RegisterConfig, compose, load_adapters, rename_adapter
 from register_adapter.tuner.composed.class_names import classes_of
 
 CONFIGS: dict[str, Any] = {
@@ -116,3 +120,200 @@ def test_folders_of_older_releases_name_none(tmp_path: Path) -> None:
     assert torch.equal(run(model, make_inputs("vit"))["logits"], logits)
     assert model.config.id2label == {0: "dog", 1: "cat", 2: "cow"}
     assert classes_of(model.peft_config["own"]) is None
+
+
+OTHERS: dict[str, Any] = {
+    "a": (LoraConfig(target_modules=["q_proj", "query"], modules_to_save=["classifier"]), NAMES),
+    "b": (LoraConfig(target_modules=["v_proj", "value"], modules_to_save=["classifier"]), list("pqrst")),
+    "r": (RegisterConfig(modules_to_save=["classifier"]), ["one", "two", "three"]),
+    "n": (LNTuningConfig(target_modules=["layernorm_before"], modules_to_save=["classifier"]), ["u", "v"]),
+}
+#: Adapters without a head: one of a method takes the place of those with one.
+PLAIN: dict[str, Any] = {
+    "a": LoraConfig(target_modules=["q_proj", "query"]),
+    "r": RegisterConfig(),
+    "n": LNTuningConfig(target_modules=["layernorm_before"]),
+}
+
+
+def several(own: list[str], folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model with a head of each of ``OTHERS``, of which none is at work, and what each gives."""
+    model, logits = compose(base(own), {f"plain_{name}": copy.deepcopy(config) for name, config in PLAIN.items()}), {}
+    for name, (config, names) in OTHERS.items():
+        one = compose(base(names), {name: copy.deepcopy(config)})
+        torch.nn.init.normal_(one.get_base_model().classifier.modules_to_save[name].weight)  # type: ignore[union-attr, index]
+        one.save_pretrained(folder / name)
+        logits[name] = shown(one.eval())
+        model = load_adapters(model, folder / name)
+        model.set_adapter([f"plain_{name}" for name in PLAIN])
+    return model, logits
+
+
+def shown(model: Any) -> torch.Tensor:
+    return run(model, make_inputs("vit"))["logits"]
+
+
+def names_of(model: Any) -> list[str]:
+    config = model.config
+    assert config.label2id == {name: index for index, name in config.id2label.items()}
+    return list(config.id2label.values())
+
+
+def switch(model: Any, name: str) -> None:
+    """Have one head at work."""
+    model.set_adapter([f"plain_{other}" for other in PLAIN])
+    model.set_adapter(name)
+
+
+def alone(model: Any) -> torch.Tensor:
+    with model.disable_adapter([f"plain_{name}" for name in PLAIN]):
+        return shown(model)
+
+
+@pytest.mark.parametrize("own", [["x", "y"], ["x", "y", "z"]], ids=len)
+def test_several_heads_by_turns(own: list[str], tmp_path: Path) -> None:
+    model, logits = several(own, tmp_path)
+    plain = shown(base(own))
+    for _ in "12":
+        for name, (_, names) in OTHERS.items():
+            switch(model, name)
+            assert names_of(model) == names
+            assert torch.equal(alone(model), logits[name])
+            with contextlib.suppress(KeyError), model.disable_adapter():
+                assert names_of(model) == own
+                with model.disable_adapter(name):
+                    assert names_of(model) == own
+                    assert torch.equal(shown(model), plain)
+                    raise KeyError  # as if a pass failed
+            assert names_of(model) == names
+    for active in ["b", None, "r"]:
+        switch(model, active or "plain_a")
+        model.save_pretrained(tmp_path / "all")
+        for there in (own, ["k"], list("12345")):
+            again: Any = load_adapters(base(there), tmp_path / "all")
+            assert names_of(again) == (OTHERS[active][1] if active else there)
+            for name, (_, names) in OTHERS.items():
+                switch(again, name)
+                assert names_of(again) == names
+                assert torch.equal(alone(again), logits[name])
+            rename_adapter(again, "n", "m")
+            assert names_of(again) == OTHERS["n"][1]
+            again.delete_adapter("m")
+            assert names_of(again) == there
+            switch(again, "r")
+            assert names_of(again) == OTHERS["r"][1]
+            assert list(again.unload().config.id2label.values()) == there
+
+
+@pytest.mark.parametrize("config", [OTHERS["a"][0], OTHERS["r"][0]], ids=["lora", "registers"])
+@pytest.mark.parametrize("at_work", ["a", "r"])
+def test_a_new_head_beside_others_has_the_classes_of_the_base(at_work: str, config: Any, tmp_path: Path) -> None:
+    model, _ = several(["x", "y", "z"], tmp_path)
+    switch(model, at_work)
+    model.add_adapter("new", copy.deepcopy(config))
+    switch(model, "new")
+    assert names_of(model) == ["x", "y", "z"]
+    switch(model, "b")
+    model.save_pretrained(tmp_path / "all")
+    again: Any = load_adapters(base(["k"]), tmp_path / "all")
+    switch(again, "new")
+    assert names_of(again) == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("own", [["x", "y"], ["x", "y", "z"]], ids=len)
+def test_a_second_head_of_registers_has_the_classes_of_the_base(own: list[str], tmp_path: Path) -> None:
+    get_peft_model(base(NAMES), copy.deepcopy(OTHERS["r"][0])).save_pretrained(tmp_path)
+    model: Any = PeftModel.from_pretrained(base(own), tmp_path)
+    assert names_of(model) == NAMES
+    model.add_adapter("two", copy.deepcopy(OTHERS["r"][0]))
+    model.set_adapter("two")
+    assert names_of(model) == own
+    assert shown(model).shape[-1] == len(own)
+    model.set_adapter("default")
+    assert names_of(model) == NAMES
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("own", [["dog", "cat", "cow"], ["a", "b"]], ids=["as many", "others"])
+def test_a_head_that_is_merged_keeps_them(own: list[str], method: str, tmp_path: Path) -> None:
+    logits = saved(method, tmp_path)
+    model: Any = load_adapters(base(own), tmp_path)
+    merged = model.merge_and_unload()
+    assert torch.allclose(shown(merged), logits, atol=1e-5)
+    assert names_of(merged) == NAMES
+    assert names_of(compose(merged, {"registers": RegisterConfig()}).unload()) == NAMES
+
+
+@pytest.mark.parametrize("when", ["disabled", "another is at work"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_head_that_is_not_at_work_is_saved_with_them(method: str, when: str, tmp_path: Path) -> None:
+    model = compose(base(NAMES), {"own": CONFIGS[method]})
+    with model.disable_adapter() if when == "disabled" else contextlib.nullcontext():
+        if when != "disabled":
+            model.add_adapter("other", {"lora": PLAIN["a"], "norms": PLAIN["n"], "positions": PositionConfig()}[method])
+            model.set_adapter("other")
+        model.save_pretrained(tmp_path)
+    again: Any = load_adapters(base(["dog", "cat", "cow"]), tmp_path)
+    again.set_adapter("own")
+    assert names_of(again) == NAMES
+
+
+@pytest.mark.parametrize("name", ["a", "r"])
+def test_names_that_are_given_meanwhile_stay_with_the_head(name: str, tmp_path: Path) -> None:
+    model, _ = several(["x", "y", "z"], tmp_path)
+    switch(model, name)
+    model.config.id2label, model.config.label2id = dict(enumerate("789")), {"7": 0, "8": 1, "9": 2}
+    rename_adapter(model, name, "renamed")
+    assert names_of(model) == ["7", "8", "9"]
+    model.save_pretrained(tmp_path / "all")
+    again: Any = load_adapters(base(["k"]), tmp_path / "all")
+    assert names_of(again) == ["7", "8", "9"]
+    other = "r" if name == "a" else "a"
+    switch(model, other)
+    assert names_of(model) == OTHERS[other][1]
+    switch(model, "renamed")
+    assert names_of(model) == ["7", "8", "9"]
+
+
+def test_a_folder_is_loaded_beside_a_head_whose_classes_somebody_has_named(tmp_path: Path) -> None:
+    saved("lora", tmp_path / "a")
+    names = list("pqrst")
+    compose(base(names), {"b": OTHERS["b"][0], "r": RegisterConfig()}).save_pretrained(tmp_path / "b")
+    model: Any = load_adapters(base(["x", "y"]), tmp_path / "a")
+    model.config.id2label = dict(enumerate("789"))
+    model.add_adapter("plain", PLAIN["a"])
+    model.set_adapter("plain")
+    assert names_of(load_adapters(model, tmp_path / "b")) == names
+
+
+def test_copies_have_their_own_and_nothing_is_kept_alive(tmp_path: Path) -> None:
+    saved("lora", tmp_path)
+    model: Any = load_adapters(base(["x", "y"]), tmp_path)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in (copied, pickled):
+        other.config.id2label = dict(enumerate("789"))
+        other.save_pretrained(tmp_path / "again")
+        assert names_of(load_adapters(base(["k"]), tmp_path / "again")) == ["7", "8", "9"]
+    assert names_of(model) == NAMES
+    assert list(copy.deepcopy(model).unload().config.id2label.values()) == ["x", "y"]
+    kept = weakref.ref(model.get_base_model())
+    attributes = set(vars(base(["x", "y"])))
+    assert set(vars(copy.deepcopy(model).unload())) == attributes
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_refused_folder_leaves_the_classes_of_those_before_it(tmp_path: Path) -> None:
+    model, _ = several(["x", "y"], tmp_path)
+    model.save_pretrained(tmp_path / "all")
+    manifest = json.loads((tmp_path / "all" / "adapters.json").read_text())
+    entry = next(entry for entry in manifest["adapters"] if entry["name"] == "n")
+    entry["id2label"] = {str(number): str(number) for number in range(7)}
+    (tmp_path / "all" / "adapters.json").write_text(json.dumps(manifest))
+    given = base(["k"])
+    before = Snapshot(given, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match="do not fit"):
+        load_adapters(given, tmp_path / "all")
+    before.check()
+    assert given.config.id2label == {0: "k"}

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..towers.tower import Tower
-from ..utils.adapter_file import TensorInfo, is_of
-from ..utils.module_names import names_that_load
+from ..utils.adapter_file import TensorInfo
 
 __all__ = [
     "TASK_HEADS",
@@ -34,9 +30,7 @@ __all__ = [
     "modules_called",
     "name_classes",
     "number_of_labels",
-    "warn_of_left_out",
-    "warn_of_new_weights",
-    "without_left_out",
+    "renew_shown",
 ]
 
 #: What PEFT itself adds to ``modules_to_save`` for a ``task_type``, whether or not a model has a module of that name.
@@ -47,7 +41,6 @@ TASK_HEADS: dict[Any, tuple[str, ...]] = {
 }
 #: Modules that the adapters of the call to ``compose`` in progress save, trained as a whole.
 TRAINED_BESIDE: ContextVar[tuple[str, ...]] = ContextVar("TRAINED_BESIDE", default=())
-_SHOWN = 5
 
 
 def checked_labels(labels: Mapping[Any, Any]) -> dict[int, str]:
@@ -61,7 +54,7 @@ def checked_labels(labels: Mapping[Any, Any]) -> dict[int, str]:
         raise TypeError(f"id2label must hold names, got {wrong[0]!r} of type {type(wrong[0]).__name__}")
     numbered = {int(key): name for key, name in labels.items() if str(key).isdecimal()}
     if not labels or sorted(numbered) != list(range(len(labels))):
-        raise ValueError(f"id2label must number the classes 0, 1, 2…, got the numbers {list(labels)[:_SHOWN]}")
+        raise ValueError(f"id2label must number the classes 0, 1, 2…, got the numbers {list(labels)[:5]}")
     return dict(sorted(numbered.items()))
 
 
@@ -105,25 +98,36 @@ def check_adapter_name(model: nn.Module, adapter_name: str, names: Iterable[str]
             )
 
 
-def _own_labels(model: nn.Module) -> dict[int, str] | None:
+def _named(model: nn.Module) -> dict[int, str] | None:
     """The classes that the model's config names, ``None`` if it is not a transformers config or names none."""
     config = getattr(model, "config", None)
     labels = None if isinstance(config, dict) else getattr(config, "id2label", None)
     return {int(key): str(name) for key, name in labels.items()} if isinstance(labels, dict) and labels else None
 
 
+def _own_labels(model: nn.Module) -> dict[int, str] | None:
+    """The same, of the base's own head, while the config names the classes of an adapter's."""
+    shown = _CONFIGS.get(id(model))
+    if shown is not None and shown.own is not None and _named(model) == shown.labels:
+        return {int(key): str(name) for key, name in shown.own[0].items()} or None
+    return _named(model)
+
+
 def number_of_labels(model: nn.Module) -> int:
-    """How many classes the model's config names."""
+    """How many classes the model's config names for its own head."""
     return len(_own_labels(model) or ())
 
 
-def labels_for(model: nn.Module, names: Iterable[str], given: dict[int, str] | None) -> dict[int, str] | None:
-    """The classes of a new adapter's head: those that are given, or that the model's config names.
+def labels_for(
+    model: nn.Module, names: Iterable[str], given: dict[int, str] | None, adapter_name: str | None = None
+) -> dict[int, str] | None:
+    """The classes of an adapter's head: those that are given, or that the model's config names for its own.
 
     Args:
         model: The base model.
         names: ``modules_to_save``.
         given: ``id2label``.
+        adapter_name: The adapter, if it has its copies of those modules already.
 
     Returns:
         ``None`` if no linear layer among those modules has an output for each class.
@@ -134,7 +138,8 @@ def labels_for(model: nn.Module, names: Iterable[str], given: dict[int, str] | N
     labels = given or _own_labels(model)
     if labels is None:
         return None
-    parts = [part for name in names for module in modules_called(model, name).values() for part in module.modules()]
+    heads = [_copy(module, adapter_name) for name in names for module in modules_called(model, name).values()]
+    parts = [part for head in heads for part in head.modules()]
     sizes = {part.out_features for part in parts if isinstance(part, nn.Linear)}
     if len(labels) in sizes:
         return dict(labels)
@@ -147,37 +152,12 @@ def labels_for(model: nn.Module, names: Iterable[str], given: dict[int, str] | N
     )
 
 
-def without_left_out(
-    model: nn.Module, left_out: Iterable[str], optional: Iterable[str], state_dict: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """A file's tensors without those of modules that this model lacks; warns of the optional ones that go.
-
-    Args:
-        model: The model with the adapter.
-        left_out: Names of modules that were left out with a warning.
-        optional: Names that PEFT has added for the task; a model may lack them.
-        state_dict: The adapter's tensors.
-    """
-    lacking = [name for name in dict.fromkeys(optional) if not modules_called(model, name)]
-    gone: dict[str, str] = {}
-    for key in state_dict:
-        if ".modules_to_save." not in key:
-            gone.update((key, name) for name in (*left_out, *lacking) if is_of(key, name))
-    if dropped := [name for name in lacking if name in gone.values()]:
-        warn_of_left_out(model, dropped)
-    return {key: value for key, value in state_dict.items() if key not in gone}
-
-
-def warn_of_left_out(model: nn.Module, names: list[str]) -> None:
-    """Warn that an adapter's modules have no place in this model."""
-    while isinstance(model, PeftModel):
-        model = model.base_model.model
-    warnings.warn(
-        f"the adapter has {', '.join(map(repr, names))} trained beside its registers, and {type(model).__name__} has "
-        "no module of that name with parameters: it is left out, the registers are loaded whole. To have it too, load "
-        "the adapter onto a base of the class that it was trained with.",
-        stacklevel=4,
-    )
+def _copy(module: nn.Module, adapter_name: str | None) -> nn.Module:
+    """What an adapter has, or will have, of a module that others may have copies of too."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    copies: Any = dict(module.modules_to_save.items())
+    return cast(nn.Module, copies.get(adapter_name, module.original_module))
 
 
 def fit_heads(
@@ -217,6 +197,22 @@ def fit_heads(
     return changed
 
 
+class _Shown:
+    """What a model's config names now in the place of its own classes: all who show some share one."""
+
+    def __init__(self) -> None:
+        self.own: tuple[Any, Any] | None = None
+        self.labels: dict[int, str] | None = None
+        self.by: HeadLabels | None = None
+
+    def forget(self) -> None:
+        self.own = self.labels = self.by = None
+
+
+#: By the id of a model what its config shows; those who show it keep both alive.
+_CONFIGS: WeakValueDictionary[int, _Shown] = WeakValueDictionary()
+
+
 class HeadLabels(dict[str, dict[int, str]]):
     """Adapter name to the classes of its head; those of the active one stand in the model's config.
 
@@ -226,9 +222,13 @@ class HeadLabels(dict[str, dict[int, str]]):
     def __init__(self) -> None:
         super().__init__()
         self._model: list[nn.Module] = []  # in a list, which is not a submodule of whoever holds this
-        self._own: tuple[Any, Any] | None = None
-        self._shown: dict[int, str] | None = None
+        self._shown = _Shown()
         self._name: str | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for model in self._model:
+            _CONFIGS[id(model)] = self._shown  # the copy's own
 
     @property
     def model(self) -> nn.Module | None:
@@ -237,11 +237,11 @@ class HeadLabels(dict[str, dict[int, str]]):
 
     def bind(self, model: nn.Module) -> None:
         """Name the model whose config is to show them."""
-        self._model = [model]
+        self._model, self._shown = [model], _CONFIGS.setdefault(id(model), self._shown)
 
     def renew(self) -> None:
         """Take over the names that somebody has given to the classes of the adapter at work, in the model's config."""
-        given = _own_labels(self._model[0]) if self._model and self._shown is not None else None
+        given = _named(self._model[0]) if self._model and self._shown.by is self else None
         known = self.get(self._name) if self._name is not None else None
         if self._name is None or known is None or given is None or given == known or sorted(given) != sorted(known):
             return  # classes of another number are not this head's
@@ -250,23 +250,44 @@ class HeadLabels(dict[str, dict[int, str]]):
         if config is not None:
             config.id2label = dict(given)
 
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name."""
+        names = {key: new if key == old else key for key in self}
+        items = {names[key]: value for key, value in self.items()}
+        self.clear()
+        self.update(items)
+        self._name = new if self._name == old else self._name
+
     def show(self, name: str | None) -> None:
         """Have the config name the classes of an adapter, or with ``None`` those of the base again."""
         config: Any = getattr(self._model[0], "config", None) if self._model else None
         if not hasattr(config, "id2label"):
             return
         self.renew()
-        labels = None if name is None else self[name]
+        labels, shown = None if name is None else self[name], self._shown
         self._name = name
-        if self._shown is not None and config.id2label != self._shown:
-            self._own = self._shown = None  # somebody has set others, which stay
+        if shown.labels is not None and config.id2label != shown.labels:
+            shown.forget()  # somebody has set others, which stay
         if labels is not None:
-            self._own = self._own or (dict(config.id2label), dict(config.label2id or {}))
+            shown.own = shown.own or (dict(config.id2label), dict(config.label2id or {}))
             name_classes(self._model[0], dict(labels), {name: number for number, name in labels.items()})
-            self._shown = dict(labels)
-        elif self._own is not None:
-            name_classes(self._model[0], *self._own)
-            self._own = self._shown = None
+            shown.labels, shown.by = dict(labels), self
+        elif shown.by is self and shown.own is not None:
+            name_classes(self._model[0], *shown.own)
+            shown.forget()
+
+    def leave(self, merged: Iterable[str]) -> None:
+        """The config goes on with the classes of a head that was merged, and is the model's own from now on."""
+        self.renew()
+        if self._shown.by is self and self._name in set(merged):
+            self._shown.forget()
+
+
+def renew_shown(model: nn.Module) -> None:
+    """Have the adapter whose classes a model's config names take over what somebody has called them there."""
+    shown = _CONFIGS.get(id(model))
+    if shown is not None and shown.by is not None:
+        shown.by.renew()
 
 
 def name_classes(model: Any, id2label: dict[int, str], label2id: dict[str, int]) -> None:
@@ -277,46 +298,6 @@ def name_classes(model: Any, id2label: dict[int, str], label2id: dict[str, int])
         config.label_names = list(id2label.values())
     if "num_labels" in vars(model):  # some classes of transformers 4 ask this one
         model.num_labels = len(id2label)
-
-
-def warn_of_new_weights(model: nn.Module, names: Iterable[str]) -> None:
-    """Warn of weights that the base's checkpoint did not have and that are not among the modules ``names``.
-
-    They were drawn at random when it was loaded, are frozen like the rest of the base, and stay random.
-    """
-    places = sorted({key.rpartition(".")[0] for key in _new_weights(model)})
-    trained = [*names, *TRAINED_BESIDE.get()]
-    kept = [path for path in places if not any(f".{name}." in f".{path}." for name in trained)]
-    if kept:
-        heads = names_that_load(model, [path.partition(".")[0] for path in kept])
-        warnings.warn(
-            f"the checkpoint of the base had no weights for {', '.join(kept[:_SHOWN])}"
-            f"{f' and {len(kept) - _SHOWN} more' if len(kept) > _SHOWN else ''} of {type(model).__name__}: they were "
-            "drawn at random when it was loaded, and are frozen now. If you need their outputs and have not trained "
-            f"them since, train them beside the registers: modules_to_save={heads}.",
-            stacklevel=4,
-        )
-
-
-def _new_weights(model: nn.Module) -> list[str]:
-    """Names of parameters that were made anew when a checkpoint was loaded, as far as transformers tells."""
-    if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
-        return []
-    inside = tuple(
-        f"{path}."
-        for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    )
-    plain = {key: value for key, value in model.named_parameters() if not key.startswith(inside)}
-    marked = [key for key, value in plain.items() if getattr(value, "_is_hf_initialized", False)]
-    if marked:  # transformers 5 marks every parameter that was in the checkpoint
-        return [key for key, value in plain.items() if value.is_floating_point() and key not in set(marked)]
-    # transformers 4 leaves no trace but the checkpoint's class: a bare tower has no head.
-    prefix = model.base_model_prefix
-    saved = getattr(model.config, "architectures", None) or []
-    if model.name_or_path and hasattr(model, prefix) and saved == [type(getattr(model, prefix)).__name__]:
-        return [key for key in plain if not key.startswith(f"{prefix}.")]
-    return []
 
 
 #: Held while heads are switched; on a head, how many threads have set it aside.

@@ -23,6 +23,7 @@ from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_forei
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, remap_on_load
 from .checks.dry_run import check_anatomy
+from .checks.head_weights import warn_of_left_out, warn_of_new_weights, without_left_out
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .checks.saved_heads import lost_heads
 from .config import RegisterConfig
@@ -32,9 +33,6 @@ from .heads import (
     fit_heads,
     labels_for,
     number_of_labels,
-    warn_of_left_out,
-    warn_of_new_weights,
-    without_left_out,
 )
 from .hooks.base import ATTACHING
 from .hooks.choice import check_batch

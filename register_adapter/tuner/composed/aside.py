@@ -120,9 +120,9 @@ class Aside:
         said = {name: getattr(config, "bias", "none") for name, config in configs.items()}
         return [(name, said[name]) for name in said if said[name] != "none" and not wanted.isdisjoint({name, EVERYONE})]
 
-    def settled(self) -> nn.Module:
-        """The model, whose config names the classes of the head that is at work."""
-        show_classes(self._model)
+    def settled(self, merged: Iterable[str] = ()) -> nn.Module:
+        """The model, whose config names the classes of the head that is at work, or of one that was merged into it."""
+        show_classes(self._model, merged)
         return self._model
 
     def _switch(self) -> None:

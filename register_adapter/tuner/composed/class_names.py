@@ -5,7 +5,7 @@ They stand in the manifest, as ``id2label`` of an adapter, and while it is loade
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,16 @@ from ..config import RegisterConfig
 from ..heads import HeadLabels, checked_labels, fit_heads, labels_for, number_of_labels
 from ..reading import naming
 
-__all__ = ["classes_of", "fit_classes", "note_classes", "read_classes", "show_classes"]
+__all__ = [
+    "classes_of",
+    "fit_classes",
+    "note_classes",
+    "read_classes",
+    "rename_classes",
+    "show_classes",
+]
 
-#: Attribute of a base whose config shows the classes of a head: with the base's own, for copies of the model too.
+#: Attribute of a base model, while one of its adapters has classes: those that its config shows. Copies have their own.
 _LABELS = "_register_adapter_classes"
 
 
@@ -44,12 +51,12 @@ def read_classes(config: PeftConfig, entry: Mapping[str, Any], path: Path) -> No
 
 
 def note_classes(base: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
-    """Before a save: the classes of a head that is at work are those that the model's config names."""
+    """Before a save: a head of which nobody knows the classes, at work or not, has those that the config names."""
     show_classes(base)
     for name, config in configs.items():
         heads = getattr(config, "modules_to_save", None)
-        if heads and not isinstance(config, RegisterConfig) and classes_of(config) is None and name in _at_work(base):
-            cast(Any, config).id2label = labels_for(base, heads, None)
+        if heads and not isinstance(config, RegisterConfig) and classes_of(config) is None:
+            cast(Any, config).id2label = labels_for(base, heads, None, name)
 
 
 def fit_classes(base: nn.Module, name: str) -> None:
@@ -57,27 +64,46 @@ def fit_classes(base: nn.Module, name: str) -> None:
     config = cast(Any, base).peft_config[name]
     classes = vars(config).pop("saved_id2label", None)
     if classes is not None:
-        fit_heads(base, name, (number_of_labels(base), len(classes)))
+        heads = [head for head in base.modules() if isinstance(head, ModulesToSaveWrapper)]
+        sizes = {head.original_module.out_features for head in heads if isinstance(head.original_module, nn.Linear)}
+        # Names that somebody has given to another head may stand in the config, and are as many as that one has.
+        own = next(iter(sizes)) if len(sizes) == 1 else number_of_labels(base)
+        fit_heads(base, name, (own, len(classes)))
         config.id2label = classes
 
 
-def show_classes(base: nn.Module) -> None:
-    """Have the model's config name the classes of the head that is at work, or the base's own again."""
-    labels: HeadLabels | None = vars(base).get(_LABELS)
-    configs = getattr(base, "peft_config", {})
+def show_classes(base: nn.Module, merged: Iterable[str] = ()) -> None:
+    """Have the model's config name the classes of the head that is at work, or the base's own again.
+
+    Args:
+        base: The base model.
+        merged: Names of adapters that are part of it from now on, their heads too.
+    """
+    labels, configs = _labels(base), getattr(base, "peft_config", {})
     if labels is not None:
+        labels.leave(merged)
         labels.renew()
     name = next((name for name in _at_work(base) if classes_of(configs.get(name)) is not None), None)
     if name is not None:
         if labels is None:
-            labels = HeadLabels()
+            labels = vars(base)[_LABELS] = HeadLabels()
             labels.bind(base)
-            setattr(base, _LABELS, labels)
         labels[name] = cast("dict[int, str]", classes_of(configs[name]))
     if labels is not None:
         labels.show(name)
-        if name is None:
-            delattr(base, _LABELS)
+        if not any(classes_of(config) for config in configs.values()):
+            del vars(base)[_LABELS]
+
+
+def rename_classes(base: nn.Module, old: str, new: str) -> None:
+    """An adapter gets another name."""
+    labels = _labels(base)
+    if labels is not None:
+        labels.rename(old, new)
+
+
+def _labels(base: nn.Module) -> HeadLabels | None:
+    return vars(base).get(_LABELS)
 
 
 def _at_work(base: nn.Module) -> list[str]:

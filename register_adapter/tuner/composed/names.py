@@ -13,7 +13,8 @@ from torch import nn
 
 from ...utils.parameters import check_module
 from ..fields import check_known
-from ..heads import check_adapter_name
+from ..heads import HeadLabels, check_adapter_name, renew_shown
+from .class_names import rename_classes
 from .folder import check_name
 from .methods import check_composable
 
@@ -37,6 +38,8 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     if check_name(new) in configs:
         raise ValueError(f"the name {new!r} is in use; the model has {list(configs)}")
     check_adapter_name(base, new, getattr(configs[old], "modules_to_save", None) or ())
+    renew_shown(base)  # it goes by the old name
+    rename_classes(base, old, new)
     for module in [*model.modules(), *base.modules()]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper | BaseTuner | PeftModel):
             _rename(module, old, new)
@@ -61,6 +64,8 @@ _TORCH_TABLES = frozenset(vars(nn.Module()))
 
 
 def _rename_key(table: Any, old: str, new: str) -> None:
+    if isinstance(table, HeadLabels):
+        table.rename(old, new)
     if old not in table:
         return
     items = [(new if key == old else key, value) for key, value in table.items()]

@@ -344,7 +344,7 @@ class ComposedTuner(Walked, BaseTuner):
             raise
         if not self.peft_config:
             del self.model.peft_config
-        return self._aside.settled()
+        return self._aside.settled(gone if merge else ())
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("adapters are put on with add_adapter")
