@@ -317,3 +317,29 @@ def test_a_refused_folder_leaves_the_classes_of_those_before_it(tmp_path: Path) 
         load_adapters(given, tmp_path / "all")
     before.check()
     assert given.config.id2label == {0: "k"}
+
+
+@pytest.mark.parametrize("head", ["a", "r", "n"])
+@pytest.mark.parametrize("method", ["a", "r", "n"])
+def test_an_adapter_is_deleted_beside_a_head_at_work(method: str, head: str) -> None:
+    """The next one of its method, whose head is the same module, waits on; and others can be added beside it."""
+    if method == head:
+        pytest.skip("of one method")
+    model = compose(base(NAMES), {"plain": PLAIN[method], "head": OTHERS[head][0]})
+    model.add_adapter("waiting", OTHERS[method][0])
+    model.eval()
+    copies: Any = model.get_base_model().classifier.modules_to_save  # type: ignore[union-attr]
+    for name, seed in (("head", 1), ("waiting", 2)):
+        torch.nn.init.normal_(copies[name].weight, generator=torch.Generator().manual_seed(seed))
+    with model.disable_adapter("plain"):
+        logits = shown(model)
+    model.delete_adapter("plain")
+    assert (model.active_adapters, list(model.peft_config)) == (["head"], ["head", "waiting"])
+    assert torch.equal(shown(model), logits)
+    model.add_adapter("next", PLAIN[method])
+    assert model.active_adapters == ["head"]
+    trained = [key for key, value in model.named_parameters() if value.requires_grad]
+    assert trained and not [key for key in trained if ".waiting" in key or ".next" in key]
+    model.delete_adapter("head")
+    model.set_adapter("waiting")
+    assert not torch.equal(shown(model), logits)

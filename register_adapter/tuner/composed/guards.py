@@ -29,6 +29,7 @@ __all__ = [
     "fit_copies",
     "flags_kept",
     "hooks_lifted",
+    "still_active",
     "trained_beside",
     "trained_biases",
 ]
@@ -142,6 +143,26 @@ def check_heads(configs: dict[str, PeftConfig], active: Iterable[str]) -> None:
                     f"the adapters {owner[head]!r} and {name!r} both have {head!r} in modules_to_save: only one copy "
                     "of it can be active. Leave it to one of them, or activate them in turn."
                 )
+
+
+def still_active(configs: dict[str, PeftConfig], active: list[str], before: list[str]) -> tuple[list[str], bool]:
+    """The adapters that are to be active after one was deleted.
+
+    PEFT has the next one of its method take its place. That one may have the same head as one of another method.
+
+    Args:
+        configs: Config by name of those that are left.
+        active: Those that PEFT has left active.
+        before: Those that were active.
+
+    Returns:
+        Them, and whether PEFT's choice is not among them.
+    """
+    try:
+        check_heads(configs, active)
+    except ValueError:
+        return [name for name in active if name in before], True
+    return active, False
 
 
 def check_merges(layers: Iterable[tuple[BaseTunerLayer, list[str] | None]], safe_merge: bool) -> None:

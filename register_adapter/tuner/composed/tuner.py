@@ -20,6 +20,7 @@ from ..layer import RegisterLayer, attached_layers
 from ..model import RegisterModel
 from ..positions import PositionLayer, Walked, position_layers, take_off
 from ..registers import refuse_merging
+from . import guards
 from .aside import Aside
 from .guards import check_heads, check_layers, check_merges, fit_copies, flags_kept, hooks_lifted, trained_biases
 
@@ -150,7 +151,7 @@ class ComposedTuner(Walked, BaseTuner):
                     tuner = self._tuners[method]
                     tuner.peft_config = {**mine, name: config}
                     # PEFT goes by these; the tuner's own are from when it was made, and may be gone or renamed.
-                    tuner.active_adapter = [other for other in active if other in mine]
+                    tuner.active_adapter = [other for other in active if other in mine] or rivals[:1]
                     tuner.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage)
                 else:
                     kind = PEFT_TYPE_TO_TUNER_MAPPING[method]
@@ -219,16 +220,16 @@ class ComposedTuner(Walked, BaseTuner):
         self.remove(*check_known([adapter_name], self.peft_config))
 
     def _take_off(self, name: str) -> None:
-        method = self.peft_config[name].peft_type
+        method, before = self.peft_config[name].peft_type, self.active_adapters
         for layer in self._layers(method):
             layer.delete_adapter(name)
-        for head in self._heads:
-            if name in head._adapters:
-                head.delete_adapter(name, None)
+        for head in (head for head in self._heads if name in head._adapters):
+            head.delete_adapter(name, None)
         del self.peft_config[name]
         if not self._of(method):
             self._strip([method])
-        self._set_active(self.active_adapters, set(), inference_mode=False, keep=True)
+        active, clash = guards.still_active(self.peft_config, self.active_adapters, before)
+        self._set_active(active, {method} if clash else set(), inference_mode=False, keep=not clash)
 
     def _strip(self, methods: Iterable[Any], merge: bool = False, **options: Any) -> None:
         """Put the base's own modules back in the place of the methods' layers and of heads that nobody owns."""
@@ -242,9 +243,7 @@ class ComposedTuner(Walked, BaseTuner):
         with hooks_lifted(self.model):
             done: list[str] = []
             for path, module in list(self.model.named_modules()):
-                if any(path.startswith(f"{outer}.") for outer in done):
-                    continue
-                if isinstance(module, RegisterLayer):
+                if isinstance(module, RegisterLayer) or any(path.startswith(f"{outer}.") for outer in done):
                     continue
                 head = isinstance(module, AuxiliaryTrainingWrapper) and not (
                     set(module._adapters) & set(self.peft_config)
