@@ -159,6 +159,22 @@ def test_an_optimiser_meets_them_before_the_first_pass() -> None:
     assert [value is offsets for value in model.parameters() if value.requires_grad] == [True]
 
 
+@pytest.mark.parametrize("kind", ["alone", "composed"])
+def test_they_are_in_the_state_before_the_first_pass(kind: str) -> None:
+    model: Any = moved("vit") if kind == "alone" else compose(build("vit"), {"default": PositionConfig()})
+    move(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    replace(model.get_base_model(), "embeddings", build("vit").embeddings)  # type: ignore[arg-type]
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[key], before[key]) for key in before)
+    offsets = position_layers(model)[0].offset_positions_values["default"].weight
+    offsets.data.zero_()
+    replace(model.get_base_model(), "embeddings", build("vit").embeddings)  # type: ignore[arg-type]
+    model.load_state_dict(before)
+    assert offsets.any()
+
+
 def test_a_module_that_hides_its_parts_is_refused_or_has_them() -> None:
     inputs, model = make_inputs("clip-vision"), moved("clip-vision")
     before, base = run(model, inputs)["last_hidden_state"], model.get_base_model()

@@ -89,12 +89,23 @@ class Walked:
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As for any module."""
-        tuner = cast(nn.Module, self)
-        base = tuner._modules.get("model")
+        self._find_again()
+        found: Iterator[tuple[str, nn.Module]] = nn.Module.named_modules(cast(nn.Module, self), *args, **kwargs)
+        return found
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any module."""
+        self._find_again()
+        return nn.Module.state_dict(cast(nn.Module, self), *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._find_again()  # before torch goes on to the modules in it
+        nn.Module._load_from_state_dict(cast(nn.Module, self), *args, **kwargs)
+
+    def _find_again(self) -> None:
+        base = cast(nn.Module, self)._modules.get("model")
         if base is not None:
             find_again(base)
-        found: Iterator[tuple[str, nn.Module]] = nn.Module.named_modules(tuner, *args, **kwargs)
-        return found
 
 
 def take_off(model: nn.Module) -> None:
