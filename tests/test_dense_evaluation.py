@@ -199,6 +199,22 @@ def test_test_images_without_any_class_are_refused(model: Any, processor: Any, s
     assert half.rows[0].score.value == alone.rows[0].score.value > 0
 
 
+@pytest.mark.parametrize("mark", [-2, -100])
+def test_whatever_is_below_zero_is_no_class(mark: int, model: Any, processor: Any, sets: Any) -> None:
+    def marked(items: Any, with_mark: int) -> Any:
+        return [(image, np.where(np.arange(len(mask))[:, None] < 30, mask, with_mark)) for image, mask in items]
+
+    quick = {**QUICK, "tokens_per_image": 100}
+    usual, other = (
+        evaluate_segmentation(
+            model, marked(sets[0][:6], value), marked(sets[1][:3], value), image_processor=processor, **quick
+        ).rows[0]
+        for value in (-1, mark)
+    )
+    assert (other.score, other.chosen["patches"]) == (usual.score, usual.chosen["patches"])
+    assert usual.chosen["patches"] < 6 * 100  # the case is reached: not all patches have a class
+
+
 def test_a_model_is_as_before_after_a_target_that_cannot_be_read(processor: Any, sets: Any) -> None:
     model = add_registers(load_vit(), num_registers=2)
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]

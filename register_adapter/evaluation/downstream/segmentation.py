@@ -59,8 +59,8 @@ def evaluate_segmentation(
     Args:
         models: See :func:`~register_adapter.evaluation.evaluate_knn`, as for what is not listed here.
         train: From :func:`~register_adapter.evaluation.downstream.read_masks`, a
-            :class:`~register_adapter.testbed.SceneDataset`, or pairs of an image and its mask ``(H, W)`` int, with -1
-            for pixels without a class.
+            :class:`~register_adapter.testbed.SceneDataset`, or pairs of an image and its mask ``(H, W)`` int, below 0
+            for pixels without a class, such as -1.
         test: The same.
         classes: Their names.
         size: A side or ``(height, width)`` in pixels, made a multiple of the patch size; ``None`` takes the image
@@ -145,7 +145,12 @@ def evaluate_segmentation(
 
 def _as_classes(items: Sequence[DenseImage]) -> list[DenseImage]:
     """The same; what an array holds is looked at as what a file holds is."""
-    return [item if item.convert else replace(item, convert=checked_classes) for item in items]
+    return [item if item.convert else replace(item, convert=_array_classes) for item in items]
+
+
+def _array_classes(raw: _Array) -> _Array:
+    """Classes of an array; no class is below 0, whatever the mark that a library has for none, such as torch's -100."""
+    return np.maximum(checked_classes(raw), IGNORED)
 
 
 def _skipped(items: Sequence[DenseImage], numbers: Sequence[int]) -> tuple[str, ...]:
