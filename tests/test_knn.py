@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
+from datasets import Image as ImageColumn
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from register_adapter import add_registers, capture
 from register_adapter.evaluation import evaluate_knn
-from register_adapter.evaluation.downstream import read_features, vote
+from register_adapter.evaluation.downstream import label_images, read_features, vote
 from register_adapter.evaluation.downstream.neighbours import chunk_sizes
 from register_adapter.evaluation.downstream.reading import Reading
 from register_adapter.features.store import StoreError
@@ -286,3 +288,36 @@ def test_what_is_out_of_range_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         evaluate_knn(model, train, test, **{"image_processor": processor, "k": (1,), **change})
+
+
+def _as_data_set(names: list[str], of_images: list[str], seed: int) -> Dataset:
+    images = [item["image"] for item in SceneDataset(len(of_images), seed=seed, split=None)]
+    columns = {"image": images, "label": [names.index(name) for name in of_images]}
+    return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=names)).cast_column("image", ImageColumn())
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["c", "b", "a"], ["none", "a", "b", "c"], ["c", "a"]])
+def test_classes_of_a_test_set_are_found_by_name(names: list[str], model: Any, processor: Any) -> None:
+    learned = _as_data_set(["a", "b", "c"], ["a", "b", "c", "a"], 1)
+    asked = _as_data_set(names, ["c", "a", "c"], 2)
+    assert label_images(asked, ("a", "b", "c")).labels.tolist() == [2, 0, 2]
+    assert label_images(asked, ("a", "b", "c")).classes == ("a", "b", "c")
+    images = [item["image"] for item in SceneDataset(3, seed=2, split=None)]
+    reports = [
+        evaluate_knn(model, learned, test, k=(1,), image_processor=processor) for test in (asked, (images, [2, 0, 2]))
+    ]
+    assert reports[0].rows[0].values == reports[1].rows[0].values
+
+
+def test_classes_that_the_training_set_lacks_or_does_not_name() -> None:
+    asked = _as_data_set(["x", "a"], ["a", "x"], 2)
+    with pytest.raises(ValueError, match=r"the test set has the classes \['x'\], which the training set lacks"):
+        label_images(asked, ("a", "b"))
+    assert label_images(asked, ("0", "1", "2")).labels.tolist() == [1, 0]  # of a training set with numbers only
+    bare = Dataset.from_dict({"image": asked["image"], "label": [1, 0]}).cast_column("image", ImageColumn())
+    assert label_images(bare, ("a", "b")).labels.tolist() == [1, 0]
+    unlabelled = (
+        asked.remove_columns("label").add_column("label", [-1, 1]).cast_column("label", asked.features["label"])
+    )
+    with pytest.raises(ValueError, match="labels must be from 0"):
+        label_images(unlabelled, ("a", "b"))

@@ -108,8 +108,28 @@ def _of_dataset(data: Dataset, classes: Sequence[str] | None) -> LabelledImages:
         raise ValueError(f"the data set needs the columns 'image' and 'label', found {data.column_names}")
     if isinstance(data.features["image"], ImageFeature):
         data = data.cast_column("image", ImageFeature(decode=False))  # so that files are compared, not pixels
-    names = tuple(getattr(data.features["label"], "names", None) or classes or ())
-    return LabelledImages(_Unlabelled(data), _whole(data["label"]), names)
+    own = tuple(getattr(data.features["label"], "names", None) or ())
+    labels = _whole(data["label"])
+    if own and classes and own != tuple(classes):
+        labels, own = _numbered_as(labels, own, classes), tuple(classes)
+    return LabelledImages(_Unlabelled(data), labels, own or tuple(classes or ()))
+
+
+def _numbered_as(labels: _Labels, own: Sequence[str], classes: Sequence[str]) -> _Labels:
+    """Labels of a set with names of its own, by the numbers that the training set has for these names.
+
+    Raises:
+        ValueError: An image is of a class that the training set lacks.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    used = sorted({own[label] for label in labels.tolist() if 0 <= label < len(own)})
+    unknown = [name for name in used if name not in numbers]
+    if unknown and list(classes) == [str(number) for number in range(len(classes))]:
+        return labels  # the training set has no names: numbers are all that there is
+    if unknown:
+        raise ValueError(f"the test set has the classes {unknown!r:.200}, which the training set lacks")
+    places = [numbers[own[label]] if 0 <= label < len(own) else -1 for label in labels.tolist()]
+    return np.array(places, np.int64)
 
 
 def _whole(labels: Any) -> _Labels:
