@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +432,73 @@ def test_states_that_do_not_fit_are_refused_before_the_first_step(
     (copied / "train_state.json").write_text(json.dumps(state))
     refused(flags(vit, photos, tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest"), 1)
     assert "train_state.pt cannot be loaded" in capsys.readouterr().err
+
+
+def _group(**change: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors["optimizer"]["param_groups"][0].update(change)
+
+
+def _means(**change: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors["callbacks"][-1]["processes"][0]["sums"].update(change)
+
+
+STATES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "no moments": lambda tensors: tensors["optimizer"]["state"][0].clear(),
+    "betas": _group(betas=5),
+    "eps": _group(eps="x"),
+    "lr": _group(lr=None),
+    "initial_lr": _group(initial_lr=math.nan),
+    "weight_decay": _group(weight_decay=[0.1]),
+    "capturable": _group(capturable=3.5),
+    "no lr": lambda tensors: tensors["optimizer"]["param_groups"][0].pop("lr"),
+    "last_epoch": lambda tensors: tensors["scheduler"].update(last_epoch="1"),
+    "base_lrs": lambda tensors: tensors["scheduler"].update(base_lrs=[]),
+    "sums of a shape": _means(loss=torch.zeros(7, 7)),
+    "sums not finite": _means(loss=torch.tensor(math.nan)),
+}
+
+
+@pytest.mark.parametrize("wrong", STATES)
+def test_what_goes_on_in_no_step_is_refused_before_the_first(
+    wrong: str, vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = copy_run(checkpoint, tmp_path / "run")
+    tensors = torch.load(copied / "train_state.pt", weights_only=True)
+    STATES[wrong](tensors)
+    torch.save(tensors, copied / "train_state.pt")
+    state = json.loads((copied / "train_state.json").read_text())
+    (copied / "train_state.json").write_text(json.dumps(state | {"files": {}}))  # as older releases wrote it
+    before = listing(tmp_path / "run")
+    refused(flags(vit, photos, tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest"), 1)
+    assert "train_state.pt cannot be loaded" in capsys.readouterr().err
+    assert listing(tmp_path / "run") == before
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "evaluations",
+    [
+        5,
+        [{}],
+        [{"step": "x", "loss": 1.0}],
+        [{"step": None, "loss": 1.0}],
+        [{"step": 1, "loss": None}],
+        [{"step": 1, "loss": [1]}],
+        [{"step": 1}],
+    ],
+    ids=str,
+)
+def test_evaluations_that_are_none_are_refused(
+    evaluations: Any, vit: Path, photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = copy_run(checkpoint, tmp_path / "run")
+    state = json.loads((copied / "train_state.json").read_text())
+    (copied / "train_state.json").write_text(json.dumps(state | {"files": {}, "evaluations": evaluations}))
+    refused(flags(vit, photos, tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest"), 1)
+    assert re.search("evaluations? (must|of)", capsys.readouterr().err)
 
 
 def test_other_settings_are_refused_on_resumption(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .arguments import TrainArguments
-from .checkpoints import TrainState
+from .checkpoints import CheckpointError, TrainState
 
 __all__ = ["Selection"]
 
@@ -20,6 +20,9 @@ class Selection:
         args: The knobs.
         state: Where the run is; evaluations are added to it.
         weights: The best adapter so far, from a checkpoint.
+
+    Raises:
+        CheckpointError: An evaluation in the state lacks the metric.
     """
 
     def __init__(self, args: TrainArguments, state: TrainState, weights: dict[str, torch.Tensor] | None = None) -> None:
@@ -27,6 +30,13 @@ class Selection:
         self.metric = args.metric_for_best_model.removeprefix("eval_")
         given = args.greater_is_better
         self.greater = given if given is not None else not self.metric.endswith("loss")
+        lacking = next((entry for entry in state.evaluations if self.metric not in entry), None)
+        if lacking is not None:
+            others = ", ".join(name for name in lacking if name != "step") or "no metric"
+            raise CheckpointError(
+                f"the checkpoint's evaluation of step {lacking['step']} has {others}, and not {self.metric}, which "
+                "metric_for_best_model asks for; name another, or go on from another checkpoint"
+            )
 
     def is_due(self, total_steps: int) -> bool:
         """Whether the model of this step is to be evaluated, and has not been yet."""

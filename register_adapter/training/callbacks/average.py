@@ -77,8 +77,13 @@ class AverageWeights(Callback):
 
         Raises:
             KeyError: It is of other parameters.
+            ValueError: A value has another shape, is complex or not finite.
         """
         average = state["average"]
+        for name, parameter in _trained(model):
+            value = average[name]
+            if value.shape != parameter.shape or value.is_complex() or not value.isfinite().all():
+                raise ValueError(f"the average of {name} is {list(value.shape)} of {value.dtype}, or not finite")
         self.steps = int(state["steps"])
         self._average = {name: _placed(average[name], _copy(parameter)) for name, parameter in _trained(model)}
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from ...utils.arguments import check_number
 from .base import Callback
 
 __all__ = ["RunningMeans"]
@@ -62,9 +63,19 @@ class RunningMeans(Callback):
         return {"processes": gather_object([own]), "last": self.last}
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave; older releases gave nothing."""
+        """Go on from what :meth:`state_dict` gave; older releases gave nothing.
+
+        Raises:
+            TypeError: A mean is no number.
+            ValueError: A sum is no finite scalar.
+        """
         if "processes" not in state:
             return
         own, device = state["processes"][self.accelerator.process_index], self.accelerator.device
+        for name, value in own["sums"].items():
+            if value.shape or value.is_complex() or not value.isfinite():
+                raise ValueError(f"the sum of {name} is {value}, and no finite number")
+        for name, value in state["last"].items():
+            check_number(f"the mean of {name}", value)
         self._count, self.last = int(own["count"]), dict(state["last"])
         self._sums.update({name: value.to(device) for name, value in own["sums"].items()})

@@ -33,6 +33,7 @@ from ...utils.random_states import random_state, same_random_state, set_random_s
 from ...utils.staging import naming_files, scratch_folder
 from ...utils.text import size_text
 from ..callbacks import Callback
+from .fitting import check_like, check_optimizer
 from .state import STATE, CheckpointError, TrainState, find_all
 
 __all__ = [
@@ -230,6 +231,7 @@ def load(
         with open_regular(path) as file:
             _check_unpacked(file)
             tensors = torch.load(file, map_location="cpu", weights_only=True)
+        check_like("the schedule", scheduler.state_dict(), tensors["scheduler"])
         scheduler.load_state_dict(tensors["scheduler"])
         _load_optimizer_state(accelerator, model, optimizer, tensors["optimizer"])
         if accelerator.scaler is not None and tensors["scaler"] is not None:
@@ -271,26 +273,8 @@ def _load_optimizer_state(accelerator: Accelerator, model: nn.Module, optimizer:
         set_optimizer_state_dict(model, optimizer.optimizer, state, options=_gathered())
         return
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        _check_moments(optimizer, state)
+        check_optimizer(optimizer, state)
     optimizer.load_state_dict(state)
-
-
-def _check_moments(optimizer: Any, state: Any) -> None:
-    """An optimiser's values are the parameters'; torch casts them, and looks at their shapes in the first step only.
-
-    Raises:
-        ValueError: They have another shape, are complex or not finite.
-    """
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=False):
-        for name, value in state["state"].get(number, {}).items():
-            shape = tuple(value.shape)
-            if value.is_complex() or not value.isfinite().all() or shape not in (tuple(parameter.shape), ()):
-                raise ValueError(
-                    f"the optimiser's {name} of a parameter {list(parameter.shape)} is {list(shape)} of {value.dtype}, "
-                    "which is another shape, complex, or not finite"
-                )
 
 
 def _gathered() -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RegisterAdapterError
-from ...utils.arguments import check_mapping, check_whole
+from ...utils.arguments import check_mapping, check_number, check_whole
 from ...utils.files import checksum, parse_json, read_text
 
 __all__ = ["STATE", "CheckpointError", "TrainState", "find", "find_all", "read_state", "remove_all"]
@@ -63,8 +63,12 @@ class TrainState:
                 raise ValueError(f"{name} is {getattr(self, name)}")
         for name in ("settings", "files"):
             check_mapping(name, getattr(self, name), "by name")
-        if not all(isinstance(entry, dict) and "step" in entry for entry in self.evaluations):
+        if not isinstance(self.evaluations, list) or not all(isinstance(entry, dict) for entry in self.evaluations):
             raise TypeError("evaluations must be numbers by name, 'step' among them")
+        for entry in self.evaluations:
+            check_whole("step of an evaluation", entry.get("step"), least=0)
+            for name, value in entry.items():  # that of a run that diverged is not finite
+                check_number(f"{name} of an evaluation", value)
 
     def checksum(self) -> str:
         """Of everything but ``files``, which it stands in: one digit more in ``epoch`` would train on other images."""
