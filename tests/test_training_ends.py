@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +120,10 @@ def test_the_best_adapter_is_saved_and_a_run_stops_when_it_gets_no_better(
     results = start(flags(case, tmp_path, *RUN, "--load-best-model-at-end", "--checkpointing-steps", "1", *more))
     assert (results["global_step"], results["best"]["step"]) == (steps, best)
     assert results["stopped_early"] == (steps < STEPS)
+    # A loss that is not a number is no JSON.
+    read = json.loads((tmp_path / "results.json").read_text("utf-8"), parse_constant=pytest.fail)
+    losses = [None if math.isnan(entry["loss"]) else entry["loss"] for entry in results["evaluations"]]
+    assert [entry["loss"] for entry in read["evaluations"]] == losses
     saved = load_file(tmp_path / "adapter_model.safetensors")
     for name, value in load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors").items():
         assert torch.equal(saved[name], value)
@@ -372,7 +376,7 @@ def test_a_disk_too_full_for_the_results_has_what_was_trained(
     for _ in range(earlier):
         run(tmp_path / "full", steps=1)
         assert adapter_bytes(tmp_path / "full") != adapter_bytes(tmp_path / "whole")
-    monkeypatch.setattr(saving, "json", SimpleNamespace(dumps=full))
+    monkeypatch.setattr(saving, "strict_json", full)
     with pytest.raises(OSError, match=r"cannot be written: No space left .*is saved in .*without results\.json"):
         run(tmp_path / "full")
     names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -26,6 +25,7 @@ from ..data.stream_loading import load_stream
 from ..data.streaming import StreamedDataset
 from ..errors import Farewell, RegisterAdapterError
 from ..towers.tower import find_towers
+from ..utils.files import strict_json
 from ..utils.progress import disable_progress_bars
 from ..utils.shipped import full_name
 from ..utils.staging import check_apart, check_target, check_writable, real_path
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
             raise Farewell(stop.exit_code) from None
     state.destroy_process_group()
     if state.is_main_process:
-        said = json.dumps(results, indent=1) if flags.json else summarise(results, str(args.output_dir))
+        said = strict_json(results, indent=1) if flags.json else summarise(results, str(args.output_dir))
         if sys.stdout is not None and (flags.json or not args.quiet):  # None: closed by whoever started the run
             sys.stdout.write(said + "\n")
             sys.stdout.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from torch import nn
 from ..tuner.card import update_model_card
 from ..tuner.card_text import base_name
 from ..tuner.composed import ComposedPeftModel
+from ..utils.files import strict_json
 from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors, upload
 from ..utils.readme import copy_readme
 from ..utils.staging import check_writable, real_path, staged, write_text
@@ -107,7 +107,7 @@ def save_trained(
             write_adapter(scratch)
             if _can_be_saved(image_processor):
                 image_processor.save_pretrained(scratch)
-            (scratch / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+            (scratch / RESULTS_NAME).write_text(strict_json(results, indent=2) + "\n", "utf-8")
     except OSError as error:  # a full disk may hold what was trained, which has a few kB
         try:
             with staged(folder, last=(CONFIG_NAME, WEIGHTS_NAME)) as scratch:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["check_regular", "checksum", "open_regular", "parse_json", "read_text"]
+__all__ = ["check_regular", "checksum", "open_regular", "parse_json", "read_text", "strict_json"]
 
 #: Bytes of a text that is read: far beyond any config or report.
 _MAX_TEXT = 2**28
@@ -72,6 +73,19 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def strict_json(values: Any, indent: int) -> str:
+    """JSON that every reader takes: a number that is not finite becomes ``null``, for which JSON has no other word."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(values), indent=indent, allow_nan=False)
 
 
 def check_regular(folder: str | Path, deep: bool = False) -> None:
