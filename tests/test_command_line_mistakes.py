@@ -282,3 +282,47 @@ def test_train_refuses_its_output_folder(
         train_main([*flags, "--output-dir", out.format(images=images)])
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in images.iterdir()) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("audit.json", ("audit", "planted", "scenes", "--out")),
+        ("index.html", ("audit", "planted", "scenes", "--out")),
+        ("eval.json", ("eval", "knn", "planted", "scenes", "--out")),
+        ("index.html", ("eval", "knn", "planted", "scenes", "--out")),
+        ("probes.json", ("probe", "planted", "scenes", "--out")),
+        ("adapter_model.safetensors", ("fit", "planted", "scenes", "--out")),
+        ("skipped.txt", ("fit", "planted", "scenes", "--out")),
+        ("README.md", ("fit", "planted", "scenes", "--out")),
+        ("study.json", ("study", "planted", "scenes", "--out")),
+        ("model.safetensors", ("export", "no/such-adapter", "--out")),
+        ("model.onnx", ("export", "no/such-adapter", "--format", "onnx", "--out")),
+        ("demo.json", ("demo", "--out")),
+        ("results.json", ("train", "--model-name-or-path", "planted", "--train-dir", "images", "--output-dir")),
+        ("README.md", ("train", "--model-name-or-path", "planted", "--train-dir", "images", "--output-dir")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_any_work(
+    name: str,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the run began")
+
+    place = tmp_path / "out" / name
+    place.mkdir(parents=True)
+    for work_of in ("torch.nn.Module.__call__", "register_adapter.tuner.config.RegisterConfig.from_pretrained"):
+        monkeypatch.setattr(work_of, work)
+    said = f"error: {place} is a folder, where a file is to be written; move it away, or write elsewhere"
+    if words[0] == "train":
+        with pytest.raises(SystemExit):
+            train_main([*words[1:], str(tmp_path / "out")])
+        assert said in capsys.readouterr().err
+    else:
+        assert call(monkeypatch, *words, str(tmp_path / "out")) == said
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == [name]

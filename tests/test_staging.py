@@ -236,3 +236,24 @@ def test_a_folder_is_not_a_file_to_write(tmp_path: Path) -> None:
     for call in (lambda: write_text(tmp_path, ""), lambda: export_program(add_registers(load_vit(), 1), tmp_path)):
         with pytest.raises(ValueError, match=r"is a folder; name a file in it"):
             call()
+
+
+@pytest.mark.parametrize(("place", "words"), [("b", "b is a folder"), ("c/d", "d is a folder"), ("e", "e is a file")])
+def test_nothing_is_moved_if_one_file_cannot_take_its_place(place: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    if words.endswith("file"):
+        (tmp_path / place).write_text("mine")
+    else:
+        (tmp_path / place).mkdir(parents=True)
+
+    def write() -> None:
+        with staged(tmp_path) as scratch:
+            for folder in ("c", "e"):
+                (scratch / folder).mkdir()
+            for name in ("a", "b", "c/d", "e/f"):
+                (scratch / name).write_text("new")
+
+    with pytest.raises(OSError, match=words):
+        write()
+    assert (tmp_path / "a").read_text() == "mine"
+    assert {path.name for path in tmp_path.rglob("*")} <= {"a", *Path(place).parts}

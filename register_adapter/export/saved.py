@@ -50,6 +50,9 @@ FORMATS: dict[str, Callable[[nn.Module, Path, int | None], str]] = {
     "onnx": _onnx,
     "program": _program,
 }
+#: What each writes, beside the image processor of a model of transformers.
+_FILES = {"native": ("config.json", "model.safetensors"), "onnx": ("model.onnx",), "program": ("model.pt2",)}
+_PROCESSOR = "preprocessor_config.json"
 
 
 def export_saved(
@@ -77,7 +80,7 @@ def export_saved(
         raise ValueError(f"unknown format {form!r}; there are {', '.join(FORMATS)}")
     if base == "":
         raise ValueError("base= is empty; give a name, or leave it out")
-    check_target(out)
+    check_target(out, files=(*_FILES[form], _PROCESSOR))
     if holds_several(adapter):
         then = (
             "merge the others with its merge_and_unload(), then register_adapter.export.export_native(model)"
@@ -121,16 +124,14 @@ def export_saved(
     if library == "transformers":
         # So that AutoImageProcessor works on the folder too; before anything is written.
         with loading(base, "image processor"):
-            processor = cached_file(
-                local_folder(base), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-            )
+            processor = cached_file(local_folder(base), _PROCESSOR, _raise_exceptions_for_missing_entries=False)
     try:
         said = FORMATS[form](model, target, image_size)
     except AssertionError as error:  # timm's, of a size that the model does not take
         raise ValueError(f"{type(model).__name__} cannot be run at image_size={image_size}: {error}") from error
     if processor is not None:
         with staged(target) as scratch:
-            shutil.copyfile(processor, scratch / "preprocessor_config.json")
+            shutil.copyfile(processor, scratch / _PROCESSOR)
     return said
 
 

@@ -29,9 +29,11 @@ from .records import ADAPTER, Record, Records
 from .ruler import DEFINITIONS
 from .tasks import Task
 
-__all__ = ["COLUMNS", "Origin", "Outcome", "StudyResult", "write_result"]
+__all__ = ["COLUMNS", "FILES", "Origin", "Outcome", "StudyResult", "write_result"]
 
 _RESULT, _PAGE, _IMAGES = "study.json", "index.html", "images"
+#: What a study writes into its folder beside its records.
+FILES = (_RESULT, _PAGE)
 #: Training steps of what is tried next, where nothing repairs, times those of the study.
 _LONGER = 4
 _SHOWN, _BATCH = 4, 16

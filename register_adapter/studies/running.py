@@ -31,7 +31,7 @@ from .cards import card_facts
 from .choice import choose, leave
 from .images import Images, Part, read_images
 from .records import ADAPTER, Record, Records
-from .result import Origin, Outcome, StudyResult, write_result
+from .result import FILES, Origin, Outcome, StudyResult, write_result
 from .ruler import Figures, Ruler, outlier_factor
 from .tasks import Task
 
@@ -110,7 +110,7 @@ def study(
     resolve_rule(rule)
     tower = find_tower(model)
     _check_call(model)
-    check_target(output_dir)
+    check_target(output_dir, files=FILES)
     out = Path(output_dir)
     image_processor = image_processor or find_image_processor(source_of(model))
     pixels_alone(process_image(image_processor, Image.new("RGB", (256, 256), "grey"), "a grey image"), image_processor)

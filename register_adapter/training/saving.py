@@ -24,11 +24,12 @@ from ..tuner.composed import ComposedPeftModel
 from ..utils.files import strict_json
 from ..utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, HubAccessError, checked_token, hub_errors, upload
 from ..utils.readme import copy_readme
-from ..utils.staging import check_writable, real_path, staged, write_text
+from ..utils.staging import check_target, check_writable, real_path, staged, write_text
 from . import checkpoints
 from .arguments import TrainArguments
 
 __all__ = [
+    "ADAPTER_FILES",
     "RESULTS_NAME",
     "RUN_CONFIG",
     "check_output_dir",
@@ -44,6 +45,9 @@ __all__ = [
 RESULTS_NAME, RUN_CONFIG = "results.json", "run.yaml"
 #: Files of a finished run.
 _RESULTS = (WEIGHTS_NAME, CONFIG_NAME, RESULTS_NAME)
+#: What saving an adapter writes.
+ADAPTER_FILES = (WEIGHTS_NAME, CONFIG_NAME, "README.md")
+_WRITTEN = (*ADAPTER_FILES, MANIFEST_NAME, RESULTS_NAME, RUN_CONFIG, "preprocessor_config.json")
 
 
 def _check_finite(tensors: dict[str, Any]) -> None:
@@ -265,6 +269,7 @@ def check_output_dir(args: TrainArguments) -> None:
     """Refuse a folder whose earlier run would be lost, or could not be told from this one.
 
     Raises:
+        OSError: Nothing can be written there, or a folder is in the place of a file that the run is to write.
         ValueError: ``output_dir`` is a file, or holds an adapter, results or checkpoints of an earlier run, and the run
             neither resumes from there nor overwrites.
     """
@@ -273,6 +278,7 @@ def check_output_dir(args: TrainArguments) -> None:
     folder = Path(args.output_dir)
     if folder.is_file():
         raise ValueError(f"output_dir {folder} is a file; name a folder")
+    check_target(folder, files=_WRITTEN)
     whole = checkpoints.find_all(folder)
     left = [path.name for path in whole] or [name for name in _RESULTS if (folder / name).exists()]
     if not left or args.overwrite_output_dir or _resumes_in(folder, whole, args.resume_from_checkpoint):

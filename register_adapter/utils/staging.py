@@ -50,7 +50,8 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
         The scratch folder.
 
     Raises:
-        OSError: Nothing can be written there, or a file could not be written; what was there before is untouched.
+        OSError: Nothing can be written there, a file could not be written, or a folder is in its place; what was there
+            before is untouched.
         ValueError: The target is a file, or it has no name.
     """
     check_target(folder)
@@ -61,6 +62,7 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
         files = [path for path in scratch.rglob("*") if path.is_file() and path != scratch / _LOCK]
         order = {name: place for place, name in enumerate(last, 1)}
         with _alone(target):
+            _check_free(target, [file.relative_to(scratch) for file in files])
             for file in sorted(files, key=lambda path: (order.get(path.name, 0), path)):
                 place = target / file.relative_to(scratch)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -196,15 +198,16 @@ def file_to_write(path: str | Path) -> Path:
     return target
 
 
-def check_target(folder: str | Path, *class_folders: str | Path | None) -> None:
+def check_target(folder: str | Path, *class_folders: str | Path | None, files: Sequence[str | Path] = ()) -> None:
     """Say what would keep a folder from being made or written into, before any work; nothing stays behind.
 
     Args:
         folder: The target.
         class_folders: Folders of images with a sub-folder per class, in which the target would be a class.
+        files: Names of what is to be written there.
 
     Raises:
-        OSError: It, or the folder that it would be made in, cannot be written into.
+        OSError: It, or the folder that it would be made in, cannot be written into; or a folder is in a file's place.
         ValueError: The target, or something above it, is a file; it has no name; or it lies among classes.
     """
     if not os.fspath(folder):
@@ -225,7 +228,27 @@ def check_target(folder: str | Path, *class_folders: str | Path | None) -> None:
         if place.is_symlink() and not place.exists():
             raise ValueError(f"{place} is a link to {place.readlink()}, which is not there; name another folder")
         _try(place)
-        return
+        break
+    _check_free(target, files)
+
+
+def _check_free(target: Path, files: Sequence[str | Path]) -> None:
+    """See that files can take their places: none is a folder, and what is above them is none but folders.
+
+    Raises:
+        OSError: One cannot.
+    """
+    for file in files:
+        place = target / file
+        if place.is_dir() and not place.is_symlink():  # a rename replaces links
+            raise IsADirectoryError(
+                f"{place} is a folder, where a file is to be written; move it away, or write elsewhere"
+            )
+        for above in place.parents[: len(Path(file).parts) - 1]:
+            if above.exists() and not above.is_dir():
+                raise NotADirectoryError(
+                    f"{above} is a file, where a folder is to be made; move it away, or write elsewhere"
+                )
 
 
 def check_apart(folder: str | Path, *read: str | Path | None) -> None:

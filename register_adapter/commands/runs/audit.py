@@ -68,7 +68,7 @@ def run_audit(args: AuditArguments) -> tuple[list[ArtifactReport], str | None]:
     Raises:
         ValueError, OSError, RegisterAdapterError: As for loading, and for :func:`register_adapter.artifacts.audit`.
     """
-    check_target(args.output_dir)
+    check_target(args.output_dir, files=("audit.json", "index.html"))
     resolve_rule(args.rule)
     if args.sinks and not args.attentions:
         raise ValueError("sinks are told by attention maps: give --sinks or --no-attentions, not both")

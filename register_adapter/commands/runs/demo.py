@@ -196,7 +196,7 @@ def run_demo(args: DemoArguments) -> dict[str, Any]:
         RuntimeError: The reloaded adapter does not give the outputs of the trained model.
         FolderInUseError: Another run writes into the folder.
     """
-    check_target(args.output_dir, args.images)
+    check_target(args.output_dir, args.images, files=("before_after.png", "demo.json"))
     out = Path(args.output_dir)
     with folder_lock(out):
         if args.seeds == 1:

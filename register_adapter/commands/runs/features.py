@@ -9,7 +9,7 @@ from typing import Any
 
 from ...features import FeatureFile, write_features
 from ...features.extraction.files import FileSpec, check_format
-from ...utils.staging import check_target
+from ...utils.staging import file_to_write
 from .inputs import choose_device, load_base, load_images, load_processor, with_adapter
 
 __all__ = ["FeaturesArguments", "run_features"]
@@ -52,7 +52,7 @@ def run_features(args: FeaturesArguments, on_start: Callable[[FileSpec], None] |
     """
     path = Path(args.output_file)
     check_format(path, args.file_dtype)
-    check_target(path.parent)
+    file_to_write(path)
     images: Any = load_images(args.images, args.max_images)
     model = load_base(args.model)
     if args.adapter is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...neurons import fit_test_time_registers
-from ...training.saving import RESULTS_NAME, RUN_CONFIG, save_adapter
+from ...training.saving import ADAPTER_FILES, RESULTS_NAME, RUN_CONFIG, save_adapter
 from ...tuner.card_text import named
 from ...utils.hub import MANIFEST_NAME
 from ...utils.staging import check_apart, check_target, write_text
@@ -96,7 +96,7 @@ def run_fit(args: FitArguments) -> tuple[dict[int, list[int]], dict[str, Any]]:
 
 def _check_output(args: FitArguments) -> None:
     """The adapter can be written, beside no model and over nothing that was trained."""
-    check_target(args.output_dir)
+    check_target(args.output_dir, files=(*ADAPTER_FILES, _SKIPPED))
     check_apart(args.output_dir, args.model.removeprefix("local-dir:"), args.images)
     trained = [name for name in _TRAINED if Path(args.output_dir, name).exists()]
     if trained:

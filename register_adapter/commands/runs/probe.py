@@ -109,7 +109,7 @@ def run_probes(args: ProbeArguments) -> list[Probed]:
         ValueError, OSError, RegisterAdapterError: As for loading, for :func:`register_adapter.artifacts.audit` and
             :func:`register_adapter.evaluation.probe_tokens`.
     """
-    check_target(args.output_dir, args.images)
+    check_target(args.output_dir, args.images, files=("probes.json", "registers.json"))
     resolve_rule(args.rule)
     data = _draw(args)
     base, processor = load_base(args.model), load_processor(args.model)

@@ -42,6 +42,7 @@ __all__ = ["RESULT", "TASKS", "EvalArguments", "run_eval"]
 
 #: The file with a result and all of its choices.
 RESULT = "eval.json"
+_PAGE = "index.html"
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def run_eval(args: EvalArguments) -> TaskReport:
         raise ValueError(f"task {args.task!r}, expected one of {', '.join(TASKS)}")
     task = TASKS[args.task]
     _refuse_others(args)
-    for place in (args.output_dir, args.store):
+    for place, files in ((args.output_dir, (RESULT, _PAGE)), (args.store, ())):
         if place is not None:
-            check_target(place, *class_folders(args.task, args.data))
+            check_target(place, *class_folders(args.task, args.data), files=files)
     _refuse_another_task(args)
     data = load_task_data(
         args.task,
@@ -148,7 +149,7 @@ def run_eval(args: EvalArguments) -> TaskReport:
         with staged(args.output_dir) as folder:
             written = json.dumps(report.to_dict(), indent=1, allow_nan=False)
             (folder / RESULT).write_text(written + "\n", "utf-8")
-            write_task_page(folder / "index.html", report, title=f"Evaluation: {args.task} of {args.model}")
+            write_task_page(folder / _PAGE, report, title=f"Evaluation: {args.task} of {args.model}")
     return report
 
 
