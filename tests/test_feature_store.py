@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -181,8 +182,9 @@ def test_a_store_says_what_it_holds_and_goes_to_other_processes(tmp_path: Path) 
         {"patches": torch.zeros(3, 4, 9), "cls": torch.zeros(3, 8)},
         {"patches": torch.zeros(1, 4, 8), "cls": torch.zeros(1, 8)},
         {"patches": torch.zeros(()), "cls": torch.zeros(3, 8)},
+        {"patches": torch.zeros(3, 4, 8), "cls": torch.full((3, 8), math.nan)},
     ],
-    ids=["fewer tensors", "another shape", "fewer rows", "no rows"],
+    ids=["fewer tensors", "another shape", "fewer rows", "no rows", "not finite"],
 )
 def test_a_shard_of_something_else_is_named(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     store = FeatureStore(tmp_path, make_spec())

@@ -206,6 +206,8 @@ class FeatureStore:
             tensors = {name: value[0] for name, value in _unpack(rows).items()}
             if {name: tuple(value.shape) for name, value in tensors.items()} != dict(self.spec.shapes):
                 raise KeyError("other tensors than the store says")
+            if broken := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
+                raise RuntimeError(f"{', '.join(broken)} of image {index}: numbers that are not finite")
             return tensors
         except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
             raise StoreError(
