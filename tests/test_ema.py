@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import IMAGE, build
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
 from training_helpers import adapter_bytes
 
@@ -196,3 +196,35 @@ def test_the_best_head_has_the_running_statistics_that_it_was_measured_with(tmp_
         assert torch.equal(kept, record.means[best[-1] - 1])
         assert all(not torch.equal(kept, mean) for step, mean in enumerate(record.means[:5], 1) if step != best[-1])
     assert min(best) < 5
+
+
+def test_a_best_head_without_its_statistics_is_measured_as_it_is_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints of earlier versions lack them."""
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        base: Any = build("vit-classifier")
+        base.classifier = torch.nn.Sequential(torch.nn.BatchNorm1d(base.config.hidden_size), base.classifier)
+        return add_registers(base, 2, modules_to_save=["classifier"])
+
+    args = TrainArguments(str(tmp_path), quiet=True, use_cpu=True, max_train_steps=4, eval_steps=1)
+    args.load_best_model_at_end, args.greater_is_better, args.checkpointing_steps = True, True, 3
+    best = train(model(), ClassificationObjective(), items(), args, items())["best"]["step"]
+    assert best < 3
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    weights = load_file(checkpoint / "best_model.safetensors")
+    kept = {name: value for name, value in weights.items() if ".running_" not in name}
+    save_file(kept, checkpoint / "best_model.safetensors")
+    state = json.loads((checkpoint / "train_state.json").read_text())
+    (checkpoint / "train_state.json").write_text(json.dumps(state | {"files": {}}))
+    args.resume_from_checkpoint = "latest"
+    trained = model()
+    results = train(trained, ClassificationObjective(), items(), args, items())
+    assert "running_mean" in caplog.text
+    batch = ClassificationObjective().collate([items()[index] for index in range(len(items()))])
+    with torch.no_grad():
+        loss = ClassificationObjective().evaluate(trained.eval(), batch)["loss"].mean().item()
+    assert results["metrics"]["eval_loss"] == pytest.approx(loss, abs=1e-5)
+    assert results["best"]["value"] != pytest.approx(loss, abs=1e-3)

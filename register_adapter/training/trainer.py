@@ -203,7 +203,10 @@ def _finish(loop: Loop, model: PeftModel) -> dict[str, float]:
     last, means = None, selection.last if selection.last_step == state.global_step else None
     if loop.args.load_best_model_at_end and selection.weights is not None:
         last, means = checkpoints.copy_weights(loop.accelerator, loop.model), selection.best
-        checkpoints.put_weights(loop.accelerator, loop.model, selection.weights)
+        if lacking := checkpoints.put_weights(loop.accelerator, loop.model, selection.weights):
+            said = "the checkpoint is of an earlier version and lacks %s of the best step: "
+            logger.warning(said + "those of the last step are saved, and measured anew", ", ".join(lacking))
+            means = None
     layer = find_register_layer(model)
     with loop.interruption.deferred() if loop.interruption else nullcontext():
         try:

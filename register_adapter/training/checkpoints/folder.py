@@ -163,21 +163,26 @@ def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
 
-def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Give the prepared model the adapter of :func:`copy_weights`; every process calls it."""
+def put_weights(accelerator: Accelerator, model: nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
+    """Give the prepared model the adapter of :func:`copy_weights`; every process calls it.
+
+    Returns:
+        Buffers that ``weights`` lacks, as the best adapter in a checkpoint of an earlier version does; they stay.
+    """
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         set_model_state_dict(model, dict(weights), options=options)
-        return
+        return []
     inner = accelerator.unwrap_model(model)
     with torch.no_grad():
         for name, parameter in trained_parameters(inner).items():
             parameter.copy_(weights[name])
-        for name, buffer in _moving_buffers(inner).items():
-            if name in weights:  # checkpoints of earlier versions lack it
-                buffer.copy_(weights[name])
+        buffers = _moving_buffers(inner)
+        for name in buffers.keys() & weights.keys():
+            buffers[name].copy_(weights[name])
+    return [name for name in buffers if name not in weights]
 
 
 def _moving_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
