@@ -279,11 +279,17 @@ def test_bad_names_are_refused(labels: Any, error: type[Exception], message: str
     assert not hasattr(model, "peft_config")
 
 
-def test_names_that_the_user_sets_meanwhile_stay(trained: Path) -> None:
+@pytest.mark.parametrize("number", [5, 2])
+def test_names_that_the_user_sets_meanwhile_are_the_heads(number: int, trained: Path) -> None:
+    """Of another number than the head has outputs they are not, and stay."""
     model = HEADS["PeftModel"](trained)
-    model.get_base_model().config.id2label = {index: f"mine {index}" for index in range(5)}
+    own, mine = dict(head_model(trained).config.id2label), {index: f"mine {index}" for index in range(number)}
+    model.get_base_model().config.id2label = dict(mine)
+    with model.disable_adapter():
+        assert model.config.id2label == (own if number == 5 else mine)
+    assert model.config.id2label == (mine if number == 5 else NAMES)
     base = model.unload()
-    assert base.config.id2label[0] == "mine 0"
+    assert base.config.id2label == (own if number == 5 else mine)
 
 
 # Weights that nobody trains

@@ -10,6 +10,7 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
+from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -107,6 +108,9 @@ def _named(model: nn.Module) -> dict[int, str] | None:
 
 def _own_labels(model: nn.Module) -> dict[int, str] | None:
     """The same, of the base's own head, while the config names the classes of an adapter's."""
+    while isinstance(model, PeftModel):
+        model = model.base_model.model
+    renew_shown(model)
     shown = _CONFIGS.get(id(model))
     if shown is not None and shown.own is not None and _named(model) == shown.labels:
         return {int(key): str(name) for key, name in shown.own[0].items()} or None
@@ -243,9 +247,11 @@ class HeadLabels(dict[str, dict[int, str]]):
         """Take over the names that somebody has given to the classes of the adapter at work, in the model's config."""
         given = _named(self._model[0]) if self._model and self._shown.by is self else None
         known = self.get(self._name) if self._name is not None else None
-        if self._name is None or known is None or given is None or given == known or sorted(given) != sorted(known):
+        if self._name is None or known is None or given is None or sorted(given) != sorted(known):
             return  # classes of another number are not this head's
-        self[self._name] = given
+        if given == self._shown.labels:
+            return
+        self[self._name], self._shown.labels = given, dict(given)
         config = getattr(self._model[0], "peft_config", {}).get(self._name)
         if config is not None:
             config.id2label = dict(given)
@@ -263,11 +269,11 @@ class HeadLabels(dict[str, dict[int, str]]):
         config: Any = getattr(self._model[0], "config", None) if self._model else None
         if not hasattr(config, "id2label"):
             return
-        self.renew()
+        renew_shown(self._model[0])
         labels, shown = None if name is None else self[name], self._shown
         self._name = name
         if shown.labels is not None and config.id2label != shown.labels:
-            shown.forget()  # somebody has set others, which stay
+            shown.forget()  # somebody has set others, of another number, which stay
         if labels is not None:
             shown.own = shown.own or (dict(config.id2label), dict(config.label2id or {}))
             name_classes(self._model[0], dict(labels), {name: number for number, name in labels.items()})
