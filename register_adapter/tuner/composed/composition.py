@@ -24,10 +24,11 @@ from ...utils.arguments import check_mapping
 from ...utils.text import one_line
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
-from ..hooks.choice import BASE, EVERYONE, check_batch
+from ..hooks.choice import EVERYONE
 from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
+from .by_image import adapters_by_image
 from .class_names import fit_classes
 from .folder import SavedAdapter, check_alone, fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
@@ -327,22 +328,8 @@ class ComposedPeftModel(SavesAll):
         with self.base_model.without(names):
             yield
 
-    @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            given = kwargs.get("adapter_names")
-            names = set(check_known(given or (), [*self.peft_config, BASE])) - {BASE}
-            if given is not None and not names:  # no adapter, and so no method, is named
-                check_batch(given, args, kwargs, self.training)
-                stack.enter_context(self.base_model.without([EVERYONE]))
-            if names:
-                tuner = self.base_model.tuner_of(names)
-                tuner.training = self.training  # it is not a submodule, and train() does not reach it
-                hooked = tuner._enable_peft_forward_hooks(*args, **kwargs)
-                hooked.__enter__()
-                # Of a pass that fails, PEFT's context would leave its hooks on if it were told.
-                stack.callback(hooked.__exit__, None, None, None)
-            yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+        return adapters_by_image(self, args, kwargs)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, model_id: str | Path, **kwargs: Any) -> ComposedPeftModel:

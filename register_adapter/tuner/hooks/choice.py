@@ -18,6 +18,7 @@ from ..heads import HeadLabels
 from ..registers import Placement, RegisterTokens, Segment
 from .attention import AttentionHooks, reads_implementation
 from .base import ATTACHING
+from .fitting import names_for_head
 
 __all__ = ["BASE", "EVERYONE", "Choice", "check_batch"]
 
@@ -309,8 +310,8 @@ class Choice(AttentionHooks):
         # Not for another thread's pass, nor for one that runs inside of this one's: its head comes while this one runs.
         if self.call.images is not images or self.disable_adapters or (self.call.segments is not None and not inside):
             return None
-        known = set(module.modules_to_save) - self.call.without
-        names = [name if name in known else BASE for name in images]
+        names = [BASE if name in self.call.without else name for name in images]
+        names = names_for_head(module, names, self.names)
         *kwargs, _ = rest  # torch leaves them out for a moment while another thread takes its hook off
         return module._mixed_batch_forward(*args, adapter_names=names, **(kwargs[0] if kwargs else {}))
 

@@ -1,9 +1,12 @@
-"""Whether what an adapter does at single blocks can be done in the blocks that a tower has now."""
+"""Whether what an adapter does can be done: at single blocks of a tower as it is now, by heads of one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 
 from ..registers import Placement
 from .attention import attention_modules
@@ -11,7 +14,33 @@ from .attention import attention_modules
 if TYPE_CHECKING:
     from ...towers.tower import Tower
 
-__all__ = ["misfit"]
+__all__ = ["misfit", "names_for_head"]
+
+
+def names_for_head(head: ModulesToSaveWrapper, names: Iterable[str], mine: Collection[str]) -> list[str]:
+    """Whose copy of a head each image of a batch goes through.
+
+    Args:
+        head: The head.
+        names: An adapter's name an image.
+        mine: Adapters of the method that the names are of; another method's copy that is at work stays so for images
+            whose adapter has none.
+
+    Raises:
+        ValueError: They have different numbers of outputs.
+    """
+    copies: Any = dict(head.modules_to_save.items())
+    active = [] if head.disable_adapters else head.active_adapters
+    rest = next((name for name in active if name in copies and name not in mine), "__base__")
+    chosen = [name if name in copies and name in mine else rest for name in names]
+    used = {name: copies.get(name, head.original_module) for name in chosen}
+    widths = {name: copy.out_features for name, copy in used.items() if isinstance(copy, nn.Linear)}
+    if len({*widths.values()}) > 1:
+        raise ValueError(
+            f"adapter_names= mixes heads with different numbers of outputs ({widths}), which make no one tensor. Run "
+            "one batch for each number."
+        )
+    return chosen
 
 
 def misfit(
