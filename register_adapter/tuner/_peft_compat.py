@@ -31,6 +31,7 @@ __all__ = [
     "POSITIONS",
     "PREFIX",
     "REMAPS",
+    "FromFile",
     "activate_heads",
     "enable_heads",
     "member",
@@ -147,8 +148,22 @@ def _load_by_method() -> None:
         with loader.loading(model, peft_model_state_dict, adapter_name) as placed:
             return inherited(model, placed, adapter_name, *args, **kwargs)
 
+    read = peft.utils.save_and_load.load_peft_weights
+
+    @wraps(read)
+    def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = FromFile(read(model_id, *args, **kwargs))
+        tensors.source = str(model_id), kwargs
+        return tensors
+
     for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
-        holder.set_peft_model_state_dict = set_peft_model_state_dict
+        holder.set_peft_model_state_dict, holder.load_peft_weights = set_peft_model_state_dict, load_peft_weights
+
+
+class FromFile(dict[str, Any]):
+    """Tensors that PEFT has read, and of which folder or repository, with its options for the Hub."""
+
+    source: tuple[str, dict[str, Any]]
 
 
 _NO_EMBEDDINGS = (
@@ -295,21 +310,23 @@ def _before_load(
     state_dict.update({f"{prefix}{key}": value for key, value in placed.items()})
 
 
-def activate_heads(model: nn.Module, deleted: str, names: list[str]) -> None:
-    """Modules of ``modules_to_save`` follow when an adapter was deleted that had none of its own.
+def activate_heads(model: nn.Module, deleted: str | None, names: list[str], inference_mode: bool = False) -> None:
+    """Modules of ``modules_to_save`` follow the adapters that are active now.
 
-    PEFT passes over a module that the deleted adapter is not in, so the base's stays beside the adapter that follows.
+    PEFT leaves the base's beside the adapter that follows a deleted one without a module of its own, and beside the
+    second one that transformers loads for inference.
 
     Args:
         model: The model.
-        deleted: Name of the deleted adapter.
-        names: Names of the adapters that are active behind it.
+        deleted: Name of the deleted adapter, if one was.
+        names: Names of the active adapters.
+        inference_mode: Freeze them.
     """
     for head in model.modules():
         if isinstance(head, ModulesToSaveWrapper) and not head.active_adapters and deleted not in head.modules_to_save:
             wanted = [name for name in names if name in head.modules_to_save]
             if wanted:
-                head.set_adapter(wanted[0])
+                head.set_adapter(wanted[0], inference_mode=inference_mode)
 
 
 def enable_heads(model: nn.Module, names: list[str]) -> None:

@@ -21,9 +21,10 @@ from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
 from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
-from ._peft_compat import PREFIX, remap_on_load
+from ._peft_compat import PREFIX, activate_heads, remap_on_load
 from .checks.dry_run import check_anatomy
 from .checks.head_weights import warn_of_left_out, warn_of_new_weights, without_left_out
+from .checks.loaded_over import classes_loaded_over
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .checks.saved_heads import lost_heads
 from .config import RegisterConfig
@@ -162,6 +163,7 @@ class RegisterModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for layer in register_layers(model):  # PEFT has put copies of blocks in their place (modules_to_save)
             layer._renew_hooks()
+            activate_heads(model, None, layer.active_names, given.inference_mode)
         if layout is not None:
             fit_heads(model, adapter_name, state_dict=keys_of_copies(layout, adapter_name))
         elif given.from_file and config.id2label:
@@ -331,7 +333,8 @@ class RegisterModel(BaseTuner):
             The tensors by the keys that PEFT looks for in this model.
         """
         states = [layer.before for layer in register_layers(model) if adapter_name in layer.names]
-        with values_unchanged_if_refused(model, adapter_name, states):
+        classes = classes_loaded_over(model, adapter_name, state_dict)
+        with values_unchanged_if_refused(model, adapter_name, states), classes:
             known = saved_by_key(model, adapter_name, state_dict)
             config = cast(Any, model).peft_config[adapter_name]
             rest = {key: value for key, value in state_dict.items() if key not in known}

@@ -5,7 +5,8 @@ They stand in the manifest, as ``id2label`` of an adapter, and while it is loade
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +14,17 @@ from peft import PeftConfig
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ...utils.files import checksum
+from ...utils.hub import MANIFEST_NAME, WEIGHTS_NAME
 from ..config import RegisterConfig
 from ..heads import HeadLabels, checked_labels, fit_heads, labels_for, number_of_labels
-from ..reading import naming
+from ..reading import naming, read_json
 
 __all__ = [
+    "classes_in_folder",
     "classes_of",
     "fit_classes",
+    "given_classes",
     "note_classes",
     "read_classes",
     "rename_classes",
@@ -57,6 +62,46 @@ def note_classes(base: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
         heads = getattr(config, "modules_to_save", None)
         if heads and not isinstance(config, RegisterConfig) and classes_of(config) is None:
             cast(Any, config).id2label = labels_for(base, heads, None, name)
+
+
+def classes_in_folder(folder: str | Path) -> dict[int, str] | None:
+    """The classes of an adapter in its folder: what a manifest in the folder around it says.
+
+    Raises:
+        AdapterFileError: They are none.
+    """
+    path, config = Path(folder).absolute(), PeftConfig()
+    manifest, weights = path.parent / MANIFEST_NAME, path / WEIGHTS_NAME
+    entries = read_json(manifest).get("adapters") if manifest.is_file() and weights.is_file() else None
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict) and entry.get("name") == path.name and entry.get("sha256") == checksum(weights):
+            read_classes(config, entry, manifest)
+    return cast("dict[int, str] | None", vars(config).get("saved_id2label"))
+
+
+@contextmanager
+def given_classes(base: nn.Module, classes: Mapping[str, dict[int, str] | None]) -> Iterator[None]:
+    """A context in which adapters of a model get other values; their heads are for these classes from then on.
+
+    Args:
+        base: The base model.
+        classes: By adapter name; ``None`` where a file does not say.
+    """
+    configs: dict[str, Any] = cast(Any, base).peft_config
+    show_classes(base)  # names that somebody has given are those of the values until now
+    before = {name: classes_of(configs.get(name)) for name in classes}
+    for name, labels in classes.items():
+        if labels is not None and name in configs and not isinstance(configs[name], RegisterConfig):
+            configs[name].saved_id2label = labels
+            fit_classes(base, name)
+    try:
+        yield
+    except BaseException:
+        for name, labels in before.items():
+            if name in configs and not isinstance(configs[name], RegisterConfig):
+                configs[name].id2label = labels
+        raise
+    show_classes(base)
 
 
 def fit_classes(base: nn.Module, name: str) -> None:

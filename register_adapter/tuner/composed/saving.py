@@ -30,7 +30,7 @@ from ..positions.model import renew_base
 from ..reading import check_method, naming, read_json
 from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
-from .class_names import note_classes
+from .class_names import classes_in_folder, given_classes, note_classes
 from .folder import read_folder, write_folder
 from .relocate import relocated, tower_path
 from .tuner import ComposedTuner
@@ -211,7 +211,9 @@ class SavesAll(PeftModel):
         if not Path(model_id, MANIFEST_NAME).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
             check_method(model_id, kwargs.get("subfolder"), self.peft_config.get(adapter_name))
-            with _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder")):
+            place = Path(model_id, kwargs.get("subfolder") or "")
+            kept = _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder"))
+            with kept, given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)}):
                 loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
                 _check_places(loaded, adapter_name)
                 return loaded
@@ -225,7 +227,12 @@ class SavesAll(PeftModel):
             check_method(adapter.path, None, self.peft_config[adapter.name])
         result = None
         kept = _unchanged_if_refused(self, [adapter.name for adapter in saved], model_id)
-        with kept, relocated(saved, self.get_base_model()) as placed:
+        classes = {adapter.name: vars(adapter.config).get("saved_id2label") for adapter in saved}
+        with (
+            kept,
+            given_classes(self.get_base_model(), classes),
+            relocated(saved, self.get_base_model()) as placed,
+        ):
             for adapter in placed:
                 with naming(adapter.path):
                     result = super().load_adapter(str(adapter.copied_to or adapter.path), adapter.name, *args, **kwargs)

@@ -19,7 +19,7 @@ from ...towers.identity import TowerIdentity, check_finite_base, identity_now
 from ...towers.tower import Tower, find_tower
 from ...utils.adapter_file import check_range, check_tensors
 from ...utils.module_names import check_copies_load
-from .._peft_compat import POSITIONS, REMAPS, remap_on_load, renew_on_save
+from .._peft_compat import POSITIONS, REMAPS, activate_heads, remap_on_load, renew_on_save
 from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
@@ -86,6 +86,7 @@ class PositionModel(Walked, BaseTuner):
             finally:
                 del self._place
         for layer in position_layers(model):
+            activate_heads(model, None, list(cast(Any, layer).active_adapters), config.inference_mode)
             if saved is not None and adapter_name in layer.offset_positions_values:
                 layer.before = before
                 cast(Any, layer.offset_positions_values[adapter_name]).awaited = config.moves
