@@ -36,7 +36,7 @@ from register_adapter import (
 from register_adapter.testbed import load_shipped
 from register_adapter.towers import find_tower
 from register_adapter.tuner.composed import folder as adapter_folder
-from register_adapter.tuner.composed import saving
+from register_adapter.tuner.composed import tensors
 from register_adapter.tuner.composed.card import write_card
 from register_adapter.utils import hub as hub_files
 from register_adapter.utils.adapter_file import read_tensors
@@ -338,7 +338,7 @@ def test_a_register_adapter_is_saved_with_the_values_that_are_given(tmp_path: Pa
 
 def test_two_threads_save_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither sees the other in the middle of it, and the model keeps all its adapters."""
-    model, both, plain = composed().eval(), threading.Barrier(2), saving.get_peft_model_state_dict
+    model, both, plain = composed().eval(), threading.Barrier(2), tensors.get_peft_model_state_dict
 
     def meet(*args: Any, **kwargs: Any) -> Any:
         both.wait(timeout=30)
@@ -348,7 +348,7 @@ def test_two_threads_save_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     expected, names = run(model, make_inputs("vit-classifier")), list(model.peft_config)
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(saving, "get_peft_model_state_dict", meet)
+        patch.setattr(tensors, "get_peft_model_state_dict", meet)
         list(pool.map(model.save_pretrained, (tmp_path / "one", tmp_path / "two")))
     assert list(model.peft_config) == names
     for folder in ("one", "two"):

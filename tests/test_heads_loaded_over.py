@@ -133,3 +133,17 @@ def test_the_second_adapter_that_transformers_loads_has_its_head(config: Any, tm
         assert torch.equal(run(plain, make_inputs("vit"))["logits"], made[name])
     plain.set_adapter("one")
     assert torch.equal(run(plain, make_inputs("vit"))["logits"], made["one"])
+
+
+@pytest.mark.parametrize("part", ["", "lora"], ids=["whole", "alone"])
+def test_a_head_is_not_loaded_into_the_base(part: str, tmp_path: Path) -> None:
+    """The adapter of that name has none here, and the base's own is called as the file's."""
+    for name, head in (("with", HEAD), ("without", {})):
+        lora = LoraConfig(target_modules=["q_proj", "query"], **head)
+        compose(base(FIRST), {"lora": lora, "regs": RegisterConfig()}).save_pretrained(tmp_path / name)
+    model: Any = load_adapters(base(["k", "l", "m"]), tmp_path / "without")
+    torch.nn.init.normal_(model.get_base_model().classifier.weight)
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=r"would replace tensors of the base .*classifier"):
+        model.load_adapter(tmp_path / "with" / part, "lora")
+    before.check()

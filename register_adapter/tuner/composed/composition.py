@@ -30,11 +30,12 @@ from ..reading import naming
 from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
 from .class_names import fit_classes
-from .folder import SavedAdapter, check_alone, fetch_folder, holds_several, read_folder
+from .folder import check_alone, fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
-from .saving import INITS, SavesAll, adapter_tensors, keys_of_others, write_adapters
+from .saving import INITS, SavesAll, write_adapters
+from .tensors import check_own, keys_of_others
 from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
@@ -150,7 +151,7 @@ def load_adapters(
                     options.get("low_cpu_mem_usage", False),
                     options.get("autocast_adapter_dtype", True),
                 )
-            _check_own(composed, adapter)
+            check_own(composed, adapter.name, adapter.keys, adapter.path)
             fit_classes(base, adapter.name)
             try:
                 place = str(adapter.copied_to or adapter.path)
@@ -200,16 +201,6 @@ def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
         return load_adapters(model, folder)
     with naming(check_alone(str(folder))), unchanged_if_refused(model):
         return cast(nn.Module, PeftModel.from_pretrained(model, str(folder)))
-
-
-def _check_own(composed: ComposedPeftModel, adapter: SavedAdapter) -> None:
-    """No tensor of a file has the name of one that is in the model already, and not the adapter's."""
-    strange = adapter.keys - set(adapter_tensors(composed, adapter.name, composed.state_dict()))
-    if foreign := sorted(strange & set(composed.state_dict())):
-        raise AdapterFileError(
-            f"the tensors in {adapter.path} would replace tensors of the base that the adapter does not train: "
-            f"{foreign[:10]}. Nothing was changed."
-        )
 
 
 class ComposedPeftModel(SavesAll):

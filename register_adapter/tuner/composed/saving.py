@@ -11,17 +11,13 @@ from typing import Any, cast
 import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
-from peft.functional import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ...errors import AdapterFileError
-from ...utils.adapter_file import check_plain, check_savable_values
-from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, check_folder, checked_token, hub_errors, upload
+from ...utils.adapter_file import check_plain, check_savable_values, read_header
+from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, check_folder, checked_token, hub_errors, upload
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
 from ...utils.readme import read_readme
-from .._peft_compat import named_as_in_state, with_one
 from ..card import check_facts
 from ..checks.copied_layers import check_own_layers
 from ..fields import check_known, check_string
@@ -33,9 +29,10 @@ from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
 from .folder import read_folder, write_folder
 from .relocate import relocated, tower_path
+from .tensors import adapter_tensors, check_own
 from .tuner import ComposedTuner
 
-__all__ = ["INITS", "SavesAll", "adapter_tensors", "keys_of_others", "write_adapters"]
+__all__ = ["INITS", "SavesAll", "write_adapters"]
 
 #: Where methods' configs choose what to start from: by a word where it is made from the base's weights (PiSSA, OLoRA).
 INITS = ("init_lora_weights", "init_weights")
@@ -72,31 +69,6 @@ def write_adapters(
         check_savable_values(tensors, name)
     active = [name for name in composed.active_adapters if name in names]
     write_folder(folder, adapters, active, tower_path(composed.get_base_model()))
-
-
-def adapter_tensors(composed: SavesAll, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One adapter's tensors by the keys of PEFT's files.
-
-    PEFT leaves out every key with another adapter's name *anywhere* in it: an adapter called "registers", or like any
-    module of the base, would take the others' tensors along. So the others are left out here, where their names stand.
-    """
-    foreign = keys_of_others(composed, name)
-    own = {key: value for key, value in state.items() if not f"{key}.".startswith(foreign)}
-    return cast(
-        "dict[str, torch.Tensor]",
-        get_peft_model_state_dict(with_one(composed, name), own, adapter_name=name, save_embedding_layers=False),
-    )
-
-
-def keys_of_others(composed: SavesAll, name: str) -> tuple[str, ...]:
-    """How the keys of the other adapters' tensors begin, with the adapter's name and a dot at their end."""
-    others = [other for other in composed.peft_config if other != name]
-    begins = [f"base_model.{child}.{other}." for child in composed.base_model.shared for other in others]
-    for path, module in named_as_in_state(composed):
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            tables = (*module.adapter_layer_names, *module.other_param_names)
-            begins += [f"{path}.{table}.{other}." for table in tables for other in others]
-    return tuple(begins)
 
 
 @contextmanager
@@ -214,6 +186,8 @@ class SavesAll(PeftModel):
             place = Path(model_id, kwargs.get("subfolder") or "")
             kept = _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder"))
             with kept, given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)}):
+                if adapter_name in self.peft_config and (place / WEIGHTS_NAME).is_file():
+                    check_own(self, adapter_name, read_header(place / WEIGHTS_NAME), place)
                 loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
                 _check_places(loaded, adapter_name)
                 return loaded
@@ -235,6 +209,7 @@ class SavesAll(PeftModel):
         ):
             for adapter in placed:
                 with naming(adapter.path):
+                    check_own(self, adapter.name, adapter.keys, adapter.path)
                     result = super().load_adapter(str(adapter.copied_to or adapter.path), adapter.name, *args, **kwargs)
         return result
 
