@@ -73,8 +73,8 @@ def test_heads_of_other_widths_are_refused_by_name(method: str, tmp_path: Path) 
         method
     ]
     wide, inputs = build(NAME), make_inputs(NAME)
-    wide.classifier = torch.nn.Linear(wide.classifier.in_features, 7)  # type: ignore[union-attr, arg-type]
-    wide.config.id2label = {index: f"class {index}" for index in range(7)}  # type: ignore[union-attr]
+    wide.classifier = torch.nn.Linear(wide.classifier.in_features, 7)
+    wide.config.id2label = {index: f"class {index}" for index in range(7)}
     compose(wide, {"wide": config}).save_pretrained(tmp_path)
     model = load_adapters(build(NAME), tmp_path).eval()
     model.add_adapter("own", config)
