@@ -3,6 +3,7 @@
 from ._peft_compat import register, register_positions
 from .composed import ComposedPeftModel, compose, load_adapters, rename_adapter, save_adapters
 from .config import RegisterConfig
+from .heads import see_idle_heads
 from .layer import RegisterLayer, find_register_layer
 from .model import RegisterModel
 from .peft_model import RegisterPeftModel, add_registers
@@ -25,3 +26,4 @@ __all__ = [
 
 register(RegisterConfig, RegisterModel)
 register_positions(PositionConfig, PositionModel)
+see_idle_heads()

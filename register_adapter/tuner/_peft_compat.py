@@ -310,22 +310,20 @@ def _before_load(
     state_dict.update({f"{prefix}{key}": value for key, value in placed.items()})
 
 
-def activate_heads(model: nn.Module, deleted: str | None, names: list[str], inference_mode: bool = False) -> None:
-    """Modules of ``modules_to_save`` follow the adapters that are active now.
+def activate_heads(
+    model: nn.Module, deleted: str | None, names: list[str], inference_mode: bool = False, enable: bool = False
+) -> None:
+    """Modules of ``modules_to_save`` follow the adapters ``names`` that are active now.
 
-    PEFT leaves the base's beside the adapter that follows a deleted one without a module of its own, and beside the
-    second one that transformers loads for inference.
-
-    Args:
-        model: The model.
-        deleted: Name of the deleted adapter, if one was.
-        names: Names of the active adapters.
-        inference_mode: Freeze them.
+    PEFT leaves the base's beside the adapter that follows a ``deleted`` one without a module of its own, and beside the
+    second one that transformers loads for ``inference_mode``. ``enable``: PEFT 0.18 has switched that one off too.
     """
     for head in model.modules():
         if isinstance(head, ModulesToSaveWrapper) and not head.active_adapters and deleted not in head.modules_to_save:
             wanted = [name for name in names if name in head.modules_to_save]
             if wanted:
+                if enable and head.disable_adapters:
+                    head.enable_adapters(True)
                 head.set_adapter(wanted[0], inference_mode=inference_mode)
 
 

@@ -163,7 +163,7 @@ class RegisterModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for layer in register_layers(model):  # PEFT has put copies of blocks in their place (modules_to_save)
             layer._renew_hooks()
-            activate_heads(model, None, layer.active_names, given.inference_mode)
+            activate_heads(model, None, layer.active_names, given.inference_mode, not layer.disable_adapters)
         if layout is not None:
             fit_heads(model, adapter_name, state_dict=keys_of_copies(layout, adapter_name))
         elif given.from_file and config.id2label:

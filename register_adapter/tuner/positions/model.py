@@ -86,7 +86,8 @@ class PositionModel(Walked, BaseTuner):
             finally:
                 del self._place
         for layer in position_layers(model):
-            activate_heads(model, None, list(cast(Any, layer).active_adapters), config.inference_mode)
+            names = list(cast(Any, layer).active_adapters)
+            activate_heads(model, None, names, config.inference_mode, not layer.disable_adapters)
             if saved is not None and adapter_name in layer.offset_positions_values:
                 layer.before = before
                 cast(Any, layer.offset_positions_values[adapter_name]).awaited = config.moves
