@@ -116,6 +116,18 @@ def test_a_refusal_leaves_names_and_values(kind: str, tmp_path: Path) -> None:
     assert names_of(model) == FIRST
 
 
+@pytest.mark.parametrize("own", [OWN, ["x", "y", "z"]], ids=["others", "as many"])
+@pytest.mark.parametrize("kind", ["lora", "positions"])
+def test_they_come_with_a_new_adapter_from_a_folder_of_several(kind: str, own: list[str], tmp_path: Path) -> None:
+    logits, name = trained(kind, FIRST, 1, tmp_path), KINDS[kind][0]
+    model: Any = compose(base(own), {"regs": RegisterConfig()})
+    model.load_adapter(tmp_path / "regs", "regs")
+    model.load_adapter(tmp_path / name, "new")
+    assert names_of(model) == FIRST
+    assert torch.equal(run(model.eval(), make_inputs("vit"))["logits"], logits)
+    assert list(model.unload().config.id2label.values()) == own
+
+
 @pytest.mark.skipif(not LOADS_HEADS, reason="these transformers forget modules_to_save, and are refused by name")
 @pytest.mark.parametrize("config", [RegisterConfig(**HEAD), PositionConfig(**HEAD)], ids=["registers", "positions"])
 def test_the_second_adapter_that_transformers_loads_has_its_head(config: Any, tmp_path: Path) -> None:

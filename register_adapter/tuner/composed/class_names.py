@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from ..reading import naming, read_json
 __all__ = [
     "classes_in_folder",
     "classes_of",
+    "expect_classes",
     "fit_classes",
     "given_classes",
     "note_classes",
@@ -33,6 +35,8 @@ __all__ = [
 
 #: Attribute of a base model, while one of its adapters has classes: those that its config shows. Copies have their own.
 _LABELS = "_register_adapter_classes"
+#: By name of an adapter that the call in progress puts on: the classes beside its file.
+_AWAITED: ContextVar[Mapping[str, dict[int, str] | None] | None] = ContextVar("_AWAITED", default=None)
 
 
 def classes_of(config: PeftConfig | None) -> dict[int, str] | None:
@@ -81,7 +85,7 @@ def classes_in_folder(folder: str | Path) -> dict[int, str] | None:
 
 @contextmanager
 def given_classes(base: nn.Module, classes: Mapping[str, dict[int, str] | None]) -> Iterator[None]:
-    """A context in which adapters of a model get other values; their heads are for these classes from then on.
+    """A context in which adapters of a model get values; their heads are for these classes from then on.
 
     Args:
         base: The base model.
@@ -94,6 +98,7 @@ def given_classes(base: nn.Module, classes: Mapping[str, dict[int, str] | None])
         if labels is not None and name in configs and not isinstance(configs[name], RegisterConfig):
             configs[name].saved_id2label = labels
             fit_classes(base, name)
+    awaited = _AWAITED.set({name: labels for name, labels in classes.items() if name not in configs})
     try:
         yield
     except BaseException:
@@ -101,7 +106,16 @@ def given_classes(base: nn.Module, classes: Mapping[str, dict[int, str] | None])
             if name in configs and not isinstance(configs[name], RegisterConfig):
                 configs[name].id2label = labels
         raise
+    finally:
+        _AWAITED.reset(awaited)
     show_classes(base)
+
+
+def expect_classes(config: PeftConfig, name: str) -> None:
+    """Give the config of a new adapter the classes beside its file, if it is loaded in :func:`given_classes`."""
+    labels = (_AWAITED.get() or {}).get(name)
+    if labels is not None and not isinstance(config, RegisterConfig):
+        cast(Any, config).saved_id2label = labels
 
 
 def fit_classes(base: nn.Module, name: str) -> None:

@@ -29,7 +29,7 @@ from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
-from .class_names import fit_classes
+from .class_names import expect_classes, fit_classes
 from .folder import check_alone, fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
@@ -152,7 +152,6 @@ def load_adapters(
                     options.get("autocast_adapter_dtype", True),
                 )
             check_own(composed, adapter.name, adapter.keys, adapter.path)
-            fit_classes(base, adapter.name)
             try:
                 place = str(adapter.copied_to or adapter.path)
                 result = PeftModel.load_adapter(composed, place, adapter.name, is_trainable=is_trainable, **options)
@@ -278,10 +277,12 @@ class ComposedPeftModel(SavesAll):
         base = self.get_base_model()
         check_adapters(base, {adapter_name: peft_config})
         config = copy.deepcopy(peft_config)
+        expect_classes(config, adapter_name)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         with _all_or_nothing(self, [config]):
             self.base_model.add(adapter_name, config, low_cpu_mem_usage)
+            fit_classes(base, adapter_name)
             cast_adapter_dtype(base, adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
