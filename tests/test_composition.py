@@ -620,7 +620,7 @@ def test_adapter_names_of_several_methods_in_one_batch_are_refused() -> None:
     model, inputs = pair(), make_inputs("vit-classifier")
     with pytest.raises(ValueError, match="must be of one method"):
         model(**inputs, adapter_names=["registers", "other"])
-    with pytest.raises(ValueError, match="no adapter 'nobody'"):
+    with pytest.raises(ValueError, match=r"Trying to infer with non-existing adapter\(s\): 'nobody'; the model has"):
         model(**inputs, adapter_names=["nobody", "other"])
     mixed = run(model, inputs, adapter_names=["other", "__base__"])["logits"]
     both = run(model, inputs)["logits"]

@@ -165,12 +165,13 @@ def check_string(name: Any) -> None:
         raise TypeError(f"adapter_name must be a string, got {name!r:.100} ({type(name).__name__})")
 
 
-def check_known(names: Any, known: Collection[str]) -> list[str]:
+def check_known(names: Any, known: Collection[str], message: str = "no adapter") -> list[str]:
     """The names of adapters that a call is given, one or several, in a list.
 
     Args:
         names: A name, or an iterable of names.
         known: Those of the adapters that are there.
+        message: What is said before the names that are not.
 
     Raises:
         TypeError: There is something else than strings.
@@ -184,7 +185,7 @@ def check_known(names: Any, known: Collection[str]) -> list[str]:
     for name in listed:
         check_string(name)
     if unknown := [name for name in listed if name not in known]:
-        raise ValueError(f"no adapter {', '.join(map(repr, unknown))}; the model has {list(known)}")
+        raise ValueError(f"{message} {', '.join(map(repr, unknown))}; the model has {list(known)}")
     return listed
 
 

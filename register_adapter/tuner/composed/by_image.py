@@ -32,7 +32,8 @@ def adapters_by_image(model: SavesAll, args: tuple[Any, ...], kwargs: dict[str, 
     """
     with contextlib.ExitStack() as stack:
         given = kwargs.get("adapter_names")
-        names = set(check_known(given or (), [*model.peft_config, BASE])) - {BASE}
+        known, message = [*model.peft_config, BASE], "Trying to infer with non-existing adapter(s):"  # PEFT's
+        names = set(check_known(given or (), known, message)) - {BASE}
         if given is not None and not names:  # no adapter, and so no method, is named
             check_batch(given, args, kwargs, model.training)
             stack.enter_context(model.base_model.without([EVERYONE]))
