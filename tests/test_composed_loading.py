@@ -55,6 +55,27 @@ def test_an_adapter_that_does_not_fit_is_not_put_on(tmp_path: Path, start: Any) 
     assert list(model.peft_config) == ["registers", "lora"]
 
 
+@pytest.mark.parametrize("name", ["new", "lora"])
+@pytest.mark.parametrize("fault", ["the base's own", "not finite", "no float"])
+def test_one_adapter_is_checked_as_all_of_a_folder_are(tmp_path: Path, fault: str, name: str) -> None:
+    save_adapters(composed(1), tmp_path)
+    weights = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = sorted(tensors)[0]
+    changed = {
+        "the base's own": {"base_model.model.layernorm.weight": torch.zeros(32)},
+        "not finite": {key: torch.full_like(tensors[key], torch.nan)},
+        "no float": {key: tensors[key].to(torch.complex64)},
+    }
+    save_file(tensors | changed[fault], weights)
+    model = composed(0).eval()
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=str(weights)):
+        model.load_adapter(tmp_path / "lora", name)
+    before.check()
+    assert list(model.peft_config) == ["registers", "lora"]
+
+
 @pytest.mark.parametrize("way", ["load_adapters", "load_adapter"])
 def test_two_saves_are_not_mixed(tmp_path: Path, way: str) -> None:
     """Another process saves into the folder while it is read, between its adapters."""

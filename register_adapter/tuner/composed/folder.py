@@ -196,8 +196,7 @@ def read_folder(folder: str | Path, selected: Iterable[str] | None = None) -> li
         AdapterFileError: The manifest, a config or weights are missing, damaged, or of another save.
         ValueError: ``selected`` names an adapter that is not there.
     """
-    path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
+    if not (path := Path(folder) / MANIFEST_NAME).is_file():
         raise AdapterFileError(
             f"there is no {MANIFEST_NAME} in {folder}: it is not a folder of save_adapters. A folder with one adapter "
             "is loaded with PeftModel.from_pretrained."
@@ -241,8 +240,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     name, method = entry["name"], entry["method"]
     place = folder / name
-    missing = [file for file in (_CONFIG, WEIGHTS_NAME) if not (place / file).is_file()]
-    if missing:
+    if missing := [file for file in (_CONFIG, WEIGHTS_NAME) if not (place / file).is_file()]:
         raise AdapterFileError(f"the adapter {name!r} in {folder} has no {' and no '.join(missing)}. Save it again.")
     digests = {WEIGHTS_NAME: entry["sha256"], _CONFIG: entry.get("config_sha256")}
     damaged = [file for file, digest in digests.items() if digest is not None and checksum(place / file) != digest]
@@ -267,8 +265,13 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     return SavedAdapter(name, place, config, entry["active"], keys, digests=found)
 
 
-def check_alone(name: str) -> Path:
+def check_alone(name: str, subfolder: str | None = None, hub: Mapping[str, Any] | None = None) -> Path:
     """Check a folder, or a repository on the Hub, with one adapter of any method, before PEFT reads it.
+
+    Args:
+        name: Folder or repository.
+        subfolder: The folder in it, if any.
+        hub: As for :func:`fetch_folder`.
 
     Returns:
         The config.
@@ -277,10 +280,10 @@ def check_alone(name: str) -> Path:
         AdapterFileError: The config or the weights are missing, pickled, damaged, or do not belong together.
         HubAccessError: The repository cannot be read.
     """
-    config = find_config(name, None, {})
-    weights = find_weights(name, None, {})
+    given = dict(hub or {})
+    config, weights = find_config(name, subfolder, given), find_weights(name, subfolder, given)
     if weights is None:
-        check_folder(name)
+        check_folder(name, subfolder)
         raise AdapterFileError(f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME}")
     _read_files(config, weights)
     return config

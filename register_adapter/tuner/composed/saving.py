@@ -27,7 +27,7 @@ from ..reading import check_method, naming, read_json
 from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
-from .folder import read_folder, write_folder
+from .folder import check_alone, read_folder, write_folder
 from .relocate import relocated, tower_path
 from .tensors import adapter_tensors, check_own
 from .tuner import ComposedTuner
@@ -183,6 +183,8 @@ class SavesAll(PeftModel):
         if not Path(model_id, MANIFEST_NAME).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
             check_method(model_id, kwargs.get("subfolder"), self.peft_config.get(adapter_name))
+            hub = {key: value for key, value in self._split_kwargs(kwargs)[0].items() if value is not None}
+            check_alone(str(model_id), hub.pop("subfolder", None), hub)
             place = Path(model_id, kwargs.get("subfolder") or "")
             kept = _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder"))
             with kept, given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)}):
