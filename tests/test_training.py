@@ -444,6 +444,9 @@ def _means(**change: Any) -> Callable[[dict[str, Any]], None]:
 
 STATES: dict[str, Callable[[dict[str, Any]], None]] = {
     "no moments": lambda tensors: tensors["optimizer"]["state"][0].clear(),
+    "a moment for all": lambda tensors: tensors["optimizer"]["state"][0].update(exp_avg=torch.ones(())),
+    "steps below 0": lambda tensors: tensors["optimizer"]["state"][0].update(step=torch.tensor(-5.0)),
+    "squares below 0": lambda tensors: tensors["optimizer"]["state"][0]["exp_avg_sq"].fill_(-1),
     "betas": _group(betas=5),
     "eps": _group(eps="x"),
     "lr": _group(lr=None),

@@ -16,6 +16,8 @@ __all__ = ["check_like", "check_optimizer"]
 
 #: What AdamW keeps of a parameter.
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+#: Of these, what is never below 0.
+_COUNTS = ("step", "exp_avg_sq")
 
 
 def check_optimizer(optimizer: Any, state: Any) -> None:
@@ -28,7 +30,7 @@ def check_optimizer(optimizer: Any, state: Any) -> None:
     Raises:
         KeyError: Something is missing.
         TypeError: Something is of another type.
-        ValueError: Moments have another shape, are complex or not finite, or there are other groups.
+        ValueError: Moments have another shape, are complex, not finite or below 0, or there are other groups.
     """
     check_like("the optimiser's groups", optimizer.state_dict()["param_groups"], state["param_groups"])
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -40,11 +42,12 @@ def check_optimizer(optimizer: Any, state: Any) -> None:
         if missing := sorted(_MOMENTS - set(values)):
             raise KeyError(f"the optimiser's {', '.join(missing)} of a parameter {list(parameter.shape)}")
         for name, value in values.items():
-            shape = tuple(value.shape)
-            if value.is_complex() or not value.isfinite().all() or shape not in (tuple(parameter.shape), ()):
+            shapes = {"step": [()], "exp_avg": [parameter.shape], "exp_avg_sq": [parameter.shape]}
+            fits = tuple(value.shape) in shapes.get(name, [parameter.shape, ()])
+            if value.is_complex() or not value.isfinite().all() or not fits or (name in _COUNTS and (value < 0).any()):
                 raise ValueError(
-                    f"the optimiser's {name} of a parameter {list(parameter.shape)} is {list(shape)} of {value.dtype}, "
-                    "which is another shape, complex, or not finite"
+                    f"the optimiser's {name} of a parameter {list(parameter.shape)} is {list(value.shape)} of "
+                    f"{value.dtype}, which is another shape, complex, not finite, or below 0 where it cannot be"
                 )
 
 
