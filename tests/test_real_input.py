@@ -208,6 +208,7 @@ def test_a_dataset_with_other_columns_and_labels_by_name(tmp_path: Path) -> None
     flags = {"dataset_name": str(tmp_path), "image_column_name": "picture", "label_column_name": "animal"}
     loaded = load_data(DataArguments(**flags, train_val_split=0.34))
     assert loaded.labels == ["cat", "dog", "eel"]
+    assert loaded.validation_name == f"{loaded.name}, images that were held out"  # a card tells what it was measured on
     assert len(loaded.train) + len(loaded.validation) == 5
     assert [line.partition(":")[0] for line in loaded.skipped] == ["3.png"]
     kept = [loaded.labels[label] for part in (loaded.train, loaded.validation) for label in part["label"]]

@@ -332,6 +332,7 @@ def load_data(
     if validation is None:
         # Split before checking, so that a file gone bad does not move the others between the sets.
         train, validation = split_at_random(train, args.train_val_split, seed, name)
+        validation_name = f"{name}, images that were held out"
     sets: list[Dataset] = []
     skipped: list[str] = []
     for data, limit in ((train, args.max_train_samples), (validation, args.max_eval_samples)):
