@@ -56,7 +56,7 @@ def test_an_adapter_that_does_not_fit_is_not_put_on(tmp_path: Path, start: Any) 
 
 
 @pytest.mark.parametrize("name", ["new", "lora"])
-@pytest.mark.parametrize("fault", ["the base's own", "not finite", "no float"])
+@pytest.mark.parametrize("fault", ["the base's own", "not finite", "no float", "missing"])
 def test_one_adapter_is_checked_as_all_of_a_folder_are(tmp_path: Path, fault: str, name: str) -> None:
     save_adapters(composed(1), tmp_path)
     weights = tmp_path / "lora" / "adapter_model.safetensors"
@@ -67,10 +67,12 @@ def test_one_adapter_is_checked_as_all_of_a_folder_are(tmp_path: Path, fault: st
         "not finite": {key: torch.full_like(tensors[key], torch.nan)},
         "no float": {key: tensors[key].to(torch.complex64)},
     }
-    save_file(tensors | changed[fault], weights)
+    if fault == "missing":
+        del tensors[key]
+    save_file(tensors | changed.get(fault, {}), weights)
     model = composed(0).eval()
     before = Snapshot(model, make_inputs("vit"))
-    with pytest.raises(AdapterFileError, match=str(weights)):
+    with pytest.raises(AdapterFileError, match=str(weights.parent if fault == "missing" else weights)):
         model.load_adapter(tmp_path / "lora", name)
     before.check()
     assert list(model.peft_config) == ["registers", "lora"]

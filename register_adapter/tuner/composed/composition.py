@@ -15,7 +15,6 @@ from typing import Any, NoReturn, cast
 
 from peft import PeftConfig, PeftModel
 from peft.functional import cast_adapter_dtype
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -35,7 +34,7 @@ from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
 from .relocate import relocated
 from .saving import INITS, SavesAll, write_adapters
-from .tensors import check_own, keys_of_others
+from .tensors import check_own, check_read
 from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
@@ -160,34 +159,13 @@ def load_adapters(
                     f"the tensors in {adapter.path} do not fit {type(base).__name__}: "
                     f"{one_line(' '.join(str(error).split()))}"
                 ) from error
-            # PEFT takes any key with these letters in it for the adapter's.
-            end = PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]
-            unread = _unread(composed, result.missing_keys)
-            foreign = keys_of_others(composed, adapter.name)
-            unread = [key for key in unread if not f"{key}.".startswith(foreign)]
-            missing = [key for key in unread if adapter.name in key.rpartition(end)[2].split(".")]
-            # PEFT 0.18 draws VeRA's shared projections again from their seed, and leaves the saved ones unread.
-            drawn = tuple(f"base_model.{child}" for child in composed.base_model.shared)
-            strange = [*missing, *(key for key in result.unexpected_keys if not key.startswith(drawn))]
-            if strange:
-                raise AdapterFileError(
-                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: missing or not expected "
-                    f"{strange[:10]}"
-                )
+            check_read(composed, adapter.name, result, adapter.path)
         active = list(dict.fromkeys([*kept, *(adapter.name for adapter in saved if adapter.active)]))
         with flags_kept(base):
             composed.base_model.activate(active, methods={adapter.config.peft_type for adapter in saved})
         if is_trainable:
             composed.set_requires_grad([adapter.name for adapter in saved if adapter.active])
     return composed
-
-
-def _unread(composed: nn.Module, missing_keys: list[str]) -> list[str]:
-    """Keys that a file did not have, without other names of parameters that it had (VBLoRA's bank is in each layer)."""
-    parameters = dict(composed.named_parameters(remove_duplicate=False))
-    missing = set(missing_keys)
-    read = {id(value) for key, value in parameters.items() if key not in missing}
-    return [key for key in missing_keys if id(parameters.get(key)) not in read]
 
 
 def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -29,7 +29,7 @@ from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
 from .folder import check_alone, read_folder, write_folder
 from .relocate import relocated, tower_path
-from .tensors import adapter_tensors, check_own
+from .tensors import adapter_tensors, check_own, check_read
 from .tuner import ComposedTuner
 
 __all__ = ["INITS", "SavesAll", "write_adapters"]
@@ -192,6 +192,7 @@ class SavesAll(PeftModel):
                     check_own(self, adapter_name, read_header(place / WEIGHTS_NAME), place)
                 loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
                 _check_places(loaded, adapter_name)
+                check_read(self, adapter_name, loaded, place)
                 return loaded
         saved = read_folder(model_id)
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
@@ -213,6 +214,7 @@ class SavesAll(PeftModel):
                 with naming(adapter.path):
                     check_own(self, adapter.name, adapter.keys, adapter.path)
                     result = super().load_adapter(str(adapter.copied_to or adapter.path), adapter.name, *args, **kwargs)
+                    check_read(self, adapter.name, result, adapter.path)
         return result
 
     def create_or_update_model_card(self, output_dir: str, **facts: Any) -> None:

@@ -8,13 +8,15 @@ from typing import Any, cast
 
 import torch
 from peft.functional import get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 
 from ...errors import AdapterFileError
 from .._peft_compat import named_as_in_state, with_one
 
-__all__ = ["adapter_tensors", "check_own", "keys_of_others"]
+__all__ = ["adapter_tensors", "check_own", "check_read", "keys_of_others"]
 
 
 def adapter_tensors(composed: Any, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,3 +62,38 @@ def check_own(composed: Any, name: str, keys: Iterable[str], path: Path) -> None
             f"the tensors in {path} would replace tensors of the base that the adapter does not train: "
             f"{foreign[:10]}. Nothing was changed."
         )
+
+
+def check_read(composed: Any, name: str, result: Any, path: Path) -> None:
+    """A file had every tensor of an adapter, and no others.
+
+    Args:
+        composed: The model.
+        name: The adapter.
+        result: What PEFT says of the keys.
+        path: The adapter's folder.
+
+    Raises:
+        AdapterFileError: One is missing, or not expected.
+    """
+    # PEFT takes any key with these letters in it for the adapter's.
+    end = PEFT_TYPE_TO_PREFIX_MAPPING[composed.peft_config[name].peft_type]
+    foreign = keys_of_others(composed, name)
+    unread = [key for key in _unread(composed, result.missing_keys) if not f"{key}.".startswith(foreign)]
+    missing = [key for key in unread if name in key.rpartition(end)[2].split(".")]
+    # PEFT 0.18 draws VeRA's shared projections again from their seed, and leaves the saved ones unread.
+    drawn = tuple(f"base_model.{child}" for child in composed.base_model.shared)
+    strange = [*missing, *(key for key in result.unexpected_keys if not key.startswith(drawn))]
+    if strange:
+        raise AdapterFileError(
+            f"the tensors in {path} do not fit {type(composed.get_base_model()).__name__}: missing or not expected "
+            f"{strange[:10]}"
+        )
+
+
+def _unread(composed: nn.Module, missing_keys: list[str]) -> list[str]:
+    """Keys that a file did not have, without other names of parameters that it had (VBLoRA's bank is in each layer)."""
+    parameters = dict(composed.named_parameters(remove_duplicate=False))
+    missing = set(missing_keys)
+    read = {id(value) for key, value in parameters.items() if key not in missing}
+    return [key for key in missing_keys if id(parameters.get(key)) not in read]
