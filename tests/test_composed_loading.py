@@ -78,6 +78,31 @@ def test_one_adapter_is_checked_as_all_of_a_folder_are(tmp_path: Path, fault: st
     assert list(model.peft_config) == ["registers", "lora"]
 
 
+@pytest.mark.parametrize("way", ["load_adapters", "new", "lora"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_bias_of_a_saved_head_is_no_stranger(tmp_path: Path, bias: Any, way: str) -> None:
+    """With bias="all" PEFT writes it once more, by a name that no module has: the folder was saved and refused."""
+    config = LoraConfig(target_modules=["q_proj", "query"], bias=bias, modules_to_save=["classifier"])
+    name, inputs = "vit-classifier", make_inputs("vit-classifier")
+    model = get_peft_model(build(name), config, "lora").eval()
+    saved = get_peft_model_state_dict(model, adapter_name="lora")
+    if not any(key.endswith("bias") and "classifier" not in key for key in saved):
+        pytest.skip("PEFT 0.18 saves no biases of lora_only")
+    for place, value in enumerate(value for value in model.parameters() if value.requires_grad):
+        value.data += 0.1 + 0.01 * place
+    expected = run(model, inputs)
+    if way == "load_adapters":
+        save_adapters(model, tmp_path)
+        loaded: Any = load_adapters(build(name), tmp_path)
+    else:
+        model.save_pretrained(str(tmp_path))
+        configs = {"registers": RegisterConfig(num_registers=2), "lora": config}
+        loaded = compose(build(name), {key: configs[key] for key in ("registers", way) if key in configs})
+        loaded.load_adapter(tmp_path / "lora", way)
+        loaded.delete_adapter("registers")
+    assert_identical(run(loaded.eval(), inputs), expected)
+
+
 @pytest.mark.parametrize("way", ["load_adapters", "load_adapter"])
 def test_two_saves_are_not_mixed(tmp_path: Path, way: str) -> None:
     """Another process saves into the folder while it is read, between its adapters."""
