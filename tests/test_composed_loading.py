@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import traceback
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
+from huggingface_hub.errors import HfHubHTTPError
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from register_adapter import AdapterFileError, ComposedPeftModel, RegisterConfig, compose, load_adapters, save_adapters
+from register_adapter import (
+    AdapterFileError,
+    ComposedPeftModel,
+    HubAccessError,
+    RegisterConfig,
+    compose,
+    load_adapters,
+    save_adapters,
+)
+from register_adapter.tuner.composed import saving
 
 
 def composed(seed: int, rank: int = 2, registers: int = 2) -> ComposedPeftModel:
@@ -101,6 +112,22 @@ def test_the_bias_of_a_saved_head_is_no_stranger(tmp_path: Path, bias: Any, way:
         loaded.load_adapter(tmp_path / "lora", way)
         loaded.delete_adapter("registers")
     assert_identical(run(loaded.eval(), inputs), expected)
+
+
+def test_what_the_hub_answers_peft_is_told_without_the_token() -> None:
+    """Files in the cache pass with any token, and PEFT asks the Hub once more."""
+    response = mock.MagicMock(status_code=401, headers={})
+    refused = HfHubHTTPError("401 Unauthorized. You sent Bearer hf_secret", response=response)
+    model = composed(0).eval()
+    before = Snapshot(model, make_inputs("vit"))
+    with (
+        mock.patch.multiple(saving, check_method=mock.DEFAULT, check_alone=mock.DEFAULT),
+        mock.patch.object(PeftModel, "load_adapter", side_effect=refused),
+        pytest.raises(HubAccessError, match="refused the token") as error,
+    ):
+        model.load_adapter("user/repo", "new", token="hf_" + "secret")
+    assert "hf_secret" not in "".join(traceback.format_exception(error.value))
+    before.check()
 
 
 @pytest.mark.parametrize("way", ["load_adapters", "load_adapter"])

@@ -177,6 +177,7 @@ class SavesAll(PeftModel):
         Raises:
             AdapterFileError: Something in a folder is missing or damaged, does not fit the model, is saved anew
                 meanwhile, or is of another method than the model's adapter of that name; nothing was loaded.
+            HubAccessError: The repository cannot be read.
             ValueError: A folder of several has an adapter that the model lacks.
         """
         check_string(adapter_name)
@@ -187,7 +188,8 @@ class SavesAll(PeftModel):
             check_alone(str(model_id), hub.pop("subfolder", None), hub)
             place = Path(model_id, kwargs.get("subfolder") or "")
             kept = _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder"))
-            with kept, given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)}):
+            told = hub_errors(str(model_id), kwargs.get("revision"), kwargs.get("token"))
+            with told, kept, given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)}):
                 if adapter_name in self.peft_config and (place / WEIGHTS_NAME).is_file():
                     check_own(self, adapter_name, read_header(place / WEIGHTS_NAME), place)
                 loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
