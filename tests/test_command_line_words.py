@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,9 +80,15 @@ def test_a_seed_out_of_range_is_shown_with_its_flag(
     assert "'--seed'" in capfd.readouterr().err
 
 
-def test_a_seed_of_a_training_run_is_one_that_numpy_takes() -> None:
-    with pytest.raises(ValueError, match="seed must be below"):
-        TrainArguments(seed=2**32)
+@pytest.mark.parametrize("value", [2**32, 10**20, 10**400], ids=["2**32", "10**20", "10**400"])
+@pytest.mark.parametrize(
+    "name",
+    ["seed", "max_train_steps", "num_warmup_steps", "gradient_accumulation_steps", "per_device_train_batch_size"],
+)
+def test_a_number_of_a_training_run_is_one_that_numpy_and_torch_take(name: str, value: int) -> None:
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be below"):
+        TrainArguments(**options)
 
 
 @pytest.mark.parametrize("where", ["build_app", "short_table"])

@@ -111,8 +111,6 @@ class TrainArguments:
             self._check(name, int, 1, optional=True)
         for name in ("num_warmup_steps", "seed", "dataloader_num_workers", "audit_images"):
             self._check(name, int, 0)
-        if self.seed >= 2**32:  # NumPy's limit
-            raise ValueError(f"seed must be below 2 ** 32, got {self.seed}")
         for name in ("learning_rate", "weight_decay"):
             self._check(name, (int, float), 0)
         self._check("max_grad_norm", (int, float), 0, optional=True)
@@ -160,3 +158,5 @@ class TrainArguments:
         if not least <= value < math.inf:  # NaN is refused too
             finite = "" if kind is int else "a finite number of "
             raise ValueError(f"{name} must be {finite}at least {least}, got {value}")
+        if kind is int and value >= 2**32:  # NumPy's limit of a seed; counts beyond it overflow in torch
+            raise ValueError(f"{name} must be below 2 ** 32, got {value}")
