@@ -76,7 +76,7 @@ def test_one_adapter_is_checked_as_all_of_a_folder_are(tmp_path: Path, fault: st
     changed = {
         "the base's own": {"base_model.model.layernorm.weight": torch.zeros(32)},
         "not finite": {key: torch.full_like(tensors[key], torch.nan)},
-        "no float": {key: tensors[key].to(torch.complex64)},
+        "no float": {key: tensors[key].to(torch.int32)},
     }
     if fault == "missing":
         del tensors[key]

@@ -198,6 +198,17 @@ def test_the_best_head_has_the_running_statistics_that_it_was_measured_with(tmp_
     assert min(best) < 5
 
 
+class Earliest(ClassificationObjective):
+    """One whose best model, by its metric ``early``, is the first that is evaluated."""
+
+    calls = 0
+
+    def evaluate(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        metrics = super().evaluate(model, batch)
+        return metrics | {"early": torch.full_like(metrics["loss"], -self.calls)}
+
+
 def test_a_best_head_without_its_statistics_is_measured_as_it_is_saved(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,8 +222,8 @@ def test_a_best_head_without_its_statistics_is_measured_as_it_is_saved(
 
     args = TrainArguments(str(tmp_path), quiet=True, use_cpu=True, max_train_steps=4, eval_steps=1)
     args.load_best_model_at_end, args.greater_is_better, args.checkpointing_steps = True, True, 3
-    best = train(model(), ClassificationObjective(), items(), args, items())["best"]["step"]
-    assert best < 3
+    args.metric_for_best_model = "early"
+    assert train(model(), Earliest(), items(), args, items())["best"]["step"] == 1
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     weights = load_file(checkpoint / "best_model.safetensors")
     kept = {name: value for name, value in weights.items() if ".running_" not in name}
@@ -220,11 +231,13 @@ def test_a_best_head_without_its_statistics_is_measured_as_it_is_saved(
     state = json.loads((checkpoint / "train_state.json").read_text())
     (checkpoint / "train_state.json").write_text(json.dumps(state | {"files": {}}))
     args.resume_from_checkpoint = "latest"
-    trained = model()
-    results = train(trained, ClassificationObjective(), items(), args, items())
+    trained, objective = model(), Earliest()
+    objective.calls = 100
+    results = train(trained, objective, items(), args, items())
+    assert results["best"]["step"] == 1
     assert "running_mean" in caplog.text
     batch = ClassificationObjective().collate([items()[index] for index in range(len(items()))])
     with torch.no_grad():
         loss = ClassificationObjective().evaluate(trained.eval(), batch)["loss"].mean().item()
     assert results["metrics"]["eval_loss"] == pytest.approx(loss, abs=1e-5)
-    assert results["best"]["value"] != pytest.approx(loss, abs=1e-3)
+    assert results["evaluations"][0]["loss"] != pytest.approx(loss, abs=1e-3)
