@@ -17,6 +17,16 @@ from register_adapter.training.launch import main as train_main
 from register_adapter.utils.staging import check_target
 
 
+def refuse_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have whatever runs a model, or reads an adapter, fail."""
+
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the run began")
+
+    for name in ("torch.nn.Module.__call__", "register_adapter.tuner.config.RegisterConfig.from_pretrained"):
+        monkeypatch.setattr(name, work)
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     for name in ("cat", "dog"):
@@ -117,9 +127,6 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def work(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the run began")
-
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -132,8 +139,7 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(
     elif kind == "read-only":
         place = tmp_path / "locked"
         place.write_text("")
-    for name in ("torch.nn.Module.__call__", "register_adapter.tuner.config.RegisterConfig.from_pretrained"):
-        monkeypatch.setattr(name, work)
+    refuse_work(monkeypatch)
     said = call(monkeypatch, *(word.format(fine=fine) for word in words), str(place / "out"))
     said = said if isinstance(said, str) else capsys.readouterr().err
     assert f"nothing can be written into the folder {place}" in said or f"{place} is a file" in said
@@ -311,13 +317,9 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def work(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the run began")
-
     place = tmp_path / "out" / name
     place.mkdir(parents=True)
-    for work_of in ("torch.nn.Module.__call__", "register_adapter.tuner.config.RegisterConfig.from_pretrained"):
-        monkeypatch.setattr(work_of, work)
+    refuse_work(monkeypatch)
     said = f"error: {place} is a folder, where a file is to be written; move it away, or write elsewhere"
     if words[0] == "train":
         with pytest.raises(SystemExit):

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..towers.tower import Tower
 from ..utils.adapter_file import TensorInfo
+from ..utils.arguments import check_mapping
 
 __all__ = [
     "TASK_HEADS",
@@ -46,13 +47,14 @@ TASK_HEADS: dict[Any, tuple[str, ...]] = {
 TRAINED_BESIDE: ContextVar[tuple[str, ...]] = ContextVar("TRAINED_BESIDE", default=())
 
 
-def checked_labels(labels: Mapping[Any, Any]) -> dict[int, str]:
+def checked_labels(labels: Any) -> dict[int, str]:
     """``id2label`` with numbers for keys, as JSON does not have them.
 
     Raises:
-        TypeError: A name is not a string.
+        TypeError: It is no dictionary, or a name is not a string.
         ValueError: The numbers are not 0, 1, 2…
     """
+    check_mapping("id2label", labels, "of names")
     if wrong := [name for name in labels.values() if not isinstance(name, str)]:
         raise TypeError(f"id2label must hold names, got {wrong[0]!r} of type {type(wrong[0]).__name__}")
     numbered = {int(key): name for key, name in labels.items() if str(key).isdecimal()}
@@ -162,8 +164,7 @@ def _copy(module: nn.Module, adapter_name: str | None) -> nn.Module:
     """What an adapter has, or will have, of a module that others may have copies of too."""
     if not isinstance(module, ModulesToSaveWrapper):
         return module
-    copies: Any = dict(module.modules_to_save.items())
-    return cast(nn.Module, copies.get(adapter_name, module.original_module))
+    return cast(nn.Module, dict(module.modules_to_save.items()).get(adapter_name or "", module.original_module))
 
 
 def fit_heads(
@@ -260,8 +261,7 @@ class HeadLabels(dict[str, dict[int, str]]):
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name."""
-        names = {key: new if key == old else key for key in self}
-        items = {names[key]: value for key, value in self.items()}
+        items = {new if key == old else key: value for key, value in self.items()}
         self.clear()
         self.update(items)
         self._name = new if self._name == old else self._name

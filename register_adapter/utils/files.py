@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["check_regular", "checksum", "open_regular", "parse_json", "read_text", "strict_json"]
+__all__ = ["check_regular", "checksum", "finite", "open_regular", "parse_json", "read_text", "strict_json"]
 
 #: Bytes of a text that is read: far beyond any config or report.
 _MAX_TEXT = 2**28
@@ -77,15 +77,16 @@ def parse_json(text: str | bytes) -> Any:
 
 def strict_json(values: Any, indent: int) -> str:
     """JSON that every reader takes: a number that is not finite becomes ``null``, for which JSON has no other word."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     return json.dumps(finite(values), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The same dictionaries, lists and values, with ``None`` for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_regular(folder: str | Path, deep: bool = False) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...artifacts.rules.threshold import Threshold
+from ...utils.files import finite
 from ..estimate import Estimate
 
 __all__ = ["COLUMNS", "ProbeReport", "ProbeRow", "Score"]
@@ -155,7 +155,7 @@ class ProbeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what is not a finite number is ``None``."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = finite(asdict(self))
         return plain
 
 
@@ -163,11 +163,3 @@ def _cell(score: Score | None) -> str:
     if score is None:
         return "-"
     return f"{score.value:.3f} ± {score.estimate.standard_error:.3f} ({score.constant:.3f})"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -50,9 +50,7 @@ def _beside(tensors: FromFile) -> dict[int, str] | None:
         return None
     given = read_json(path).get("id2label")
     with naming(path):
-        if given is not None and not isinstance(given, dict):
-            raise TypeError(f"id2label must be a dictionary, got {given!r:.100}")
-        return checked_labels(given) if given else None
+        return None if given in (None, {}) else checked_labels(given)
 
 
 def _name(model: Any, adapter_name: str, labels: dict[int, str], layers: list[RegisterLayer]) -> None:

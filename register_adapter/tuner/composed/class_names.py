@@ -54,8 +54,6 @@ def read_classes(config: PeftConfig, entry: Mapping[str, Any], path: Path) -> No
     given = entry.get("id2label")
     if given is not None and not isinstance(config, RegisterConfig):
         with naming(path):
-            if not isinstance(given, dict):
-                raise TypeError(f"id2label must be a dictionary, got {given!r:.100}")
             cast(Any, config).saved_id2label = checked_labels(given)
 
 

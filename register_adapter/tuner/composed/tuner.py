@@ -250,8 +250,7 @@ class ComposedTuner(Walked, BaseTuner):
                 )
                 if not head and not (isinstance(module, kinds) and hasattr(module, "base_layer")):
                     continue
-                # PEFT 0.18 cannot look into a head whose last adapter is gone.
-                with contextlib.nullcontext() if head and not merge else onload_layer(module):
+                with onload_layer(module):
                     if head and not merge:
                         plain = module.original_module
                     elif hasattr(module, "unload_and_optionally_merge_module"):
