@@ -16,7 +16,7 @@ import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
 from huggingface_hub.errors import HfHubHTTPError
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from register_adapter import (
@@ -29,6 +29,7 @@ from register_adapter import (
     save_adapters,
 )
 from register_adapter.tuner.composed import saving
+from register_adapter.tuner.composed.one_adapter import SavedAdapter
 
 
 def composed(seed: int, rank: int = 2, registers: int = 2) -> ComposedPeftModel:
@@ -120,8 +121,9 @@ def test_what_the_hub_answers_peft_is_told_without_the_token() -> None:
     refused = HfHubHTTPError("401 Unauthorized. You sent Bearer hf_secret", response=response)
     model = composed(0).eval()
     before = Snapshot(model, make_inputs("vit"))
+    cached = SavedAdapter("new", Path("cache"), LoraConfig(), True, frozenset())
     with (
-        mock.patch.multiple(saving, check_method=mock.DEFAULT, check_alone=mock.DEFAULT),
+        mock.patch.multiple(saving, check_method=mock.DEFAULT, read_alone=mock.Mock(return_value=cached)),
         mock.patch.object(PeftModel, "load_adapter", side_effect=refused),
         pytest.raises(HubAccessError, match="refused the token") as error,
     ):
@@ -232,6 +234,47 @@ def test_biases_load_in_every_order_of_methods(bias: Any, order: tuple[str, ...]
         assert_identical(found, wanted)
     for adapter in order:
         assert load_adapters(build(name), tmp_path, selected_adapters=[adapter]).active_adapters == [adapter]
+
+
+@pytest.mark.parametrize("here", ["new", "lora"])
+@pytest.mark.parametrize("others", ["norms", "scales", "norms-scales"])
+def test_biases_of_lora_alone_load_beside_other_methods(others: str, here: str, tmp_path: Path) -> None:
+    """Its file was refused: the other methods' layers are around the modules whose biases it trained."""
+    lora = LoraConfig(target_modules=["q_proj", "query"], bias="all", init_lora_weights=False)
+    beside: dict[str, Any] = {
+        "norms": LNTuningConfig(target_modules=["layernorm_before"]),
+        "scales": IA3Config(target_modules=["fc2", "output.dense"], feedforward_modules=["fc2", "output.dense"]),
+    }
+    configs = {name: beside[name] for name in others.split("-")}
+    model, inputs = get_peft_model(build("vit"), lora, "new").eval(), make_inputs("vit")
+    for place, value in enumerate(value for value in model.parameters() if value.requires_grad):
+        value.data += 0.1 + 0.01 * place
+    expected = run(model, inputs)
+    model.save_pretrained(str(tmp_path))
+    loaded = compose(build("vit"), {"registers": RegisterConfig(num_registers=2), **configs} | {here: lora})
+    if here == "new":
+        loaded.delete_adapter("new")
+    loaded.load_adapter(tmp_path, here, subfolder="new")
+    for name in ("registers", *configs):
+        loaded.delete_adapter(name)
+    assert_identical(run(loaded.eval(), inputs), expected)
+
+
+@pytest.mark.parametrize("given", [{"r": 2000}, {"r": 2, "rank_pattern": {"output.dense": 2000}}], ids=str)
+def test_a_rank_of_lokr_beyond_its_factors_means_whole_factors(given: dict[str, Any], tmp_path: Path) -> None:
+    """It was taken for a config that asks for more memory than its tensors have."""
+    targets = ["q_proj", "query", "output.dense"]
+    lokr = LoKrConfig(target_modules=targets, init_weights=False, **given)
+    model = compose(build("vit"), {"registers": RegisterConfig(num_registers=2), "lokr": lokr}).eval()
+    save_adapters(model, tmp_path)
+    inputs = make_inputs("vit")
+    expected = run(model, inputs)
+    assert_identical(run(load_adapters(build("vit"), tmp_path).eval(), inputs), expected)
+    beside = compose(build("vit"), {"registers": RegisterConfig(num_registers=2)})
+    beside.load_adapter(tmp_path / "registers", "registers")
+    beside.load_adapter(tmp_path / "lokr", "lokr")
+    beside.set_adapter("lokr")
+    assert_identical(run(beside.eval(), inputs), expected)
 
 
 @pytest.mark.parametrize(

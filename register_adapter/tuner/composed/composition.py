@@ -29,9 +29,10 @@ from ..reading import naming
 from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
 from .class_names import expect_classes, fit_classes
-from .folder import check_alone, fetch_folder, holds_several, read_folder
+from .folder import fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
+from .one_adapter import read_alone
 from .relocate import relocated
 from .saving import INITS, SavesAll, write_adapters
 from .tensors import check_own, check_read
@@ -176,7 +177,7 @@ def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     if holds_several(folder):
         return load_adapters(model, folder)
-    with naming(check_alone(str(folder))), unchanged_if_refused(model):
+    with naming(read_alone(folder).path), unchanged_if_refused(model):
         return cast(nn.Module, PeftModel.from_pretrained(model, str(folder)))
 
 

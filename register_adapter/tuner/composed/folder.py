@@ -9,30 +9,27 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...errors import AdapterFileError, check_format
-from ...utils.adapter_file import TensorInfo, check_finite, is_of, read_header, read_tensors
 from ...utils.files import checksum
-from ...utils.hub import MANIFEST_NAME, WEIGHTS_NAME, check_folder, checked_token, fetch, find_config, find_weights
+from ...utils.hub import MANIFEST_NAME, WEIGHTS_NAME, checked_token, fetch
 from ...utils.staging import staged
-from ..config import RegisterConfig
 from ..fields import check_name as check_any_name
-from ..reading import check_imports, naming, note_checksums, read_json
+from ..reading import naming, note_checksums, read_json
 from .class_names import classes_of, read_classes
 from .methods import check_composable
+from .one_adapter import SavedAdapter, read_files
 
 __all__ = [
-    "SavedAdapter",
-    "check_alone",
     "check_name",
     "fetch_folder",
     "holds_several",
@@ -43,8 +40,6 @@ __all__ = [
 _VERSION = 1
 _CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-#: Fields of PEFT's configs that memory is taken for, and a size up to which it is little, whatever the tensors are.
-_SIZES, _USUAL = re.compile(r"(^|_)(r|rank|ranknum|dim|size|len|tokens|frequency)($|_)"), 1024
 
 
 def check_name(name: Any) -> str:
@@ -57,31 +52,6 @@ def check_name(name: Any) -> str:
         raise ValueError(f"an adapter's name has letters, digits, '-' and '_' only, got {name!r}")
     check_any_name(name)
     return name
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """One adapter of a folder.
-
-    Attributes:
-        name: Its name.
-        path: Its subfolder.
-        config: Its config.
-        active: Whether it was active when it was saved.
-        keys: Keys of its tensors.
-        tower: Where the tower lay in the model that it was saved from, ``None`` if the manifest does not say.
-        copied_to: Where its files are read from, if not from ``path``.
-        digests: Checksums of its files as they were checked, by name.
-    """
-
-    name: str
-    path: Path
-    config: PeftConfig
-    active: bool
-    keys: frozenset[str]
-    tower: str | None = None
-    copied_to: Path | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_folder(
@@ -256,95 +226,10 @@ def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
             f"{place / _CONFIG}; this peft knows "
             f"{', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}. Nothing was changed."
         )
-    config, keys = _read_files(place / _CONFIG, place / WEIGHTS_NAME)
+    config, keys = read_files(place / _CONFIG, place / WEIGHTS_NAME)
     with naming(place / _CONFIG):
         check_composable(name, config)
     read_classes(config, entry, folder / MANIFEST_NAME)
     # Manifests of old releases have no checksum of the config.
     found = {file: digest for file, digest in digests.items() if digest is not None}
     return SavedAdapter(name, place, config, entry["active"], keys, digests=found)
-
-
-def check_alone(name: str, subfolder: str | None = None, hub: Mapping[str, Any] | None = None) -> Path:
-    """Check a folder, or a repository on the Hub, with one adapter of any method, before PEFT reads it.
-
-    Args:
-        name: Folder or repository.
-        subfolder: The folder in it, if any.
-        hub: As for :func:`fetch_folder`.
-
-    Returns:
-        The config.
-
-    Raises:
-        AdapterFileError: The config or the weights are missing, pickled, damaged, or do not belong together.
-        HubAccessError: The repository cannot be read.
-    """
-    given = dict(hub or {})
-    config, weights = find_config(name, subfolder, given), find_weights(name, subfolder, given)
-    if weights is None:
-        check_folder(name, subfolder)
-        raise AdapterFileError(f"the adapter in {name!r} has no weights: there is no {WEIGHTS_NAME}")
-    _read_files(config, weights)
-    return config
-
-
-def _read_files(path: Path, weights: Path) -> tuple[PeftConfig, frozenset[str]]:
-    """An adapter's config, and the keys of its tensors, as far as they can be checked without a model."""
-    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    values = read_json(path)
-    method = values.get("peft_type")
-    if not isinstance(method, str) or method not in kinds:
-        raise AdapterFileError(
-            f"{path} names the method {method!r:.100}; this peft knows {', '.join(sorted(kinds))}. Nothing was changed."
-        )
-    check_imports(values, path)
-    with naming(path):
-        config = kinds[method].from_pretrained(str(path.parent))
-    if not isinstance(config, RegisterConfig):
-        _check_sizes(config, read_header(weights), weights)
-    tensors = read_tensors(weights)
-    if not isinstance(config, RegisterConfig):
-        check_finite(tensors, weights)
-        _check_owned(config, tensors, weights)
-    return config, frozenset(tensors)
-
-
-def _check_sizes(config: PeftConfig, layout: Mapping[str, TensorInfo], path: Path) -> None:
-    """No size in a config is beyond those of the tensors beside it: PEFT makes room for it before it reads them."""
-    largest = max([_USUAL, *(size for info in layout.values() for size in info.shape)])
-    if "LORA" in config.peft_type.value:  # whose ranks are sizes of its tensors
-        ranks = [size for key, info in layout.items() if ".lora_" in f".{key}" for size in info.shape]
-        largest = max(ranks, default=largest)
-    for name, value in vars(config).items():
-        # Which numbers are sizes differs from method to method; seeds and scales are none.
-        given = value.values() if isinstance(value, dict) else [value]
-        sizes = [size for size in given if isinstance(size, int) and not isinstance(size, bool)]
-        if _SIZES.search(name) and (beyond := [size for size in sizes if size > largest]):
-            raise AdapterFileError(
-                f"{path.with_name(_CONFIG)} says {name}={beyond[0]}, and no tensor in {path.name} is larger than "
-                f"{largest}. Nothing was changed."
-            )
-
-
-def _check_owned(config: PeftConfig, keys: Iterable[str], path: Path) -> None:
-    """Every tensor is of the method, of a saved head, or a bias that was trained: none may be the base's own.
-
-    Tuned layer norms are called what the base's are; they are compared with those of the model, once they are there.
-    """
-    mark = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type].partition("_")[0] + "_"
-    if mark == "ln_":
-        return
-    heads, bias = getattr(config, "modules_to_save", None) or [], getattr(config, "bias", "none")
-    foreign = [
-        key
-        for key in keys
-        if f".{mark}" not in f".{key}"
-        and not any(is_of(key, head) for head in heads)
-        and not (bias != "none" and key.endswith(".bias"))
-    ]
-    if foreign:
-        raise AdapterFileError(
-            f"{path} holds tensors that an adapter of the method {config.peft_type.value} does not have: "
-            f"{sorted(foreign)[:10]}. They would replace the base's own. Nothing was changed."
-        )

@@ -26,7 +26,7 @@ from ...utils.hub import WEIGHTS_NAME
 from .._peft_compat import named_as_in_state
 from ..config import RegisterConfig
 from ..layer import register_layers
-from .folder import SavedAdapter
+from .one_adapter import SavedAdapter
 
 __all__ = ["relocated", "tower_path"]
 
@@ -73,7 +73,7 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[Iterator[S
     ``copied_to``; each is made when its turn comes, for the base with those before it.
 
     Args:
-        saved: From :func:`read_folder`.
+        saved: From :func:`read_folder`, or :func:`read_alone`.
         base: The base model.
 
     Raises:

@@ -13,8 +13,8 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel
 
 from ...errors import AdapterFileError
-from ...utils.adapter_file import check_plain, check_savable_values, read_header
-from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, check_folder, checked_token, hub_errors, upload
+from ...utils.adapter_file import check_plain, check_savable_values
+from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, check_folder, checked_token, hub_errors, upload
 from ...utils.offloaded import state_with_values
 from ...utils.parameters import trainable_by_part, trainable_in_words
 from ...utils.readme import read_readme
@@ -27,7 +27,8 @@ from ..reading import check_method, naming, read_json
 from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
-from .folder import check_alone, read_folder, write_folder
+from .folder import read_folder, write_folder
+from .one_adapter import read_alone
 from .relocate import relocated, tower_path
 from .tensors import adapter_tensors, check_own, check_read
 from .tuner import ComposedTuner
@@ -185,13 +186,18 @@ class SavesAll(PeftModel):
             check_folder(model_id, kwargs.get("subfolder"))
             check_method(model_id, kwargs.get("subfolder"), self.peft_config.get(adapter_name))
             hub = {key: value for key, value in self._split_kwargs(kwargs)[0].items() if value is not None}
-            check_alone(str(model_id), hub.pop("subfolder", None), hub)
+            alone = read_alone(model_id, adapter_name, hub.pop("subfolder", None), hub)
             place = Path(model_id, kwargs.get("subfolder") or "")
             kept = _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder"))
             told = hub_errors(str(model_id), kwargs.get("revision"), kwargs.get("token"))
-            with told, kept, given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)}):
-                if adapter_name in self.peft_config and (place / WEIGHTS_NAME).is_file():
-                    check_own(self, adapter_name, read_header(place / WEIGHTS_NAME), place)
+            names = given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)})
+            with told, kept, names, relocated([alone], self.get_base_model()) as placed:
+                moved = next(placed)
+                if adapter_name in self.peft_config:
+                    check_own(self, adapter_name, moved.keys, place)
+                if moved.copied_to is not None:
+                    model_id = moved.copied_to
+                    kwargs.pop("subfolder", None)
                 loaded = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
                 _check_places(loaded, adapter_name)
                 check_read(self, adapter_name, loaded, place)
