@@ -544,6 +544,21 @@ def test_checkpoints_of_an_earlier_run_are_never_mixed_with_new_ones(
     assert not copied.exists()
 
 
+def test_checkpoints_of_other_programs_are_not_replaced(
+    vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stopped run of transformers' Trainer has nothing else in its folder; the first of ours took its place."""
+    theirs = tmp_path / "checkpoint-1"
+    theirs.mkdir()
+    (theirs / "trainer_state.json").write_text("{}")
+    more = ["--max_train_steps", "1", "--checkpointing_steps", "1"]
+    refused(flags(vit, photos, tmp_path, *more), 2)
+    assert "holds checkpoint-1, which another program wrote" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoint-1", "trainer_state.json"]
+    main(flags(vit, photos, tmp_path, *more, "--overwrite_output_dir"))
+    assert (theirs / "train_state.json").is_file()
+
+
 # Two processes
 
 

@@ -270,8 +270,8 @@ def check_output_dir(args: TrainArguments) -> None:
 
     Raises:
         OSError: Nothing can be written there, or a folder is in the place of a file that the run is to write.
-        ValueError: ``output_dir`` is a file, or holds an adapter, results or checkpoints of an earlier run, and the run
-            neither resumes from there nor overwrites.
+        ValueError: ``output_dir`` is a file, or holds an adapter, results or checkpoints of an earlier run, or another
+            program's checkpoints, and the run neither resumes from there nor overwrites.
     """
     if args.output_dir is None:
         return
@@ -281,7 +281,14 @@ def check_output_dir(args: TrainArguments) -> None:
     check_target(folder, files=_WRITTEN)
     whole = checkpoints.find_all(folder)
     left = [path.name for path in whole] or [name for name in _RESULTS if (folder / name).exists()]
-    if not left or args.overwrite_output_dir or _resumes_in(folder, whole, args.resume_from_checkpoint):
+    if args.overwrite_output_dir or _resumes_in(folder, whole, args.resume_from_checkpoint):
+        return
+    if not left and (foreign := checkpoints.find_foreign(folder)):
+        raise ValueError(
+            f"{folder} holds {', '.join(path.name for path in foreign)}, which another program wrote and a checkpoint "
+            "of this run would replace. Choose another --output-dir, or move it away"
+        )
+    if not left:
         return
     kind = "checkpoints" if whole else "the result"
     advice = "Go on with --resume-from-checkpoint latest, choose" if whole else "Choose"

@@ -263,7 +263,7 @@ def _prepare(
     settings = run_settings(args, accelerator, learned, trainable, train_data, model, samples)
     check_alike({**settings, "eval_samples": samples})
     state, checkpoint = _find_start(args, model, settings)
-    selection = Selection(args, state, checkpoints.read_best(checkpoint) if checkpoint is not None else None)
+    selection = Selection(args, state, checkpoints.read_best(checkpoint, trainable) if checkpoint is not None else None)
     generator = torch.Generator()
     options: dict[str, Any] = {"collate_fn": objective.collate, "num_workers": args.dataloader_num_workers}
     options["worker_init_fn"] = leave_signals_to_the_run if interruption else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...utils.random_states import random_state, same_random_state, set_random_state
 from .folder import adapter_weights, copy_weights, load, load_adapter, put_weights, read_best, save
-from .state import CheckpointError, TrainState, find, find_all, read_state, remove_all
+from .state import CheckpointError, TrainState, find, find_all, find_foreign, read_state, remove_all
 
 __all__ = [
     "CheckpointError",
@@ -13,6 +13,7 @@ __all__ = [
     "copy_weights",
     "find",
     "find_all",
+    "find_foreign",
     "load",
     "load_adapter",
     "put_weights",

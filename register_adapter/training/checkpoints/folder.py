@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,14 +144,24 @@ def load_adapter(model: PeftModel, checkpoint: Path) -> None:
     set_peft_model_state_dict(model, read_tensors(folder / _ADAPTER), name)
 
 
-def read_best(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+def read_best(checkpoint: Path, trainable: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor] | None:
     """The best adapter that the run had before a checkpoint, ``None`` if it keeps none.
+
+    Args:
+        checkpoint: The folder.
+        trainable: What is trained, by name.
 
     Raises:
         AdapterFileError: The file is damaged.
+        CheckpointError: It lacks something that is trained, or has it in another shape.
     """
     path = checkpoint / _BEST
-    return dict(read_tensors(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    best = dict(read_tensors(path))
+    if strange := [key for key, own in trainable.items() if key not in best or best[key].shape != own.shape]:
+        raise CheckpointError(f"{path} lacks {strange[0]!r}, which is trained, or has it in another shape")
+    return best
 
 
 def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:

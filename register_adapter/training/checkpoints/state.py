@@ -15,7 +15,7 @@ from ...errors import RegisterAdapterError
 from ...utils.arguments import check_mapping, check_number, check_whole
 from ...utils.files import checksum, parse_json, read_text
 
-__all__ = ["STATE", "CheckpointError", "TrainState", "find", "find_all", "read_state", "remove_all"]
+__all__ = ["STATE", "CheckpointError", "TrainState", "find", "find_all", "find_foreign", "read_state", "remove_all"]
 
 logger = logging.getLogger(__name__)
 #: The file of a checkpoint without which it is none.
@@ -78,9 +78,18 @@ class TrainState:
 
 def find_all(output_dir: str | Path) -> list[Path]:
     """The whole checkpoints in a folder, the oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    whole = [path for path in folders if (path / STATE).is_file()]
-    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    return [path for path in _named(output_dir) if (path / STATE).is_file()]
+
+
+def find_foreign(output_dir: str | Path) -> list[Path]:
+    """What has the name of a checkpoint in a folder and is none of ours, such as those of transformers' Trainer."""
+    others = [path for path in _named(output_dir) if not (path / STATE).is_file()]
+    return [path for path in others if not path.is_dir() or any(path.iterdir())]
+
+
+def _named(output_dir: str | Path) -> list[Path]:
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def find(name: str, output_dir: str | Path) -> Path | None:
