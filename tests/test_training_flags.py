@@ -188,7 +188,8 @@ def test_flags_on_the_command_line_win_over_the_file(tmp_path: Path) -> None:
         ("seed: 1\nEval_Step: 3", "line 2: there is no flag 'Eval_Step'; did you mean --eval-steps?"),
         ("xyzzy: 1", "there is no flag 'xyzzy'\n"),
         ("num-views: 2", "line 1: there is no flag 'num-views' (a flag of --objective distillation"),
-        ("config: other.yaml", "there is no flag 'config'"),
+        ("config: other.yaml", "run.yaml, line 1: config is no setting of a run"),
+        ("[seed]: 1", "run.yaml, line 1: the name of a flag must be a single value"),
         ("seed: 1\nseed: 2", "line 2: seed is given twice"),
         ("max-train-steps: 1\nmax_train_steps: 2", "line 2: max_train_steps is given twice"),
         ("seed: fast", "line 1: argument --seed: invalid int value: 'fast'"),
@@ -219,7 +220,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Cap
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(SystemExit):
             parse("--config", str(path))
-        assert str(path) in capsys.readouterr().err.splitlines()[-1]
+        assert f"error: {path} cannot be read: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_example_is_read() -> None:

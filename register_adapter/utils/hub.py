@@ -347,4 +347,4 @@ def _has_pickle(name: str, subfolder: str | None, hub: dict[str, Any]) -> bool:
 
 def _place(name: str, subfolder: str | None, hub: dict[str, Any]) -> str:
     at = f" at revision {str(hub['revision'])!r}" if "revision" in hub and not Path(name).is_dir() else ""
-    return f"{name!r}{f', folder {subfolder!r},' if subfolder else ''}{at}"
+    return f"{name!r}{f', folder {subfolder!r}' if subfolder else ''}{at}"

@@ -40,9 +40,14 @@ def config_words(path: str | Path, parser: ArgumentParser, advice: Callable[[str
     node = _read(path)
     words: dict[str, list[str]] = {}
     for key, value in node.value:
-        name, place = str(key.value), f"{path}, line {key.start_mark.line + 1}"
-        action = _flags(parser).get(name.replace("_", "-")) if isinstance(key, yaml.ScalarNode) else None
-        if action is None or action.dest in ("help", "config"):
+        place = f"{path}, line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{place}: the name of a flag must be a single value")
+        name = str(key.value)
+        action = _flags(parser).get(name.replace("_", "-"))
+        if action is not None and action.dest in ("help", "config"):
+            raise ValueError(f"{place}: {name} is no setting of a run; give it on the command line")
+        if action is None:
             raise ValueError(f"{place}: there is no flag {name!r:.80}{advice(f'--{name}', parser)}")
         if action.dest in words:
             raise ValueError(f"{place}: {name} is given twice")
@@ -61,8 +66,11 @@ def config_value(path: str | Path, name: str) -> str | None:
 
 
 def _read(path: str | Path) -> yaml.MappingNode:
-    with open_regular(path) as file:
-        data = file.read(_MOST + 1)
+    try:
+        with open_regular(path) as file:
+            data = file.read(_MOST + 1)
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > _MOST:
         raise ValueError(f"{path} is larger than a file of settings can be ({_MOST} bytes)")
     try:
