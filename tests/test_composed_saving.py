@@ -20,7 +20,8 @@ from cases_base import BLOCKS, LABELS, WIDTH
 from families import build, make_inputs
 from helpers import assert_identical, run
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import ViTForImageClassification
 
@@ -73,6 +74,30 @@ def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+def test_merged_layer_norms_are_not_saved_nor_loaded(tmp_path: Path) -> None:
+    """PEFT has them and the base's change places: the file got the base's values."""
+    norms = LNTuningConfig(target_modules=["layernorm_before"])
+    model = compose(build("vit"), {"registers": RegisterConfig(), "norms": norms})
+    for value in model.parameters():
+        value.data += value.requires_grad
+    model.save_pretrained(tmp_path / "before")
+    model.merge_adapter()
+    for ways in (
+        lambda: model.save_pretrained(tmp_path / "merged"),
+        lambda: model.load_adapter(tmp_path / "before", "norms"),
+        lambda: model.load_adapter(tmp_path / "before" / "norms", "norms"),
+    ):
+        with pytest.raises(ValueError, match=r"'norms' are merged.*unmerge_adapter\(\)"):
+            ways()
+    assert not (tmp_path / "merged").exists()
+    model.save_pretrained(tmp_path / "registers", selected_adapters=["registers"])
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "after")
+    saved = [load_file(tmp_path / name / "norms" / "adapter_model.safetensors") for name in ("before", "after")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(value, saved[1][key]) for key, value in saved[0].items())
+
+
 def test_the_trainer_saves_and_resumes_all_adapters(tmp_path: Path) -> None:
     whole = composed()
     trainer(whole, tmp_path).train()

@@ -95,7 +95,7 @@ def save_adapters(model: nn.Module, folder: str | Path, selected_adapters: Itera
         selected_adapters: Names of the adapters to save, default all.
 
     Raises:
-        ValueError: The model has no adapters, or not the selected ones.
+        ValueError: The model has no adapters, or not the selected ones, or tuned layer norms are merged.
         OSError: The files could not be written.
     """
     if not configs_of(innermost(model)):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft import PeftConfig
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -26,6 +27,7 @@ __all__ = [
     "check_layers",
     "check_merges",
     "check_switched_on",
+    "check_unmerged",
     "fit_copies",
     "flags_kept",
     "hooks_lifted",
@@ -179,6 +181,21 @@ def check_merges(layers: Iterable[tuple[BaseTunerLayer, list[str] | None]], safe
         with onload_layer(layer):
             trial: Any = copy.deepcopy(layer)
             trial.merge(safe_merge=safe_merge, adapter_names=names)
+
+
+def check_unmerged(model: nn.Module, names: Iterable[str]) -> None:
+    """No tuned layer norms of these adapters are merged: PEFT has them and the base's change places for as long.
+
+    Raises:
+        ValueError: Some are, and what is saved or loaded by their names would be the base's.
+    """
+    for path, layer in model.named_modules():
+        merged = layer.merged_adapters if isinstance(layer, LNTuningLayer) else []
+        if swapped := sorted({*names} & {*merged}):
+            raise ValueError(
+                f"the tuned layer norms of the adapter {swapped[0]!r} are merged, and {path!r} has the base's in "
+                "their place: call unmerge_adapter() first"
+            )
 
 
 def leave_out_copies(model: nn.Module, config: PeftConfig) -> None:

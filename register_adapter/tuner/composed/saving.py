@@ -28,6 +28,7 @@ from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
 from .folder import read_folder, write_folder
+from .guards import check_unmerged
 from .one_adapter import read_alone
 from .relocate import relocated, tower_path
 from .tensors import adapter_tensors, check_own, check_read
@@ -59,6 +60,7 @@ def write_adapters(
     if not names:
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     check_own_layers(composed.get_base_model(), names)
+    check_unmerged(composed.get_base_model(), names)
     renew_bases(composed)
     for config in composed.peft_config.values():
         renew_base(composed.get_base_model(), config)
@@ -84,6 +86,7 @@ def _unchanged_if_refused(
         folder: Folder or repository that they are read from.
         subfolder: The folder in it, if any.
     """
+    check_unmerged(composed.get_base_model(), names)
     path = Path(folder, subfolder or "")
     config = path / CONFIG_NAME
     given = read_json(config) if config.is_file() and not set(names) <= set(composed.peft_config) else {}
@@ -179,7 +182,8 @@ class SavesAll(PeftModel):
             AdapterFileError: Something in a folder is missing or damaged, does not fit the model, is saved anew
                 meanwhile, or is of another method than the model's adapter of that name; nothing was loaded.
             HubAccessError: The repository cannot be read.
-            ValueError: A folder of several has an adapter that the model lacks.
+            ValueError: A folder of several has an adapter that the model lacks, or tuned layer norms of the adapter are
+                merged.
         """
         check_string(adapter_name)
         if not Path(model_id, MANIFEST_NAME).is_file():
