@@ -90,6 +90,23 @@ def test_one_adapter_is_checked_as_all_of_a_folder_are(tmp_path: Path, fault: st
     assert list(model.peft_config) == ["registers", "lora"]
 
 
+@pytest.mark.parametrize(("inner", "name"), [("lora", "lora"), ("lora", "new"), ("several", "lora")])
+def test_subfolder_is_one_of_a_folder_of_several(tmp_path: Path, inner: str, name: str) -> None:
+    source = composed(1)
+    outer = tmp_path if inner == "lora" else tmp_path / "several"
+    save_adapters(source, outer)
+    wanted, model = dict(source.named_parameters()), composed(0)
+    others = {key: value.clone() for key, value in model.named_parameters() if ".lora." not in key}
+    model.load_adapter(tmp_path, name, subfolder=inner)
+    for key, value in wanted.items():
+        if ".lora." in key:
+            assert torch.equal(model.get_parameter(key.replace(".lora.", f".{name}.")), value)
+        elif inner == "lora":
+            assert torch.equal(model.get_parameter(key), others[key])
+        else:
+            assert torch.equal(model.get_parameter(key), value)
+
+
 @pytest.mark.parametrize("way", ["load_adapters", "new", "lora"])
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_the_bias_of_a_saved_head_is_no_stranger(tmp_path: Path, bias: Any, way: str) -> None:

@@ -173,7 +173,7 @@ class SavesAll(PeftModel):
         """As in PEFT; a folder of :func:`save_adapters` gives every adapter that the model has its values.
 
         Args:
-            model_id: Folder or repository of one adapter, or a folder of several.
+            model_id: Folder or repository of one adapter, or a folder of several; ``subfolder=`` is the one in it.
             adapter_name: Name of the one adapter; of a folder of several all are loaded, by their own names.
             *args: As in PEFT.
             **kwargs: As in PEFT.
@@ -186,12 +186,12 @@ class SavesAll(PeftModel):
                 merged.
         """
         check_string(adapter_name)
-        if not Path(model_id, MANIFEST_NAME).is_file():
+        place = Path(model_id, kwargs.get("subfolder") or "")
+        if not (place / MANIFEST_NAME).is_file():
             check_folder(model_id, kwargs.get("subfolder"))
             check_method(model_id, kwargs.get("subfolder"), self.peft_config.get(adapter_name))
             hub = {key: value for key, value in self._split_kwargs(kwargs)[0].items() if value is not None}
             alone = read_alone(model_id, adapter_name, hub.pop("subfolder", None), hub)
-            place = Path(model_id, kwargs.get("subfolder") or "")
             kept = _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder"))
             told = hub_errors(str(model_id), kwargs.get("revision"), kwargs.get("token"))
             names = given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)})
@@ -206,16 +206,17 @@ class SavesAll(PeftModel):
                 _check_places(loaded, adapter_name)
                 check_read(self, adapter_name, loaded, place)
                 return loaded
-        saved = read_folder(model_id)
+        saved = read_folder(place)
+        kwargs.pop("subfolder", None)  # it is in their paths
         if lacking := [adapter.name for adapter in saved if adapter.name not in self.peft_config]:
             raise ValueError(
-                f"{model_id} holds the adapters {lacking}, which the model lacks; it has {list(self.peft_config)}. Put "
+                f"{place} holds the adapters {lacking}, which the model lacks; it has {list(self.peft_config)}. Put "
                 "them on a base with load_adapters(base, folder)."
             )
         for adapter in saved:
             check_method(adapter.path, None, self.peft_config[adapter.name])
         result = None
-        kept = _unchanged_if_refused(self, [adapter.name for adapter in saved], model_id)
+        kept = _unchanged_if_refused(self, [adapter.name for adapter in saved], place)
         classes = {adapter.name: vars(adapter.config).get("saved_id2label") for adapter in saved}
         with (
             kept,
