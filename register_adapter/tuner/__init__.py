@@ -2,6 +2,7 @@
 
 from ._peft_compat import register, register_positions
 from .composed import ComposedPeftModel, compose, load_adapters, rename_adapter, save_adapters
+from .composed.guards import run_idle_norms
 from .config import RegisterConfig
 from .heads import see_idle_heads
 from .layer import RegisterLayer, find_register_layer
@@ -27,3 +28,4 @@ __all__ = [
 register(RegisterConfig, RegisterModel)
 register_positions(PositionConfig, PositionModel)
 see_idle_heads()
+run_idle_norms()
