@@ -26,6 +26,7 @@ from register_adapter import (
     compose,
     load_adapters,
     rename_adapter,
+    save_adapters,
 )
 from register_adapter.tuner.composed.class_names import classes_of
 
@@ -351,3 +352,31 @@ def test_an_adapter_is_deleted_beside_a_head_at_work(method: str, head: str) -> 
     model.delete_adapter("head")
     model.set_adapter("waiting")
     assert not torch.equal(shown(model), logits)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("head", ["a", "r", "n"])
+@pytest.mark.parametrize("method", ["a", "r", "n"])
+def test_one_that_waits_beside_the_same_head_is_loaded(method: str, head: str, trainable: bool, tmp_path: Path) -> None:
+    """With none of its method at work: that was deleted, or is not selected."""
+    if method == head:
+        pytest.skip("of one method")
+    model: Any = compose(base(NAMES), {"plain": PLAIN[method], "head": OTHERS[head][0]})
+    model.add_adapter("waiting", OTHERS[method][0])
+    for name, copied in model.get_base_model().classifier.modules_to_save.items():
+        torch.nn.init.normal_(copied.weight, generator=torch.Generator().manual_seed(len(name)))
+    save_adapters(model, tmp_path / "all")
+    model.delete_adapter("plain")
+    save_adapters(model, tmp_path / "two")
+    logits = shown(model.eval())
+    for folder, chosen in (("all", ["head", "waiting"]), ("two", None)):
+        again = load_adapters(base(NAMES), tmp_path / folder, trainable, chosen).eval()
+        assert again.active_adapters == ["head"]
+        assert torch.equal(shown(again), logits)
+        trained = [key for key, value in again.named_parameters() if value.requires_grad]
+        assert bool(trained) == trainable
+        assert not [key for key in trained if ".waiting" in key]
+        for name in ("head", "waiting"):
+            for key, value in again.named_parameters():
+                if name in key.split("."):
+                    assert torch.equal(value, model.get_parameter(key))

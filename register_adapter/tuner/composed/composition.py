@@ -145,11 +145,12 @@ def load_adapters(
                 adapter.config.ignore_base_mismatch = ignore_base_mismatch
             adapter.config.inference_mode = not is_trainable
             with naming(adapter.path):
-                composed.add_adapter(
+                composed._put_on(
                     adapter.name,
                     adapter.config,
                     options.get("low_cpu_mem_usage", False),
                     options.get("autocast_adapter_dtype", True),
+                    waits=not adapter.active,
                 )
             check_own(composed, adapter.name, adapter.keys, adapter.path)
             try:
@@ -166,6 +167,7 @@ def load_adapters(
             composed.base_model.activate(active, methods={adapter.config.peft_type for adapter in saved})
         if is_trainable:
             composed.set_requires_grad([adapter.name for adapter in saved if adapter.active])
+            composed.set_requires_grad([adapter.name for adapter in saved if not adapter.active], False)
     return composed
 
 
@@ -252,6 +254,16 @@ class ComposedPeftModel(SavesAll):
         Raises:
             ValueError: As :func:`compose`; the model is unchanged.
         """
+        self._put_on(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def _put_on(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool,
+        autocast_adapter_dtype: bool,
+        waits: bool = False,
+    ) -> None:
         check_string(adapter_name)
         base = self.get_base_model()
         check_adapters(base, {adapter_name: peft_config})
@@ -260,7 +272,7 @@ class ComposedPeftModel(SavesAll):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         with _all_or_nothing(self, [config]):
-            self.base_model.add(adapter_name, config, low_cpu_mem_usage)
+            self.base_model.add(adapter_name, config, low_cpu_mem_usage, waits)
             fit_classes(base, adapter_name)
             cast_adapter_dtype(base, adapter_name, autocast_adapter_dtype)
 

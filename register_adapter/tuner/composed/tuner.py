@@ -129,18 +129,19 @@ class ComposedTuner(Walked, BaseTuner):
         finally:
             self.model.peft_config = everything
 
-    def add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool = False) -> None:
-        """Put an adapter on the model; the first of its method is active, a further one waits, frozen.
+    def add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool = False, waits: bool = False) -> None:
+        """Put an adapter on the model; the first of its method is active unless it waits, a further one waits, frozen.
 
         Whoever calls it puts the model back if it raises.
         """
         with self._aside.lifted():
-            self._add(name, config, low_cpu_mem_usage)
+            self._add(name, config, low_cpu_mem_usage, waits)
 
-    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool) -> None:
+    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool, waits: bool) -> None:
         method = config.peft_type
         rivals, active = self._of(method), self.active_adapters
-        if not rivals:
+        first = not rivals and not waits
+        if first:
             check_heads({**self.peft_config, name: config}, [*active, name])
         fit_copies(self.model, name, config)
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
@@ -163,7 +164,7 @@ class ComposedTuner(Walked, BaseTuner):
         for bias in trained_biases(self.model, name, config):
             bias.requires_grad = True
         self._set_active(
-            [*active, *([] if rivals else [name])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
+            [*active, *([name] if first else [])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
         )
 
     def activate(self, names: list[str], inference_mode: bool = False, methods: Iterable[Any] = ()) -> None:
