@@ -380,3 +380,19 @@ def test_one_that_waits_beside_the_same_head_is_loaded(method: str, head: str, t
             for key, value in again.named_parameters():
                 if name in key.split("."):
                     assert torch.equal(value, model.get_parameter(key))
+
+
+@pytest.mark.parametrize("head", ["a", "r", "n"])
+def test_one_is_left_out_beside_another_of_its_method(head: str, tmp_path: Path) -> None:
+    """The config names the base's classes while the head is, by its adapter's name."""
+    config, names = OTHERS[head]
+    model: Any = compose(base(names), {"head": config})
+    model.base_model.model.config.id2label = dict(enumerate(name.upper() for name in names))
+    save_adapters(model, tmp_path)
+    model = load_adapters(base(["k"]), tmp_path).eval()
+    model.add_adapter("waiting", PLAIN[head])
+    for left_out in ("head", ["head", "waiting"]):
+        with model.disable_adapter(left_out):
+            assert model.config.id2label == {0: "k"}
+            assert shown(model).shape[-1] == 1
+        assert list(model.config.id2label.values()) == [name.upper() for name in names]

@@ -200,8 +200,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         return replica
 
     def show_labels(self) -> None:
-        """Have the model's config name the classes of the active adapter's head."""
-        active = [] if self.disable_adapters else self.active_names
+        """Have the model's config name the classes of the active adapter's head, if it is not left out."""
+        active = [] if self.disable_adapters else [name for name in self.active_names if name not in self.call.without]
         self.labels.show(next((name for name in active if name in self.labels), None))
 
     def renew_bases(self) -> None:
