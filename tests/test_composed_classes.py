@@ -17,7 +17,7 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, run
-from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 
 from register_adapter import (
     AdapterFileError,
@@ -396,3 +396,14 @@ def test_one_is_left_out_beside_another_of_its_method(head: str, tmp_path: Path)
             assert model.config.id2label == {0: "k"}
             assert shown(model).shape[-1] == 1
         assert list(model.config.id2label.values()) == [name.upper() for name in names]
+
+
+@pytest.mark.parametrize("head", ["a", "n"])
+def test_others_are_merged_beside_a_head_that_waits(head: str) -> None:
+    scales = IA3Config(target_modules=["k_proj", "key"], feedforward_modules=[])
+    model: Any = compose(base(NAMES), {"plain": PLAIN[head], "scales": scales, "r": PLAIN["r"]})
+    model.add_adapter("waiting", OTHERS[head][0])
+    logits = shown(model.eval())
+    merged = model.merge_and_unload()
+    assert list(merged.peft_config) == ["r"]
+    torch.testing.assert_close(shown(merged), logits)

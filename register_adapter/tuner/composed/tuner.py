@@ -252,7 +252,7 @@ class ComposedTuner(Walked, BaseTuner):
                 if not head and not (isinstance(module, kinds) and hasattr(module, "base_layer")):
                     continue
                 with onload_layer(module):
-                    if head and not merge:
+                    if head and (not merge or not module.active_adapters):  # PEFT 0.18 looks for a copy at work
                         plain = module.original_module
                     elif hasattr(module, "unload_and_optionally_merge_module"):
                         plain = module.unload_and_optionally_merge_module(
