@@ -84,6 +84,29 @@ def test_what_a_killed_run_held_is_free(case: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".register_adapter*"))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_stands_where_the_holder_is_named_is_neither_waited_for_nor_written_through(
+    kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "other").write_text("somebody's")
+    place = tmp_path / "out" / ".register_adapter-training.txt"
+    place.parent.mkdir()
+    if kind == "link":
+        place.symlink_to(tmp_path / "other")
+    else:
+        os.mkfifo(place)
+    opened = os.open(place, os.O_RDWR | os.O_NONBLOCK)  # so that a writer would not wait for ever
+    try:
+        with folder_lock(place.parent):
+            assert place.is_file()
+            assert not place.is_symlink()
+            assert place.read_text("utf-8").startswith(f"{os.getpid()} ")
+    finally:
+        os.close(opened)
+    assert (tmp_path / "other").read_text() == "somebody's"
+    assert not [*place.parent.iterdir()]
+
+
 def test_one_thread_may_hold_it_twice_and_two_may_not(tmp_path: Path) -> None:
     errors: list[BaseException] = []
 

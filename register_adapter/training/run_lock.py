@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 
 from ..errors import RegisterAdapterError
+from ..utils.files import read_text
 
 __all__ = ["FolderInUseError", "folder_lock", "folder_lock_of_run"]
 
@@ -57,7 +58,9 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     _held[place] = threading.get_ident()
     with suppress(OSError):
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        (place / _HOLDER).write_text(f"{os.getpid()} {platform.node()} {started}\n", "utf-8")
+        (place / _HOLDER).unlink(missing_ok=True)  # a pipe would be waited for, and a link's target written over
+        with (place / _HOLDER).open("x", encoding="utf-8") as file:
+            file.write(f"{os.getpid()} {platform.node()} {started}\n")
     try:
         yield
     finally:
@@ -112,7 +115,7 @@ def _acquire(lock: FileLock, place: Path, shown: Path) -> None:
 def _holder(place: Path) -> tuple[int, str, str]:
     """Process, host and start of the run that holds the lock; zeros and nothing if it does not say."""
     try:
-        process, host, started = (place / _HOLDER).read_text("utf-8").strip().split(" ", 2)
+        process, host, started = read_text(place / _HOLDER).strip().split(" ", 2)
         return int(process), host, started
     except (OSError, ValueError):
         return 0, "", ""
