@@ -15,19 +15,24 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from register_adapter import add_registers
 from register_adapter.artifacts import ArtifactReport
 from register_adapter.artifacts.detector import AttentionDetector, DetectorConfig
 from register_adapter.commands.runs.inputs import load_base
+from register_adapter.commands.runs.tasks import EvalArguments, run_eval
 from register_adapter.data import DataArguments, load_data, load_image, load_image_processor
 from register_adapter.data.images import walk_files
 from register_adapter.errors import AdapterFileError
 from register_adapter.export.saved import _transformers
+from register_adapter.testbed import load_vit
 from register_adapter.towers.supported import write_table
 from register_adapter.training import checkpoints
 from register_adapter.training import load_base as load_trained
 from register_adapter.training.objectives import ClassificationObjective
 from register_adapter.utils.adapter_file import read_tensors
 from register_adapter.utils.files import check_regular, checksum, open_regular, read_text
+from register_adapter.utils.hub import CONFIG_NAME, WEIGHTS_NAME
+from register_adapter.utils.readme import read_readme
 
 
 def load_state(folder: Path) -> Any:
@@ -107,6 +112,27 @@ def test_a_text_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**29)
     with pytest.raises(ValueError, match="536870912 bytes"):
         read_text(tmp_path / "x")
+
+
+def test_an_earlier_result_that_is_far_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "eval.json").open("wb") as file:
+        file.truncate(2**29)
+    with pytest.raises(ValueError, match=r"eval\.json is no result") as caught:
+        run_eval(EvalArguments("knn", "planted", "scenes", output_dir=str(tmp_path)))
+    assert "536870912 bytes" in str(caught.value.__cause__)
+
+
+def test_a_readme_that_is_far_too_large_is_left_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (tmp_path / "README.md").open("wb") as file:
+        file.truncate(2**23)
+    caplog.set_level("WARNING", "register_adapter")
+    add_registers(load_vit(), 1).save_pretrained(tmp_path)
+    assert "README.md is not a file of at most 4194304 bytes and is left as it is" in caplog.text
+    assert (tmp_path / "README.md").stat().st_size == 2**23
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", CONFIG_NAME, WEIGHTS_NAME}
+    caplog.clear()
+    assert read_readme(tmp_path / "README.md") is None
+    assert "left as it is" in caplog.text
 
 
 def header(path: Path, entries: dict[str, Any], size: int) -> Path:

@@ -15,30 +15,34 @@ from .staging import staged
 __all__ = ["copy_readme", "find_block", "read_readme", "write_readme"]
 
 logger = logging.getLogger(__name__)
+#: Bytes, at most: far beyond any model card. What is longer would be read whole, and looked through again and again.
+_MOST = 2**22
 
 
 def copy_readme(folder: Path, scratch: Path) -> None:
     """Put the README of ``folder`` where files are written that will stand there.
 
-    In the place of one that is no file but a folder or a pipe there is an empty folder, which nothing is moved from:
-    :func:`read_readme` leaves it alone.
+    In the place of one that is no file but a folder or a pipe, or is too long for a card, there is an empty folder,
+    which nothing is moved from: :func:`read_readme` leaves it alone.
     """
-    if (folder / "README.md").is_file():
-        shutil.copyfile(folder / "README.md", scratch / "README.md")
-    elif (folder / "README.md").exists():
+    readme = folder / "README.md"
+    if _is_short_file(readme):
+        shutil.copyfile(readme, scratch / "README.md")
+    elif readme.exists():
         (scratch / "README.md").mkdir()
 
 
 def read_readme(path: Path) -> RepoCard | None:
     """A README, an empty one where there is none; ``None``, with a warning, for one that is to be left as it is.
 
-    That is one that is no file, no UTF-8, or whose metadata cannot be read and written again: a save never fails
-    because of it.
+    That is one that is no file, too long for a card, no UTF-8, or whose metadata cannot be read and written again: a
+    save never fails because of it.
     """
     if not path.exists():
         return RepoCard("---\n\n---\n")
-    if not path.is_file():
-        logger.warning("%s is not a file and is left as it is: no model card is written", path.name)
+    if not _is_short_file(path):
+        said = "%s is not a file of at most %d bytes and is left as it is: no model card is written"
+        logger.warning(said, path.name, _MOST)
         return None
     try:
         card: RepoCard = RepoCard.load(path)
@@ -53,6 +57,10 @@ def read_readme(path: Path) -> RepoCard | None:
         logger.warning("%s is not a model card in UTF-8 with valid metadata and is left as it is: %s", path.name, told)
         return None
     return card
+
+
+def _is_short_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size <= _MOST
 
 
 def write_readme(card: RepoCard, path: Path) -> None:

@@ -32,6 +32,7 @@ from ...evaluation.downstream import (
     read_templates,
 )
 from ...utils.environment import machine, versions
+from ...utils.files import parse_json, read_text
 from ...utils.staging import check_target, staged
 from ...viz.page import write_task_page
 from .inputs import choose_device, load_models, load_processor
@@ -287,9 +288,8 @@ def _refuse_another_task(args: EvalArguments) -> None:
     if path is None or not path.is_file():
         return
     try:
-        found = json.loads(path.read_text("utf-8"))
-        task = found["task"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        task = parse_json(read_text(path))["task"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of an evaluation; give another folder, or move it away") from error
     if task != args.task:
         raise ValueError(f"{path} is the result of {task!r}, which {args.task} would write over; give another folder")
