@@ -16,7 +16,6 @@ from training_helpers import adapter_bytes
 
 from register_adapter import add_registers
 from register_adapter.training import AverageWeights, Callback, ClassificationObjective, TrainArguments, train
-from register_adapter.training.checkpoints import CheckpointError
 from register_adapter.training.interruption import Interrupted, Interruption
 
 DECAY = ("--ema-decay", "0.7")
@@ -208,24 +207,6 @@ class Earliest(ClassificationObjective):
         self.calls += 1
         metrics = super().evaluate(model, batch)
         return metrics | {"early": torch.full_like(metrics["loss"], -self.calls)}
-
-
-def test_a_best_adapter_that_lacks_what_is_trained_is_refused(tmp_path: Path) -> None:
-    """It ended in a ``KeyError`` after the last step."""
-    args = TrainArguments(str(tmp_path), quiet=True, use_cpu=True, max_train_steps=2, eval_steps=1)
-    args.per_device_eval_batch_size, args.load_best_model_at_end, args.checkpointing_steps = 4, True, 1
-    args.metric_for_best_model = "loss"
-    objective = ClassificationObjective()
-    train(add_registers(build("vit-classifier"), 2), objective, items(), args, items())
-    (tmp_path / "checkpoint-2").rename(tmp_path / "last")
-    best = tmp_path / "checkpoint-1" / "best_model.safetensors"
-    state = json.loads((best.parent / "train_state.json").read_text())
-    (best.parent / "train_state.json").write_text(json.dumps(state | {"files": {}}))
-    args.resume_from_checkpoint = "latest"
-    for tensors in ({}, {name: value[:1] for name, value in load_file(best).items()}):
-        save_file(tensors, best)
-        with pytest.raises(CheckpointError, match=r"lacks '.*register_adapter_tokens.*'"):
-            train(add_registers(build("vit-classifier"), 2), objective, items(), args, items())
 
 
 def test_a_best_head_without_its_statistics_is_measured_as_it_is_saved(

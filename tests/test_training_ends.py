@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_signalled
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
 from training_helpers import adapter_bytes
 
@@ -143,6 +144,27 @@ def test_a_killed_run_has_the_same_best_adapter(step: int, case: Path, whole: Pa
     assert adapter_bytes(tmp_path) == adapter_bytes(whole)
     for key in ("best", "evaluations", "stopped_early", "global_step"):
         assert results_of(tmp_path)[key] == results_of(whole)[key]
+
+
+@pytest.mark.parametrize("change", ["gone", "of another model", "misshapen", "not finite"])
+def test_a_best_adapter_that_does_not_fit_is_refused_before_the_first_step(
+    change: str, case: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a checkpoint of an earlier version, without checksums; at the end all would have been for nothing."""
+    checkpoint, out = tmp_path / "checkpoint-4", tmp_path / "out"
+    shutil.copytree(whole / checkpoint.name, checkpoint)
+    state = json.loads((checkpoint / "train_state.json").read_text("utf-8"))
+    (checkpoint / "train_state.json").write_text(json.dumps(state | {"files": {}}), "utf-8")
+    best = load_file(checkpoint / "best_model.safetensors")
+    (checkpoint / "best_model.safetensors").unlink()
+    if change != "gone":
+        name, value = next(iter(best.items()))
+        values = {"misshapen": torch.zeros(1), "not finite": torch.full_like(value, torch.nan)}
+        changed = best | {name: values[change]} if change in values else {"x": torch.zeros(1)}
+        save_file(changed, checkpoint / "best_model.safetensors")
+    assert stopped(flags(case, out, *SELECTING, "--resume-from-checkpoint", str(checkpoint))) == 1
+    assert "best_model.safetensors" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ class Selection:
     Args:
         args: The knobs.
         state: Where the run is; evaluations are added to it.
-        weights: The best adapter so far, from a checkpoint.
 
     Raises:
         CheckpointError: An evaluation in the state lacks the metric.
     """
 
-    def __init__(self, args: TrainArguments, state: TrainState, weights: dict[str, torch.Tensor] | None = None) -> None:
-        self.args, self.state, self.weights = args, state, weights
+    def __init__(self, args: TrainArguments, state: TrainState) -> None:
+        self.args, self.state = args, state
+        self.weights: dict[str, torch.Tensor] | None = None  # the best adapter so far
         self.metric = args.metric_for_best_model.removeprefix("eval_")
         given = args.greater_is_better
         self.greater = given if given is not None else not self.metric.endswith("loss")

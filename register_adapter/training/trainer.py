@@ -263,7 +263,7 @@ def _prepare(
     settings = run_settings(args, accelerator, learned, trainable, train_data, model, samples)
     check_alike({**settings, "eval_samples": samples})
     state, checkpoint = _find_start(args, model, settings)
-    selection = Selection(args, state, checkpoints.read_best(checkpoint, trainable) if checkpoint is not None else None)
+    selection = Selection(args, state)
     generator = torch.Generator()
     options: dict[str, Any] = {"collate_fn": objective.collate, "num_workers": args.dataloader_num_workers}
     options["worker_init_fn"] = leave_signals_to_the_run if interruption else None
@@ -294,6 +294,8 @@ def _prepare(
     callbacks = [*callbacks, means]
     if checkpoint is not None:
         random_state = checkpoints.load(checkpoint, accelerator, prepared, optimizer, scheduler, callbacks)
+        if args.load_best_model_at_end and state.evaluations:
+            selection.weights = checkpoints.read_best(checkpoint, accelerator, prepared)
     if args.with_tracking and args.audit_images and eval_data is not None:
         watch = WatchArtifacts(accelerator, eval_data, lambda: state.global_step, args.audit_images, image_processor)
         callbacks = [*callbacks, watch]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from torch import nn
 
 from ...tuner.composed import ComposedPeftModel
 from ...tuner.neuron_shift import NeuronShift
+from ...tuner.reading import naming
 from ...utils.adapter_file import read_tensors
 from ...utils.files import checksum, open_regular
 from ...utils.hub import MANIFEST_NAME
@@ -140,28 +141,40 @@ def load_adapter(model: PeftModel, checkpoint: Path) -> None:
         model.load_adapter(checkpoint, str(model.active_adapter), is_trainable=True)
         return
     name = str(model.active_adapter)
-    folder = checkpoint if name == "default" else checkpoint / name
-    set_peft_model_state_dict(model, read_tensors(folder / _ADAPTER), name)
+    path = (checkpoint if name == "default" else checkpoint / name) / _ADAPTER
+    tensors = read_tensors(path)
+    with naming(path):
+        set_peft_model_state_dict(model, tensors, name)
 
 
-def read_best(checkpoint: Path, trainable: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor] | None:
-    """The best adapter that the run had before a checkpoint, ``None`` if it keeps none.
+def read_best(checkpoint: Path, accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The best adapter that the run had before a checkpoint, after an evaluation, where it is to be saved at the end.
 
     Args:
         checkpoint: The folder.
-        trainable: What is trained, by name.
+        accelerator: The run's accelerator.
+        model: The prepared model, which the adapter is to fit: at the end of the run it would be too late.
 
     Raises:
         AdapterFileError: The file is damaged.
-        CheckpointError: It lacks something that is trained, or has it in another shape.
+        CheckpointError: It is not there, or is not of what this run trains.
     """
     path = checkpoint / _BEST
     if not path.is_file():
-        return None
-    best = dict(read_tensors(path))
-    if strange := [key for key, own in trainable.items() if key not in best or best[key].shape != own.shape]:
-        raise CheckpointError(f"{path} lacks {strange[0]!r}, which is trained, or has it in another shape")
-    return best
+        raise CheckpointError(f"{checkpoint} has no file {_BEST}, the best adapter so far, which is to be saved")
+    weights = dict(read_tensors(path))
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # theirs is in parts
+        inner = accelerator.unwrap_model(model)
+        trained = trained_parameters(inner)
+        # Buffers may be missing: see :func:`put_weights`.
+        own = trained | {name: value for name, value in _moving_buffers(inner).items() if name in weights}
+        odd = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
+        odd += [name for name in own.keys() & weights.keys() if not bool(weights[name].isfinite().all())]
+        if odd:
+            raise CheckpointError(
+                f"{path} is not of what this run trains: {odd[0]} is missing, misshapen, or not finite"
+            )
+    return weights
 
 
 def copy_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
