@@ -407,3 +407,12 @@ def test_others_are_merged_beside_a_head_that_waits(head: str) -> None:
     merged = model.merge_and_unload()
     assert list(merged.peft_config) == ["r"]
     torch.testing.assert_close(shown(merged), logits)
+
+
+@pytest.mark.parametrize("put_on", [lambda model, config: compose(model, {"own": config}), get_peft_model])
+def test_names_given_to_the_head_of_registers_go_with_it(put_on: Any) -> None:
+    given = base(NAMES)
+    model = put_on(given, RegisterConfig(modules_to_save=["classifier"]))
+    given.config.id2label = dict(enumerate("xyz"))
+    model.delete_adapter(*model.peft_config)
+    assert list(given.config.id2label.values()) == NAMES

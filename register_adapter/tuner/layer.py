@@ -173,6 +173,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; the last adapter takes the hooks with it."""
         was_active = adapter_name in self.active_names
+        self.labels.renew()  # as long as it has the adapter: names that were given to its classes go with it
         if self.names == [adapter_name]:
             self._leave_behind()
         super().delete_adapter(adapter_name)
