@@ -127,7 +127,7 @@ def test_folders_of_older_releases_name_none(tmp_path: Path) -> None:
     model: Any = load_adapters(base(["dog", "cat", "cow"]), tmp_path)
     assert torch.equal(run(model, make_inputs("vit"))["logits"], logits)
     assert model.config.id2label == {0: "dog", 1: "cat", 2: "cow"}
-    assert classes_of(model.peft_config["own"]) is None
+    assert classes_of(model.peft_config["own"]) == model.config.id2label
 
 
 OTHERS: dict[str, Any] = {

@@ -58,12 +58,20 @@ def read_classes(config: PeftConfig, entry: Mapping[str, Any], path: Path) -> No
 
 
 def note_classes(base: nn.Module, configs: Mapping[str, PeftConfig]) -> None:
-    """Before a save: a head of which nobody knows the classes, at work or not, has those that the config names."""
+    """A head of which nobody knows the classes, at work or not, has those that the model's config names for its own.
+
+    Names that somebody gives to them while it is at work are its own from then on.
+
+    Args:
+        base: The base model.
+        configs: By adapter name.
+    """
     show_classes(base)
     for name, config in configs.items():
         heads = getattr(config, "modules_to_save", None)
         if heads and not isinstance(config, RegisterConfig) and classes_of(config) is None:
             cast(Any, config).id2label = labels_for(base, heads, None, name)
+    show_classes(base)
 
 
 def classes_in_folder(folder: str | Path) -> dict[int, str] | None:

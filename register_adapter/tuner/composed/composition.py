@@ -28,7 +28,7 @@ from ..positions import PositionConfig
 from ..reading import naming
 from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
-from .class_names import expect_classes, fit_classes
+from .class_names import expect_classes, fit_classes, note_classes
 from .folder import fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
@@ -203,6 +203,7 @@ class ComposedPeftModel(SavesAll):
         self._peft_config = None
         self._adapters_disabled = False
         self.base_model = ComposedTuner(base, [part for part in model.modules() if isinstance(part, BaseTuner)])
+        note_classes(base, self.peft_config)
         if getattr(base, "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(base)
 
@@ -274,6 +275,7 @@ class ComposedPeftModel(SavesAll):
         with _all_or_nothing(self, [config]):
             self.base_model.add(adapter_name, config, low_cpu_mem_usage, waits)
             fit_classes(base, adapter_name)
+            note_classes(base, self.peft_config)
             cast_adapter_dtype(base, adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
