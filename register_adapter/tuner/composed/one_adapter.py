@@ -87,11 +87,11 @@ def read_files(path: Path, weights: Path) -> tuple[PeftConfig, frozenset[str]]:
     with naming(path):
         config = kinds[method].from_pretrained(str(path.parent))
     if not isinstance(config, RegisterConfig):
-        _check_sizes(config, read_header(weights), weights)
+        _check_sizes(config, layout := read_header(weights), weights)
+        _check_owned(config, layout, weights)  # before any value is read: there may be gigabytes
     tensors = read_tensors(weights)
     if not isinstance(config, RegisterConfig):
         check_finite(tensors, weights)
-        _check_owned(config, tensors, weights)
     return config, frozenset(tensors)
 
 
