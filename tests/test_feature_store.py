@@ -194,6 +194,19 @@ def test_a_shard_of_something_else_is_named(tmp_path: Path, tensors: dict[str, t
         FeatureStore(tmp_path, make_spec())[2]
 
 
+@pytest.mark.parametrize("shape", [[1] * 100_000, [3, 2**20, 8]], ids=["dimensions", "rows of gigabytes"])
+def test_a_shard_is_compared_by_its_header(tmp_path: Path, shape: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    FeatureStore(tmp_path, make_spec()).fill(compute)
+    size = 4 * math.prod(shape)
+    header = json.dumps({"patches": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    shard = sorted(tmp_path.glob("*.safetensors"))[0]
+    shard.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(shard, 8 + len(header) + size)
+    monkeypatch.setattr("register_adapter.features.store.safe_open", lambda *_: pytest.fail("has opened it"))
+    with pytest.raises(StoreError, match=rf"{shard.name} is missing or damaged"):
+        FeatureStore(tmp_path, make_spec())[0]
+
+
 @pytest.mark.parametrize("broken", ["shape", "name", "nan"])
 def test_nothing_is_written_of_features_that_do_not_fit(tmp_path: Path, broken: str) -> None:
     store = FeatureStore(tmp_path, make_spec())

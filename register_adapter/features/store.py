@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..errors import AdapterFileError
+from ..utils.adapter_file import read_header
 from ..utils.files import open_regular
 from ..utils.staging import staged, write_text
 from ..utils.text import size_text
@@ -170,8 +172,7 @@ class FeatureStore:
             ValueError: Other names or shapes, or values that are not finite.
             OSError: It cannot be written; the disk is full, for example.
         """
-        count = len(self.images_of(shard))
-        wanted = {name: (count, *shape) for name, shape in self.spec.shapes.items()}
+        wanted = {name: shape for name, shape in self._layout(shard).items() if name in self.spec.shapes}
         given = {name: tuple(values.shape) for name, values in features.items()}
         if given != wanted:
             raise ValueError(f"shard {shard} takes features of shapes {wanted}, got {given}")
@@ -198,21 +199,18 @@ class FeatureStore:
         shard, row = divmod(index, self.spec.images_per_shard)
         try:
             file = self._open.get(shard)
-            if file is None:
-                with open_regular(self._path(shard)):
-                    pass
+            if file is None:  # the header first: a row of some other tensor may be gigabytes
+                if {name: info.shape for name, info in read_header(self._path(shard)).items()} != self._layout(shard):
+                    raise KeyError("other tensors than the store says")
                 file = self._open[shard] = safe_open(self._path(shard), "pt")
             rows = {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118
             tensors = {name: value[0] for name, value in _unpack(rows).items()}
-            if {name: tuple(value.shape) for name, value in tensors.items()} != dict(self.spec.shapes):
-                raise KeyError("other tensors than the store says")
             if broken := [name for name, value in tensors.items() if not bool(value.isfinite().all())]:
                 raise RuntimeError(f"{', '.join(broken)} of image {index}: numbers that are not finite")
             return tensors
-        except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
-            raise StoreError(
-                f"{self._path(shard)} is missing or damaged ({error}); delete it, and it is computed again"
-            ) from error
+        except (AdapterFileError, OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
+            said = f"missing or damaged ({error.__cause__ or error}); delete it, and it is computed again"
+            raise StoreError(f"{self._path(shard)} is {said}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # workers of a loader open the files themselves
@@ -241,6 +239,11 @@ class FeatureStore:
                 on_shard(len(self.images_of(shard)))
         return worst
 
+    def _layout(self, shard: int) -> dict[str, tuple[int, ...]]:
+        rows = {name: (len(self.images_of(shard)), *shape) for name, shape in self.spec.shapes.items()}
+        scales = {name + _SCALES: (*shape[:-1], 1) for name, shape in rows.items()}
+        return rows | (scales if self.spec.dtype == "int8" else {})
+
     def _path(self, shard: int) -> Path:
         return self.folder / f"features-{shard:05d}-of-{self.num_shards:05d}.safetensors"
 
@@ -266,9 +269,7 @@ def check_space(folder: Path, nbytes: int, what: str, instead: str) -> None:
     Raises:
         StoreError: The disk has less left.
     """
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
     if nbytes > free:
         raise StoreError(f"{what} take {size_text(nbytes)}, and {folder} has {size_text(free)} left: choose {instead}")
@@ -311,10 +312,8 @@ def read_spec(folder: str | Path) -> StoreSpec:
     try:
         if not fits:
             raise ValueError("count, shapes, source or dtype is missing or is none")
-        assert isinstance(shapes, dict)
-        return StoreSpec(
-            values["count"], {name: tuple(shape) for name, shape in shapes.items()}, values["source"], str(dtype)
-        )
+        sizes = {name: tuple(shape) for name, shape in values["shapes"].items()}
+        return StoreSpec(values["count"], sizes, values["source"], str(dtype))
     except ValueError as error:
         raise StoreError(f"{Path(folder) / STORE_NAME} does not describe a store of features: {error}") from error
 
