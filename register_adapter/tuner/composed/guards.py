@@ -34,6 +34,7 @@ __all__ = [
     "flags_kept",
     "hooks_lifted",
     "run_idle_norms",
+    "settle_head",
     "still_active",
     "trained_beside",
     "trained_biases",
@@ -219,6 +220,24 @@ def leave_out_copies(model: nn.Module, config: PeftConfig) -> None:
     if copied and str(getattr(config, "target_modules", None)).lower() == "all-linear":
         every: Any = name_linear_layers(config, model)
         every.target_modules = {name for name in every.target_modules if not name.startswith(copied)}
+
+
+def settle_head(head: AuxiliaryTrainingWrapper, kept: Iterable[str], merge: bool) -> None:
+    """Take the copies of a head away whose adapters are gone, where another adapter's stays.
+
+    Args:
+        head: The head.
+        kept: Names of the adapters that stay.
+        merge: Whether a copy that is at work becomes the base's own.
+    """
+    active, gone = list(head.active_adapters), sorted(set(head._adapters) - set(kept))
+    with flags_kept(head):
+        for name in gone:
+            if merge and name in active and not head.disable_adapters:
+                head.original_module = cast(Any, head).modules_to_save[name]
+            head.delete_adapter(name, None)
+        if gone:
+            head.set_adapter([name for name in active if name not in gone])
 
 
 def check_layers(model: nn.Module, name: str) -> None:

@@ -246,9 +246,10 @@ class ComposedTuner(Walked, BaseTuner):
             for path, module in list(self.model.named_modules()):
                 if isinstance(module, RegisterLayer) or any(path.startswith(f"{outer}.") for outer in done):
                     continue
-                head = isinstance(module, AuxiliaryTrainingWrapper) and not (
-                    set(module._adapters) & set(self.peft_config)
-                )
+                shared = isinstance(module, AuxiliaryTrainingWrapper)
+                head = shared and set(module._adapters).isdisjoint(self.peft_config)
+                if shared and not head:
+                    guards.settle_head(module, self.peft_config, merge)
                 if not head and not (isinstance(module, kinds) and hasattr(module, "base_layer")):
                     continue
                 with onload_layer(module):
