@@ -2,9 +2,8 @@
 
 from ._peft_compat import register, register_positions
 from .composed import ComposedPeftModel, compose, load_adapters, rename_adapter, save_adapters
-from .composed.guards import run_idle_norms
+from .composed.idle import run_idle_norms, see_idle_heads
 from .config import RegisterConfig
-from .heads import see_idle_heads
 from .layer import RegisterLayer, find_register_layer
 from .model import RegisterModel
 from .peft_model import RegisterPeftModel, add_registers

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -34,7 +33,6 @@ __all__ = [
     "name_classes",
     "number_of_labels",
     "renew_shown",
-    "see_idle_heads",
 ]
 
 #: What PEFT itself adds to ``modules_to_save`` for a ``task_type``, whether or not a model has a module of that name.
@@ -306,17 +304,6 @@ def name_classes(model: Any, id2label: dict[int, str], label2id: dict[str, int])
         config.label_names = list(id2label.values())
     if "num_labels" in vars(model):  # some classes of transformers 4 ask this one
         model.num_labels = len(id2label)
-
-
-def see_idle_heads() -> None:
-    """Have PEFT 0.18 look into no copy of a head of which none is at work: ``hasattr``, too, is an ``IndexError``."""
-    asked = ModulesToSaveWrapper._hasattr_wrapped
-
-    @wraps(asked)
-    def has(self: ModulesToSaveWrapper, name: str, modules: Any) -> bool:
-        return bool(self.active_adapters) and asked(self, name, modules)
-
-    ModulesToSaveWrapper._hasattr_wrapped = asked if hasattr(asked, "__wrapped__") else has
 
 
 #: Held while heads are switched; on a head, how many threads have set it aside.

@@ -6,10 +6,8 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterable, Iterator
-from functools import partial, wraps
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -33,7 +31,6 @@ __all__ = [
     "fit_copies",
     "flags_kept",
     "hooks_lifted",
-    "run_idle_norms",
     "settle_head",
     "still_active",
     "trained_beside",
@@ -119,18 +116,6 @@ def check_switched_on(model: nn.Module) -> None:
             "of a PeftModel, or behind disable_adapters()? Add adapters after that context, or behind "
             "enable_adapters(). Nothing was changed."
         )
-
-
-def run_idle_norms() -> None:
-    """Have PEFT 0.18 run tuned norms of which none is active as the base's own: a pass is a ``ValueError`` there."""
-    tuned = LNTuningLayer.forward
-
-    @wraps(tuned)
-    def forward(self: LNTuningLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        idle = not self.active_adapters and not self.disable_adapters
-        return cast(torch.Tensor, (self.base_layer if idle else partial(tuned, self))(x, *args, **kwargs))
-
-    LNTuningLayer.forward = tuned if hasattr(tuned, "__wrapped__") else forward
 
 
 @contextlib.contextmanager
