@@ -30,6 +30,7 @@ from register_adapter import (
 )
 from register_adapter.tuner.composed import saving
 from register_adapter.tuner.composed.one_adapter import SavedAdapter
+from register_adapter.utils.files import checksum
 
 
 def composed(seed: int, rank: int = 2, registers: int = 2) -> ComposedPeftModel:
@@ -130,6 +131,22 @@ def test_the_bias_of_a_saved_head_is_no_stranger(tmp_path: Path, bias: Any, way:
         loaded.load_adapter(tmp_path / "lora", way)
         loaded.delete_adapter("registers")
     assert_identical(run(loaded.eval(), inputs), expected)
+
+
+@pytest.mark.parametrize("way", ["load_adapters", "load_adapter"])
+def test_a_head_without_its_weight_is_told_by_name(tmp_path: Path, way: str) -> None:
+    """Its key alone was the whole message."""
+    name = "vit-classifier"
+    config = LoraConfig(target_modules=["q_proj", "query"], modules_to_save=["classifier"])
+    save_adapters(get_peft_model(build(name), config, "own"), tmp_path)
+    weights, manifest = tmp_path / "own" / "adapter_model.safetensors", tmp_path / "adapters.json"
+    save_file({key: value for key, value in load_file(weights).items() if "classifier.weight" not in key}, weights)
+    listed = json.loads(manifest.read_text())
+    listed["adapters"][0]["sha256"] = checksum(weights)
+    manifest.write_text(json.dumps(listed))
+    model: Any = compose(build(name), {"registers": RegisterConfig(num_registers=2)})
+    with pytest.raises(AdapterFileError, match=r"own.*'base_model\.model\.classifier\.weight' is missing"):
+        load_adapters(model, tmp_path) if way == "load_adapters" else model.load_adapter(tmp_path / "own", "new")
 
 
 def test_what_the_hub_answers_peft_is_told_without_the_token() -> None:

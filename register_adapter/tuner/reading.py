@@ -27,6 +27,7 @@ __all__ = [
     "naming",
     "note_checksums",
     "read_json",
+    "told",
     "without_unlisted",
 ]
 
@@ -117,8 +118,19 @@ def naming(path: str | Path) -> Iterator[None]:
             raise
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:
-        said = one_line(str(error) or type(error).__name__)
-        raise AdapterFileError(f"{path} cannot be used: {said}. Nothing was changed.") from error
+        raise AdapterFileError(f"{path} cannot be used: {told(error)}. Nothing was changed.") from error
+
+
+def told(error: Exception, joined: bool = False) -> str:
+    """What an error of another library says, in one line.
+
+    Args:
+        error: The error.
+        joined: It has lines of its own, as torch's have, which are joined by spaces.
+    """
+    text = " ".join(str(error).split()) if joined else str(error)
+    said = one_line(text or type(error).__name__)
+    return f"{said} is missing" if isinstance(error, KeyError) else said.removesuffix(".")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -20,12 +20,11 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...utils.arguments import check_mapping
-from ...utils.text import one_line
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import EVERYONE
 from ..positions import PositionConfig
-from ..reading import naming
+from ..reading import naming, told
 from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
 from .class_names import expect_classes, fit_classes, note_classes
@@ -158,8 +157,7 @@ def load_adapters(
                 result = PeftModel.load_adapter(composed, place, adapter.name, is_trainable=is_trainable, **options)
             except (RuntimeError, KeyError) as error:
                 raise AdapterFileError(
-                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: "
-                    f"{one_line(' '.join(str(error).split()))}"
+                    f"the tensors in {adapter.path} do not fit {type(base).__name__}: {told(error, joined=True)}"
                 ) from error
             check_read(composed, adapter.name, result, adapter.path)
         active = list(dict.fromkeys([*kept, *(adapter.name for adapter in saved if adapter.active)]))
