@@ -329,3 +329,46 @@ def test_what_cannot_be_composed_is_refused_with_its_file(values: dict[str, Any]
     with pytest.raises(AdapterFileError, match=f"{config}: .*{min(values)}|{config} cannot.*{min(values)}"):
         load_adapters(base, tmp_path)
     before.check()
+
+
+@pytest.mark.parametrize("way", ["load_adapters", "load_adapter", "add_adapter"])
+@pytest.mark.parametrize("frozen", ["norms", "lora"])
+def test_biases_of_a_frozen_adapter_stay_frozen_beside_biases_that_lora_trains(
+    way: str, frozen: str, tmp_path: Path
+) -> None:
+    """With bias="all" biases of the other adapter's own layers became trainable, in silence."""
+    config = LoraConfig(target_modules=["q_proj", "query"], bias="all")
+    scaled = IA3Config(target_modules=["fc2", "output.dense"], feedforward_modules=["fc2", "output.dense"])
+    other = {
+        "norms": LNTuningConfig(target_modules=["layernorm_before"]),
+        "lora": LoraConfig(target_modules=["v_proj", "value"], lora_bias=True),
+    }[frozen]
+    compose(build("vit"), {"scales": scaled, "other": other}).save_pretrained(tmp_path / "frozen")
+    compose(build("vit"), {"new": config}).save_pretrained(tmp_path / "new")
+    model: Any = load_adapters(build("vit"), tmp_path / "frozen")
+    assert not any(value.requires_grad for value in model.parameters())
+    if way == "load_adapters":
+        model = load_adapters(model, tmp_path / "new", is_trainable=True)
+    elif way == "load_adapter":
+        model.load_adapter(tmp_path / "new" / "new", "new", is_trainable=True)
+    else:
+        model.add_adapter("new", config)
+    trained = {key for key, value in model.named_parameters() if value.requires_grad}
+    assert any(key.endswith("bias") for key in trained)
+    assert not [key for key in trained if {"other", "scales"} & {*key.split(".")}]
+
+
+@pytest.mark.parametrize("way", ["load_adapters", "load_adapter"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_frozen_adapter_that_is_the_first_trains_no_biases(bias: Any, way: str, tmp_path: Path) -> None:
+    """PEFT marks biases of the base as trainable also where LoRA is loaded frozen."""
+    config = LoraConfig(target_modules=["q_proj", "query"], bias=bias)
+    compose(build("vit"), {"lora": config}).save_pretrained(tmp_path)
+    if way == "load_adapters":
+        model: Any = load_adapters(build("vit"), tmp_path)
+    else:
+        model = compose(build("vit"), {})
+        model.load_adapter(tmp_path / "lora", "lora")
+    assert not [key for key, value in model.named_parameters() if value.requires_grad]
+    again = load_adapters(build("vit"), tmp_path, is_trainable=True)
+    assert any(value.requires_grad and key.endswith("bias") for key, value in again.named_parameters())

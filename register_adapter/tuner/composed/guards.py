@@ -33,8 +33,8 @@ __all__ = [
     "hooks_lifted",
     "settle_head",
     "still_active",
+    "train_biases",
     "trained_beside",
-    "trained_biases",
 ]
 
 #: Held by a thread that switches layers of PEFT's.
@@ -76,24 +76,34 @@ def trained_beside(configs: Iterable[PeftConfig]) -> Iterator[None]:
         TRAINED_BESIDE.reset(token)
 
 
-def trained_biases(model: nn.Module, name: str, config: PeftConfig) -> list[nn.Parameter]:
-    """Biases of the base that an adapter trains beside its own parameters; PEFT marks those of a first adapter alone.
+def train_biases(model: nn.Module, name: str, config: PeftConfig, alone: bool) -> None:
+    """Have biases of the base be trained that an adapter trains beside its own parameters, and none by a frozen one.
+
+    PEFT marks those of a first adapter alone, of a frozen one too.
 
     Args:
         model: The model, the adapter on it.
         name: The adapter's name.
         config: Its config; ``bias`` is ``"all"``, or ``"lora_only"`` and the like: of the layers that it is in.
+        alone: Whether the model has no other adapter.
     """
     which = getattr(config, "bias", None)
+    if config.inference_mode and alone:
+        model.requires_grad_(False)
     if config.inference_mode or not isinstance(which, str) or which == "none":
-        return []
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     if which != "all":
-        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
         mine = [layer for layer in layers if name in layer._all_available_adapter_names()]
-        return [bias for layer in mine if isinstance(bias := getattr(layer, "bias", None), nn.Parameter)]
-    heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    own = {id(parameter) for head in heads for parameter in head.parameters()}
-    return [value for key, value in model.named_parameters() if f".{key}".endswith(".bias") and id(value) not in own]
+        biases = [bias for layer in mine if isinstance(bias := getattr(layer, "bias", None), nn.Parameter)]
+    else:
+        parts: list[nn.Module] = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        parts += [getattr(layer, part) for layer in layers for part in layer.adapter_layer_names]
+        others = {id(parameter) for part in parts for parameter in part.parameters()}
+        named = [(f".{key}", value) for key, value in model.named_parameters()]
+        biases = [value for key, value in named if key.endswith(".bias") and id(value) not in others]
+    for bias in biases:
+        bias.requires_grad = True
 
 
 def check_switched_on(model: nn.Module) -> None:

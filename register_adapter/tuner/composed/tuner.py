@@ -22,7 +22,7 @@ from ..positions import PositionLayer, Walked, position_layers, take_off
 from ..registers import refuse_merging
 from . import guards
 from .aside import Aside
-from .guards import check_heads, check_layers, check_merges, fit_copies, flags_kept, hooks_lifted, trained_biases
+from .guards import check_heads, check_layers, check_merges, fit_copies, flags_kept, hooks_lifted, train_biases
 
 __all__ = ["ComposedTuner"]
 
@@ -145,7 +145,8 @@ class ComposedTuner(Walked, BaseTuner):
             check_heads({**self.peft_config, name: config}, [*active, name])
         fit_copies(self.model, name, config)
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
-        kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
+        alone = not self.peft_config
+        kept = contextlib.nullcontext() if alone else flags_kept(self.model)
         with kept, hooks_lifted(self.model):
             with self.showing(rivals) as mine:
                 if rivals and method in self._tuners:
@@ -161,8 +162,7 @@ class ComposedTuner(Walked, BaseTuner):
             check_layers(self.model, name)
             self.peft_config[name] = config
             self._keep(tuner)
-        for bias in trained_biases(self.model, name, config):
-            bias.requires_grad = True
+        train_biases(self.model, name, config, alone)
         self._set_active(
             [*active, *([name] if first else [])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
         )
