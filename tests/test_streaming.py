@@ -169,6 +169,19 @@ def test_a_run_over_several_epochs_goes_on_to_the_same_adapter(
         assert adapter_bytes(tmp_path / f"{step}") == adapter_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("streaming", "end"), [(True, 3), (False, 4)])
+def test_random_numbers_go_on_at_the_end_of_an_epoch(streaming: bool, end: int, case: Path, tmp_path: Path) -> None:
+    """Of 16 images a stream trains on 12, in three batches, a data set on 14, in four; a new epoch draws nothing."""
+    write_vit(tmp_path / "vit", CLASSES, dropout=0.3)
+    given = ["--model-name-or-path", str(tmp_path / "vit"), *SHORT, "--image-column-name", "png", "--objective"]
+    given += ["distillation", "--num-views", "1", "--checkpointing-steps", "1"]
+    resume = ("--resume-from-checkpoint", str(tmp_path / "whole" / f"checkpoint-{end}"))
+    for out, more in (("whole", ()), ("again", resume)):
+        words = flags(case, tmp_path / out, *given, *more, shards="tars")
+        start([word for word in words if streaming or word != "--streaming"])
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(case: Path, tmp_path: Path) -> None:
     given = (*SHORT, "--objective", "distillation", "--num-views", "1", "--image-column-name", "png")

@@ -272,7 +272,8 @@ def _prepare(
     if isinstance(train_data, StreamedDataset):
         place = accelerator.process_index, accelerator.num_processes
         batches = StreamedBatches(train_data, size, *place, num_threads=args.dataloader_num_workers)
-        loader = DataLoaderShard(batches, accelerator.device, batch_size=None, collate_fn=objective.collate)
+        streamed = {"batch_size": None, "collate_fn": objective.collate, "generator": generator}
+        loader = DataLoaderShard(batches, accelerator.device, **streamed)
     else:
         loader = DataLoader(train_data, size, shuffle=True, generator=generator, **options)
     eval_loader = DataLoader(eval_data, args.per_device_eval_batch_size, **options) if eval_data is not None else None
