@@ -123,6 +123,20 @@ def test_the_command_trains_on_pairs_and_goes_on(kind: str, source: str, folder:
     assert type(model.get_base_model()).__name__.lower().startswith(kind)
 
 
+def test_every_evaluation_has_the_same_texts(folder: Path, tmp_path: Path) -> None:
+    """Nothing moves, and a gate keeps off the registers: with or without them, at any step, figures are the same."""
+    images = write_captions(tmp_path / "images", 8)
+    lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    several = [{**line, "text": [line["text"], "a red circle"]} for line in lines]
+    (images / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in several))
+    words = flags(folder, "clip", tmp_path / "out", "--gate", "-16", data=("--train-dir", str(images)))
+    words += ["--validation-dir", str(images), "--max-train-steps", "3", "--eval-steps", "1", "--learning-rate", "1e-9"]
+    start([*words, "--per-device-train-batch-size", "4"])
+    results = results_of(tmp_path / "out")
+    losses = [evaluation["loss"] for evaluation in results["evaluations"]]
+    assert [results["metrics"]["eval_registers_off_loss"], *losses] == pytest.approx([losses[0]] * 4, abs=1e-3)
+
+
 def test_the_text_column_is_named_and_can_be_added_to_others(folder: Path, tmp_path: Path) -> None:
     write_captions(tmp_path / "images", 8, column="caption")
     words = ["--objective", "distillation", "--num-views", "2", "--contrastive", "0.1", "--text-column-name", "caption"]

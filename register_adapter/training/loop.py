@@ -333,6 +333,10 @@ def evaluate(
         before_batch: Called before every batch; what it raises ends the evaluation.
     """
     model.eval()
+    parts: tuple[Any, ...] = (loader, getattr(loader, "dataset", None))
+    for part in parts:  # a pass begins an epoch, which has other texts
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(0)
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     shown = progress and accelerator.is_local_main_process
