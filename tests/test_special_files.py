@@ -30,7 +30,7 @@ from register_adapter.towers.supported import write_table
 from register_adapter.training import checkpoints
 from register_adapter.training import load_base as load_trained
 from register_adapter.training.objectives import ClassificationObjective
-from register_adapter.tuner.composed import folder as folder_module
+from register_adapter.tuner.composed import one_adapter
 from register_adapter.utils.adapter_file import read_tensors
 from register_adapter.utils.files import check_regular, checksum, open_regular, read_text
 from register_adapter.utils.hub import CONFIG_NAME, WEIGHTS_NAME
@@ -174,9 +174,9 @@ def test_tensors_of_the_base_in_a_lora_are_refused_before_a_value_is_read(
     LoraConfig(target_modules=["query"]).save_pretrained(tmp_path)
     entries = {"base_model.model.pooler.weight": {"dtype": "F32", "shape": [2**28], "data_offsets": [0, 2**30]}}
     header(tmp_path / WEIGHTS_NAME, entries, 2**30)
-    monkeypatch.setattr(folder_module, "read_tensors", lambda path: pytest.fail("has read a gigabyte"))
+    monkeypatch.setattr(one_adapter, "read_tensors", lambda path: pytest.fail("has read a gigabyte"))
     with pytest.raises(AdapterFileError, match=r"the method LORA does not have: \['base_model\.model\.pooler"):
-        folder_module.check_alone(str(tmp_path))
+        one_adapter.read_alone(tmp_path)
 
 
 def test_weights_of_many_dimensions_are_refused_wherever_they_are_read(tmp_path: Path) -> None:
