@@ -209,6 +209,34 @@ class Earliest(ClassificationObjective):
         return metrics | {"early": torch.full_like(metrics["loss"], -self.calls)}
 
 
+class ByEpoch(torch.utils.data.Dataset[Any]):
+    """Other pictures in every epoch, as with augmentation."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(items())
+
+    def __getitem__(self, index: int) -> Any:
+        item = items()[index]
+        return item | {"pixel_values": item["pixel_values"].roll(self.epoch, 0)}
+
+
+def test_evaluations_of_the_training_set_leave_its_epoch_alone() -> None:
+    """Each begins with the first epoch, and the batches that came after it were of the first epoch too."""
+    found = []
+    for same in (True, False):
+        data, model = ByEpoch(), seeded()
+        args = TrainArguments(max_train_steps=8, quiet=True, use_cpu=True, eval_steps=1, per_device_train_batch_size=2)
+        found.append((train(model, ClassificationObjective(), data, args, data if same else ByEpoch()), model))
+    (first, own), (second, other) = found
+    assert first["evaluations"] == second["evaluations"]
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), other.parameters(), strict=True))
+
+
 def test_a_best_head_without_its_statistics_is_measured_as_it_is_saved(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -258,6 +259,8 @@ def _prepare(
     """Loaders, optimiser, schedule and model as the loop runs them, with what a checkpoint holds of them."""
     if eval_data is None and args.evaluates_every is not None:
         raise ValueError("eval_steps, load_best_model_at_end and early_stopping_patience need an eval_dataset")
+    if eval_data is train_data:  # each has an epoch of its own
+        eval_data = copy.copy(eval_data)
     samples = len(eval_data) if eval_data is not None else 0
     learned = {**objective.details(), **_details(callbacks)}
     settings = run_settings(args, accelerator, learned, trainable, train_data, model, samples)
