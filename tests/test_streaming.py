@@ -299,3 +299,46 @@ def test_images_of_a_damaged_tar_are_not_dropped_in_silence(
         return
     with pytest.raises(ValueError, match=rf"the shard {shard} {message}"):
         read()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("shards", "name", "damage", "message"),
+    [
+        ("parquet", "train-2-of-4.parquet", lambda file: file.write_bytes(file.read_bytes()[:700]), "is damaged"),
+        ("tars", "train-1.tar", lambda file: file.write_bytes(file.read_bytes()[:9999]), "is damaged"),
+        ("tars", "train-1.tar", lambda file: file.write_bytes(b""), "is damaged"),
+        ("tars", "train-1.tar", lambda file: file.write_bytes(bytes(512) + file.read_bytes()[512:]), "is damaged: it"),
+        ("tars", "train-1.tar", lambda file: file.write_bytes(bytes(10**6)), "is damaged: it begins with zeros"),
+        ("parquet", "train-2-of-4.parquet", lambda file: file.rename(file.parent / "away"), "is a link to a file"),
+        ("tars", "train-1.tar", lambda file: file.rename(file.parent / "away"), "is a link to a file"),
+    ],
+    ids=["cut parquet", "cut tar", "empty tar", "zeros first", "zeros only", "parquet gone", "tar gone"],
+)
+def test_a_shard_that_is_not_read_is_named(
+    streaming: bool,
+    shards: str,
+    name: str,
+    damage: Callable[[Path], object],
+    message: str,
+    case: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = shutil.copytree(case / shards, tmp_path / "data")
+    damage(data / name)
+    if not (data / name).exists():
+        (data / "away").unlink()
+        (data / name).symlink_to("away")
+    column = "png" if shards == "tars" else "image"
+    arguments = DataArguments(dataset_name=str(data), image_column_name=column, max_eval_samples=4)
+
+    def read() -> None:
+        loaded = (load_stream if streaming else load_data)(arguments, progress=False, labelled=False)
+        processor = load_image_processor(str(case / "vit"))
+        if streaming:
+            list(StreamedDataset(loaded.train, processor, shuffle_buffer=1, name=loaded.name).order(0))
+
+    with pytest.raises(ValueError, match=f"the shard {data / name} {message}"):
+        read()

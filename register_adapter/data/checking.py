@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..utils.hub import access_error
 from ..utils.text import first_few, printable
 from .images import ImageFileError, check_image, image_name
+from .shards import damaged_shard
 
 __all__ = ["check_image_column", "check_labels", "item_name", "named_errors", "skip_bad"]
 
@@ -82,7 +83,7 @@ def skip_bad(
 
 @contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Give whatever the library ``datasets`` raises within the name of the data set.
+    """Give whatever the library ``datasets`` raises within the name of the data set, and of a local shard.
 
     Raises:
         HubAccessError: The Hub could not be reached, or refused; the message does not show the token.
@@ -97,7 +98,8 @@ def named_errors(name: str) -> Iterator[None]:
             raise
         cause = error.__cause__ or error  # generating a data set ends with an error that says no more than that
         said = printable(" ".join(str(cause).split()) or "no message")
-        raise ValueError(f"the data set {name} cannot be read ({type(cause).__name__}: {said:.300})") from error
+        where = f"; the shard {shard} is damaged" if (shard := damaged_shard(name)) is not None else ""
+        raise ValueError(f"the data set {name} cannot be read ({type(cause).__name__}: {said:.300}){where}") from error
 
 
 def check_image_column(feature: Any, column: str, name: str) -> None:

@@ -20,7 +20,7 @@ from .folders import read_captioned_folder, read_flat_folder, read_image_folder,
 from .images import image_name, load_image, refuse_word
 from .processing import pixels_alone, process_image
 from .processors import check_processor
-from .shards import SHARD, check_shards, names_shards
+from .shards import SHARD, check_shards, check_shards_of, names_shards
 
 __all__ = [
     "Data",
@@ -215,6 +215,7 @@ def _from_hub(args: DataArguments, token: str | None, keys: Collection[str]) -> 
     """The training split, and the validation or test split if there is one: columns ``image`` and those of ``keys``."""
     assert args.dataset_name is not None
     check_regular(args.dataset_name, deep=True)
+    check_shards_of(args.dataset_name)
     with PartialState().main_process_first(), named_errors(args.dataset_name):
         splits = load_dataset(args.dataset_name, args.dataset_config_name, token=token)
     if "train" not in splits:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import lzma
+import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 
 from ..utils.files import open_regular
 from ..utils.text import printable
 
-__all__ = ["SHARD", "check_shards", "names_shards"]
+__all__ = ["SHARD", "check_shards", "check_shards_of", "damaged_shard", "names_shards"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +26,63 @@ logger = logging.getLogger(__name__)
 SHARD = "__url__"
 #: Bytes behind the end mark that are looked at; it is filled up to 10,240 with zeros.
 _BEHIND = 2**16
+#: What every error of a reader of tar files is.
+_FAULTS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+#: Ends of the names of shards.
+_SHARDS = (".parquet", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 def names_shards(features: Mapping[str, Any]) -> bool:
     """Whether a data set has that column: names of shards, and nothing else."""
     return getattr(features.get(SHARD), "dtype", None) == "string"
+
+
+def check_shards_of(folder: str | Path) -> None:
+    """Look for shards of a folder that would be left out in silence; what is no folder has none.
+
+    Raises:
+        ValueError: A shard is a link to nothing, or a tar file with zeros in the place of its first image.
+    """
+    for path in _shards_of(folder):
+        if not path.exists():
+            raise ValueError(f"the shard {path} is a link to a file that is not there")
+        if path.suffix != ".parquet" and _is_blank(path):
+            raise ValueError(f"the shard {path} is damaged: it begins with zeros, and nothing of it is read")
+
+
+def damaged_shard(folder: str | Path) -> Path | None:
+    """The first shard of a folder that cannot be read, if there is one: readers do not name it.
+
+    Of parquet the footers are read, of tar files the headers.
+    """
+    for path in _shards_of(folder):
+        try:
+            with open_regular(path) as file:
+                if path.suffix == ".parquet":
+                    pyarrow.parquet.read_schema(file)
+                    continue
+                with tarfile.open(fileobj=file, mode="r:*") as tar:
+                    while tar.next() is not None:
+                        vars(tar)["members"] = []  # it keeps them all
+        except (*_FAULTS, pyarrow.ArrowException):
+            return path
+    return None
+
+
+def _shards_of(folder: str | Path) -> Iterator[Path]:
+    for place, below, files in os.walk(folder):
+        below.sort()
+        yield from (Path(place, name) for name in sorted(files) if name.endswith(_SHARDS))
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a tar file has no image and is more than the end mark."""
+    with suppress(*_FAULTS), open_regular(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
+        content: Any = tar.fileobj
+        if tar.next() is None:
+            content.seek(0)
+            return len(behind := content.read(_BEHIND)) == _BEHIND or any(behind)
+    return False
 
 
 def check_shards(places: Iterable[str | None]) -> None:
@@ -65,5 +122,5 @@ def _end_of_members(path: Path) -> tuple[int, bytes] | None:
                 content: Any = tar.fileobj  # without the compression
                 content.seek(tar.offset)
                 return tar.offset, content.read(_BEHIND)
-        except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
+        except _FAULTS:
             return None

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Image, load_dataset
 from ..utils.files import check_regular
 from .checking import check_image_column, check_labels, named_errors, skip_bad
 from .datasets import Data, DataArguments
-from .shards import SHARD, check_shards, names_shards
+from .shards import SHARD, check_shards, check_shards_of, names_shards
 
 __all__ = ["load_stream"]
 
@@ -47,6 +47,7 @@ def load_stream(
     """
     name = str(args.dataset_name)
     check_regular(name, deep=True)
+    check_shards_of(name)
     with named_errors(name):
         splits = load_dataset(name, args.dataset_config_name, token=token, streaming=True)
     if "train" not in splits:
