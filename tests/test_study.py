@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -183,6 +184,22 @@ def test_a_folder_with_another_study_is_refused(done: Path, monkeypatch: pytest.
 
 
 # Models to leave as they are, and what is refused
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["gone", "a pipe"])
+def test_figures_without_their_settings_are_not_taken(there: bool, done: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "out")
+    (out / "settings.json").unlink()
+    if there:
+        os.mkfifo(out / "settings.json")
+    before = bytes_of(out)
+    with pytest.raises(ValueError, match=f"{out} has audit.json and arms of a study, and no settings.json that says"):
+        Records(out).check({"steps": 3})
+    assert bytes_of(out) == before
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    for _ in range(2):
+        Records(fresh).check({"steps": 3})
 
 
 @pytest.mark.parametrize("name", ["clean", "registers from the start"])

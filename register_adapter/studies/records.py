@@ -22,6 +22,7 @@ from .ruler import Figures
 __all__ = ["ADAPTER", "Record", "Records"]
 
 _SETTINGS, _AUDIT, _FIGURES, _TIMES = "settings.json", "audit.json", "figures.json", "times.json"
+_ARMS = "arms"
 #: Folder of an arm's adapter, in that of the arm and its seed.
 ADAPTER = "adapter"
 #: Figures that a model may be without.
@@ -58,10 +59,15 @@ class Records:
         """Say what this study is, or see that the folder's is the same.
 
         Raises:
-            ValueError: The folder has a study with other settings.
+            ValueError: The folder has a study with other settings, or one whose settings are not there.
         """
         path = self.folder / _SETTINGS
         if not path.is_file():
+            if left := [name for name in (_AUDIT, _ARMS) if (self.folder / name).exists()]:
+                raise ValueError(
+                    f"{self.folder} has {' and '.join(left)} of a study, and no {_SETTINGS} that says how they were "
+                    "made; remove them, or name another folder with --out"
+                )
             write_text(path, json.dumps(settings, indent=1) + "\n")
             return
         with _naming(path, self.folder):
@@ -85,7 +91,7 @@ class Records:
 
     def place(self, arm: Arm, seed: int) -> Path:
         """The folder of an arm with a seed."""
-        folder = self.folder / "arms" / arm.slug
+        folder = self.folder / _ARMS / arm.slug
         return folder / f"seed-{seed}" if arm.seeded else folder
 
     def read(self, arm: Arm, seed: int) -> Record | None:
