@@ -186,6 +186,17 @@ def test_a_folder_with_another_study_is_refused(done: Path, monkeypatch: pytest.
 # Models to leave as they are, and what is refused
 
 
+def test_what_a_kill_behind_the_last_file_of_an_arm_leaves_is_removed(done: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "out")
+    place = Records(out).place(ARMS[0], 0)
+    names = sorted(path.name for path in place.iterdir())
+    (place / ".register_adapter.killed").mkdir()
+    for name in (".register_adapter.killed/.lock", ".register_adapter-moving.lock"):
+        (place / name).touch()
+    assert Records(out).read(ARMS[0], 0) is not None
+    assert sorted(path.name for path in place.iterdir()) == names
+
+
 @pytest.mark.parametrize("there", [False, True], ids=["gone", "a pipe"])
 def test_figures_without_their_settings_are_not_taken(there: bool, done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "out")

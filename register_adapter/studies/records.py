@@ -15,7 +15,7 @@ from ..artifacts.report import Verdict
 from ..towers.identity import is_finite
 from ..training.saving import save_adapter
 from ..utils.files import parse_json, read_text
-from ..utils.staging import staged, write_text
+from ..utils.staging import staged, sweep, write_text
 from .arms import Arm
 from .ruler import Figures
 
@@ -99,6 +99,7 @@ class Records:
         place = self.place(arm, seed)
         if not (place / _FIGURES).is_file():
             return None
+        sweep(place)  # nothing more is written there
         with _naming(place, place):
             figures, times = (parse_json(read_text(place / name)) for name in (_FIGURES, _TIMES))
             choose, report = (_figures(name, figures[name]) for name in ("choose", "report"))

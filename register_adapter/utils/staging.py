@@ -23,6 +23,7 @@ __all__ = [
     "real_path",
     "scratch_folder",
     "staged",
+    "sweep",
     "write_text",
 ]
 
@@ -158,6 +159,14 @@ def scratch_folder(parent: str | Path) -> Iterator[Path]:
     finally:
         lock.release()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes left that were killed behind their last write into a folder, which has all it will have."""
+    _sweep(folder)
+    if (folder / _MOVING).exists():
+        with suppress(OSError), _alone(folder):
+            pass
 
 
 def _sweep(folder: Path) -> None:
