@@ -137,6 +137,7 @@ def test_numbers_are_counted_and_every_line_has_an_accuracy(own):
         (["--model", "x"], "go together"),
         (["--model", "{tmp}", "--images", "{tmp}/none"], "none"),
         (["--num_registers", "0"], "num-registers"),
+        (["--max_train_steps", "1", "--batch-size", "2"], "are 2 images, and a fit needs 3"),
     ],
 )
 def test_wrong_arguments_end_in_one_clear_line(arguments, message, tmp_path, monkeypatch, capfd):

@@ -41,7 +41,8 @@ __all__ = ["DemoArguments", "run_demo"]
 #: Held-out scenes have other seeds and other photographs than those that registers are trained on.
 _TRAIN_SEED, _TEST_SEED = 1, 10_001
 _SHOWN = 4
-_FIT_IMAGES = 192
+#: Images that a fit is made on, and what it needs.
+_FIT_IMAGES, _FEWEST = 192, 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class DemoArguments:
         progress: Show bars.
 
     Raises:
-        ValueError: ``seeds`` is below 1, the rate is none, or one of ``model`` and ``images`` is missing.
+        ValueError: ``seeds`` is below 1, the rate is none, one of ``model`` and ``images`` is missing, or there are too
+            few images to fit.
     """
 
     output_dir: str = "demo"
@@ -83,8 +85,13 @@ class DemoArguments:
         if (self.model is None) != (self.images is None):
             missing = "images" if self.images is None else "model"
             raise ValueError(f"--model and --images go together; --{missing} is missing")
-        # Said by the training otherwise, after other arms.
+        # Said by the training and the fit otherwise, after other arms.
         TrainArguments(learning_rate=self.learning_rate)
+        if self.model is None and self.max_train_steps * self.batch_size < _FEWEST:
+            raise ValueError(
+                f"--max-train-steps {self.max_train_steps} and --batch-size {self.batch_size} are "
+                f"{self.max_train_steps * self.batch_size} images, and a fit needs {_FEWEST}"
+            )
 
 
 @dataclass
