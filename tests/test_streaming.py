@@ -146,6 +146,22 @@ def test_what_is_wrong_in_a_shard_is_told_with_the_name_of_the_data_set(
         list(StreamedBatches(stream, 2))
 
 
+@pytest.mark.parametrize("load", [load_stream, load_data], ids=["streamed", "whole"])
+@pytest.mark.parametrize("other", ["train-1-of-4.parquet", "validation-0-of-1.parquet"])
+@pytest.mark.parametrize("names", [CLASSES[::-1], [*CLASSES, "more"]], ids=["another order", "more"])
+def test_shards_that_number_their_classes_in_different_ways_are_refused(
+    names: list[str], other: str, load: Callable[..., object], case: Path, tmp_path: Path
+) -> None:
+    """The classes of the first are taken for all, and so labels of the other were swapped."""
+    data = shutil.copytree(case / "parquet", tmp_path / "data")
+    features = Features({"image": Image(), "label": ClassLabel(names=names), "text": Value("string")})
+    columns = {"image": [{"bytes": png(0), "path": "0.png"}], "label": [0], "text": ["x"]}
+    Dataset.from_dict(columns, features).to_parquet(data / other)
+    arguments = DataArguments(dataset_name=str(data), max_eval_samples=2)
+    with pytest.raises(ValueError, match=f"train-0-of-4.parquet and .*{other} number the classes of 'label'"):
+        load(arguments, progress=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shards", "more"),

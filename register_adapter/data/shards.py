@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import lzma
 import os
@@ -16,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..utils.files import open_regular
-from ..utils.text import printable
+from ..utils.text import one_line, printable
 
 __all__ = ["SHARD", "check_shards", "check_shards_of", "damaged_shard", "names_shards"]
 
@@ -41,13 +42,33 @@ def check_shards_of(folder: str | Path) -> None:
     """Look for shards of a folder that would be left out in silence; what is no folder has none.
 
     Raises:
-        ValueError: A shard is a link to nothing, or a tar file with zeros in the place of its first image.
+        ValueError: A shard is a link to nothing, or a tar file with zeros in the place of its first image; or parquet
+            shards number their classes in different ways, of which ``datasets`` takes the first's for all.
     """
+    first: dict[str, tuple[Path, list[str]]] = {}
+    several = Path(folder, "README.md").is_file()  # it may describe data sets that have nothing to do with one another
     for path in _shards_of(folder):
         if not path.exists():
             raise ValueError(f"the shard {path} is a link to a file that is not there")
         if path.suffix != ".parquet" and _is_blank(path):
             raise ValueError(f"the shard {path} is damaged: it begins with zeros, and nothing of it is read")
+        for column, names in _classes_of(path).items() if path.suffix == ".parquet" else ():
+            other, known = first.setdefault(column, (path, names))
+            if names != known and (sorted(names) == sorted(known) or not several):
+                raise ValueError(
+                    f"the shards {other} and {path} number the classes of {column!r} in different ways "
+                    f"({one_line(', '.join(known), 80)}; {one_line(', '.join(names), 80)}), and those of the first "
+                    "would be taken for all. Write them with the same ClassLabel"
+                )
+
+
+def _classes_of(path: Path) -> dict[str, list[str]]:
+    """The classes of each column that has some, as ``datasets`` notes them in a footer; a damaged one has none."""
+    with suppress(*_FAULTS, pyarrow.ArrowException, ValueError, TypeError, AttributeError), open_regular(path) as file:
+        noted = (pyarrow.parquet.read_schema(file).metadata or {}).get(b"huggingface")
+        features = json.loads(noted)["info"]["features"] if noted else {}
+        return {column: list(kind["names"]) for column, kind in features.items() if "names" in kind}
+    return {}
 
 
 def damaged_shard(folder: str | Path) -> Path | None:
