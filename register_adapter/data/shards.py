@@ -1,4 +1,7 @@
-"""Tar shards whose end is not where their reader stops: Python's takes a damaged header for the end, in silence."""
+"""Shards on this machine of which readers would leave something out, or take labels for others, in silence.
+
+Python's reader of tar files takes a damaged header for the end; ``datasets`` goes by the classes of the first shard.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def names_shards(features: Mapping[str, Any]) -> bool:
 
 
 def check_shards_of(folder: str | Path) -> None:
-    """Look for shards of a folder that would be left out in silence; what is no folder has none.
+    """Look for shards of a folder that would be left out in silence, or read by the classes of another.
+
+    Args:
+        folder: Searched with all folders in it; what is no folder has no shards.
 
     Raises:
         ValueError: A shard is a link to nothing, or a tar file with zeros in the place of its first image; or parquet
@@ -83,8 +89,7 @@ def damaged_shard(folder: str | Path) -> Path | None:
                     pyarrow.parquet.read_schema(file)
                     continue
                 with tarfile.open(fileobj=file, mode="r:*") as tar:
-                    while tar.next() is not None:
-                        vars(tar)["members"] = []  # it keeps them all
+                    _read_headers(tar)
         except (*_FAULTS, pyarrow.ArrowException):
             return path
     return None
@@ -94,6 +99,11 @@ def _shards_of(folder: str | Path) -> Iterator[Path]:
     for place, below, files in os.walk(folder):
         below.sort()
         yield from (Path(place, name) for name in sorted(files) if name.endswith(_SHARDS))
+
+
+def _read_headers(tar: tarfile.TarFile) -> None:
+    while tar.next() is not None:
+        vars(tar)["members"] = []  # it keeps them all
 
 
 def _is_blank(path: Path) -> bool:
@@ -138,8 +148,7 @@ def _end_of_members(path: Path) -> tuple[int, bytes] | None:
     with open_regular(path) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:*") as tar:
-                while tar.next() is not None:
-                    vars(tar)["members"] = []  # it keeps them all
+                _read_headers(tar)
                 content: Any = tar.fileobj  # without the compression
                 content.seek(tar.offset)
                 return tar.offset, content.read(_BEHIND)

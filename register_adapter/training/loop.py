@@ -235,9 +235,7 @@ class Loop:
     def _batches(self) -> Any:
         """The batches of the current epoch from the current place on, in an order that seed and epoch determine."""
         self.generator.manual_seed(self.args.seed + self.state.epoch)
-        self.loader.set_epoch(self.state.epoch)
-        if hasattr(self.loader.dataset, "set_epoch"):  # accelerate does so with one process only
-            self.loader.dataset.set_epoch(self.state.epoch)
+        _set_epoch(self.loader, self.state.epoch)
         if self._is_streamed:
             self.loader.dataset.start = self.state.step
             return self.loader
@@ -333,10 +331,7 @@ def evaluate(
         before_batch: Called before every batch; what it raises ends the evaluation.
     """
     model.eval()
-    parts: tuple[Any, ...] = (loader, getattr(loader, "dataset", None))
-    for part in parts:  # a pass begins an epoch, which has other texts
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(0)
+    _set_epoch(loader, 0)  # every pass over it begins another one, with other texts
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     shown = progress and accelerator.is_local_main_process
@@ -347,3 +342,10 @@ def evaluate(
             sums[name] += float(values.sum())
             counts[name] += len(values)
     return {name: sums[name] / counts[name] for name in sums}
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Tell a prepared loader and its data set which epoch comes; accelerate tells the set with one process only."""
+    for part in (loader, loader.dataset):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)

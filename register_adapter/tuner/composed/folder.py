@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ...errors import AdapterFileError, check_format
 from ...utils.files import checksum
-from ...utils.hub import MANIFEST_NAME, WEIGHTS_NAME, checked_token, fetch
+from ...utils.hub import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, checked_token, fetch
 from ...utils.staging import staged
 from ..fields import check_name as check_any_name
 from ..reading import naming, note_checksums, read_json
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _VERSION = 1
-_CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -104,7 +103,7 @@ def write_folder(
                 )
             note_checksums(staging)
             for entry in entries:
-                entry["config_sha256"] = checksum(staging / entry["name"] / _CONFIG)
+                entry["config_sha256"] = checksum(staging / entry["name"] / CONFIG_NAME)
             manifest = {"format_version": _VERSION, "tower": tower, "adapters": entries}
             # Without tensors: transformers' Trainer looks for this file to tell a checkpoint of adapters.
             save_file({}, staging / WEIGHTS_NAME, metadata={"format": "pt"})  # two entries have no order
@@ -150,7 +149,7 @@ def fetch_folder(name: str | Path, hub: dict[str, Any]) -> Path:
             "adapter is loaded with PeftModel.from_pretrained."
         )
     for entry in _entries(manifest):
-        for file in (_CONFIG, WEIGHTS_NAME):
+        for file in (CONFIG_NAME, WEIGHTS_NAME):
             fetch(str(name), file, "/".join(filter(None, (subfolder, entry["name"]))), hub)
     return manifest.parent
 
@@ -210,24 +209,24 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 def _read_adapter(folder: Path, entry: dict[str, Any]) -> SavedAdapter:
     name, method = entry["name"], entry["method"]
     place = folder / name
-    if missing := [file for file in (_CONFIG, WEIGHTS_NAME) if not (place / file).is_file()]:
+    if missing := [file for file in (CONFIG_NAME, WEIGHTS_NAME) if not (place / file).is_file()]:
         raise AdapterFileError(f"the adapter {name!r} in {folder} has no {' and no '.join(missing)}. Save it again.")
-    digests = {WEIGHTS_NAME: entry["sha256"], _CONFIG: entry.get("config_sha256")}
+    digests = {WEIGHTS_NAME: entry["sha256"], CONFIG_NAME: entry.get("config_sha256")}
     damaged = [file for file, digest in digests.items() if digest is not None and checksum(place / file) != digest]
     if damaged:
         raise AdapterFileError(
             f"{place / damaged[0]} is not the file that {MANIFEST_NAME} describes: it is damaged, or of another save. "
             "Save all adapters again, or load it alone with PeftModel.from_pretrained."
         )
-    said = read_json(place / _CONFIG).get("peft_type")
+    said = read_json(place / CONFIG_NAME).get("peft_type")
     if said != method:
         raise AdapterFileError(
             f"the adapter {name!r} is of the method {method!r:.100} in {folder / MANIFEST_NAME} and {said!r:.100} in "
-            f"{place / _CONFIG}; this peft knows "
+            f"{place / CONFIG_NAME}; this peft knows "
             f"{', '.join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))}. Nothing was changed."
         )
-    config, keys = read_files(place / _CONFIG, place / WEIGHTS_NAME)
-    with naming(place / _CONFIG):
+    config, keys = read_files(place / CONFIG_NAME, place / WEIGHTS_NAME)
+    with naming(place / CONFIG_NAME):
         check_composable(name, config)
     read_classes(config, entry, folder / MANIFEST_NAME)
     # Manifests of old releases have no checksum of the config.

@@ -13,7 +13,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from ...errors import AdapterFileError
 from ...utils.adapter_file import TensorInfo, check_finite, is_of, read_header, read_tensors
-from ...utils.files import checksum
 from ...utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, find_config, find_weights
 from ..config import RegisterConfig
 from ..reading import check_imports, naming, read_json
@@ -36,7 +35,7 @@ class SavedAdapter:
         keys: Keys of its tensors.
         tower: Where the tower lay in the model that it was saved from, ``None`` if the manifest does not say.
         copied_to: Where its files are read from, if not from ``path``.
-        digests: Checksums of its files as they were checked, by name.
+        digests: Checksums of its files as they were checked, by name; of an adapter without a manifest none.
     """
 
     name: str
@@ -69,9 +68,8 @@ def read_alone(
     if weights is None:
         check_folder(name, subfolder)
         raise AdapterFileError(f"the adapter in {str(name)!r} has no weights: there is no {WEIGHTS_NAME}")
-    digests = {file.name: checksum(file) for file in (path, weights)}
     config, keys = read_files(path, weights)
-    return SavedAdapter(adapter_name, path.parent, config, True, keys, digests=digests)
+    return SavedAdapter(adapter_name, path.parent, config, True, keys)
 
 
 def read_files(path: Path, weights: Path) -> tuple[PeftConfig, frozenset[str]]:

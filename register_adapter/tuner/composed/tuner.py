@@ -145,8 +145,7 @@ class ComposedTuner(Walked, BaseTuner):
             check_heads({**self.peft_config, name: config}, [*active, name])
         fit_copies(self.model, name, config)
         # The first adapter freezes the base; a later one changes nobody's requires_grad.
-        alone = not self.peft_config
-        kept = contextlib.nullcontext() if alone else flags_kept(self.model)
+        kept = flags_kept(self.model) if self.peft_config else contextlib.nullcontext()
         with kept, hooks_lifted(self.model):
             with self.showing(rivals) as mine:
                 if rivals and method in self._tuners:
@@ -162,7 +161,7 @@ class ComposedTuner(Walked, BaseTuner):
             check_layers(self.model, name)
             self.peft_config[name] = config
             self._keep(tuner)
-        train_biases(self.model, name, config, alone)
+        train_biases(self.model, name, config, alone=len(self.peft_config) == 1)
         self._set_active(
             [*active, *([name] if first else [])], {method}, inference_mode=config.inference_mode, keep=bool(rivals)
         )
