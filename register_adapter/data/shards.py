@@ -110,7 +110,7 @@ def _is_blank(path: Path) -> bool:
     """Whether a tar file has no image and is more than the end mark."""
     with suppress(*_FAULTS), open_regular(path) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
         content: Any = tar.fileobj
-        if tar.next() is None:
+        if vars(tar)["firstmember"] is None:  # next() looks before the beginning then, with Python 3.10
             content.seek(0)
             return len(behind := content.read(_BEHIND)) == _BEHIND or any(behind)
     return False
