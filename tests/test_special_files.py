@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zipfile
@@ -31,7 +32,7 @@ from register_adapter.training import checkpoints
 from register_adapter.training import load_base as load_trained
 from register_adapter.training.objectives import ClassificationObjective
 from register_adapter.tuner.composed import one_adapter
-from register_adapter.utils.adapter_file import read_tensors
+from register_adapter.utils.adapter_file import check_finite, read_tensors
 from register_adapter.utils.files import check_regular, checksum, open_regular, read_text
 from register_adapter.utils.hub import CONFIG_NAME, WEIGHTS_NAME
 from register_adapter.utils.readme import read_readme
@@ -177,6 +178,20 @@ def test_tensors_of_the_base_in_a_lora_are_refused_before_a_value_is_read(
     monkeypatch.setattr(one_adapter, "read_tensors", lambda path: pytest.fail("has read a gigabyte"))
     with pytest.raises(AdapterFileError, match=r"the method LORA does not have: \['base_model\.model\.pooler"):
         one_adapter.read_alone(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_values_of_a_file_are_looked_at_where_they_lie(dtype: torch.dtype) -> None:
+    # A tensor of a wrong shape may be gigabytes of zeros, which cost no memory until they are copied.
+    tensors = {"lora_A.weight": torch.zeros(2**20, dtype=dtype)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        check_finite(tensors, "x")
+    taken = [event.self_cpu_memory_usage for event in profile.key_averages()]
+    assert max(taken, default=2**30) < 2**12
+    for value in (-math.inf, math.nan, -1e30):
+        tensors["lora_A.weight"][7] = value
+        with pytest.raises(AdapterFileError, match=r"lora_A\.weight has values"):
+            check_finite(tensors, "x")
 
 
 def test_weights_of_many_dimensions_are_refused_wherever_they_are_read(tmp_path: Path) -> None:

@@ -312,8 +312,7 @@ def _value_faults(tensors: Mapping[str, torch.Tensor]) -> list[str]:
         if key.endswith(UNITS_KEY) and not tensor.is_floating_point() and (tensor < 0).any():
             faults.append(f"{key} has negative indices")
         elif tensor.is_floating_point() and tensor.numel():
-            # As they will be used: a double beyond float32 becomes infinite.
-            largest = float(tensor.float().abs().max())
+            largest = float(_largest(tensor).float())  # as used: a double beyond float32 becomes infinite
             if not math.isfinite(largest):
                 faults.append(f"{key} has values that are not finite (NaN or infinity)")
             elif largest > _LARGEST:
@@ -328,8 +327,8 @@ def check_range(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, source:
         AdapterFileError: A value would become infinite in it.
     """
     limit = torch.finfo(dtype).max
-    values = {key: value for key, value in tensors.items() if value.is_floating_point() and value.numel()}
-    sizes = {key: float(value.abs().max()) for key, value in values.items() if not value.is_meta}
+    real = {key: value for key, value in tensors.items() if value.is_floating_point() and not value.is_meta}
+    sizes = {key: float(_largest(value)) for key, value in real.items() if value.numel()}
     _refuse(
         [
             f"{key} has values up to {size:.3g}, and the model is in {dtype}, which ends at {limit:.3g}"
@@ -338,6 +337,12 @@ def check_range(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, source:
         ],
         source,
     )
+
+
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    # Without a copy of what may be gigabytes.
+    values = tensor if tensor.element_size() > 1 else tensor.float()
+    return torch.maximum(values.max(), -values.min())
 
 
 def _names(keys: Iterable[str]) -> list[str]:
