@@ -28,7 +28,7 @@ from ..utils.text import one_line
 from .anatomy import resolve
 from .tower import Tower
 
-__all__ = ["TowerIdentity", "check_finite_base", "fingerprint", "identity_now", "is_finite"]
+__all__ = ["TowerIdentity", "check_finite_base", "fingerprint", "identity_now", "is_finite", "is_trained"]
 
 BUCKETS = 8
 COLUMNS = 4096
@@ -140,6 +140,11 @@ def _groups(tower: Tower) -> list[list[torch.Tensor]]:
         _biases(tower.part("blocks")),
     ]
     return [[value for value in group if isinstance(value, torch.Tensor)] for group in groups]
+
+
+def is_trained(tower: Tower) -> bool:
+    """Whether any of the weights that a tower's identity is made of is being trained."""
+    return any(tensor.requires_grad for group in _groups(tower) for tensor in group)
 
 
 def fingerprint(tower: Tower) -> list[float] | None:

@@ -21,10 +21,10 @@ from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
 from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
 from ..utils.hub import WEIGHTS_NAME
-from ._peft_compat import PREFIX, activate_heads, remap_on_load
+from ._peft_compat import PREFIX, FromFile, activate_heads, remap_on_load
 from .checks.dry_run import check_anatomy
 from .checks.head_weights import warn_of_left_out, warn_of_new_weights, without_left_out
-from .checks.loaded_over import classes_loaded_over
+from .checks.loaded_over import loading_over
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .checks.saved_heads import lost_heads
 from .config import RegisterConfig
@@ -333,12 +333,13 @@ class RegisterModel(BaseTuner):
             The tensors by the keys that PEFT looks for in this model.
         """
         states = [layer.before for layer in register_layers(model) if adapter_name in layer.names]
-        classes = classes_loaded_over(model, adapter_name, state_dict)
-        with values_unchanged_if_refused(model, adapter_name, states), classes:
+        file = naming(state_dict.source[0], others=False) if isinstance(state_dict, FromFile) else nullcontext()
+        kept = values_unchanged_if_refused(model, adapter_name, states)
+        with file, kept, loading_over(model, adapter_name, state_dict) as lacking:
             known = saved_by_key(model, adapter_name, state_dict)
             config = cast(Any, model).peft_config[adapter_name]
             rest = {key: value for key, value in state_dict.items() if key not in known}
-            rest = without_left_out(model, config.left_out, config.task_heads, rest)
+            rest = without_left_out(model, config.left_out, [*config.task_heads, *lacking], rest)
             yield {known[key]: state_dict[key] for key in known} | rest
 
 

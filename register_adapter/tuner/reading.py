@@ -105,8 +105,12 @@ class SavedFolder:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path, others: bool = True) -> Iterator[None]:
     """Within the context, whatever an adapter's file makes go wrong is an error that names the file.
+
+    Args:
+        path: The file.
+        others: Also what other libraries raise.
 
     Raises:
         AdapterFileError: In the place of any exception that is none of the package's own; those get the file's name.
@@ -118,6 +122,8 @@ def naming(path: str | Path) -> Iterator[None]:
             raise
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:
+        if not others:
+            raise
         raise AdapterFileError(f"{path} cannot be used: {told(error)}. Nothing was changed.") from error
 
 

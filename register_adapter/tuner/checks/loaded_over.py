@@ -1,7 +1,8 @@
-"""Values that are loaded over those of an adapter: the classes of its head come with them."""
+"""Values that are loaded over those of an adapter: they must be for it, and the classes of its head come with them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -9,48 +10,111 @@ from typing import Any, cast
 from peft import PeftConfig
 from torch import nn
 
-from ...errors import RegisterAdapterError
+from ...errors import AdapterFileError, BaseModelMismatchError, RegisterAdapterError
+from ...towers.identity import is_trained
+from ...towers.tower import Tower
 from ...utils.hub import find_config
 from .._peft_compat import FromFile
-from ..heads import checked_labels, labels_for
+from ..config import RegisterConfig
+from ..heads import labels_for, modules_called
 from ..layer import RegisterLayer, register_layers
-from ..reading import naming, read_json
+from ..neuron_shift import count_neurons
+from .placing import checked_identity
 
-__all__ = ["classes_loaded_over"]
+__all__ = ["check_same_base", "loading_over", "read_beside"]
+
+#: What a file's tensors do not tell, and the registers' values are worth nothing without.
+_PLACED = ("insert_layer", "deep", "key_value", "remove", "register_neurons")
 
 
 @contextmanager
-def classes_loaded_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> Iterator[None]:
+def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]) -> Iterator[list[str]]:
     """A context in which an adapter gets its values; one that had some gets the classes that are beside the new ones.
 
-    A new adapter has those of its config, which the caller may have given.
+    A new adapter was compared with its base as it was put on, and has the classes of its config, which the caller may
+    have given.
 
     Args:
         model: The model with the adapter.
         adapter_name: Its name.
         tensors: What is loaded.
 
+    Yields:
+        Names of modules in the file that the model lacks.
+
     Raises:
-        AdapterFileError: The config beside the tensors names no classes in its ``id2label``; before anything is loaded.
+        AdapterFileError: The config beside the tensors is damaged, or puts the registers elsewhere in the model; before
+            anything is loaded.
+        BaseModelMismatchError: It is for another base.
     """
     layers = [layer for layer in register_layers(model) if adapter_name in layer.names]
     over = isinstance(tensors, FromFile) and all(layer.before is None for layer in layers)
-    labels = _beside(cast(FromFile, tensors)) if over else None
-    yield
-    if labels is not None:
-        _name(model, adapter_name, labels, layers)
+    saved = cast("RegisterConfig | None", read_beside(RegisterConfig, tensors)) if over else None
+    if saved is None:
+        yield []
+        return
+    config = cast(Any, model).peft_config[adapter_name]
+    _check_placement(config, saved, adapter_name)
+    for layer in layers:
+        layer.renew_bases()
+        check_same_base(layer.tower, config, saved)
+    yield [name for name in saved.modules_to_save or [] if not modules_called(model, name)]
+    if saved.id2label:
+        _name(model, adapter_name, saved.id2label, layers)
 
 
-def _beside(tensors: FromFile) -> dict[int, str] | None:
-    name, options = tensors.source
+def read_beside(kind: type[PeftConfig], tensors: Mapping[str, Any]) -> PeftConfig | None:
+    """The config beside tensors that were read from a folder or a repository; ``None`` for weights alone.
+
+    Raises:
+        AdapterFileError: It is damaged, of another method, or of another save than they.
+    """
+    name, options = cast(FromFile, tensors).source
     hub = {key: value for key, value in PeftConfig._split_kwargs(options)[0].items() if value is not None}
+    subfolder = hub.pop("subfolder", None)
     try:
-        path = find_config(name, hub.pop("subfolder", None), hub)
-    except RegisterAdapterError:  # weights alone
+        find_config(name, subfolder, dict(hub))
+    except RegisterAdapterError:
         return None
-    given = read_json(path).get("id2label")
-    with naming(path):
-        return None if given in (None, {}) else checked_labels(given)
+    return kind.from_pretrained(name, subfolder, **hub)
+
+
+def _check_placement(config: RegisterConfig, saved: RegisterConfig, adapter_name: str) -> None:
+    own, given = ({name: getattr(one, name) for name in _PLACED} for one in (config, saved))
+    for values in (own, given):
+        values["register_neurons"] = count_neurons(values["register_neurons"] or {})
+        if not values["register_neurons"]:
+            del values["remove"]
+    if differing := [name for name in _PLACED if own.get(name) != given.get(name)]:
+        name = differing[-1]
+        raise AdapterFileError(
+            f"its registers have {name}={given.get(name)!r}, and those of the adapter {adapter_name!r} in the model "
+            f"{name}={own.get(name)!r}: the values would be used in a way that they were not trained in. Load it under "
+            "a new adapter_name. Nothing was changed."
+        )
+
+
+def check_same_base(tower: Tower, config: Any, saved: Any) -> None:
+    """The values of a saved config are for the base that an adapter is on.
+
+    Args:
+        tower: The vision tower.
+        config: The adapter's, which names the base as it is now.
+        saved: The saved one.
+
+    Raises:
+        BaseModelMismatchError: They are for another one. Where the base is trained along, that is a warning.
+    """
+    now = config.identity
+    try:
+        if now is not None:
+            checked_identity(now, saved)
+    except BaseModelMismatchError as error:
+        if not is_trained(tower):
+            raise
+        warnings.warn(
+            f"the base is trained along, and has other weights than when this was saved: {error}", stacklevel=4
+        )
 
 
 def _name(model: Any, adapter_name: str, labels: dict[int, str], layers: list[RegisterLayer]) -> None:

@@ -19,7 +19,8 @@ from ...towers.identity import TowerIdentity, check_finite_base, identity_now
 from ...towers.tower import Tower, find_tower
 from ...utils.adapter_file import check_range, check_tensors
 from ...utils.module_names import check_copies_load
-from .._peft_compat import POSITIONS, REMAPS, activate_heads, remap_on_load, renew_on_save
+from .._peft_compat import POSITIONS, REMAPS, FromFile, activate_heads, remap_on_load, renew_on_save
+from ..checks.loaded_over import check_same_base, read_beside
 from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
@@ -166,7 +167,13 @@ class PositionModel(Walked, BaseTuner):
         """
         layers = [layer for layer in position_layers(model) if adapter_name in layer.offset_positions_values]
         config: Any = cast(Any, model).peft_config[adapter_name]
-        with values_unchanged_if_refused(model, adapter_name, [layer.before for layer in layers]):
+        over = isinstance(state_dict, FromFile) and all(layer.before is None for layer in layers)
+        file = naming(state_dict.source[0], others=False) if isinstance(state_dict, FromFile) else nullcontext()
+        with file, values_unchanged_if_refused(model, adapter_name, [layer.before for layer in layers]):
+            saved = read_beside(PositionConfig, state_dict) if over else None
+            if saved is not None:
+                renew_base(model, config)
+                check_same_base(find_tower(model, config.tower_name), config, saved)
             shapes = {OFFSETS_KEY: tuple(layers[0].base.shape)} if layers else {}
             present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
             check_tensors(state_dict, shapes, config.modules_to_save, f"adapter {adapter_name!r}", present)

@@ -1,0 +1,124 @@
+"""Values of a file that are loaded over those of an adapter: they must have been trained for it, and for its base."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from families import build, make_inputs
+from helpers import Snapshot, assert_identical, run
+from peft import LoraConfig, get_peft_model
+
+from register_adapter import (
+    AdapterFileError,
+    BaseModelMismatchError,
+    PositionConfig,
+    RegisterConfig,
+    add_registers,
+    compose,
+)
+
+LORA = LoraConfig(target_modules=["q_proj", "query"])
+#: How an adapter called "default" is put on a model.
+WAYS: dict[str, Any] = {
+    "add_registers": lambda base, **options: add_registers(base, 2, **options),
+    "peft": lambda base, **options: get_peft_model(base, RegisterConfig(num_registers=2, **options)),
+    "compose": lambda base, **options: compose(
+        base, {"default": RegisterConfig(num_registers=2, **options), "lora": copy.deepcopy(LORA)}
+    ),
+    "positions": lambda base, **options: get_peft_model(base, PositionConfig(**options)),
+}
+
+
+def moved(model: Any) -> Any:
+    """As if it were trained."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def other_base() -> Any:
+    base = build("vit")
+    for key, value in base.named_parameters():
+        if key.endswith("bias"):
+            value.data += torch.linspace(-1, 1, value.numel())
+    return base
+
+
+def with_head() -> Any:
+    base = build("vit")
+    model = tf.ViTForImageClassification(base.config)
+    model.vit.load_state_dict(base.state_dict(), strict=False)
+    return model.requires_grad_(False)
+
+
+def tokens(model: Any) -> torch.Tensor:
+    values = model.state_dict()
+    return next(value for key, value in values.items() if key.endswith("register_adapter_tokens.default.weight"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_values_for_another_base_are_refused(way: str, tmp_path: Path) -> None:
+    moved(WAYS[way](other_base())).save_pretrained(tmp_path, selected_adapters=["default"])
+    model = moved(WAYS[way](build("vit")))
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights") as caught:
+        model.load_adapter(str(tmp_path), "default")
+    assert str(tmp_path) in str(caught.value)
+    before.check()
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "positions"])
+def test_registers_for_another_block_are_refused(way: str, tmp_path: Path) -> None:
+    moved(WAYS[way](build("vit"), insert_layer=1)).save_pretrained(tmp_path, selected_adapters=["default"])
+    model = moved(WAYS[way](build("vit")))
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=r"insert_layer=1, and .* 'default' in the model\s+insert_layer=0"):
+        model.load_adapter(str(tmp_path), "default")
+    before.check()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"register_neurons": {1: [2, 5]}}, "register_neurons={1: 2}"), ({"remove": "mean"}, "remove='mean'")],
+    ids=["other blocks", "other removal"],
+)
+def test_register_neurons_at_work_elsewhere_are_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"register_neurons": {0: [2, 5]}}
+    moved(add_registers(build("vit"), 1, **own | given)).save_pretrained(tmp_path)
+    model = moved(add_registers(build("vit"), 1, **own))
+    with pytest.raises(AdapterFileError, match=said):
+        model.load_adapter(str(tmp_path), "default")
+    again = moved(add_registers(build("vit"), 1, **own, remove="zero"))
+    again.save_pretrained(tmp_path / "same")
+    model.load_adapter(str(tmp_path / "same"), "default")
+    assert_identical(run(model, make_inputs("vit")), run(again, make_inputs("vit")))
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "positions"])
+def test_a_head_that_the_model_lacks_is_left_out(way: str, tmp_path: Path) -> None:
+    trained = moved(WAYS[way](with_head(), modules_to_save=["classifier"]))
+    trained.save_pretrained(tmp_path, selected_adapters=["default"])
+    folder = tmp_path / "default" if (tmp_path / "default").is_dir() else tmp_path
+    model, plain = WAYS[way](build("vit")).eval(), WAYS[way](with_head()).eval()
+    with pytest.warns(UserWarning, match="has 'classifier' trained beside its registers, and ViTModel"):
+        model.load_adapter(str(folder), "default")
+    assert torch.equal(tokens(model), tokens(trained))
+    with pytest.raises(AdapterFileError, match=r"does not (mention|train)"):  # it would keep its own head
+        plain.load_adapter(str(folder), "default")
+
+
+def test_a_base_that_is_trained_along_is_no_other_one(tmp_path: Path) -> None:
+    model = add_registers(build("vit"), 2)
+    model.get_base_model().requires_grad_(True)
+    moved(model).save_pretrained(tmp_path)
+    expected = tokens(model).clone()
+    moved(model)
+    with pytest.warns(UserWarning, match="the base is trained along"):
+        model.load_adapter(str(tmp_path), "default")
+    assert torch.equal(tokens(model), expected)
