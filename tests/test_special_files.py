@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from peft import LoraConfig
 from torch import nn
 
-from register_adapter import add_registers
+from register_adapter import RegisterConfig, add_registers, compose
 from register_adapter.artifacts import ArtifactReport
 from register_adapter.artifacts.detector import AttentionDetector, DetectorConfig
 from register_adapter.commands.runs.inputs import load_base
@@ -28,7 +28,7 @@ from register_adapter.errors import AdapterFileError
 from register_adapter.export.saved import _transformers
 from register_adapter.testbed import load_vit
 from register_adapter.towers.supported import write_table
-from register_adapter.training import checkpoints
+from register_adapter.training import TrainArguments, checkpoints, train
 from register_adapter.training import load_base as load_trained
 from register_adapter.training.objectives import ClassificationObjective
 from register_adapter.tuner.composed import one_adapter
@@ -130,12 +130,49 @@ def test_a_readme_that_is_far_too_large_is_left_as_it_is(tmp_path: Path, caplog:
         file.truncate(2**23)
     caplog.set_level("WARNING", "register_adapter")
     add_registers(load_vit(), 1).save_pretrained(tmp_path)
-    assert "README.md is not a file of at most 4194304 bytes and is left as it is" in caplog.text
+    assert "README.md is not a file of at most 4194304 bytes that can be read, and is left as it is" in caplog.text
     assert (tmp_path / "README.md").stat().st_size == 2**23
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", CONFIG_NAME, WEIGHTS_NAME}
     caplog.clear()
     assert read_readme(tmp_path / "README.md") is None
     assert "left as it is" in caplog.text
+
+
+def _trained(folder: Path) -> None:
+    items = [{"pixel_values": torch.zeros(3, 80, 80), "labels": 0, "index": 0}] * 2
+    args = TrainArguments(output_dir=str(folder), max_train_steps=1, use_cpu=True, quiet=True)
+    train(add_registers(load_vit(), 1), ClassificationObjective(), items, args)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda folder: add_registers(load_vit(), 1).save_pretrained(folder),
+        lambda folder: compose(load_vit(), {"regs": RegisterConfig(num_registers=1)}).save_pretrained(folder),
+        _trained,
+    ],
+    ids=["registers", "composed", "a run"],
+)
+def test_a_readme_that_may_not_be_read_is_left_as_it_is(
+    save: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"somebody's")
+    opened = open
+
+    def refusing(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path) == str(readme):  # root may read every file
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", refusing)
+        patched.setattr("io.open", refusing)
+        caplog.set_level("WARNING", "register_adapter")
+        save(tmp_path)
+    assert "README.md is not a file of at most 4194304 bytes that can be read, and is left as it is" in caplog.text
+    assert readme.read_bytes() == b"somebody's"
+    assert list(tmp_path.rglob(WEIGHTS_NAME))
 
 
 def header(path: Path, entries: dict[str, Any], size: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from re import Match, Pattern
@@ -10,6 +11,7 @@ from re import Match, Pattern
 import yaml  # type: ignore[import-untyped, unused-ignore]
 from huggingface_hub import RepoCard
 
+from .files import open_regular
 from .staging import staged
 
 __all__ = ["copy_readme", "find_block", "read_readme", "write_readme"]
@@ -22,8 +24,8 @@ _MOST = 2**22
 def copy_readme(folder: Path, scratch: Path) -> None:
     """Put the README of ``folder`` where files are written that will stand there.
 
-    In the place of one that is no file but a folder or a pipe, or is too long for a card, there is an empty folder,
-    which nothing is moved from: :func:`read_readme` leaves it alone.
+    In the place of one that is no file but a folder or a pipe, may not be read, or is too long for a card, there is an
+    empty folder, which nothing is moved from: :func:`read_readme` leaves it alone.
     """
     readme = folder / "README.md"
     if _is_short_file(readme):
@@ -35,13 +37,13 @@ def copy_readme(folder: Path, scratch: Path) -> None:
 def read_readme(path: Path) -> RepoCard | None:
     """A README, an empty one where there is none; ``None``, with a warning, for one that is to be left as it is.
 
-    That is one that is no file, too long for a card, no UTF-8, or whose metadata cannot be read and written again: a
-    save never fails because of it.
+    That is one that is no file, may not be read, is too long for a card, no UTF-8, or whose metadata cannot be read and
+    written again: a save never fails because of it.
     """
     if not path.exists():
         return RepoCard("---\n\n---\n")
     if not _is_short_file(path):
-        said = "%s is not a file of at most %d bytes and is left as it is: no model card is written"
+        said = "%s is not a file of at most %d bytes that can be read, and is left as it is: no model card is written"
         logger.warning(said, path.name, _MOST)
         return None
     try:
@@ -60,7 +62,12 @@ def read_readme(path: Path) -> RepoCard | None:
 
 
 def _is_short_file(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= _MOST
+    """Whether it is a file that may be read and is not too long for a card."""
+    try:
+        with open_regular(path) as file:
+            return os.fstat(file.fileno()).st_size <= _MOST
+    except OSError:  # also of somebody else's file
+        return False
 
 
 def write_readme(card: RepoCard, path: Path) -> None:
