@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     CLIPImageProcessor,
     Pix2StructImageProcessor,
     Siglip2ImageProcessor,
@@ -113,6 +115,48 @@ def test_a_damaged_model_is_named_in_one_line(
     assert said.lower().startswith("error: ")
     assert "\n" not in said
     assert not (out / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
+@pytest.mark.parametrize("command", ["audit", "train"])
+def test_a_file_that_may_not_be_read_is_said_to_be_that(
+    command: str,
+    name: str,
+    vit: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(vit, folder)
+    closed = str(folder / name)
+
+    def weights(*args: Any, **kwargs: Any) -> None:  # root may read every file; this is what safetensors says of one
+        raise FileNotFoundError(f"No such file or directory: {closed}")
+
+    def processor(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", closed)
+
+    asked = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, *args, **kwargs: str(path) != closed and asked(path, *args, **kwargs)
+    )
+    monkeypatch.setattr(
+        *(
+            (ViTModel, "from_pretrained", weights)
+            if "model" in name
+            else (AutoImageProcessor, "from_pretrained", processor)
+        )
+    )
+    words: dict[str, tuple[Any, ...]] = {
+        "audit": (folder, images, "--out", out, "--quiet"),
+        "train": ("--model-name-or-path", folder, "--train-dir", images, "--output-dir", out, "--use-cpu", "--quiet"),
+    }
+    words["train"] += ("--objective", "distillation")
+    said = call(monkeypatch, command, *map(str, words[command]))
+    said = said if isinstance(said, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.partition(": ")[2] == f"[Errno 13] Permission denied: '{closed}'"
 
 
 @pytest.mark.parametrize("name", ["Trainer", "ViTConfig", "pipeline", 3])

@@ -75,13 +75,15 @@ def load_image_processor(name_or_path: str, **kwargs: Any) -> Any:
     Raises:
         HubAccessError: There is no model of that name at all.
         ValueError: The folder or repository holds no image processor, or a damaged one.
-        OSError: A pipe, a socket or a device is in the folder.
+        OSError: A pipe, a socket or a device is in the folder, or its description may not be read.
     """
     folder = local_folder(name_or_path)
     check_regular(folder)
     try:
         with loading(name_or_path, "image processor", kwargs.get("token")):
             return AutoImageProcessor.from_pretrained(folder, **kwargs)
+    except PermissionError:  # it is there
+        raise
     except OSError as error:
         require_model(name_or_path, **kwargs)
         raise ValueError(

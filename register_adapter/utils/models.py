@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,7 @@ def loading(name: str, what: str = "model", token: str | bool | None = None) -> 
         HubAccessError: The Hub could not be reached, or refused; the message does not show the token.
         ValueError: Something was raised within. The package's own errors, and a ``ValueError`` or ``OSError`` that
             names the folder already, pass as they are.
+        PermissionError: A file may not be read, which safetensors takes for one that is not there.
     """
     try:
         yield
@@ -48,6 +51,8 @@ def loading(name: str, what: str = "model", token: str | bool | None = None) -> 
     except Exception as error:
         if (refused := access_error(name, error, token)) is not None:
             raise refused from refused.__cause__
+        if isinstance(error, FileNotFoundError) and (closed := _closed_file(name, str(error))) is not None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(closed)) from error
         if isinstance(error, OSError | ValueError) and name in str(error):
             raise
         said = printable(next(filter(None, map(str.strip, str(error).splitlines())), "no message"))
@@ -55,6 +60,12 @@ def loading(name: str, what: str = "model", token: str | bool | None = None) -> 
             f"the {what} in '{printable(name)}' cannot be loaded: its files are damaged, do not belong together or are "
             f"of another kind ({type(error).__name__}: {said:.300}). Fetch or save it again"
         ) from error
+
+
+def _closed_file(folder: str, message: str) -> Path | None:
+    """The file of a folder that a message names and that may not be read."""
+    paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return next((path for path in paths if str(path) in message and not os.access(path, os.R_OK)), None)
 
 
 def require_model(name: str, **options: Any) -> None:
