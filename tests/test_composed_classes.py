@@ -354,6 +354,21 @@ def test_an_adapter_is_deleted_beside_a_head_at_work(method: str, head: str) -> 
     assert not torch.equal(shown(model), logits)
 
 
+@pytest.mark.parametrize("method", ["a", "r", "n"])
+def test_a_head_that_is_set_aside_is_frozen_until_it_is_at_work_again(method: str) -> None:
+    """As PEFT freezes it, also where the one that comes has no head of its own: DDP waits for what trains."""
+    model: Any = compose(base(NAMES), {"head": OTHERS[method][0]})
+    model.add_adapter("plain", PLAIN[method])
+    flags = {key: value.requires_grad for key, value in model.named_parameters()}
+    assert any("modules_to_save" in key for key, value in flags.items() if value)
+    model.set_adapter("plain")
+    trained = [key for key, value in model.named_parameters() if value.requires_grad]
+    assert trained
+    assert all("plain" in key.split(".") for key in trained)
+    model.set_adapter("head")
+    assert {key: value.requires_grad for key, value in model.named_parameters()} == flags
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("head", ["a", "r", "n"])
 @pytest.mark.parametrize("method", ["a", "r", "n"])

@@ -189,12 +189,13 @@ class ComposedTuner(Walked, BaseTuner):
             for head in self._heads:
                 wanted = [name for name in active if name in head._adapters]
                 named = any(self.peft_config[name].peft_type in methods for name in wanted)
+                left = [name for name in head.active_adapters if name in self.peft_config and name not in wanted]
                 with contextlib.nullcontext() if named else flags_kept(head):
-                    if wanted and head.disable_adapters:
-                        # Older PEFT switches a head off when an adapter of another method comes.
+                    if wanted and head.disable_adapters:  # older PEFT does so when another method's adapter comes
                         head.enable_adapters(True)
                     if named or wanted != head.active_adapters:
                         head.set_adapter(wanted, inference_mode=inference_mode)
+                head.set_requires_grad(left, False)  # PEFT 0.18 forgets it where no other copy comes
 
     def without(self, names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
         """Within the context ``names`` take no part; gradients, and everything afterwards, are as before."""
