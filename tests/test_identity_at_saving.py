@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from families import build, perturb
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from stacks_cases import build_stack
 from torch import nn
 
 from register_adapter import (
     BaseModelMismatchError,
+    PositionConfig,
     RegisterConfig,
     add_registers,
     compose,
@@ -157,6 +158,31 @@ def test_fingerprints_of_older_releases_are_compared_by_the_same_parts(tmp_path:
     path.write_text(json.dumps(config), "utf-8")
     with pytest.raises(BaseModelMismatchError):
         PeftModel.from_pretrained(build("vit"), str(tmp_path))
+
+
+@pytest.mark.parametrize("beside", ["norms", "lora_bias", "registers"])
+@pytest.mark.parametrize("kept", ["registers", "positions"])
+def test_blocks_that_are_loaded_after_wrapping_are_the_base(kept: str, beside: str, tmp_path: Path) -> None:
+    """The patch embedding is the same; adapters that have biases of their own train none of the base's."""
+    attention = ["query", "q_proj"]
+    others: dict[str, Any] = {
+        "norms": LNTuningConfig(target_modules=["layernorm_before"]),
+        "lora_bias": LoraConfig(target_modules=attention, lora_bias=True),
+        "registers": RegisterConfig(num_registers=2),
+    }
+    first = PositionConfig() if kept == "positions" else RegisterConfig(num_registers=2)
+    base, expected = build("vit"), build("vit")
+    model = compose(base, {"first": first, "second": PositionConfig() if kept == beside else others[beside]})
+    for each in (base, expected):
+        with torch.no_grad():
+            biases = [value for key, value in each.named_parameters() if key.endswith("layernorm_after.bias")]
+            for place, value in enumerate(biases):
+                value += (-0.3, 0.5)[place % 2]
+    assert TowerIdentity.of(find_tower(base)).differences(TowerIdentity.of(find_tower(build("vit")))) == ["weights"]
+    save_adapters(model, tmp_path)
+    load_adapters(expected, tmp_path)
+    with pytest.raises(BaseModelMismatchError):
+        load_adapters(build("vit"), tmp_path)
 
 
 @pytest.mark.parametrize("merged", [False, True])

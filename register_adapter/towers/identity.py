@@ -28,7 +28,15 @@ from ..utils.text import one_line
 from .anatomy import resolve
 from .tower import Tower
 
-__all__ = ["TowerIdentity", "check_finite_base", "fingerprint", "identity_now", "is_finite", "is_trained"]
+__all__ = [
+    "TowerIdentity",
+    "check_finite_base",
+    "fingerprint",
+    "identity_now",
+    "is_finite",
+    "is_trained",
+    "trains_biases",
+]
 
 BUCKETS = 8
 COLUMNS = 4096
@@ -104,6 +112,11 @@ def _biases(blocks: nn.Module) -> Iterator[torch.Tensor]:
         if isinstance(bias, torch.Tensor) and id(bias) not in seen:
             seen.add(id(bias))
             yield bias
+
+
+def trains_biases(tower: Tower) -> bool:
+    """Whether biases of the base's own layers are trained; those that adapters have beside them do not count."""
+    return any(bias.requires_grad for bias in _biases(tower.part("blocks")))
 
 
 def _held(holder: Any, name: str) -> Any:

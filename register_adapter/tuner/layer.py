@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..towers.identity import TowerIdentity, identity_now
+from ..towers.identity import TowerIdentity, identity_now, trains_biases
 from ..towers.tower import Tower
 from ..utils.parameters import check_module
 from ._peft_compat import activate_heads, enable_heads
@@ -221,8 +221,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         whole = (self.labels.model or self.tower.module).modules()
         wrappers = [part for part in whole if isinstance(part, AuxiliaryTrainingWrapper)]  # in the blocks, or around
         others = others or any(not inside.isdisjoint(map(id, part.modules())) for part in wrappers)
-        flags = (value.requires_grad for key, value in blocks.named_parameters() if key.endswith(".bias"))
-        trained = trained or (others and any(flags))
+        trained = trained or (others and trains_biases(self.tower))
         for name, before in list(self.bases.items()):
             config = configs.get(name)
             if not isinstance(config, RegisterConfig):

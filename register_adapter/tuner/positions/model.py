@@ -15,7 +15,7 @@ from torch import nn
 
 from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.anatomy import parent
-from ...towers.identity import TowerIdentity, check_finite_base, identity_now
+from ...towers.identity import TowerIdentity, check_finite_base, identity_now, trains_biases
 from ...towers.tower import Tower, find_tower
 from ...utils.adapter_file import check_range, check_tensors
 from ...utils.module_names import check_copies_load
@@ -25,6 +25,7 @@ from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
 from ..heads import check_adapter_name, modules_called, number_of_labels
+from ..layer import RegisterLayer
 from ..reading import naming
 from ..saved_keys import copied_modules
 from ..undo import unchanged_if_refused, values_unchanged_if_refused
@@ -218,9 +219,12 @@ def renew_base(model: nn.Module, config: PeftConfig) -> None:
     """Have a config name the base as it is now, if its weights were loaded after the offsets were attached."""
     if isinstance(config, PositionConfig) and (before := config.identity) is not None:
         position_layers(model)  # where a replaced module has them
+        tower = find_tower(model, config.tower_name)
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        others = any(not isinstance(layer, PositionLayer) for layer in layers)
-        now = identity_now(find_tower(model, config.tower_name), before, biases=not others)
+        others = any(not isinstance(layer, PositionLayer | RegisterLayer) for layer in layers)
+        configs = getattr(model, "peft_config", {}).values()
+        trained = any(getattr(each, "bias", "none") not in ("none", None) for each in configs) or trains_biases(tower)
+        now = identity_now(tower, before, biases=not (others and trained))
         if now is not None:
             config.base_tower = now.to_dict()
 
