@@ -96,6 +96,32 @@ def test_a_quantised_head_is_refused_by_name(together: bool, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.rglob("*")) == written
 
 
+@pytest.mark.parametrize("holder", ["own", "PEFT", "transformers", "composed", "composed LoRA"])
+def test_a_head_that_was_replaced_with_its_copies_is_refused_by_name(holder: str, tmp_path: Path) -> None:
+    """As by timm's ``reset_classifier``: of what the adapter was to train as a whole nothing would be in the file."""
+    base: Any = build("vit-classifier")
+    config: Any = RegisterConfig(num_registers=2, modules_to_save=["classifier"])
+    if holder == "composed LoRA":
+        config = LoraConfig(target_modules=["q_proj", "query"], modules_to_save=["classifier"])
+    if holder == "own":
+        model: Any = add_registers(base, 2, modules_to_save=["classifier"])
+    elif holder == "transformers":
+        base.add_adapter(config)
+        model = base
+    else:
+        model = compose(base, {"default": config}) if holder != "PEFT" else get_peft_model(base, config)
+    model.save_pretrained(tmp_path)
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    wrapped = base.classifier
+    base.classifier = torch.nn.Linear(wrapped.original_module.in_features, 7)
+    with pytest.raises(ValueError, match=r"'classifier' was replaced after the adapter 'default' was put on the model"):
+        model.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
+    new, base.classifier = base.classifier, wrapped
+    wrapped.modules_to_save["default"] = new
+    model.save_pretrained(tmp_path / "again")
+
+
 @pytest.mark.parametrize("name", ["classifier", "embeddings.dropout"])
 @pytest.mark.parametrize("holder", ["PEFT", "transformers"])
 def test_a_module_without_parameters_is_no_head(holder: str, name: str) -> None:

@@ -27,6 +27,7 @@ from .hooks.choice import EVERYONE
 from .layer import find_register_layer, register_layers, renew_bases
 from .left_out import registers_left_out
 from .reading import check_method, note_checksums
+from .saved_keys import check_copies
 from .undo import unchanged_if_refused
 
 __all__ = ["RegisterPeftModel", "add_registers"]
@@ -176,6 +177,7 @@ class RegisterPeftModel(PeftModel):
         if is_main_process:
             kwargs["state_dict"] = kwargs.get("state_dict") or state_with_values(self)
             for name in kwargs.get("selected_adapters") or self.peft_config:
+                check_copies(self, name)
                 check_savable(kwargs["state_dict"], name)
         try:
             # The config first, which has a checksum of the weights: cut short in between, the two do not fit together.

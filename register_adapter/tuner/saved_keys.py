@@ -14,7 +14,16 @@ from ..utils.offloaded import state_with_values
 from ._peft_compat import renamed_by_transformers
 from .layer import renew_bases
 
-__all__ = ["class_rows", "copied_modules", "keys_of_copies", "place_of_key", "places", "saved_by_key", "state_to_save"]
+__all__ = [
+    "check_copies",
+    "class_rows",
+    "copied_modules",
+    "keys_of_copies",
+    "place_of_key",
+    "places",
+    "saved_by_key",
+    "state_to_save",
+]
 
 _PREFIX = "base_model.model."
 
@@ -29,6 +38,26 @@ def copied_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str
         if path.endswith(wanted):
             wrapped.append(path)
             yield path, module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def check_copies(model: nn.Module, adapter_name: str) -> None:
+    """An adapter that is saved still has its copies of the modules that it trains as a whole.
+
+    Raises:
+        ValueError: Somebody has put another module in the place of one and of its copies: no loader takes what is left.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    for wanted in getattr(config, "modules_to_save", None) or ():
+        named = {path: part for path, part in model.named_modules() if f".{path}".endswith(f".{wanted}")}
+        inside = (part for outer in named.values() for part in outer.modules())  # compiled, or sharded, as a whole
+        copies = (part.modules_to_save for part in inside if isinstance(part, ModulesToSaveWrapper))
+        if named and not any(adapter_name in table for table in copies):
+            raise ValueError(
+                f"{min(named).removeprefix(_PREFIX)!r} was replaced after the adapter {adapter_name!r} was put on the "
+                "model, and with it the copy that the adapter trains (modules_to_save): what would be saved could not "
+                "be loaded. Replace a module before the adapter is added; now, put the one that was there back, and "
+                f"the new one in its modules_to_save[{adapter_name!r}]. Nothing was saved."
+            )
 
 
 def places(model: nn.Module, tower_path: str, keys: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
@@ -137,5 +166,6 @@ def state_to_save(model: nn.Module, adapter_name: str, state_dict: dict[str, tor
         state_dict = state_with_values(model)
     if not getattr(model, "renews_bases", False):
         renew_bases(vars(model).get("viewed", model))
+        check_copies(vars(model).get("viewed", model), adapter_name)
         check_savable(state_dict, adapter_name)  # the others do so themselves, and look at what is still to come
     return state_dict

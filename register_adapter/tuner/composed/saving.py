@@ -24,6 +24,7 @@ from ..fields import check_known, check_string
 from ..layer import renew_bases
 from ..positions.model import renew_base
 from ..reading import check_method, naming, read_json
+from ..saved_keys import check_copies
 from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
@@ -61,6 +62,8 @@ def write_adapters(
         raise ValueError(f"selected_adapters is empty; the model has {list(composed.peft_config)}")
     check_own_layers(composed.get_base_model(), names)
     check_unmerged(composed.get_base_model(), names)
+    for name in names:
+        check_copies(composed.get_base_model(), name)
     renew_bases(composed)
     for config in composed.peft_config.values():
         renew_base(composed.get_base_model(), config)
