@@ -16,7 +16,7 @@ from ...utils.adapter_file import is_of
 from ...utils.module_names import names_that_load
 from ..heads import TRAINED_BESIDE, modules_called
 
-__all__ = ["warn_of_left_out", "warn_of_new_weights", "without_left_out"]
+__all__ = ["lacking_heads", "warn_of_left_out", "warn_of_new_weights", "without_left_out"]
 
 _SHOWN = 5
 
@@ -42,14 +42,23 @@ def without_left_out(
     return {key: value for key, value in state_dict.items() if key not in gone}
 
 
-def warn_of_left_out(model: nn.Module, names: list[str]) -> None:
-    """Warn that an adapter's modules have no place in this model."""
+def lacking_heads(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``modules_to_save`` that a model has no module of, or none with something in it to save."""
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if not any(module.state_dict() for module in modules_called(model, name).values())
+    ]
+
+
+def warn_of_left_out(model: nn.Module, names: list[str], rest: str = "registers") -> None:
+    """Warn that an adapter's modules have no place in this model; ``rest`` is what of it has."""
     while isinstance(model, PeftModel):
         model = model.base_model.model
     warnings.warn(
-        f"the adapter has {', '.join(map(repr, names))} trained beside its registers, and {type(model).__name__} has "
-        "no module of that name with parameters: it is left out, the registers are loaded whole. To have it too, load "
-        "the adapter onto a base of the class that it was trained with.",
+        f"the adapter has {', '.join(map(repr, names))} trained beside its {rest}, and {type(model).__name__} has no "
+        f"module of that name with parameters: it is left out, the {rest} are loaded whole. To have it too, load the "
+        "adapter onto a base of the class that it was trained with.",
         stacklevel=4,
     )
 

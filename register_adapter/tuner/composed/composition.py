@@ -34,7 +34,7 @@ from .names import check_adapters, configs_of, innermost
 from .one_adapter import read_alone
 from .relocate import relocated
 from .saving import INITS, SavesAll, write_adapters
-from .tensors import check_own, check_read
+from .tensors import check_filled, check_own, check_read
 from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
@@ -177,8 +177,12 @@ def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     if holds_several(folder):
         return load_adapters(model, folder)
-    with naming(read_alone(folder).path), unchanged_if_refused(model):
-        return cast(nn.Module, PeftModel.from_pretrained(model, str(folder)))
+    alone = read_alone(folder)
+    with naming(alone.path), unchanged_if_refused(model):
+        loaded = PeftModel.from_pretrained(model, str(folder))
+        if not isinstance(alone.config, KNOW_THEIR_BASE):
+            check_filled(loaded, alone.keys)
+        return cast(nn.Module, loaded)
 
 
 class ComposedPeftModel(SavesAll):

@@ -20,12 +20,14 @@ from torch import nn
 
 from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.tower import find_tower
-from ...utils.adapter_file import read_tensors
+from ...utils.adapter_file import is_of, read_tensors
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
 from .._peft_compat import named_as_in_state
+from ..checks.head_weights import lacking_heads, warn_of_left_out
 from ..config import RegisterConfig
 from ..layer import register_layers
+from ..positions import PositionConfig
 from .one_adapter import SavedAdapter
 
 __all__ = ["relocated", "tower_path"]
@@ -90,7 +92,8 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[Iterator[S
             else _moved(adapter, str(here), base, Path(scratch, adapter.name))
             for adapter in saved
         ]
-        yield (_with_biases(adapter, base, Path(scratch, f"{adapter.name}.biases")) for adapter in placed)
+        whole = (_with_biases(adapter, base, Path(scratch, f"{adapter.name}.biases")) for adapter in placed)
+        yield (_without_heads(adapter, base, Path(scratch, f"{adapter.name}.rest")) for adapter in whole)
     for adapter in saved:
         for name, digest in adapter.digests.items():
             file = adapter.path / name
@@ -143,6 +146,23 @@ def _with_biases(adapter: SavedAdapter, base: nn.Module, place: Path) -> SavedAd
         elif which == "all":  # others are the base's own, which PEFT saves beside the adapter's
             place_of[key] = path + inner.get(path, "") + ".bias"
     return adapter if place_of == {key: key for key in adapter.keys} else _copied(adapter, place_of, place)
+
+
+def _without_heads(adapter: SavedAdapter, base: nn.Module, place: Path) -> SavedAdapter:
+    """The adapter without modules that it saves as a whole and that the base lacks, of which it warns.
+
+    Registers and offsets do so themselves.
+    """
+    heads = getattr(adapter.config, "modules_to_save", None) or []
+    lacking = [] if isinstance(adapter.config, RegisterConfig | PositionConfig) else lacking_heads(base, heads)
+    if not lacking:
+        return adapter
+    warn_of_left_out(base, lacking, rest="layers")
+    config: Any = copy.copy(adapter.config)
+    config.modules_to_save = [name for name in heads if name not in lacking] or None
+    config.saved_id2label = None  # classes of what is left out
+    kept = {key: key for key in adapter.keys if not any(is_of(key, name) for name in lacking)}
+    return _copied(replace(adapter, config=config), kept, place)
 
 
 def _inside(module: nn.Module) -> str:

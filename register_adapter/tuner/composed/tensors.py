@@ -16,7 +16,7 @@ from torch import nn
 from ...errors import AdapterFileError
 from .._peft_compat import named_as_in_state, with_one
 
-__all__ = ["adapter_tensors", "check_own", "check_read", "keys_of_others"]
+__all__ = ["adapter_tensors", "check_filled", "check_own", "check_read", "keys_of_others"]
 
 
 def adapter_tensors(composed: Any, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -90,6 +90,25 @@ def check_read(composed: Any, name: str, result: Any, path: Path) -> None:
         raise AdapterFileError(
             f"the tensors in {path} do not fit {type(composed.get_base_model()).__name__}: missing or not expected "
             f"{strange[:10]}"
+        )
+
+
+def check_filled(model: Any, keys: Iterable[str]) -> None:
+    """The one adapter of a model that PEFT has loaded got all its values; PEFT warns where it did not.
+
+    Args:
+        model: The ``PeftModel``.
+        keys: The file's.
+
+    Raises:
+        AdapterFileError: A value was not in the file, by its name in this model.
+    """
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if empty := sorted(set(own) - set(keys)):
+        raise AdapterFileError(
+            f"it has no values for {empty[0]!r}{f' and {len(empty) - 1} more' if len(empty) > 1 else ''} of "
+            f"{type(model.get_base_model()).__name__}. An adapter of another class of model, such as one with a head, "
+            "is loaded with the whole folder that save_adapters wrote"
         )
 
 

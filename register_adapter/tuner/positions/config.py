@@ -63,6 +63,8 @@ class PositionConfig(PeftConfig):
         self.from_file = self.base_tower is not None
         #: What is beside the config in its file, which has been checked.
         self.saved_weights: SavedWeights | None = None
+        #: Names of modules in that file that the model lacks.
+        self.left_out: list[str] = []
         #: Whether the offsets in that file are other than zero.
         self.moves = False
         if self.base_tower is not None:

@@ -20,6 +20,7 @@ from ...towers.tower import Tower, find_tower
 from ...utils.adapter_file import check_range, check_tensors
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, FromFile, activate_heads, remap_on_load, renew_on_save
+from ..checks.head_weights import lacking_heads, warn_of_left_out, without_left_out
 from ..checks.loaded_over import check_same_base, read_beside
 from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
@@ -74,6 +75,11 @@ class PositionModel(Walked, BaseTuner):
             if not config.from_file:
                 check_copies_load(model, config.modules_to_save or (), by_end=False)
             check_adapter_name(model, adapter_name, config.modules_to_save or ())
+            heads = config.modules_to_save or []
+            if config.from_file and (lacking := lacking_heads(model, heads)):
+                warn_of_left_out(model, lacking, rest="position embeddings")
+                config.left_out = lacking
+                config.modules_to_save = [name for name in heads if name not in lacking] or None
             self._place = place_of_positions(tower)
             present = TowerIdentity.of(tower)
             check_finite_base(tower, present)
@@ -164,7 +170,7 @@ class PositionModel(Walked, BaseTuner):
         """A context in which an adapter's values are put in; the model is as it was if that is refused.
 
         Yields:
-            The tensors.
+            The tensors, without those of heads that the model lacks.
         """
         layers = [layer for layer in position_layers(model) if adapter_name in layer.offset_positions_values]
         config: Any = cast(Any, model).peft_config[adapter_name]
@@ -175,6 +181,8 @@ class PositionModel(Walked, BaseTuner):
             if saved is not None:
                 renew_base(model, config)
                 check_same_base(find_tower(model, config.tower_name), config, saved)
+            lacking = lacking_heads(model, cast(Any, saved).modules_to_save or ()) if saved is not None else []
+            state_dict = without_left_out(model, config.left_out, lacking, state_dict)
             shapes = {OFFSETS_KEY: tuple(layers[0].base.shape)} if layers else {}
             present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
             check_tensors(state_dict, shapes, config.modules_to_save, f"adapter {adapter_name!r}", present)

@@ -1,0 +1,99 @@
+"""What LoRA, tuned norms or moved positions were trained with on a head model, used on the backbone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from families import build, make_inputs
+from helpers import Snapshot, run
+from peft import LNTuningConfig, LoraConfig, PeftModel
+
+from register_adapter import AdapterFileError, PositionConfig, RegisterConfig, compose, load_adapters, save_adapters
+from register_adapter.tuner.composed import load_onto
+
+HEAD: dict[str, Any] = {"modules_to_save": ["classifier"]}
+CONFIGS: dict[str, Any] = {
+    "lora": LoraConfig(target_modules=["q_proj", "query"], **HEAD),
+    "norms": LNTuningConfig(target_modules=["layernorm_before"], **HEAD),
+    "positions": PositionConfig(**HEAD),
+}
+
+
+def head_model() -> Any:
+    base = build("vit")
+    model = tf.ViTForImageClassification(base.config)
+    model.vit.load_state_dict(base.state_dict(), strict=False)
+    return model.eval().requires_grad_(False)
+
+
+def features(model: Any) -> torch.Tensor:
+    return run(model.eval(), make_inputs("vit"), output_hidden_states=True)["hidden_states.2"]
+
+
+def trained(kind: str, folder: Path, beside: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A folder with an adapter of that kind, which has the head, and what its model gives."""
+    torch.manual_seed(1)
+    configs = {kind: copy.deepcopy(CONFIGS[kind])} | ({"registers": RegisterConfig()} if beside else {})
+    model = compose(head_model(), configs)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_adapters(model, folder)
+    return features(model), run(model.eval(), make_inputs("vit"))["logits"]
+
+
+LEFT_OUT = "has 'classifier' trained beside its .*, and ViTModel has no module of that name"
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside registers"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_folder_loads_on_the_backbone(kind: str, beside: bool, tmp_path: Path) -> None:
+    expected, logits = trained(kind, tmp_path / "trained", beside)
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        model = load_adapters(build("vit"), tmp_path / "trained")
+    assert torch.allclose(features(model), expected, atol=1e-6)
+    save_adapters(model, tmp_path / "again")  # without the head
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*trained beside.*")
+        again = load_adapters(head_model(), tmp_path / "again")
+    assert torch.allclose(features(again), expected, atol=1e-6)
+    assert torch.equal(
+        run(load_adapters(head_model(), tmp_path / "trained").eval(), make_inputs("vit"))["logits"], logits
+    )
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_is_loaded_over_one_without_the_head(kind: str, tmp_path: Path) -> None:
+    expected, _ = trained(kind, tmp_path, beside=True)
+    plain = copy.deepcopy(CONFIGS[kind])
+    plain.modules_to_save = None
+    model = compose(build("vit"), {kind: plain, "registers": RegisterConfig()})
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        model.load_adapter(tmp_path, kind)
+    assert torch.allclose(features(model), expected, atol=1e-6)
+
+
+def test_moved_positions_alone_leave_the_head_out(tmp_path: Path) -> None:
+    expected, _ = trained("positions", tmp_path, beside=False)
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        model = PeftModel.from_pretrained(build("vit"), tmp_path / "positions")
+    assert torch.allclose(features(model), expected, atol=1e-6)
+
+
+def test_lora_alone_whose_tower_lies_elsewhere_is_refused_where_commands_load_it(tmp_path: Path) -> None:
+    """PEFT reads nothing of it, with a warning: the base's figures would stand under the adapter's name."""
+    trained("lora", tmp_path, beside=False)
+    model = build("vit")
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(
+        AdapterFileError, match=r"it has no values for '.*lora_A\.weight' and \d+ more of ViTModel"
+    ) as caught:
+        load_onto(model, tmp_path / "lora")
+    assert str(tmp_path / "lora") in str(caught.value)
+    before.check()
