@@ -113,6 +113,17 @@ def test_a_head_that_the_model_lacks_is_left_out(way: str, tmp_path: Path) -> No
         plain.load_adapter(str(folder), "default")
 
 
+@pytest.mark.parametrize("way", ["add_registers", "peft"])
+def test_weights_without_a_config_replace_nothing_of_the_base(way: str, tmp_path: Path) -> None:
+    moved(WAYS[way](with_head(), modules_to_save=["classifier"])).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    model = WAYS[way](with_head()).eval()
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match="does not mention"):
+        model.load_adapter(str(tmp_path), "default")
+    before.check()
+
+
 def test_a_base_that_is_trained_along_is_no_other_one(tmp_path: Path) -> None:
     model = add_registers(build("vit"), 2)
     model.get_base_model().requires_grad_(True)

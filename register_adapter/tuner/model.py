@@ -29,12 +29,7 @@ from .checks.placing import by_block, check_placement, check_task, check_units, 
 from .checks.saved_heads import lost_heads
 from .config import RegisterConfig
 from .fields import check_name
-from .heads import (
-    check_adapter_name,
-    fit_heads,
-    labels_for,
-    number_of_labels,
-)
+from .heads import check_adapter_name, fit_heads, labels_for, number_of_labels
 from .hooks.base import ATTACHING
 from .hooks.choice import check_batch
 from .layer import BASE, RegisterLayer, attached_layers, register_layers
@@ -300,10 +295,8 @@ class RegisterModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check the tensors, and find the registers' key wherever the tower lies in this model."""
         assert isinstance(config, RegisterConfig)
-        saved = [*(config.modules_to_save or []), *config.left_out]
-        needed = [name for name in config.modules_to_save or [] if config.needs(name)]
         state_dict = without_left_out(model, config.left_out, config.task_heads, state_dict)
-        check_tensors(state_dict, config.expected_shapes, saved, f"adapter {adapter_name!r}", needed)
+        _check_layout(config, adapter_name, state_dict)
         tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
         dtype = next(tower.module.parameters()).dtype
         if dtype.is_floating_point and dtype.itemsize > 1:
@@ -340,7 +333,15 @@ class RegisterModel(BaseTuner):
             config = cast(Any, model).peft_config[adapter_name]
             rest = {key: value for key, value in state_dict.items() if key not in known}
             rest = without_left_out(model, config.left_out, [*config.task_heads, *lacking], rest)
+            # Here, since PEFT 0.18 puts what is none of the adapter's into the base before anybody is asked.
+            _check_layout(config, adapter_name, {key: state_dict[key] for key in known} | rest)
             yield {known[key]: state_dict[key] for key in known} | rest
+
+
+def _check_layout(config: RegisterConfig, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    saved = [*(config.modules_to_save or []), *config.left_out]
+    needed = [name for name in config.modules_to_save or [] if config.needs(name)]
+    check_tensors(tensors, config.expected_shapes, saved, f"adapter {adapter_name!r}", needed)
 
 
 def _unnamed(number: int) -> dict[int, str]:
