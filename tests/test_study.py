@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import call, run_here
 from PIL import Image
 
@@ -181,6 +184,89 @@ def test_a_folder_with_another_study_is_refused(done: Path, monkeypatch: pytest.
     assert "other settings" in str(said)
     assert "steps 2 there, 3 here" in str(said)
     assert bytes_of(done) == before
+
+
+def _asked(**changed: Any) -> dict[str, Any]:
+    """A study of the clean packaged model, which ends behind the audit; labels as its task."""
+    images = [load_image(item["image"]) for item in load_images("scenes", 16)]
+    given = {"model": load_base("clean"), "images": images, "image_processor": load_processor("clean")}
+    return {**given, "task": Accuracy(range(16)), "progress": False, **changed}
+
+
+def _halved(part: str) -> Any:
+    """With the first matrix of a part halved."""
+    model: Any = load_base("clean")
+    matrices = (value for name, value in model.named_parameters() if part in name and value.ndim == 2)
+    with torch.no_grad():
+        next(matrices).mul_(0.5)
+    return model
+
+
+def _flipped(asked: dict[str, Any]) -> list[Image.Image]:
+    return [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in asked["images"]]
+
+
+def _in_memory(images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """As a data set has them whose images are not decoded."""
+    files = [io.BytesIO() for _ in images]
+    for file, image in zip(files, images, strict=True):
+        image.save(file, "PNG")
+    return [{"image": {"bytes": file.getvalue(), "path": None}} for file in files]
+
+
+def _processor(**changed: Any) -> Any:
+    processor = load_processor("clean")
+    for name, value in changed.items():
+        setattr(processor, name, value)
+    return processor
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study of the clean model."""
+    out = tmp_path_factory.mktemp("clean") / "out"
+    study(output_dir=out, **_asked())
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        # What a LoRA that was merged changes: no bias, no norm, no embedding.
+        (lambda: {"model": _halved("layer")}, "weights"),
+        (lambda: {"model": _halved("classifier")}, "weights"),
+        (lambda: {"image_processor": _processor(image_mean=[0.2] * 3)}, "processor"),
+        (lambda: {"task": Accuracy([1] * 16)}, "task"),
+        (lambda: {"images": _flipped(_asked())}, "images"),
+    ],
+    ids=["weights of a block", "head", "image processor", "labels", "images"],
+)
+def test_what_another_study_differs_in_is_refused_by_name(changed: Any, named: str, clean: Path) -> None:
+    before = (clean / "study.json").read_bytes()
+    with pytest.raises(ValueError, match=f"other settings \\({named} "):
+        study(output_dir=clean, **_asked(**changed()))
+    assert (clean / "study.json").read_bytes() == before
+
+
+def _bitmaps(images: Sequence[Image.Image], folder: Path) -> str:
+    """Files whose size does not tell them apart, under the same names."""
+    folder.mkdir(exist_ok=True)
+    for number, image in enumerate(images):
+        image.save(folder / f"{number:02}.bmp")
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["files", "in memory"])
+def test_images_are_told_by_their_content(form: str, tmp_path: Path) -> None:
+    def given(images: Sequence[Image.Image]) -> Any:
+        return _bitmaps(images, tmp_path / "images") if form == "files" else _in_memory(images)
+
+    asked, out = _asked(), tmp_path / "out"
+    others = _flipped(asked)
+    study(output_dir=out, **{**asked, "images": given(asked["images"])})
+    study(output_dir=out, **{**asked, "images": given(asked["images"])})
+    with pytest.raises(ValueError, match=r"other settings \(images "):
+        study(output_dir=out, **{**asked, "images": given(others)})
 
 
 # Models to leave as they are, and what is refused

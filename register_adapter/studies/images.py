@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..data.batches import list_images, refuse_bad, warn_of_skipped
 from ..data.datasets import PixelBatches, ProcessedDataset
 from ..data.images import check_image, image_name, load_image
+from ..evaluation.downstream.provenance import combined_digest
+from ..evaluation.downstream.samples import digest_of
 
 __all__ = ["LEAST", "Images", "Part", "read_images"]
 
@@ -92,17 +92,8 @@ class Images:
         return all(isinstance(item["image"], str | Path) for item in self.items)
 
     def digest(self) -> str:
-        """Of which images they are: names and sizes of files, pixels of others."""
-        digest = hashlib.sha256()
-        for item in self.items:
-            source = item["image"]
-            if isinstance(source, str | Path):
-                digest.update(f"{source} {Path(source).stat().st_size}\n".encode(errors="surrogateescape"))
-            elif isinstance(source, Image.Image):
-                digest.update(source.tobytes())
-            else:
-                digest.update(repr(image_name(source)).encode())
-        return digest.hexdigest()[:16]
+        """Of which images they are: the content of files, pixels of others, in their order."""
+        return combined_digest(digest_of(item["image"]) for item in self.items)[:16]
 
     def write(self, folder: Path) -> None:
         """Write all of the images into one folder, for a command to read: files as they are, others as PNG."""

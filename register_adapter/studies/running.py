@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,9 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..artifacts import ArtifactReport, audit, resolve_rule
-from ..data.processing import pixels_alone, process_image
+from ..data.processing import pixels_alone, process_image, settings_of
 from ..data.processors import find_image_processor, source_of
 from ..errors import RegisterAdapterError, UnsupportedModelError
+from ..evaluation.downstream.provenance import combined_digest, weights_digest
 from ..towers.identity import TowerIdentity
 from ..towers.tower import find_tower
 from ..training.run_lock import folder_lock
@@ -117,9 +119,11 @@ def study(
     shared = read_images(images, image_processor, max_images, strict)
     settings = {
         "model": TowerIdentity.of(tower).to_dict(),
+        "weights": weights_digest(model)[:16],
+        "processor": _processor_digest(image_processor),
         "images": [len(shared.items), shared.digest()],
         **{"steps": steps, "rule": rule, "batch_size": batch_size},
-        **{"task": task.name if task else None, "version": version()},
+        **{"task": task.source if task else None, "version": version()},
     }
     with folder_lock(out):
         records = Records(out)
@@ -151,6 +155,15 @@ def _check_call(model: nn.Module) -> None:
             f"{type(inner).__name__} is not called as model(pixel_values=...), as models of transformers are, so "
             "that a study cannot train it; audit() and fit_test_time_registers() take it"
         )
+
+
+def _processor_digest(image_processor: Any) -> str:
+    """A short hash of what an image processor does; one with random steps has that of its class."""
+    try:
+        settings = settings_of(image_processor)
+    except ValueError:
+        settings = type(image_processor).__name__
+    return combined_digest([json.dumps(settings, sort_keys=True, default=str)])[:16]
 
 
 def _chosen(names: Sequence[str] | None) -> list[str]:

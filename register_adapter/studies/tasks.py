@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..evaluation.downstream.provenance import combined_digest
 from ..testbed.grown import MosaicDataset, weighted_error
 from ..training.objectives.tokens import Tokens
 
@@ -28,6 +29,11 @@ class Task(ABC):
     name: str
     greater_is_better: bool
     slack: float
+
+    @property
+    def source(self) -> str:
+        """What the figure depends on beside the model and the images; a study that has another one is another study."""
+        return self.name
 
     @abstractmethod
     def score(self, tokens: Tokens, numbers: Sequence[int]) -> torch.Tensor:
@@ -53,6 +59,11 @@ class Accuracy(Task):
 
     def __init__(self, labels: Sequence[int]) -> None:
         self.labels = [int(label) for label in labels]
+
+    @property
+    def source(self) -> str:
+        """The labels, too."""
+        return f"{self.name}, labels {combined_digest(self.labels)[:16]}"
 
     def score(self, tokens: Tokens, numbers: Sequence[int]) -> torch.Tensor:
         """1 where the class is right, 0 elsewhere, ``(B,)`` float32."""

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...data.processing import settings_of
 from ...features.layout import tower_of
 from ...features.subjects import Subject, looking_at, names_at_work
 from ...towers.identity import TowerIdentity
 
-__all__ = ["combined_digest", "source_of_features"]
+__all__ = ["combined_digest", "source_of_features", "weights_digest"]
 
 
 def source_of_features(subject: Subject, processor: Any, antialias: bool) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def source_of_features(subject: Subject, processor: Any, antialias: bool) -> dic
             adapters = {name: _settings(model.peft_config[name].to_dict()) for name in active}
         return {
             "base": TowerIdentity.of(tower).to_dict(),
-            "weights": combined_digest(_bytes(tower.module)),
+            "weights": weights_digest(tower.module),
             "adapters": combined_digest(sorted(map(str, adapters.items()))),
             "processor": settings_of(processor),
             "antialias": antialias,
@@ -46,11 +47,29 @@ def _settings(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
 
 
+def weights_digest(module: nn.Module) -> str:
+    """A hash of every weight of a module, by name."""
+    return combined_digest(_bytes(module))
+
+
 def _bytes(module: nn.Module) -> Iterator[bytes]:
     for name, value in sorted(module.state_dict().items()):
         yield name.encode()
         if isinstance(value, torch.Tensor):
-            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            yield from map(_raw, _plain(value))
+
+
+def _plain(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor, or those that one of a quantiser's own class is made of."""
+    if not is_traceable_wrapper_subclass(value):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _plain(getattr(value, name))
+
+
+def _raw(value: torch.Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def combined_digest(parts: Iterable[Any]) -> str:
