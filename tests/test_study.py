@@ -269,6 +269,14 @@ def test_images_are_told_by_their_content(form: str, tmp_path: Path) -> None:
         study(output_dir=out, **{**asked, "images": given(others)})
 
 
+def test_an_adapter_that_was_removed_is_made_again(done: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "out")
+    for place in ("train-4-registers/seed-1", "fit-1-register"):
+        shutil.rmtree(out / "arms" / place / "adapter")
+    run_here("study", *GIVEN, *CHOSEN, "--out", str(out), "--quiet")
+    assert bytes_of(out) == bytes_of(done)
+
+
 # Models to leave as they are, and what is refused
 
 

@@ -109,6 +109,8 @@ class Records:
                 raise ValueError(f"why_not is {why_not!r:.80}")
             if made != (why_not is None,) * 2 or (base and why_not is not None):
                 raise ValueError("an arm that was made has both figures, and another says why it was not")
+            if choose is not None and not base and not (place / ADAPTER).is_dir():
+                return None  # somebody has removed it
             return Record(choose, report, why_not, seconds)
 
     def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None, facts: dict[str, Any]) -> None:
