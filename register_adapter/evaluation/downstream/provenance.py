@@ -47,13 +47,15 @@ def _settings(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
 
 
-def weights_digest(module: nn.Module) -> str:
-    """A hash of every weight of a module, by name."""
-    return combined_digest(_bytes(module))
+def weights_digest(module: nn.Module, without: str | None = None) -> str:
+    """A hash of every weight of a module, by name, ``without`` those of parts that are called so."""
+    return combined_digest(_bytes(module, without))
 
 
-def _bytes(module: nn.Module) -> Iterator[bytes]:
+def _bytes(module: nn.Module, without: str | None) -> Iterator[bytes]:
     for name, value in sorted(module.state_dict().items()):
+        if without in name.split("."):
+            continue
         yield name.encode()
         if isinstance(value, torch.Tensor):
             yield from map(_raw, _plain(value))
