@@ -185,6 +185,29 @@ def test_blocks_that_are_loaded_after_wrapping_are_the_base(kept: str, beside: s
         load_adapters(build("vit"), tmp_path)
 
 
+@pytest.mark.parametrize("which", ["all", "lora_only"])
+@pytest.mark.parametrize(
+    "kinds",
+    [(PositionConfig,), (RegisterConfig,), (RegisterConfig, PositionConfig)],
+    ids=["positions", "registers", "both"],
+)
+def test_biases_that_came_from_a_file_are_no_other_base(kinds: tuple[Any, ...], which: str, tmp_path: Path) -> None:
+    """They are frozen when loaded to be used; the model is saved again, and its adapters' values loaded over them."""
+    lora = LoraConfig(target_modules=["query", "q_proj"], bias=which)
+    first: Any = compose(build("vit"), {kind.__name__: kind() for kind in kinds} | {"lora": lora})
+    for value in first.parameters():
+        if value.requires_grad:
+            nn.init.normal_(value, std=0.2)
+    save_adapters(first, tmp_path / "first")
+    loaded: Any = load_adapters(build("vit"), tmp_path / "first")
+    save_adapters(loaded, tmp_path / "again")
+    again: Any = load_adapters(build("vit"), tmp_path / "again")
+    for kind in kinds:
+        again.load_adapter(tmp_path / "first" / kind.__name__, kind.__name__)
+    expected = first.eval().state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_what_another_adapter_trains_is_no_other_base(merged: bool, tmp_path: Path) -> None:
     lora = LoraConfig(target_modules=["query", "q_proj"], bias="all")

@@ -143,7 +143,8 @@ class PositionModel(Walked, BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
-        renew_base(model, config)
+        if not getattr(model, "renews_bases", False):  # it has done so; here the other adapters are out of its sight
+            renew_base(vars(model).get("viewed", model), config)
         return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
