@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,28 @@ def test_a_base_that_is_trained_along_is_no_other_one(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the base is trained along"):
         model.load_adapter(str(tmp_path), "default")
     assert torch.equal(tokens(model), expected)
+
+
+@pytest.mark.parametrize("way", ["compose", "positions"])
+def test_biases_that_are_trained_do_not_make_every_base_the_same(way: str, tmp_path: Path) -> None:
+    """LoRA's ``bias="all"`` trains the base's own biases; its patch embedding stays as it is, and tells."""
+
+    def model(base: Any) -> Any:
+        first = PositionConfig() if way == "positions" else RegisterConfig(num_registers=2)
+        return moved(
+            compose(base, {"default": first, "lora": LoraConfig(target_modules=["q_proj", "query"], bias="all")})
+        )
+
+    other, own = build("vit"), build("vit")
+    patches = next(value for key, value in other.named_parameters() if "patch_embeddings" in key)
+    patches.data = patches.data.flip(0)
+    model(other).save_pretrained(tmp_path / "other")
+    model(own).save_pretrained(tmp_path / "own")
+    target = model(build("vit"))
+    before = Snapshot(target, make_inputs("vit"))
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
+        target.load_adapter(tmp_path / "other", "default")
+    before.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.load_adapter(tmp_path / "own", "default")

@@ -30,11 +30,11 @@ from .tower import Tower
 
 __all__ = [
     "TowerIdentity",
+    "but_for_trained",
     "check_finite_base",
     "fingerprint",
     "identity_now",
     "is_finite",
-    "is_trained",
     "trains_biases",
 ]
 
@@ -155,9 +155,14 @@ def _groups(tower: Tower) -> list[list[torch.Tensor]]:
     return [[value for value in group if isinstance(value, torch.Tensor)] for group in groups]
 
 
-def is_trained(tower: Tower) -> bool:
-    """Whether any of the weights that a tower's identity is made of is being trained."""
-    return any(tensor.requires_grad for group in _groups(tower) for tensor in group)
+def but_for_trained(tower: Tower, identity: TowerIdentity, now: TowerIdentity) -> TowerIdentity:
+    """An identity that a tower had earlier, with the sketches of now of those of its weights that are being trained."""
+    groups, before, sketches = _groups(tower), identity.fingerprint, now.fingerprint
+    if before is None or sketches is None or len(before) != len(sketches):
+        return identity
+    trained = [any(tensor.requires_grad for tensor in group) for group in groups for _ in range(BUCKETS)]
+    chosen = zip(before, sketches, trained, strict=True)
+    return replace(identity, fingerprint=[new if is_new else old for old, new, is_new in chosen])
 
 
 def fingerprint(tower: Tower) -> list[float] | None:

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ...errors import AdapterFileError, BaseModelMismatchError, RegisterAdapterError
-from ...towers.identity import is_trained
+from ...towers.identity import but_for_trained
 from ...towers.tower import Tower
 from ...utils.hub import find_config
 from .._peft_compat import FromFile
@@ -103,14 +103,15 @@ def check_same_base(tower: Tower, config: Any, saved: Any) -> None:
         saved: The saved one.
 
     Raises:
-        BaseModelMismatchError: They are for another one. Where the base is trained along, that is a warning.
+        BaseModelMismatchError: They are for another one. Of weights of the base that are trained along, it is a
+            warning that they are others.
     """
-    now = config.identity
+    now, before = config.identity, saved.identity
     try:
         if now is not None:
             checked_identity(now, saved)
     except BaseModelMismatchError as error:
-        if not is_trained(tower):
+        if now.differences(but_for_trained(tower, before, now)):
             raise
         warnings.warn(
             f"the base is trained along, and has other weights than when this was saved: {error}", stacklevel=4
