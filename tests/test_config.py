@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from register_adapter import (
     FAMILIES,
+    AdapterFileError,
     Anatomy,
     RegisterConfig,
     RegisterModel,
@@ -159,6 +161,31 @@ def test_a_plain_model_described_by_hand_gets_registers(tmp_path: Path) -> None:
     assert_identical(run(PeftModel.from_pretrained(again, str(tmp_path)), inputs), outputs)
     model.unload()
     snapshot.check_values()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_anatomy_made_in_code_is_trusted_where_values_are_loaded_over(loaded: bool, tmp_path: Path) -> None:
+    """As Trainer loads its best checkpoint; a file may not name what begins with an underscore."""
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        model = PlainViT().eval()
+        model._layers = model.layers
+        return model
+
+    anatomy, inputs = replace(MINE, blocks="_layers"), make_inputs("vit")
+    first = add_registers(base(), 2, anatomy=anatomy, init_std=1.0).eval()
+    first.save_pretrained(str(tmp_path))
+    with pytest.raises(AdapterFileError, match="_layers"):
+        PeftModel.from_pretrained(base(), str(tmp_path))
+    if loaded:
+        model: Any = PeftModel.from_pretrained(base(), str(tmp_path), anatomy=anatomy, is_trainable=True).eval()
+    else:
+        model = add_registers(base(), 2, anatomy=anatomy).eval()
+    nn.init.uniform_(next(value for value in model.parameters() if value.requires_grad))
+    assert differs(run(model, inputs), run(first, inputs))
+    model.load_adapter(str(tmp_path), "default")
+    assert_identical(run(model, inputs), run(first, inputs))
 
 
 def test_an_anatomy_without_a_width_says_where_to_give_it() -> None:

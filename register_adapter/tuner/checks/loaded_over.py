@@ -49,11 +49,13 @@ def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]
     """
     layers = [layer for layer in register_layers(model) if adapter_name in layer.names]
     over = isinstance(tensors, FromFile) and all(layer.before is None for layer in layers)
-    saved = cast("RegisterConfig | None", read_beside(RegisterConfig, tensors)) if over else None
+    config = cast(Any, model).peft_config[adapter_name]
+    # Trusted where it was made in code, and may say what a file's may not.
+    own = {} if config.anatomy is None else {"anatomy": config.anatomy}
+    saved = cast("RegisterConfig | None", read_beside(RegisterConfig, tensors, **own)) if over else None
     if saved is None:
         yield []
         return
-    config = cast(Any, model).peft_config[adapter_name]
     _check_placement(config, saved, adapter_name)
     for layer in layers:
         layer.renew_bases()
@@ -63,20 +65,25 @@ def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]
         _name(model, adapter_name, saved.id2label, layers)
 
 
-def read_beside(kind: type[PeftConfig], tensors: Mapping[str, Any]) -> PeftConfig | None:
+def read_beside(kind: type[PeftConfig], tensors: Mapping[str, Any], **options: Any) -> PeftConfig | None:
     """The config beside tensors that were read from a folder or a repository; ``None`` for weights alone.
+
+    Args:
+        kind: The method's class of configs.
+        tensors: The tensors.
+        **options: For its ``from_pretrained``.
 
     Raises:
         AdapterFileError: It is damaged, of another method, or of another save than they.
     """
-    name, options = cast(FromFile, tensors).source
-    hub = {key: value for key, value in PeftConfig._split_kwargs(options)[0].items() if value is not None}
+    name, given = cast(FromFile, tensors).source
+    hub = {key: value for key, value in PeftConfig._split_kwargs(given)[0].items() if value is not None}
     subfolder = hub.pop("subfolder", None)
     try:
         find_config(name, subfolder, dict(hub))
     except RegisterAdapterError:
         return None
-    return kind.from_pretrained(name, subfolder, **hub)
+    return kind.from_pretrained(name, subfolder, **hub, **options)
 
 
 def _check_placement(config: RegisterConfig, saved: RegisterConfig, adapter_name: str) -> None:
