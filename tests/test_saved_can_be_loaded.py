@@ -122,6 +122,31 @@ def test_a_head_that_was_replaced_with_its_copies_is_refused_by_name(holder: str
     model.save_pretrained(tmp_path / "again")
 
 
+@pytest.mark.parametrize("holder", ["own", "transformers", "composed"])
+@pytest.mark.parametrize("way", ["none", "deleted"])
+def test_a_head_that_was_taken_out_is_refused_by_name(holder: str, way: str, tmp_path: Path) -> None:
+    base: Any = build("vit-classifier")
+    config = RegisterConfig(num_registers=2, modules_to_save=["classifier"])
+    if holder == "transformers":
+        base.add_adapter(config)
+    model: Any = base
+    if holder != "transformers":
+        model = get_peft_model(base, config) if holder == "own" else compose(base, {"default": config})
+    wrapped = base.classifier
+    if way == "none":
+        base.classifier = None
+    else:
+        del base.classifier
+    with pytest.raises(
+        ValueError, match=r"'classifier' was taken out after the adapter 'default' was put on the model"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    base.classifier = wrapped
+    model.save_pretrained(tmp_path)
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["classifier", "embeddings.dropout"])
 @pytest.mark.parametrize("holder", ["PEFT", "transformers"])
 def test_a_module_without_parameters_is_no_head(holder: str, name: str) -> None:

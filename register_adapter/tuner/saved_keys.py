@@ -12,6 +12,7 @@ from torch import nn
 from ..utils.adapter_file import GATE_KEY, NEURON_KEYS, TOKENS_KEY, check_savable, is_foreign
 from ..utils.offloaded import state_with_values
 from ._peft_compat import renamed_by_transformers
+from .config import RegisterConfig
 from .layer import renew_bases
 
 __all__ = [
@@ -47,16 +48,21 @@ def check_copies(model: nn.Module, adapter_name: str) -> None:
         ValueError: Somebody has put another module in the place of one and of its copies: no loader takes what is left.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
+    everywhere = [part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)]
+    none_left = not any(adapter_name in part.modules_to_save for part in everywhere)
     for wanted in getattr(config, "modules_to_save", None) or ():
         named = {path: part for path, part in model.named_modules() if f".{path}".endswith(f".{wanted}")}
         inside = (part for outer in named.values() for part in outer.modules())  # compiled, or sharded, as a whole
         copies = (part.modules_to_save for part in inside if isinstance(part, ModulesToSaveWrapper))
-        if named and not any(adapter_name in table for table in copies):
+        # What is not in the model at all was taken out of it, if it is not one that only some models have.
+        gone = none_left and isinstance(config, RegisterConfig) and config.needs(wanted)
+        if not any(adapter_name in table for table in copies) and (named or gone):
+            path = min(named, default=wanted).removeprefix(_PREFIX)
             raise ValueError(
-                f"{min(named).removeprefix(_PREFIX)!r} was replaced after the adapter {adapter_name!r} was put on the "
-                "model, and with it the copy that the adapter trains (modules_to_save): what would be saved could not "
-                "be loaded. Replace a module before the adapter is added; now, put the one that was there back, and "
-                f"the new one in its modules_to_save[{adapter_name!r}]. Nothing was saved."
+                f"{path!r} was {'replaced' if named else 'taken out'} after the adapter {adapter_name!r} was put on "
+                "the model, and with it the copy that the adapter trains (modules_to_save): what would be saved could "
+                "not be loaded. Replace a module before the adapter is added; now, put the one that was there back, "
+                f"and a new one in its modules_to_save[{adapter_name!r}]. Nothing was saved."
             )
 
 
