@@ -19,11 +19,11 @@ from ..towers.anatomy import Anatomy
 from ..towers.identity import TowerIdentity, check_finite_base
 from ..towers.tower import Tower, find_tower
 from ..towers.untrusted import check_parts
-from ..utils.adapter_file import UNITS_KEY, check_range, check_tensors, is_foreign
+from ..utils.adapter_file import UNITS_KEY, check_range, is_foreign
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, FromFile, activate_heads, remap_on_load
 from .checks.dry_run import check_anatomy
-from .checks.head_weights import warn_of_left_out, warn_of_new_weights, without_left_out
+from .checks.head_weights import check_file_tensors, warn_of_left_out, warn_of_new_weights, without_left_out
 from .checks.loaded_over import loading_over
 from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .checks.saved_heads import lost_heads
@@ -296,7 +296,7 @@ class RegisterModel(BaseTuner):
         """Check the tensors, and find the registers' key wherever the tower lies in this model."""
         assert isinstance(config, RegisterConfig)
         state_dict = without_left_out(model, config.left_out, config.task_heads, state_dict)
-        _check_layout(config, adapter_name, state_dict)
+        check_file_tensors(config, adapter_name, state_dict)
         tower = next(layer.tower for layer in register_layers(model) if adapter_name in layer.names)
         dtype = next(tower.module.parameters()).dtype
         if dtype.is_floating_point and dtype.itemsize > 1:
@@ -334,14 +334,8 @@ class RegisterModel(BaseTuner):
             rest = {key: value for key, value in state_dict.items() if key not in known}
             rest = without_left_out(model, config.left_out, [*config.task_heads, *lacking], rest)
             # Here, since PEFT 0.18 puts what is none of the adapter's into the base before anybody is asked.
-            _check_layout(config, adapter_name, {key: state_dict[key] for key in known} | rest)
+            check_file_tensors(config, adapter_name, {key: state_dict[key] for key in known} | rest)
             yield {known[key]: state_dict[key] for key in known} | rest
-
-
-def _check_layout(config: RegisterConfig, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    saved = [*(config.modules_to_save or []), *config.left_out]
-    needed = [name for name in config.modules_to_save or [] if config.needs(name)]
-    check_tensors(tensors, config.expected_shapes, saved, f"adapter {adapter_name!r}", needed)
 
 
 def _unnamed(number: int) -> dict[int, str]:

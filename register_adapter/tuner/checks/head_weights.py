@@ -12,13 +12,31 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...utils.adapter_file import is_of
+from ...utils.adapter_file import check_tensors, is_of
 from ...utils.module_names import names_that_load
+from ..config import RegisterConfig
 from ..heads import TRAINED_BESIDE, modules_called
 
-__all__ = ["lacking_heads", "warn_of_left_out", "warn_of_new_weights", "without_left_out"]
+__all__ = [
+    "check_file_tensors",
+    "lacking_heads",
+    "warn_of_left_out",
+    "warn_of_new_weights",
+    "without_left_out",
+]
 
 _SHOWN = 5
+
+
+def check_file_tensors(config: RegisterConfig, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """What is loaded into an adapter is what its config mentions, no less and no more.
+
+    Raises:
+        AdapterFileError: It is not.
+    """
+    heads = config.modules_to_save or []
+    needed = [name for name in heads if config.needs(name)]
+    check_tensors(tensors, config.expected_shapes, [*heads, *config.left_out], f"adapter {adapter_name!r}", needed)
 
 
 def without_left_out(
