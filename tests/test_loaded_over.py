@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from register_adapter import (
     AdapterFileError,
@@ -21,6 +21,7 @@ from register_adapter import (
     RegisterConfig,
     add_registers,
     compose,
+    load_adapters,
 )
 
 LORA = LoraConfig(target_modules=["q_proj", "query"])
@@ -159,3 +160,22 @@ def test_biases_that_are_trained_do_not_make_every_base_the_same(way: str, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         target.load_adapter(tmp_path / "own", "default")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_values_for_a_base_that_the_caller_has_excused_are_loaded_over(way: str, tmp_path: Path) -> None:
+    """Those of the file that it was loaded from, and of what was saved since, which is for the same base as before."""
+    moved(WAYS[way](build("vit"))).save_pretrained(tmp_path / "first")
+    load: Any = load_adapters if way == "compose" else PeftModel.from_pretrained
+    model = load(other_base(), tmp_path / "first", ignore_base_mismatch=True)
+    model.save_pretrained(tmp_path / "again")
+    expected, own = run(model, make_inputs("vit")), [v for k, v in model.named_parameters() if ".default." in k]
+    for folder in ("again", "first"):
+        with torch.no_grad():
+            assert own
+            for value in own:
+                value += 1
+        model.load_adapter(tmp_path / folder, "default")
+        assert_identical(run(model, make_inputs("vit")), expected)
+    with pytest.raises(BaseModelMismatchError):
+        load(other_base(), tmp_path / "again")

@@ -61,6 +61,8 @@ class PositionConfig(PeftConfig):
             )
         self.auto_mapping: dict[str, Any] | None = without_unlisted(self.auto_mapping, any_package=CHECKS_IMPORTS)
         self.from_file = self.base_tower is not None
+        #: The base's identity when it was put on; another than ``base_tower`` where its caller said that it fits.
+        self.attached_to: TowerIdentity | None = None
         #: What is beside the config in its file, which has been checked.
         self.saved_weights: SavedWeights | None = None
         #: Names of modules in that file that the model lacks.

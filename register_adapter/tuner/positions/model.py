@@ -86,6 +86,7 @@ class PositionModel(Walked, BaseTuner):
             identity = checked_identity(present, config)
             _check_file(model, tower, self._place, config)
             config.base_tower, config.ignore_base_mismatch = identity.to_dict(), False
+            config.attached_to = present
             saved, config.saved_weights = config.saved_weights, None
             if saved is not None:
                 before.lost[adapter_name] = partial(lost_heads, model, adapter_name, saved)
@@ -226,16 +227,16 @@ class PositionModel(Walked, BaseTuner):
 
 def renew_base(model: nn.Module, config: PeftConfig) -> None:
     """Have a config name the base as it is now, if its weights were loaded after the offsets were attached."""
-    if isinstance(config, PositionConfig) and (before := config.identity) is not None:
+    if isinstance(config, PositionConfig) and config.identity is not None:
         position_layers(model)  # where a replaced module has them
         tower = find_tower(model, config.tower_name)
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         others = any(not isinstance(layer, PositionLayer | RegisterLayer) for layer in layers)
         configs = getattr(model, "peft_config", {}).values()
         trained = any(getattr(each, "bias", "none") not in ("none", None) for each in configs) or trains_biases(tower)
-        now = identity_now(tower, before, biases=not (others and trained))
+        now = identity_now(tower, config.attached_to or config.identity, biases=not (others and trained))
         if now is not None:
-            config.base_tower = now.to_dict()
+            config.base_tower, config.attached_to = now.to_dict(), now
 
 
 def _check_file(model: nn.Module, tower: Tower, place: tuple[nn.Module, str], config: PositionConfig) -> None:
