@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from register_adapter import (
     AdapterFileError,
@@ -23,6 +25,7 @@ from register_adapter import (
     compose,
     load_adapters,
 )
+from register_adapter.utils.files import checksum
 
 LORA = LoraConfig(target_modules=["q_proj", "query"])
 #: How an adapter called "default" is put on a model.
@@ -50,6 +53,42 @@ def other_base() -> Any:
         if key.endswith("bias"):
             value.data += torch.linspace(-1, 1, value.numel())
     return base
+
+
+@pytest.mark.parametrize("order", [["lora", "registers"], ["registers", "lora"]], ids="-".join)
+def test_biases_that_came_before_the_refusal_go_back(order: list[str], tmp_path: Path) -> None:
+    configs = {"lora": LoraConfig(target_modules=["q_proj", "query"], bias="all"), "registers": RegisterConfig()}
+    patches = build("vit")
+    for key, value in patches.named_parameters():
+        if "patch_embeddings" in key:
+            value.data += torch.linspace(-1, 1, value.numel()).reshape(value.shape)
+    moved(compose(patches, {name: copy.deepcopy(configs[name]) for name in order})).save_pretrained(tmp_path)
+    model = moved(compose(build("vit"), {name: configs[name] for name in order}))
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
+        model.load_adapter(tmp_path, "lora")
+    before.check()
+
+
+def test_biases_that_came_with_a_new_adapter_go_back(tmp_path: Path) -> None:
+    configs = {
+        "lora": LoraConfig(target_modules=["q_proj", "query"], bias="all"),
+        "norms": LNTuningConfig(target_modules=["layernorm_before"]),
+    }
+    moved(compose(build("vit"), configs)).save_pretrained(tmp_path)
+    path, manifest = tmp_path / "norms" / "adapter_model.safetensors", tmp_path / "adapters.json"
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+    text = json.loads(manifest.read_text())
+    for entry in text["adapters"]:
+        entry["sha256"] = checksum(tmp_path / entry["name"] / "adapter_model.safetensors")
+    manifest.write_text(json.dumps(text))
+    base = build("vit")
+    before = Snapshot(base, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=r"norms do not fit ViTModel"):
+        load_adapters(base, tmp_path)
+    before.check()
 
 
 def with_head() -> Any:

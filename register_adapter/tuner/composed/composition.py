@@ -75,11 +75,15 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     return composed
 
 
-def _all_or_nothing(model: nn.Module, configs: Iterable[PeftConfig]) -> contextlib.AbstractContextManager[Any]:
+def _all_or_nothing(
+    model: nn.Module, configs: Iterable[PeftConfig], loads: bool = False
+) -> contextlib.AbstractContextManager[Any]:
     """A context that takes off again what was put on a model, if not all of it could be."""
-    # Some methods begin by changing the base's weights.
+    # Some methods begin by changing the base's weights; and biases that an adapter trains are the base's own.
+    configs = list(configs)
     changing = any(isinstance(getattr(config, field, None), str) for config in configs for field in INITS)
-    return unchanged_if_refused(model, values=changing)
+    biases = any(getattr(config, "bias", "none") not in (None, "none") for config in configs)
+    return unchanged_if_refused(model, values=changing or (biases and loads))
 
 
 def save_adapters(model: nn.Module, folder: str | Path, selected_adapters: Iterable[str] | None = None) -> None:
@@ -135,7 +139,7 @@ def load_adapters(
     check_switched_on(base)
     # First those that know their base by the names and values of its own parameters.
     saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, KNOW_THEIR_BASE))
-    changing = _all_or_nothing(model, [adapter.config for adapter in saved])
+    changing = _all_or_nothing(model, [adapter.config for adapter in saved], loads=True)
     with changing, relocated(saved_first, base) as placed:
         composed = ComposedPeftModel(model)
         kept = composed.active_adapters

@@ -95,8 +95,11 @@ def _unchanged_if_refused(
     given = read_json(config) if config.is_file() and not set(names) <= set(composed.peft_config) else {}
     # Some methods begin by changing the base's weights, as an adapter that the model lacks is put on.
     changing = any(isinstance(given.get(field), str) for field in INITS)
+    said = [given.get("bias"), *(getattr(composed.peft_config.get(name), "bias", None) for name in names)]
+    # LoRA's are the base's own, which it writes over.
+    biases = (".bias",) if any(bias not in (None, "none") for bias in said) else ()
     with (
-        values_kept(composed, lambda key: not set(names).isdisjoint(key.split("."))),
+        values_kept(composed, lambda key: key.endswith(biases) or not set(names).isdisjoint(key.split("."))),
         unchanged_if_refused(composed, values=changing),
         naming(path) if path.is_dir() else nullcontext(),
     ):
