@@ -203,7 +203,7 @@ def test_models_side_by_side(model: Any, train: Drawn, test: Drawn, processor: A
     assert [(row.setting, row.model) for row in report.rows] == [
         (f"k = {k}", name) for k in (1, 5) for name in ("planted", "clean")
     ]
-    assert report.notes == ("40 training images: no larger k",)
+    assert report.notes[-1] == "40 training images: no larger k"
     read = [
         read_features(model, [item["image"] for item in data.items], reading=Reading(processor))
         for data in (train, test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from register_adapter.evaluation import evaluate_linear
+from register_adapter.evaluation import evaluate_knn, evaluate_linear
 from register_adapter.evaluation.downstream import LinearFeature, Reading, read_features
 from register_adapter.testbed import load_planted_vit, load_vit
 
@@ -41,6 +42,15 @@ def report(model: Any) -> Any:
         inverse_penalties=FEW,
         features=(LinearFeature(), LinearFeature(4, True), LinearFeature(9)),
     )
+
+
+@pytest.mark.parametrize("evaluate", [evaluate_linear, partial(evaluate_knn, k=(1,))], ids=["linear", "knn"])
+def test_a_class_without_training_images_is_named(evaluate: Any, model: Any) -> None:
+    (train, labels), (test, truth) = _pixels(8, 1), _pixels(6, 2)
+    report = evaluate(model, (train, [2 * label for label in labels]), (test, [*truth[:-1], 2]))
+    assert report.notes[0] == "no training image is of '1': the 2 test images that are count as wrong"
+    whole = evaluate(model, (train, labels), (test, truth))
+    assert not any("no training image" in note for note in whole.notes)
 
 
 @pytest.mark.slow

@@ -41,6 +41,20 @@ class TwoSets:
     models: Mapping[str, Mapping[str, Any]]
     skipped: tuple[str, ...]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know: test images whose class nobody could learn."""
+        unseen = ~np.isin(self.test_labels, self.train_labels)
+        if not unseen.any():
+            return []
+        numbers = np.unique(self.test_labels[unseen]).tolist()
+        names = [self.classes[number] if number < len(self.classes) else str(number) for number in numbers]
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        return [
+            f"no training image is of {', '.join(map(repr, names[:10]))}{more}: "
+            f"the {int(unseen.sum())} test images that are count as wrong"
+        ]
+
 
 def reading_of(
     image_processor: Any,

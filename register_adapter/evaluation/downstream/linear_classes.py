@@ -123,7 +123,7 @@ def evaluate_linear(
         **common_settings(reading, sets, seed),
     }
     left_out = sorted({feature.blocks for feature in features} - {feature.blocks for feature in kept})
-    notes = [f"a model has {deepest} blocks: nothing of the last {number}" for number in left_out]
+    notes = sets.notes + [f"a model has {deepest} blocks: nothing of the last {number}" for number in left_out]
     return TaskReport(
         "linear",
         ACCURACY,

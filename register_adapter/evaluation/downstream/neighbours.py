@@ -93,7 +93,7 @@ def evaluate_knn(
     sets = read_sets(subjects, train, test, blocks=1, reading=reading)
     chosen_feature = _choose_feature(feature, sets)
     numbers = sorted({number for number in k if number <= len(sets.train_labels)})
-    notes = [] if len(numbers) == len(set(k)) else [f"{len(sets.train_labels)} training images: no larger k"]
+    fewer = [] if len(numbers) == len(set(k)) else [f"{len(sets.train_labels)} training images: no larger k"]
     if not numbers:
         raise ValueError(f"{len(sets.train_labels)} training images, and the smallest k is {min(k)}")
     hits, chosen = {}, {}
@@ -129,7 +129,7 @@ def evaluate_knn(
         settings,
         sets.models,
         sets.skipped,
-        tuple(notes),
+        (*sets.notes, *fewer),
     )
 
 
