@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from command_line import call, run_here
 from peft import AutoPeftModel
 from PIL import Image
@@ -89,6 +90,16 @@ def load_here(folder, pixel_values):
     """In place of the process that loads an adapter again, where that is not what is tested."""
     with torch.no_grad():
         return AutoPeftModel.from_pretrained(folder).eval()(pixel_values=pixel_values).logits
+
+
+def test_the_cards_say_what_the_table_says(demo):
+    rows = {row["arm"]: row for row in demo.report["rows"]}
+    for folder, arm in (("adapter", "trained"), ("both", "both")):
+        metadata = yaml.safe_load((demo.folder / folder / "README.md").read_text("utf-8").split("---")[1])
+        (result,) = metadata["model-index"][0]["results"]
+        values = {metric["name"]: metric["value"] for metric in result["metrics"]}
+        assert values["eval_accuracy"] == pytest.approx(rows[arm]["accuracy"], abs=1e-6)
+        assert result["dataset"]["name"].endswith("test split")
 
 
 @pytest.fixture(scope="module")

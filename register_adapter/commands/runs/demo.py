@@ -106,6 +106,7 @@ class _Setting:
     train: Any
     test: Any
     data_name: str
+    test_name: str | None
     seed: int
     #: What a head learns without registers, where the head is trained at all.
     head: dict[str, torch.Tensor] | None = None
@@ -134,6 +135,7 @@ def _packaged(args: DemoArguments) -> _Setting:
         SceneDataset(args.max_train_steps * args.batch_size, seed=_TRAIN_SEED + args.seed),
         SceneDataset(args.num_eval_images, seed=_TEST_SEED, split="test"),
         "procedural scenes (register_adapter.testbed.scenes)",
+        "procedural scenes (register_adapter.testbed.scenes), test split",
         args.seed,
     )
 
@@ -152,6 +154,7 @@ def _own(args: DemoArguments) -> _Setting:
         data.train,
         data.validation,
         data.name,
+        data.validation_name,
         args.seed,
     )
 
@@ -329,6 +332,8 @@ def _train(args: DemoArguments, setting: _Setting, model: RegisterPeftModel, fol
             overwrite_output_dir=True,
             quiet=not args.progress,
         ),
+        setting.test if folder else None,  # for the card of what is saved
         image_processor=setting.processor,
         training_data=setting.data_name,
+        evaluation_data=setting.test_name,
     )
