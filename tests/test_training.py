@@ -590,6 +590,27 @@ def test_processes_that_see_other_images_are_told_so(vit: Path, photos: Path, tm
     assert re.search(r"ERROR: process 1 has train_samples \d+, the main one \d+", main_one.stderr)
 
 
+def test_the_process_that_is_left_says_how_to_go_on(vit: Path, photos: Path, tmp_path: Path) -> None:
+    out, script = tmp_path / "out", tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\nfrom register_adapter.training import loop\n"
+        "from register_adapter.training.launch import main\n"
+        "inherited = loop.Loop.save_checkpoint\n"
+        "def save_checkpoint(self):\n"
+        "    inherited(self)\n"
+        "    if os.environ['RANK'] == '1':\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.Loop.save_checkpoint = save_checkpoint\nmain(sys.argv[1:])\n"
+    )
+    run = flags(vit, photos, out, "--max_train_steps", "4", "--checkpointing_steps", "1")
+    left, killed = run_two_processes(script, *run)
+    assert (left.returncode, killed.returncode) == (1, -9)
+    assert "Traceback" not in left.stderr
+    assert re.search(
+        r"ERROR: another process of this run has ended.*gloo.*; \S+/checkpoint-1 is complete; go on", left.stderr
+    )
+    assert "--resume-from-checkpoint latest" in left.stderr
+
+
 def test_two_processes_train_and_save_what_one_does(photos: Path, tmp_path: Path) -> None:
     vit = write_vit(tmp_path / "vit", ["a", "b"], dropout=0.0)
     common = ["--num_train_epochs", "2", "--seed", "5", "--learning_rate", "0.01"]

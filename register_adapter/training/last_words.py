@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -12,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import distributed
 
 from ..errors import RegisterAdapterError
 from ..neurons.search import ALL_THE_SAME
 from ..tuner.card_text import OFF
 from ..utils.staging import real_path
+from ..utils.text import one_line
 from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import CheckpointError
 from .interruption import Interrupted
 from .saving import RUN_CONFIG
 
-__all__ = ["farewell", "fit_advice", "summarise", "tell_fault"]
+__all__ = ["farewell", "fit_advice", "is_of_another_process", "of_another_process", "summarise", "tell_fault"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ _RESUME, _OVERWRITE = "--resume-from-checkpoint", "--overwrite-output-dir"
 _SHARES = ("accuracy", "zero_shot_agreement")
 #: Seconds within which the main process has met the same fault, and the launcher has ended the others because of it.
 _PATIENCE = 5.0
+#: What gloo says of the others; nccl's errors have a class.
+_ENDED = re.compile(r"closed by peer|reset by peer|refused|broken pipe|timed out", re.IGNORECASE)
 
 
 @contextmanager
@@ -110,20 +115,34 @@ def farewell(stop: Interrupted, args: TrainArguments, prog: str, argv: Sequence[
         upload = ["hf", "upload", str(args.hub_model_id), str(args.output_dir), ".", "--exclude", "checkpoint-*"]
         command = shlex.join([*upload, "--exclude", RUN_CONFIG])
         return f"{stop}; the adapter is trained and saved in {args.output_dir}; it is uploaded by: {command}"
-    checkpoint = stop.checkpoint or _resumed(args)
+    # What the run was to be resumed from, before it came to that.
+    checkpoint = stop.checkpoint or (_found(args.resume_from_checkpoint, args) if args.resume_from_checkpoint else None)
+    return f"{stop}; {_how_to_go_on(checkpoint, args, prog, argv)}"
+
+
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether an error is of a run on several processes, one of which has ended or cannot be reached any more."""
+    kinds = (distributed.DistBackendError, distributed.DistNetworkError) if distributed.is_available() else ()
+    return isinstance(error, kinds) or ("gloo" in str(error) and _ENDED.search(str(error)) is not None)
+
+
+def of_another_process(error: RuntimeError, args: TrainArguments, prog: str, argv: Sequence[str]) -> str:
+    """One line for a run, one process of which has ended: what is there, and the command that goes on."""
+    said = f"another process of this run has ended, or cannot be reached ({one_line(error, 200)})"
+    return f"{said}; {_how_to_go_on(_found('latest', args), args, prog, argv)}"
+
+
+def _how_to_go_on(checkpoint: Path | None, args: TrainArguments, prog: str, argv: Sequence[str]) -> str:
     if checkpoint is None:
-        return f"{stop}; no checkpoint is there; start again with: {_command(prog, argv)}"
+        return f"no checkpoint is there; start again with: {_command(prog, argv)}"
     own = real_path(checkpoint).parent == real_path(str(args.output_dir))
     words = [*_without(argv, (_RESUME, _OVERWRITE)), _RESUME, "latest" if own else str(checkpoint)]
-    return f"{stop}; {checkpoint} is complete; go on with: {_command(prog, words)}"
+    return f"{checkpoint} is complete; go on with: {_command(prog, words)}"
 
 
-def _resumed(args: TrainArguments) -> Path | None:
-    """What the run was to be resumed from, before it came to that."""
-    if not args.resume_from_checkpoint:
-        return None
+def _found(which: str, args: TrainArguments) -> Path | None:
     try:
-        return checkpoints.find(args.resume_from_checkpoint, str(args.output_dir))
+        return checkpoints.find(which, str(args.output_dir))
     except CheckpointError:
         return None
 

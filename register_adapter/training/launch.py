@@ -35,7 +35,7 @@ from .bases import load_base
 from .callbacks import AnnealNeurons
 from .flags import ModelArguments, config_words, did_you_mean, render_config
 from .interruption import Interrupted, Interruption
-from .last_words import farewell, summarise, tell_fault
+from .last_words import farewell, is_of_another_process, of_another_process, summarise, tell_fault
 from .objectives import OBJECTIVES, ClassificationObjective
 from .objectives.flags import (
     add_objective_flags,
@@ -95,6 +95,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "register_adapter.train"
         except (RegisterAdapterError, FloatingPointError, ValueError, OSError) as error:
             # A mistake of the user's, not of the program's: no traceback.
             tell_fault(shortened(without_password(str(error))), state)
+            sys.exit(1)
+        except RuntimeError as error:
+            if state.num_processes == 1 or not is_of_another_process(error):
+                raise
+            tell_fault(of_another_process(error, args, prog, argv), state)
             sys.exit(1)
         except KeyboardInterrupt as error:
             stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
