@@ -15,6 +15,7 @@ from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from register_adapter import (
     AdapterFileError,
@@ -163,6 +164,17 @@ def test_weights_without_a_config_replace_nothing_of_the_base(way: str, tmp_path
     with pytest.raises(AdapterFileError, match="does not mention"):
         model.load_adapter(str(tmp_path), "default")
     before.check()
+
+
+def test_a_head_of_which_the_model_has_the_name_alone_is_left_out(tmp_path: Path) -> None:
+    trained = moved(add_registers(with_head(), 2, modules_to_save=["classifier"]))
+    trained.save_pretrained(tmp_path)
+    base = with_head()
+    base.classifier = nn.Identity()  # as timm's num_classes=0
+    model = add_registers(base, 2)
+    with pytest.warns(UserWarning, match="has 'classifier' trained beside its registers"):
+        model.load_adapter(str(tmp_path), "default")
+    assert torch.equal(tokens(model), tokens(trained))
 
 
 def test_a_base_that_is_trained_along_is_no_other_one(tmp_path: Path) -> None:

@@ -332,7 +332,7 @@ class RegisterModel(BaseTuner):
             known = saved_by_key(model, adapter_name, state_dict)
             config = cast(Any, model).peft_config[adapter_name]
             rest = {key: value for key, value in state_dict.items() if key not in known}
-            rest = without_left_out(model, config.left_out, [*config.task_heads, *lacking], rest)
+            rest = without_left_out(model, [*config.left_out, *lacking], config.task_heads, rest)
             # Here, since PEFT 0.18 puts what is none of the adapter's into the base before anybody is asked.
             check_file_tensors(config, adapter_name, {key: state_dict[key] for key in known} | rest)
             yield {known[key]: state_dict[key] for key in known} | rest

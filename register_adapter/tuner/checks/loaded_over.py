@@ -16,9 +16,10 @@ from ...towers.tower import Tower
 from ...utils.hub import find_config
 from .._peft_compat import FromFile
 from ..config import RegisterConfig
-from ..heads import labels_for, modules_called
+from ..heads import labels_for
 from ..layer import RegisterLayer, register_layers
 from ..neuron_shift import count_neurons
+from .head_weights import lacking_heads, warn_of_left_out
 from .placing import checked_identity
 
 __all__ = ["check_same_base", "loading_over", "read_beside"]
@@ -60,7 +61,9 @@ def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]
     for layer in layers:
         layer.renew_bases()
         check_same_base(layer.tower, config, saved)
-    yield [name for name in saved.modules_to_save or [] if not modules_called(model, name)]
+    if lacking := lacking_heads(model, saved.modules_to_save or ()):
+        warn_of_left_out(model, lacking)
+    yield lacking
     if saved.id2label:
         _name(model, adapter_name, saved.id2label, layers)
 

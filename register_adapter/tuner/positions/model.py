@@ -179,12 +179,14 @@ class PositionModel(Walked, BaseTuner):
         over = isinstance(state_dict, FromFile) and all(layer.before is None for layer in layers)
         file = naming(state_dict.source[0], others=False) if isinstance(state_dict, FromFile) else nullcontext()
         with file, values_unchanged_if_refused(model, adapter_name, [layer.before for layer in layers]):
-            saved = read_beside(PositionConfig, state_dict) if over else None
+            saved: Any = read_beside(PositionConfig, state_dict) if over else None
             if saved is not None:
                 renew_base(model, config)
                 check_same_base(find_tower(model, config.tower_name), config, saved)
-            lacking = lacking_heads(model, cast(Any, saved).modules_to_save or ()) if saved is not None else []
-            state_dict = without_left_out(model, config.left_out, lacking, state_dict)
+            lacking = lacking_heads(model, saved.modules_to_save or ()) if saved is not None else []
+            if lacking:
+                warn_of_left_out(model, lacking, rest="position embeddings")
+            state_dict = without_left_out(model, [*config.left_out, *lacking], (), state_dict)
             shapes = {OFFSETS_KEY: tuple(layers[0].base.shape)} if layers else {}
             present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
             check_tensors(state_dict, shapes, config.modules_to_save, f"adapter {adapter_name!r}", present)
