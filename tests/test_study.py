@@ -269,6 +269,14 @@ def test_images_are_told_by_their_content(form: str, tmp_path: Path) -> None:
         study(output_dir=out, **{**asked, "images": given(others)})
 
 
+def test_without_a_task_it_goes_on_whatever_the_head_says(tmp_path: Path) -> None:
+    """A head that the checkpoint lacks is another one at every load."""
+    for model in (load_base("clean"), _halved("classifier")):
+        study(output_dir=tmp_path, **_asked(task=None, model=model))
+    with pytest.raises(ValueError, match=r"other settings \(weights "):
+        study(output_dir=tmp_path, **_asked(task=None, model=_halved("layer")))
+
+
 def test_an_adapter_that_was_removed_is_made_again(done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "out")
     for place in ("train-4-registers/seed-1", "fit-1-register"):

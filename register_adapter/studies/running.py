@@ -23,7 +23,7 @@ from ..data.processors import find_image_processor, source_of
 from ..errors import RegisterAdapterError, UnsupportedModelError
 from ..evaluation.downstream.provenance import combined_digest, weights_digest
 from ..towers.identity import TowerIdentity
-from ..towers.tower import find_tower
+from ..towers.tower import Tower, find_tower
 from ..training.run_lock import folder_lock
 from ..utils.arguments import check_whole
 from ..utils.environment import version
@@ -35,7 +35,7 @@ from .images import Images, Part, read_images
 from .records import ADAPTER, Record, Records
 from .result import FILES, Origin, Outcome, StudyResult, write_result
 from .ruler import Figures, Ruler, outlier_factor
-from .tasks import Task
+from .tasks import Accuracy, Task
 
 __all__ = ["study"]
 
@@ -119,8 +119,7 @@ def study(
     shared = read_images(images, image_processor, max_images, strict)
     settings = {
         "model": TowerIdentity.of(tower).to_dict(),
-        # Many checkpoints lack the pooler of their class, which is new at random then, whenever they are loaded.
-        "weights": weights_digest(model, without="pooler")[:16],
+        "weights": _weights_digest(model, tower, task)[:16],
         "processor": _processor_digest(image_processor),
         "images": [len(shared.items), shared.digest()],
         **{"steps": steps, "rule": rule, "batch_size": batch_size},
@@ -156,6 +155,17 @@ def _check_call(model: nn.Module) -> None:
             f"{type(inner).__name__} is not called as model(pixel_values=...), as models of transformers are, so "
             "that a study cannot train it; audit() and fit_test_time_registers() take it"
         )
+
+
+def _weights_digest(model: nn.Module, tower: Tower, task: Task | None) -> str:
+    """A hash of the weights that figures depend on.
+
+    Many checkpoints lack the pooler of their class, or the head where nobody asks for what it says: both are new at
+    random then, whenever they are loaded. What a class's logits are made of is compared whole (BEiT's pooler, too).
+    """
+    if isinstance(task, Accuracy):
+        return weights_digest(model)
+    return weights_digest(model if task else tower.module, without="pooler")
 
 
 def _processor_digest(image_processor: Any) -> str:
