@@ -13,6 +13,7 @@ import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, run
 from peft import LNTuningConfig, LoraConfig, PeftModel
+from torch import nn
 
 from register_adapter import AdapterFileError, PositionConfig, RegisterConfig, compose, load_adapters, save_adapters
 from register_adapter.tuner.composed import load_onto
@@ -97,3 +98,12 @@ def test_lora_alone_whose_tower_lies_elsewhere_is_refused_where_commands_load_it
         load_onto(model, tmp_path / "lora")
     assert str(tmp_path / "lora") in str(caught.value)
     before.check()
+
+
+def test_lora_alone_beside_a_head_of_no_parameters_says_what_it_leaves_out(tmp_path: Path) -> None:
+    expected, _ = trained("lora", tmp_path, beside=False)
+    base = head_model()
+    base.classifier = nn.Identity()  # as timm's num_classes=0
+    with pytest.warns(UserWarning, match="has 'classifier' trained beside its layers, and ViTForImageClassification"):
+        model = load_onto(base, tmp_path / "lora")
+    assert torch.allclose(features(model), expected, atol=1e-6)

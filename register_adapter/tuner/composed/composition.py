@@ -20,6 +20,7 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...utils.arguments import check_mapping
+from ..checks.head_weights import lacking_heads, warn_of_left_out
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import EVERYONE
@@ -182,10 +183,14 @@ def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
     if holds_several(folder):
         return load_adapters(model, folder)
     alone = read_alone(folder)
+    heads = getattr(alone.config, "modules_to_save", None) or ()
     with naming(alone.path), unchanged_if_refused(model):
+        lacking = lacking_heads(model, heads)
         loaded = PeftModel.from_pretrained(model, str(folder))
         if not isinstance(alone.config, KNOW_THEIR_BASE):
             check_filled(loaded, alone.keys)
+            if lacking:
+                warn_of_left_out(model, lacking, rest="layers")
         return cast(nn.Module, loaded)
 
 
