@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,42 @@ def test_values_for_a_base_that_the_caller_has_excused_are_loaded_over(way: str,
         assert_identical(run(model, make_inputs("vit")), expected)
     with pytest.raises(BaseModelMismatchError):
         load(other_base(), tmp_path / "again")
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["config", "weights alone"])
+@pytest.mark.parametrize("way", ["add_registers", "peft", "positions"])
+def test_a_pipe_is_not_waited_for(way: str, config: bool, tmp_path: Path) -> None:
+    model = moved(WAYS[way](build("vit")))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    os.mkfifo(tmp_path / "adapter_model.safetensors")
+    if not config:
+        (tmp_path / "adapter_config.json").unlink()
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises((AdapterFileError, OSError), match=r"adapter_model\.safetensors"):
+        model.load_adapter(str(tmp_path), "default")
+    before.check()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_half_a_file_is_named(way: str, tmp_path: Path) -> None:
+    model = moved(WAYS[way](build("vit")))
+    model.save_pretrained(tmp_path)
+    folder = tmp_path / "default" if (tmp_path / "default").is_dir() else tmp_path
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    before = Snapshot(model, make_inputs("vit"))
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors"):
+        model.load_adapter(str(folder), "default")
+    before.check()
+
+
+@pytest.mark.parametrize("way", ["peft", "positions"])
+def test_a_pickle_is_not_opened(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moved(WAYS[way](build("vit")))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({}))
+    monkeypatch.setattr("peft.utils.save_and_load.torch_load", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(AdapterFileError, match="pickled weights"):
+        model.load_adapter(str(tmp_path), "default")

@@ -152,6 +152,9 @@ def _load_by_method() -> None:
 
     @wraps(read)
     def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        from .checks.loaded_over import check_to_read
+
+        check_to_read(model_id, kwargs.get("subfolder"), partial(_reader_of, model_id, kwargs.get("subfolder"), kwargs))
         tensors = FromFile(read(model_id, *args, **kwargs))
         tensors.source = str(model_id), kwargs
         return tensors
