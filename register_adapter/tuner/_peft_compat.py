@@ -87,7 +87,7 @@ def register(config_cls: type, model_cls: type) -> None:
         register_peft_method(name=METHOD, config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
         _READERS[METHOD.upper()], _LOADERS[METHOD.upper()] = config_cls, model_cls
         _read_by_method()
-        _load_by_method()
+        _load_by_method(model_cls)
         _save_with(model_cls)
 
 
@@ -128,7 +128,7 @@ def _reader_of(name: Any, subfolder: str | None, kwargs: dict[str, Any]) -> Any:
     return next((reader for method, reader in _READERS.items() if method in said), None)
 
 
-def _load_by_method() -> None:
+def _load_by_method(model_cls: Any) -> None:
     """Have PEFT put a file's values into an adapter of these methods by way of their tuners' ``loading``.
 
     PEFT looks for the modules of ``modules_to_save`` before it asks the tuner, and finds them by one name alone.
@@ -152,9 +152,8 @@ def _load_by_method() -> None:
 
     @wraps(read)
     def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        from .checks.loaded_over import check_to_read
-
-        check_to_read(model_id, kwargs.get("subfolder"), partial(_reader_of, model_id, kwargs.get("subfolder"), kwargs))
+        subfolder = kwargs.get("subfolder")
+        model_cls.before_read(model_id, subfolder, partial(_reader_of, model_id, subfolder, kwargs))
         tensors = FromFile(read(model_id, *args, **kwargs))
         tensors.source = str(model_id), kwargs
         return tensors

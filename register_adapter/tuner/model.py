@@ -34,7 +34,7 @@ from .hooks.base import ATTACHING
 from .hooks.choice import check_batch
 from .layer import BASE, RegisterLayer, attached_layers, register_layers
 from .left_out import follow_contexts
-from .reading import naming
+from .reading import check_to_read, naming
 from .registers import refuse_merging, refuse_summing
 from .saved_keys import class_rows, keys_of_copies, place_of_key, saved_by_key, state_to_save
 from .undo import take_off_unfinished, unchanged_if_refused, values_unchanged_if_refused
@@ -270,6 +270,8 @@ class RegisterModel(BaseTuner):
         base: nn.Module = self.model
         return base
 
+    #: Asked before PEFT reads a folder's weights.
+    before_read = staticmethod(check_to_read)
     #: What a PEFT asks that has no hook for the tensors of an adapter (0.18).
     state_to_save = staticmethod(state_to_save)
 

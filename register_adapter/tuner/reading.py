@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftConfig, PeftType
+from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError, RegisterAdapterError
-from ..utils.adapter_file import TensorInfo
+from ..utils.adapter_file import TensorInfo, read_header
 from ..utils.files import check_regular, checksum, open_regular
 from ..utils.hub import CONFIG_NAME, WEIGHTS_NAME, checked_token, find_config, find_weights
 from ..utils.text import one_line
@@ -24,6 +25,7 @@ __all__ = [
     "SavedWeights",
     "check_imports",
     "check_method",
+    "check_to_read",
     "naming",
     "note_checksums",
     "read_json",
@@ -185,6 +187,37 @@ def check_method(folder: str | Path, subfolder: str | None, present: PeftConfig 
                 f"{PeftType(present.peft_type).value}, and takes no values from it. Give the name of an adapter of "
                 f"{method}, or a new name. Nothing was changed."
             )
+
+
+def check_to_read(name: Any, subfolder: str | None, is_ours: Callable[[], Any]) -> None:
+    """Look at a folder's weights before PEFT reads them over those of an adapter, for which it reads no config.
+
+    It would wait for a pipe, unpickle what is there, and name no file.
+
+    Args:
+        name: The folder; repositories are left to PEFT.
+        subfolder: Folder in it.
+        is_ours: Whether its config is of a method of this package; asked if there is a config that can be read.
+
+    Raises:
+        AdapterFileError: The weights of a method of this package are pickled, or no whole safetensors file.
+        OSError: They are no regular file, of whatever method.
+    """
+    if not Path(name).is_dir():
+        return
+    config, weights = (Path(name, subfolder or "", file) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    if config.is_file() and config.stat().st_size <= _MAX_BYTES and is_ours():
+        if weights.exists():
+            read_header(weights)
+            try:
+                with safe_open(weights, "pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise AdapterFileError(f"{weights} is not a whole safetensors file: {error}") from error
+        else:
+            find_weights(str(name), subfolder, {})  # refuses pickled ones
+    elif not weights.is_dir():
+        check_regular(weights)
 
 
 def note_checksums(folder: Path) -> None:

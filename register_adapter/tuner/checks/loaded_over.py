@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...errors import AdapterFileError, BaseModelMismatchError, RegisterAdapterError
 from ...towers.identity import but_for_trained
 from ...towers.tower import Tower
-from ...utils.adapter_file import read_header
-from ...utils.files import check_regular
-from ...utils.hub import CONFIG_NAME, WEIGHTS_NAME, find_config, find_weights
+from ...utils.hub import find_config
 from .._peft_compat import FromFile
 from ..config import RegisterConfig
 from ..heads import labels_for
@@ -26,43 +22,10 @@ from ..neuron_shift import count_neurons
 from .head_weights import lacking_heads, warn_of_left_out
 from .placing import checked_identity
 
-__all__ = ["check_same_base", "check_to_read", "loading_over", "read_beside"]
+__all__ = ["check_same_base", "loading_over", "read_beside"]
 
 #: What a file's tensors do not tell, and the registers' values are worth nothing without.
 _PLACED = ("insert_layer", "deep", "key_value", "remove", "register_neurons")
-#: Far beyond any config.
-_MAX_CONFIG = 2**24
-
-
-def check_to_read(name: Any, subfolder: str | None, is_ours: Callable[[], Any]) -> None:
-    """Look at a folder's weights before PEFT reads them over those of an adapter, for which it reads no config.
-
-    It would wait for a pipe, unpickle what is there, and name no file.
-
-    Args:
-        name: The folder; repositories are left to PEFT.
-        subfolder: Folder in it.
-        is_ours: Whether its config is of a method of this package; asked if there is a config that can be read.
-
-    Raises:
-        AdapterFileError: The weights of a method of this package are pickled, or no whole safetensors file.
-        OSError: They are no regular file, of whatever method.
-    """
-    if not Path(name).is_dir():
-        return
-    config, weights = (Path(name, subfolder or "", file) for file in (CONFIG_NAME, WEIGHTS_NAME))
-    if config.is_file() and config.stat().st_size <= _MAX_CONFIG and is_ours():
-        if weights.exists():
-            read_header(weights)
-            try:
-                with safe_open(weights, "pt"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise AdapterFileError(f"{weights} is not a whole safetensors file: {error}") from error
-        else:
-            find_weights(str(name), subfolder, {})  # refuses pickled ones
-    elif not weights.is_dir():
-        check_regular(weights)
 
 
 @contextmanager
