@@ -78,6 +78,8 @@ OTHERS = {
     "the base's own": tensors(lambda values: values.update({"base_model.model.layernorm.weight": torch.ones(16)})),
     "an import": setting(megatron_core="os"),
     "no such module": setting(target_modules=["nowhere"]),
+    "an infinite scale": setting(lora_alpha=float("inf")),
+    "an infinite scale of one layer": setting(alpha_pattern={"q_proj": float("nan")}),
 }
 CASES = [(kind, alter) for kind in ("registers", "lora") for alter in CONFIGS] + [("lora", alter) for alter in OTHERS]
 

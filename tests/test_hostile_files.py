@@ -86,6 +86,20 @@ def test_a_gigabyte_of_zeros_is_refused_by_its_header(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17, "kilobytes that were read"
 
 
+def test_a_name_of_a_million_characters_is_not_repeated_whole(tmp_path: Path) -> None:
+    header = {KEY: entry([4, 8], size=128), "x" * 10**6: entry([0])}
+    path = write_header(tmp_path / "long.safetensors", header, 2 * 10**6)
+    with pytest.raises(AdapterFileError, match="does not mention") as caught:
+        check_adapter_file(path, SHAPES, None)
+    assert len(str(caught.value)) < 5000
+
+
+def test_heads_are_counted_before_they_are_looked_for(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "x.safetensors", {KEY: entry([4, 8], size=128), "x" * 10**6: entry([0])}, 2 * 10**6)
+    with pytest.raises(AdapterFileError, match="100000 modules_to_save, where an adapter has a few"):
+        check_adapter_file(path, SHAPES, [f"head{number}" for number in range(10**5)])
+
+
 HEADS = {
     "complex": torch.zeros(2, 8, dtype=torch.complex64),
     "bool": torch.zeros(2, 8, dtype=torch.bool),

@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError
 from .files import open_regular
+from .text import shortened
 
 __all__ = [
     "GATE_KEY",
+    "MAX_HEADS",
     "NEURON_KEYS",
     "STRENGTH_KEY",
     "TOKENS_KEY",
@@ -69,6 +71,7 @@ _BY_NAME = {
 }
 # Far beyond any adapter: bytes of a header, tensors in it, dimensions of one.
 _MAX_HEADER, _MAX_TENSORS, _MAX_DIMENSIONS = 2**24, 20_000, 8
+MAX_HEADS = 1_000
 _METADATA = "__metadata__"
 #: The largest value whose square float32 can hold: norms, layer norms and attention multiply values of one size.
 _LARGEST = torch.finfo(torch.float32).max ** 0.5
@@ -272,6 +275,8 @@ def _refuse(faults: list[str], source: str | Path) -> None:
 def _layout_faults(
     layout: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], saved: list[str], needed: list[str]
 ) -> list[str]:
+    if len(saved) > MAX_HEADS:  # each is looked for in each key
+        return [f"{len(saved)} modules_to_save, where an adapter has a few"]
     faults = []
     tokens: set[str] = set()
     for end, expected in shapes.items():
@@ -351,4 +356,4 @@ def _names(keys: Iterable[str]) -> list[str]:
 
 def _first_few(faults: list[str]) -> str:
     more = f"; and {len(faults) - _SHOWN} more faults" if len(faults) > _SHOWN else ""
-    return "; ".join(faults[:_SHOWN]) + more
+    return "; ".join(shortened(fault, 1000) for fault in faults[:_SHOWN]) + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 
 from ...errors import AdapterFileError
-from ...utils.adapter_file import TensorInfo, check_finite, is_of, read_header, read_tensors
+from ...utils.adapter_file import MAX_HEADS, TensorInfo, check_finite, is_of, read_header, read_tensors
 from ...utils.hub import CONFIG_NAME, WEIGHTS_NAME, check_folder, find_config, find_weights
 from ..config import RegisterConfig
 from ..reading import check_imports, naming, read_json
@@ -84,6 +85,10 @@ def read_files(path: Path, weights: Path) -> tuple[PeftConfig, frozenset[str]]:
     check_imports(values, path)
     with naming(path):
         config = kinds[method].from_pretrained(str(path.parent))
+    if odd := [name for name, value in vars(config).items() if not _is_finite(value)]:
+        raise AdapterFileError(
+            f"{path} says {odd[0]}={getattr(config, odd[0])!r:.100}: not finite. Nothing was changed."
+        )
     if not isinstance(config, RegisterConfig):
         _check_sizes(config, layout := read_header(weights), weights)
         _check_owned(config, layout, weights)  # before any value is read: there may be gigabytes
@@ -91,6 +96,13 @@ def read_files(path: Path, weights: Path) -> tuple[PeftConfig, frozenset[str]]:
     if not isinstance(config, RegisterConfig):
         check_finite(tensors, weights)
     return config, frozenset(tensors)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a config's field is infinite, or none."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _check_sizes(config: PeftConfig, layout: Mapping[str, TensorInfo], path: Path) -> None:
@@ -121,6 +133,8 @@ def _check_owned(config: PeftConfig, keys: Iterable[str], path: Path) -> None:
     if mark == "ln_":
         return
     heads, bias = getattr(config, "modules_to_save", None) or [], getattr(config, "bias", "none")
+    if len(heads) > MAX_HEADS:  # each is looked for in each key
+        raise AdapterFileError(f"{path.with_name(CONFIG_NAME)} has {len(heads)} modules_to_save. Nothing was changed.")
     foreign = [
         key
         for key in keys
