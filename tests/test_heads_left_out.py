@@ -12,10 +12,19 @@ import torch
 import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, run
-from peft import LNTuningConfig, LoraConfig, PeftModel
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from register_adapter import AdapterFileError, PositionConfig, RegisterConfig, compose, load_adapters, save_adapters
+from register_adapter import (
+    AdapterFileError,
+    PositionConfig,
+    RegisterConfig,
+    add_registers,
+    compose,
+    load_adapters,
+    save_adapters,
+)
 from register_adapter.tuner.composed import load_onto
 
 HEAD: dict[str, Any] = {"modules_to_save": ["classifier"]}
@@ -85,6 +94,31 @@ def test_moved_positions_alone_leave_the_head_out(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=LEFT_OUT):
         model = PeftModel.from_pretrained(build("vit"), tmp_path / "positions")
     assert torch.allclose(features(model), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("modules", [["classifier"], None], ids=["head", "task alone"])
+def test_moved_positions_with_a_task_load_on_the_backbone(modules: list[str] | None, tmp_path: Path) -> None:
+    model = get_peft_model(head_model(), PositionConfig(task_type="SEQ_CLS", modules_to_save=modules))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        loaded = PeftModel.from_pretrained(build("vit"), tmp_path)
+    assert torch.allclose(features(loaded), features(model), atol=1e-6)
+
+
+def test_a_head_that_is_refused_leaves_the_classes_of_the_config(tmp_path: Path) -> None:
+    other, model = (add_registers(head_model(), 2, modules_to_save=["classifier"]) for _ in range(2))
+    other.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.classifier.weight"] = torch.zeros(7, 32)  # and no bias of that size
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").unlink()
+    before = copy.deepcopy(model.peft_config["default"].to_dict())
+    with pytest.raises((AdapterFileError, RuntimeError)):
+        model.load_adapter(str(tmp_path), "default")
+    assert model.peft_config["default"].to_dict() == before
 
 
 def test_lora_alone_whose_tower_lies_elsewhere_is_refused_where_commands_load_it(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 
@@ -11,6 +11,7 @@ from ...towers.identity import TowerIdentity
 from ...utils.adapter_file import TensorInfo, check_adapter_file, read_header
 from .._peft_compat import CHECKS_IMPORTS, POSITIONS, member
 from ..fields import check_types, one_name
+from ..heads import TASK_HEADS
 from ..reading import SavedFolder, SavedWeights, naming, without_unlisted
 
 __all__ = ["OFFSETS_KEY", "PositionConfig"]
@@ -100,7 +101,10 @@ class PositionConfig(PeftConfig):
         if weights is not None:
             header = read_header(weights)
             shape = next((info.shape for key, info in header.items() if key.endswith(OFFSETS_KEY)), ())
-            tensors = check_adapter_file(weights, {OFFSETS_KEY: shape}, config.modules_to_save)
+            # PEFT adds a task's, which a model may lack.
+            optional = TASK_HEADS.get(cast(Any, config.task_type), ())
+            needed = [name for name in config.modules_to_save or [] if name not in optional]
+            tensors = check_adapter_file(weights, {OFFSETS_KEY: shape}, config.modules_to_save, needed)
             layout = {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
             config.saved_weights = SavedWeights(weights, layout, None)
             config.moves = any(bool(value.any()) for key, value in tensors.items() if key.endswith(OFFSETS_KEY))

@@ -17,7 +17,7 @@ from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.identity import TowerIdentity, check_finite_base, identity_now, trains_biases
 from ...towers.tower import Tower, find_tower
-from ...utils.adapter_file import check_range, check_tensors
+from ...utils.adapter_file import check_range, check_tensors, is_of
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, FromFile, activate_heads, remap_on_load, renew_on_save
 from ..checks.head_weights import lacking_heads, warn_of_left_out, without_left_out
@@ -25,7 +25,7 @@ from ..checks.loaded_over import check_same_base, read_beside
 from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
-from ..heads import check_adapter_name, modules_called, number_of_labels
+from ..heads import TASK_HEADS, check_adapter_name, modules_called, number_of_labels
 from ..layer import RegisterLayer
 from ..reading import naming
 from ..saved_keys import copied_modules
@@ -75,11 +75,8 @@ class PositionModel(Walked, BaseTuner):
             if not config.from_file:
                 check_copies_load(model, config.modules_to_save or (), by_end=False)
             check_adapter_name(model, adapter_name, config.modules_to_save or ())
-            heads = config.modules_to_save or []
-            if config.from_file and (lacking := lacking_heads(model, heads)):
-                warn_of_left_out(model, lacking, rest="position embeddings")
-                config.left_out = lacking
-                config.modules_to_save = [name for name in heads if name not in lacking] or None
+            if config.from_file:
+                _leave_out_heads(model, config)
             self._place = place_of_positions(tower)
             present = TowerIdentity.of(tower)
             check_finite_base(tower, present)
@@ -239,6 +236,17 @@ def renew_base(model: nn.Module, config: PeftConfig) -> None:
         now = identity_now(tower, config.attached_to or config.identity, biases=not (others and trained))
         if now is not None:
             config.base_tower, config.attached_to = now.to_dict(), now
+
+
+def _leave_out_heads(model: nn.Module, config: PositionConfig) -> None:
+    """Have a saved config do without modules that the model lacks; PEFT counts on those that a task has added."""
+    heads = config.modules_to_save or []
+    config.left_out = lacking_heads(model, heads)
+    optional = TASK_HEADS.get(cast(Any, config.task_type), ())
+    config.modules_to_save = [name for name in heads if name not in config.left_out or name in optional] or None
+    layout = config.saved_weights.layout if config.saved_weights is not None else ()
+    if gone := [name for name in config.left_out if any(is_of(key, name) for key in layout)]:
+        warn_of_left_out(model, gone, rest="position embeddings")
 
 
 def _check_file(model: nn.Module, tower: Tower, place: tuple[nn.Module, str], config: PositionConfig) -> None:
