@@ -331,25 +331,13 @@ class RegisterModel(BaseTuner):
         file = naming(state_dict.source[0], others=False) if isinstance(state_dict, FromFile) else nullcontext()
         kept = values_unchanged_if_refused(model, adapter_name, states)
         config = cast(Any, model).peft_config[adapter_name]
-        with file, kept, _config_kept(config), loading_over(model, adapter_name, state_dict) as lacking:
+        with file, kept, loading_over(model, adapter_name, state_dict) as lacking:
             known = saved_by_key(model, adapter_name, state_dict)
             rest = {key: value for key, value in state_dict.items() if key not in known}
             rest = without_left_out(model, [*config.left_out, *lacking], config.task_heads, rest)
             # Here, since PEFT 0.18 puts what is none of the adapter's into the base before anybody is asked.
             check_file_tensors(config, adapter_name, {key: state_dict[key] for key in known} | rest)
             yield {known[key]: state_dict[key] for key in known} | rest
-
-
-@contextmanager
-def _config_kept(config: PeftConfig) -> Iterator[None]:
-    """A context at whose refusal a config says what it did: a head's number of classes is noted before its values."""
-    before = dict(vars(config))
-    try:
-        yield
-    except BaseException:
-        vars(config).clear()
-        vars(config).update(before)
-        raise
 
 
 def _unnamed(number: int) -> dict[int, str]:

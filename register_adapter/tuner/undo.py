@@ -206,6 +206,8 @@ def values_kept(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[Non
 def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: list[Before | None]) -> Iterator[None]:
     """A context in which an adapter's values are put into a model, which is as it was if they are refused.
 
+    So is the adapter's config: a head's number of classes, and the base as it is now, are noted before the values.
+
     Args:
         model: The model with the adapter.
         adapter_name: Its name.
@@ -221,12 +223,17 @@ def values_unchanged_if_refused(model: nn.Module, adapter_name: str, states: lis
     if not before:
         before = [Before(model)]
     heads = [f"{path}." for path, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    said = None if config is None else dict(vars(config))
     try:
         with values_kept(model, lambda key: any(part in f".{key}" for part in own)):
             yield
     except BaseException as error:
         for state in before:
             state.restore()
+        if config is not None and said is not None:
+            vars(config).clear()
+            vars(config).update(said)
         if isinstance(error, KeyError) and str(error.args[0]).startswith(tuple(heads)):  # PEFT's
             raise AdapterFileError(
                 f"the adapter {adapter_name!r} cannot be loaded: it lacks {error.args[0]!r}, which its "

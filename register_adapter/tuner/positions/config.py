@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftConfig
 
@@ -102,8 +102,7 @@ class PositionConfig(PeftConfig):
             header = read_header(weights)
             shape = next((info.shape for key, info in header.items() if key.endswith(OFFSETS_KEY)), ())
             # PEFT adds a task's, which a model may lack.
-            optional = TASK_HEADS.get(cast(Any, config.task_type), ())
-            needed = [name for name in config.modules_to_save or [] if name not in optional]
+            needed = [name for name in config.modules_to_save or [] if name not in config.task_heads]
             tensors = check_adapter_file(weights, {OFFSETS_KEY: shape}, config.modules_to_save, needed)
             layout = {key: TensorInfo(value.dtype, tuple(value.shape)) for key, value in tensors.items()}
             config.saved_weights = SavedWeights(weights, layout, None)
@@ -114,6 +113,11 @@ class PositionConfig(PeftConfig):
     def identity(self) -> TowerIdentity | None:
         """The base tower's identity, ``None`` before the adapter was attached."""
         return TowerIdentity.from_dict(self.base_tower) if self.base_tower else None
+
+    @property
+    def task_heads(self) -> tuple[str, ...]:
+        """What PEFT adds to ``modules_to_save`` for the ``task_type``, whether or not a model has it."""
+        return TASK_HEADS.get(self.task_type, ())
 
     @property
     def tower_name(self) -> str | None:

@@ -25,7 +25,7 @@ from ..checks.loaded_over import check_same_base, read_beside
 from ..checks.placing import check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
-from ..heads import TASK_HEADS, check_adapter_name, modules_called, number_of_labels
+from ..heads import check_adapter_name, modules_called, number_of_labels
 from ..layer import RegisterLayer
 from ..reading import naming
 from ..saved_keys import copied_modules
@@ -242,8 +242,9 @@ def _leave_out_heads(model: nn.Module, config: PositionConfig) -> None:
     """Have a saved config do without modules that the model lacks; PEFT counts on those that a task has added."""
     heads = config.modules_to_save or []
     config.left_out = lacking_heads(model, heads)
-    optional = TASK_HEADS.get(cast(Any, config.task_type), ())
-    config.modules_to_save = [name for name in heads if name not in config.left_out or name in optional] or None
+    config.modules_to_save = [
+        name for name in heads if name not in config.left_out or name in config.task_heads
+    ] or None
     layout = config.saved_weights.layout if config.saved_weights is not None else ()
     if gone := [name for name in config.left_out if any(is_of(key, name) for key in layout)]:
         warn_of_left_out(model, gone, rest="position embeddings")
