@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from families import build, make_inputs
 from helpers import Snapshot, assert_identical, run
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_heads_left_out import head_model
 from torch import nn
 
 from register_adapter import (
@@ -94,13 +94,6 @@ def test_biases_that_came_with_a_new_adapter_go_back(tmp_path: Path) -> None:
     before.check()
 
 
-def with_head() -> Any:
-    base = build("vit")
-    model = tf.ViTForImageClassification(base.config)
-    model.vit.load_state_dict(base.state_dict(), strict=False)
-    return model.requires_grad_(False)
-
-
 def tokens(model: Any) -> torch.Tensor:
     values = model.state_dict()
     return next(value for key, value in values.items() if key.endswith("register_adapter_tokens.default.weight"))
@@ -146,10 +139,10 @@ def test_register_neurons_at_work_elsewhere_are_refused(given: dict[str, Any], s
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "positions"])
 def test_a_head_that_the_model_lacks_is_left_out(way: str, tmp_path: Path) -> None:
-    trained = moved(WAYS[way](with_head(), modules_to_save=["classifier"]))
+    trained = moved(WAYS[way](head_model(), modules_to_save=["classifier"]))
     trained.save_pretrained(tmp_path, selected_adapters=["default"])
     folder = tmp_path / "default" if (tmp_path / "default").is_dir() else tmp_path
-    model, plain = WAYS[way](build("vit")).eval(), WAYS[way](with_head()).eval()
+    model, plain = WAYS[way](build("vit")).eval(), WAYS[way](head_model()).eval()
     with pytest.warns(UserWarning, match="has 'classifier' trained beside its registers, and ViTModel"):
         model.load_adapter(str(folder), "default")
     assert torch.equal(tokens(model), tokens(trained))
@@ -159,9 +152,9 @@ def test_a_head_that_the_model_lacks_is_left_out(way: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("way", ["add_registers", "peft"])
 def test_weights_without_a_config_replace_nothing_of_the_base(way: str, tmp_path: Path) -> None:
-    moved(WAYS[way](with_head(), modules_to_save=["classifier"])).save_pretrained(tmp_path)
+    moved(WAYS[way](head_model(), modules_to_save=["classifier"])).save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").unlink()
-    model = WAYS[way](with_head()).eval()
+    model = WAYS[way](head_model()).eval()
     before = Snapshot(model, make_inputs("vit"))
     with pytest.raises(AdapterFileError, match="does not mention"):
         model.load_adapter(str(tmp_path), "default")
@@ -169,9 +162,9 @@ def test_weights_without_a_config_replace_nothing_of_the_base(way: str, tmp_path
 
 
 def test_a_head_of_which_the_model_has_the_name_alone_is_left_out(tmp_path: Path) -> None:
-    trained = moved(add_registers(with_head(), 2, modules_to_save=["classifier"]))
+    trained = moved(add_registers(head_model(), 2, modules_to_save=["classifier"]))
     trained.save_pretrained(tmp_path)
-    base = with_head()
+    base = head_model()
     base.classifier = nn.Identity()  # as timm's num_classes=0
     model = add_registers(base, 2)
     with pytest.warns(UserWarning, match="has 'classifier' trained beside its registers"):
