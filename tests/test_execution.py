@@ -21,7 +21,8 @@ from processes import run_two_processes
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from register_adapter import RegisterConfig, export_onnx, find_tower
+from register_adapter import RegisterConfig, add_registers, export_onnx, find_tower
+from register_adapter.errors import AdapterFileError
 from register_adapter.tuner.hooks.attention import grow_block_mask
 from register_adapter.tuner.hooks.tokens import grow_mask
 
@@ -386,6 +387,19 @@ def test_int8_before_or_after_the_registers_is_the_same(name: str, way: str, kin
     loaded.save_pretrained(tmp_path / "int8")  # and back to the float base
     again = PeftModel.from_pretrained(build(name), tmp_path / "int8").eval()
     assert_identical(run(again, inputs), run(registered(name, way), inputs))
+
+
+@pytest.mark.parametrize("kind", INT8)
+def test_an_int8_head_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    model = add_registers(build("vit-classifier"), modules_to_save=["classifier"])
+    model.save_pretrained(tmp_path)
+    base = quantised(build("vit-classifier"), kind)
+    with pytest.raises(AdapterFileError, match=r"the model's classifier\.weight is of a quantised module"):
+        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(ValueError, match="names 'classifier', whose 'weight' is of a quantised module"):
+        add_registers(base, modules_to_save=["classifier"])
+    with pytest.raises(ValueError, match=r"'default' is not saved.*classifier\S+weight is of a quantised module"):
+        quantised(model, kind).save_pretrained(tmp_path)
 
 
 @ways_in_turn

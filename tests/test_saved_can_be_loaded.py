@@ -15,6 +15,7 @@ from helpers import assert_identical, run
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from register_adapter import PositionConfig, RegisterConfig, add_registers, compose, find_register_layer, load_adapters
+from register_adapter.errors import AdapterFileError
 from register_adapter.tuner.positions import position_layers
 from register_adapter.utils.adapter_file import read_header
 
@@ -94,6 +95,79 @@ def test_a_quantised_head_is_refused_by_name(together: bool, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"classifier.*( is of a quantised module|_packed_params)"):
         quantised.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == written
+
+
+class WithBuffer(torch.nn.Linear):
+    """A head with something else in its state, a mask or an index."""
+
+    def __init__(self, dtype: torch.dtype, persistent: bool = True) -> None:
+        super().__init__(32, 5)
+        self.register_buffer("mask", torch.ones(5, dtype=dtype), persistent)
+
+
+def with_head(head: torch.nn.Module | None) -> Any:
+    base = build("vit-classifier")
+    base.classifier = head or torch.nn.Linear(32, 5)
+    return base
+
+
+OWN: dict[str, Callable[[Any], Any]] = {
+    "registers": lambda base: get_peft_model(base, RegisterConfig(modules_to_save=["classifier"])),
+    "offsets": lambda base: get_peft_model(base, PositionConfig(modules_to_save=["classifier"])),
+    "composed": lambda base: compose(base, {"default": RegisterConfig(modules_to_save=["classifier"])}),
+    "composed LoRA": lambda base: compose(
+        base, {"default": LoraConfig(target_modules=["q_proj", "query"], modules_to_save=["classifier"])}
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.complex64], ids=str)
+@pytest.mark.parametrize("way", OWN)
+def test_a_head_of_a_dtype_that_no_file_may_have(way: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """What a loader refuses is found before anything is trained, and is not written where it comes afterwards."""
+    if way == "composed LoRA" and dtype == torch.int32:
+        pytest.skip("other methods have indices")
+    base = with_head(WithBuffer(dtype))
+    with pytest.raises(ValueError, match=f"names 'classifier', whose 'mask' has dtype {dtype}.*persistent=False"):
+        OWN[way](base)
+    model = OWN[way](with_head(None))
+    model.save_pretrained(tmp_path)
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    copy = model.get_base_model().classifier.modules_to_save["default"]
+    copy.register_buffer("mask", torch.ones(5, dtype=dtype))
+    with pytest.raises(ValueError, match=f"'default' is not saved.*mask has dtype {dtype}.*persistent=False"):
+        model.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == written
+    model = OWN[way](with_head(WithBuffer(dtype, persistent=False))).eval()
+    model.save_pretrained(tmp_path / "way out")
+    load: Any = load_adapters if "composed" in way else PeftModel.from_pretrained
+    loaded = load(with_head(WithBuffer(dtype, persistent=False)), tmp_path / "way out").eval()
+    assert_identical(run(loaded, make_inputs("vit-classifier")), run(model, make_inputs("vit-classifier")))
+
+
+@pytest.mark.parametrize("way", ["registers", "offsets"])
+def test_float_weights_are_not_put_into_a_head_of_integers(way: str, tmp_path: Path) -> None:
+    """As a base has that was quantised by hand, head and all: each weight would become a whole number."""
+    OWN[way](with_head(None)).save_pretrained(tmp_path)
+    base = with_head(None)
+    base.classifier.weight = torch.nn.Parameter(torch.ones(5, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(AdapterFileError, match=r"has dtype torch\.float32, the model's"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert base.classifier.weight.eq(1).all()
+    assert type(base.classifier) is torch.nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("way", ["registers", "offsets"])
+def test_a_base_whose_head_is_quantised_is_refused_by_name(way: str, tmp_path: Path) -> None:
+    OWN[way](with_head(None)).save_pretrained(tmp_path)
+    base = torch.ao.quantization.quantize_dynamic(with_head(None), {"classifier"}, dtype=torch.qint8)
+    head = base.classifier
+    with pytest.raises(AdapterFileError, match=r"the model's classifier\.\S+ is .*quantise the rest of the model then"):
+        PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(ValueError, match=r"names 'classifier', whose '\S+' is .*Quantise a model without"):
+        OWN[way](base)
+    assert base.classifier is head
 
 
 @pytest.mark.parametrize("holder", ["own", "PEFT", "transformers", "composed", "composed LoRA"])

@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
 from ...towers.identity import TowerIdentity
 from ...towers.tower import Tower
-from ...utils.adapter_file import TensorInfo
+from ...utils.adapter_file import TensorInfo, check_savable_modules
 from ...utils.module_names import check_copies_load
 from ...utils.shipped import is_shipped, shipped_name
 from ..config import RegisterConfig
@@ -20,6 +20,7 @@ from ..heads import lacking_modules, modules_called
 from ..hooks.attention import reads_implementation
 from ..hooks.fitting import misfit
 from ..neuron_shift import count_neurons
+from ..saved_keys import copied_modules
 from .copied_layers import check_free
 from .saved_heads import check_saved_heads
 
@@ -131,6 +132,7 @@ def heads_of(
     heads = [name for name in names if name not in lacking]
     if not config.from_file:
         check_copies_load(model, heads)
+        check_savable_modules(dict(copied_modules(model, heads)))
     check_free(model, heads, adapter_name)
     layout = None
     if config.saved_weights is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...towers.tower import Tower
-from ...utils.adapter_file import TensorInfo, is_foreign, is_of
+from ...utils.adapter_file import TensorInfo, is_foreign, is_of, kind_fault
 from ..reading import SavedWeights
 from ..saved_keys import copied_modules, places, saved_by_key
 
@@ -27,16 +27,20 @@ def check_saved_heads(model: nn.Module, tower: Tower, names: list[str], saved: S
         What the file says of each of them, by the model's keys.
 
     Raises:
-        AdapterFileError: A tensor is missing, has no place, or has a shape that its place cannot have.
+        AdapterFileError: A tensor is missing, has no place, or has a shape or dtype that its place cannot have.
     """
     inside = f"{tower.path}." if tower.path else ""
     modules = dict(copied_modules(model, names))
     named = getattr(tower.module, "get_classifier", None)
     classifier = named() if callable(named) else None
-    shapes = {
-        path: {f"{path}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
-        for path, module in modules.items()
-    }
+    values = {path: {f"{path}.{k}": v for k, v in module.state_dict().items()} for path, module in modules.items()}
+    odd = {key: kind_fault(value) for own in values.values() for key, value in own.items()}
+    if unfit := [f"the model's {key} {fault}" for key, fault in odd.items() if fault]:
+        raise AdapterFileError(
+            f"the modules_to_save in {saved.path} do not fit {type(model).__name__}: {'; '.join(unfit[:_SHOWN])}. "
+            "Nothing was changed. Load the adapter first, and quantise the rest of the model then."
+        )
+    shapes = {path: {key: tuple(value.shape) for key, value in own.items()} for path, own in values.items()}
     expected = [key for keys in shapes.values() for key in keys]
     placed = places(model, tower.path, saved.layout, expected)
     layout = {place: saved.layout[key] for key, place in placed.items()}
@@ -46,6 +50,11 @@ def check_saved_heads(model: nn.Module, tower: Tower, names: list[str], saved: S
         within = bool(inside) and path.startswith(inside) and module is not classifier
         resizable = isinstance(module, nn.Linear) and not within
         faults += _misshapen(path, resizable, shapes[path], layout)
+        faults += [
+            f"{key} has dtype {layout[key].dtype}, the model's has {value.dtype}"
+            for key, value in values[path].items()
+            if key in layout and layout[key].dtype.is_floating_point != value.dtype.is_floating_point
+        ]
     if missing := [key for key in expected if key not in layout]:
         faults.append(f"no tensors {sorted(missing)[:_SHOWN]}")
     own = {key for key in saved.layout if any(is_of(key, name) for name in names) and not is_foreign(key)}

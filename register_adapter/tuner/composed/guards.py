@@ -14,12 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...utils.adapter_file import check_savable_modules
 from ...utils.module_names import check_copies_load
 from .._peft_compat import name_linear_layers
 from ..checks.copied_layers import check_own_layers, wrappers
 from ..heads import TRAINED_BESIDE, check_adapter_name
 from ..layer import RegisterLayer
 from ..left_out import in_context
+from ..saved_keys import copied_modules
 
 __all__ = [
     "SWITCHING",
@@ -49,6 +51,7 @@ def fit_copies(model: nn.Module, name: str, config: PeftConfig) -> None:
     """
     names = getattr(config, "modules_to_save", None) or ()
     check_copies_load(model, names, by_end=False)
+    check_savable_modules(dict(copied_modules(model, names)), own=False)
     check_adapter_name(model, name, names)
     leave_out_copies(model, config)
 

@@ -20,8 +20,10 @@ from ...utils.parameters import trainable_by_part, trainable_in_words
 from ...utils.readme import read_readme
 from ..card import check_facts
 from ..checks.copied_layers import check_own_layers
+from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..layer import renew_bases
+from ..positions import PositionConfig
 from ..positions.model import renew_base
 from ..reading import check_method, naming, read_json
 from ..saved_keys import check_copies
@@ -70,9 +72,9 @@ def write_adapters(
     note_classes(composed.get_base_model(), composed.peft_config)
     state = state_with_values(composed) if state_dict is None else state_dict
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
-    for name, (_, tensors) in adapters.items():
+    for name, (config, tensors) in adapters.items():
         check_plain([key for key in tensors if ".register_adapter_tokens." in key], name)
-        check_savable_values(tensors, name)
+        check_savable_values(tensors, name, own=isinstance(config, RegisterConfig | PositionConfig))
     active = [name for name in composed.active_adapters if name in names]
     write_folder(folder, adapters, active, tower_path(composed.get_base_model()))
 

@@ -17,7 +17,7 @@ from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.anatomy import parent
 from ...towers.identity import TowerIdentity, check_finite_base, identity_now, trains_biases
 from ...towers.tower import Tower, find_tower
-from ...utils.adapter_file import check_range, check_tensors, is_of
+from ...utils.adapter_file import check_range, check_savable_modules, check_tensors, is_of
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, FromFile, activate_heads, remap_on_load, renew_on_save
 from ..checks.head_weights import lacking_heads, warn_of_left_out, without_left_out
@@ -74,6 +74,7 @@ class PositionModel(Walked, BaseTuner):
             tower = find_tower(model, config.tower_name)
             if not config.from_file:
                 check_copies_load(model, config.modules_to_save or (), by_end=False)
+                check_savable_modules(dict(copied_modules(model, config.modules_to_save or ())))
             check_adapter_name(model, adapter_name, config.modules_to_save or ())
             if config.from_file:
                 _leave_out_heads(model, config)
