@@ -153,6 +153,39 @@ def write_pair(folder: Path, text: str) -> None:
             (scratch / name).write_text(text)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_wait_while_files_are_moved(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of them would be neither the old adapters nor the new ones, and no load would take them."""
+    move = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        moved = move(path, target)
+        signal.raise_signal(number)
+        return moved
+
+    def leave(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    def write() -> None:
+        with staged(tmp_path, last=("b",)) as scratch:
+            for name in ("a", "b"):
+                (scratch / name).write_text("new")
+
+    before = signal.signal(number, leave)
+    try:
+        for name in ("a", "b"):
+            (tmp_path / name).write_text("old")
+        monkeypatch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new"}
+        assert signal.getsignal(number) is leave
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_move_that_does_not_come_to_an_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("register_adapter.utils.staging._PATIENCE", 0.1)
     with FileLock(tmp_path / ".register_adapter-moving.lock"), pytest.raises(OSError, match="another process"):

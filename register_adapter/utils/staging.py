@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -42,6 +45,7 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
 
     The scratch folder is inside ``folder``, so that every move is a rename on one file system, also where the folder
     is a mount point, a link, or has a parent that cannot be written. What killed processes left there is removed.
+    Ctrl-C and SIGTERM wait while files are moved.
 
     Args:
         folder: The target; it is made if it is missing.
@@ -62,7 +66,7 @@ def staged(folder: str | Path, last: Sequence[str] = ()) -> Iterator[Path]:
             yield scratch
         files = [path for path in scratch.rglob("*") if path.is_file() and path != scratch / _LOCK]
         order = {name: place for place, name in enumerate(last, 1)}
-        with _alone(target):
+        with _alone(target), _to_the_end():
             _check_free(target, [file.relative_to(scratch) for file in files])
             for file in sorted(files, key=lambda path: (order.get(path.name, 0), path)):
                 place = target / file.relative_to(scratch)
@@ -138,6 +142,25 @@ def _alone(target: Path) -> Iterator[None]:
             with suppress(OSError):
                 (target / _MOVING).unlink()
         lock.release()
+
+
+@contextmanager
+def _to_the_end() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM wait: files of which half are moved are neither the old ones nor the new ones."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # signals come to no other
+        listens = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in listens.items() if handler not in (None, signal.SIG_IGN)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextmanager
