@@ -262,6 +262,19 @@ def test_an_adapter_without_names_brings_their_number(trained: Path, tmp_path: P
     assert loaded.config.num_labels == 5
 
 
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, load_adapters], ids=["PeftModel", "load_adapters"])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_head_of_another_size_comes_with_low_cpu_mem_usage(load: Any, is_trainable: bool, trained: Path) -> None:
+    folder = trained / ("several" if load is load_adapters else "out")
+    base = head_model(trained, num_labels=3)
+    model = load(base, folder, low_cpu_mem_usage=True, is_trainable=is_trainable).eval()
+    with torch.no_grad():
+        assert torch.equal(model(PIXELS).logits, torch.load(trained / "expected.pt")["logits"])
+    assert (model.config.num_labels, model.config.id2label) == (5, NAMES)
+    copies = [value for key, value in model.named_parameters() if ".modules_to_save." in key]
+    assert [value.requires_grad for value in copies] == [is_trainable] * 2
+
+
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [

@@ -196,7 +196,10 @@ def fit_heads(
         if saved is not None and saved.shape[1:] == head.weight.shape[1:]:
             number = saved.shape[0]
         if number is not None and number != head.out_features:
-            resized = nn.Linear(head.in_features, number, bias=head.bias is not None).to(head.weight)
+            resized = nn.Linear(head.in_features, number, bias=head.bias is not None)
+            if resized.weight.is_meta:  # PEFT's low_cpu_mem_usage; its copies of modules have values all the same
+                resized.to_empty(device=head.weight.device).reset_parameters()
+            resized.to(head.weight)
             module.modules_to_save[adapter_name] = resized.requires_grad_(head.weight.requires_grad)
             changed = number if module.original_module.out_features == own else changed
     return changed
