@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, perturb
+from families import build, make_inputs, perturb
+from helpers import assert_identical, run
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from stacks_cases import build_stack
@@ -277,3 +278,34 @@ def test_a_patch_embedding_that_shows_no_weight_is_no_other_base(tmp_path: Path)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_tower"] == before
     PeftModel.from_pretrained(build_stack("timm"), str(tmp_path))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("kind", [RegisterConfig, PositionConfig])
+def test_what_was_put_on_beside_trained_biases_loads_on_the_base(kind: Any, bias: Any, tmp_path: Path) -> None:
+    def trained(model: Any) -> Any:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model.eval()
+
+    lora = LoraConfig(target_modules=["q_proj", "query"], bias=bias)
+    trained(compose(build("vit"), {"lora": lora})).save_pretrained(tmp_path / "lora")
+    model = load_adapters(build("vit"), tmp_path / "lora")
+    model.add_adapter("other", kind())
+    trained(model)
+    expected = run(model.eval(), make_inputs("vit"))
+    model.save_pretrained(tmp_path / "0")
+    for number in range(2):
+        loaded = load_adapters(build("vit"), tmp_path / str(number)).eval()
+        assert_identical(run(loaded, make_inputs("vit")), expected)
+        loaded.save_pretrained(tmp_path / str(number + 1))
+    patches = build("vit")
+    for key, value in patches.named_parameters():
+        if "patch_embeddings" in key:
+            value.data += torch.linspace(-1, 1, value.numel()).reshape(value.shape)
+    before = {key: value.clone() for key, value in patches.state_dict().items()}
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
+        load_adapters(patches, tmp_path / "0")
+    assert patches.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in patches.state_dict().items())

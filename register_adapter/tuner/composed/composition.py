@@ -19,6 +19,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import AdapterFileError
+from ...towers.identity import TowerIdentity
+from ...towers.tower import find_tower
 from ...utils.arguments import check_mapping
 from ..checks.head_weights import lacking_heads, warn_of_left_out
 from ..config import RegisterConfig
@@ -32,8 +34,8 @@ from .class_names import expect_classes, fit_classes, note_classes
 from .folder import fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
-from .one_adapter import read_alone
-from .relocate import relocated
+from .one_adapter import SavedAdapter, read_alone
+from .relocate import relocated, tower_path
 from .saving import INITS, SavesAll, write_adapters
 from .tensors import check_filled, check_own, check_read
 from .tuner import ComposedTuner
@@ -138,8 +140,7 @@ def load_adapters(
     saved = read_folder(fetch_folder(folder, hub), selected_adapters)
     check_adapters(base, {adapter.name: adapter.config for adapter in saved})
     check_switched_on(base)
-    # First those that know their base by the names and values of its own parameters.
-    saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, KNOW_THEIR_BASE))
+    saved_first = _in_order(saved, base)
     changing = _all_or_nothing(model, [adapter.config for adapter in saved], loads=True)
     with changing, relocated(saved_first, base) as placed:
         composed = ComposedPeftModel(model)
@@ -172,6 +173,21 @@ def load_adapters(
             composed.set_requires_grad([adapter.name for adapter in saved if adapter.active])
             composed.set_requires_grad([adapter.name for adapter in saved if not adapter.active], False)
     return composed
+
+
+def _in_order(saved: list[SavedAdapter], base: nn.Module) -> list[SavedAdapter]:
+    """First what knows its base by the names and values of its parameters, unless another brings these values along."""
+    brought = any(getattr(adapter.config, "bias", "none") not in (None, "none") for adapter in saved)
+    here = tower_path(base) if brought else None
+    now = None if here is None else TowerIdentity.of(find_tower(base, here or None))
+
+    def turn(config: Any) -> int:
+        if not isinstance(config, KNOW_THEIR_BASE):
+            return 1
+        other = now is not None and config.identity is not None and now.differences(config.identity) == ["weights"]
+        return 2 if other else 0  # it was put on beside biases that were trained by then
+
+    return sorted(saved, key=lambda adapter: turn(adapter.config))
 
 
 def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:
