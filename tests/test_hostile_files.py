@@ -59,6 +59,20 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path, reader: Any) -> None:
         reader(tmp_path / "pipe.safetensors")
 
 
+def test_a_name_that_is_not_utf_8_is_not_called_a_broken_file(tmp_path: Path) -> None:
+    """As an adapter's folder may have one: the file is whole, and to save it again would help nobody."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    save_file({KEY: torch.zeros(4, 8)}, tmp_path / "whole.safetensors")
+    shutil.copy(tmp_path / "whole.safetensors", folder)
+    assert KEY in read_tensors(tmp_path / "whole.safetensors")
+    with pytest.raises(AdapterFileError, match=r"a name that is not UTF-8.*rename it"):
+        read_tensors(folder / "whole.safetensors")
+
+
 HEADERS = {
     "100,000 dimensions": {KEY: entry([1] * 100_000, size=4)},
     "100,000 tensors": {f"{KEY}.{index}": entry([0]) for index in range(100_000)},

@@ -107,6 +107,8 @@ def _info(key: str, entry: Any) -> TensorInfo:
 
 
 def _not_whole(path: str | Path, error: Exception) -> str:
+    if any("\udc80" <= character <= "\udcff" for character in str(path)):  # what Python makes of other bytes
+        return f"{path} has a name that is not UTF-8, which safetensors cannot open; rename it. Nothing was loaded."
     return (
         f"{path} is not a whole safetensors file ({error or type(error).__name__}). Nothing was loaded. Download or "
         "save the adapter again; pickled weights are never read."
