@@ -282,7 +282,10 @@ def test_a_patch_embedding_that_shows_no_weight_is_no_other_base(tmp_path: Path)
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("kind", [RegisterConfig, PositionConfig])
-def test_what_was_put_on_beside_trained_biases_loads_on_the_base(kind: Any, bias: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["loaded", "trained here"])
+def test_what_was_put_on_beside_trained_biases_loads_on_the_base(
+    before: str, kind: Any, bias: Any, tmp_path: Path
+) -> None:
     def trained(model: Any) -> Any:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -290,8 +293,10 @@ def test_what_was_put_on_beside_trained_biases_loads_on_the_base(kind: Any, bias
         return model.eval()
 
     lora = LoraConfig(target_modules=["q_proj", "query"], bias=bias)
-    trained(compose(build("vit"), {"lora": lora})).save_pretrained(tmp_path / "lora")
-    model = load_adapters(build("vit"), tmp_path / "lora")
+    model = trained(compose(build("vit"), {"lora": lora}))
+    if before == "loaded":
+        model.save_pretrained(tmp_path / "lora")
+        model = load_adapters(build("vit"), tmp_path / "lora")
     model.add_adapter("other", kind())
     trained(model)
     expected = run(model.eval(), make_inputs("vit"))
@@ -300,12 +305,31 @@ def test_what_was_put_on_beside_trained_biases_loads_on_the_base(kind: Any, bias
         loaded = load_adapters(build("vit"), tmp_path / str(number)).eval()
         assert_identical(run(loaded, make_inputs("vit")), expected)
         loaded.save_pretrained(tmp_path / str(number + 1))
+        in_turns = build("vit")
+        for name in ("lora", "other"):
+            in_turns = load_adapters(in_turns, tmp_path / str(number), selected_adapters=[name])
+        assert_identical(run(in_turns.eval(), make_inputs("vit")), expected)
     patches = build("vit")
     for key, value in patches.named_parameters():
         if "patch_embeddings" in key:
             value.data += torch.linspace(-1, 1, value.numel()).reshape(value.shape)
-    before = {key: value.clone() for key, value in patches.state_dict().items()}
+    state = {key: value.clone() for key, value in patches.state_dict().items()}
     with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
         load_adapters(patches, tmp_path / "0")
-    assert patches.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[key]) for key, value in patches.state_dict().items())
+    assert patches.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in patches.state_dict().items())
+
+
+@pytest.mark.parametrize("names", [("lora", "other"), ("other", "lora")], ids="-".join)
+@pytest.mark.parametrize("kind", [RegisterConfig, PositionConfig])
+def test_what_is_put_on_together_with_trained_biases_knows_those_of_the_base(
+    kind: Any, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    configs = {"lora": LoraConfig(target_modules=["q_proj", "query"], bias="all"), "other": kind()}
+    compose(build("vit"), {name: configs[name] for name in names}).save_pretrained(tmp_path)
+    biases = build("vit")
+    for key, value in biases.named_parameters():
+        if key.endswith("bias"):
+            value.data += torch.linspace(-1, 1, value.numel())
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
+        load_adapters(biases, tmp_path)

@@ -30,12 +30,14 @@ from .tower import Tower
 
 __all__ = [
     "TowerIdentity",
+    "brings_biases",
     "but_for_trained",
     "check_finite_base",
     "fingerprint",
     "identity_now",
     "is_finite",
     "trains_biases",
+    "with_biases_of",
 ]
 
 BUCKETS = 8
@@ -119,6 +121,12 @@ def trains_biases(tower: Tower) -> bool:
     return any(bias.requires_grad for bias in _biases(tower.part("blocks")))
 
 
+def brings_biases(model: nn.Module | None) -> bool:
+    """Whether an adapter of a model trains biases of the base, and brings them along: they tell nothing of it."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "bias", "none") not in ("none", None) for config in configs)
+
+
 def _held(holder: Any, name: str) -> Any:
     """An attribute; a parameter as it is held, where trained offsets are added to what the attribute gives."""
     held = holder._parameters.get(name) if isinstance(holder, nn.Module) else None
@@ -196,7 +204,8 @@ class TowerIdentity:
         hidden_size: Width D of a token.
         num_hidden_layers: Number of transformer blocks.
         patch_size: Side of a patch in pixels, if the tower says it.
-        fingerprint: Sketch of the weights, ``None`` if they were not at hand.
+        fingerprint: Sketch of the weights, ``None`` if they were not at hand; without that of biases, if another
+            adapter had trained them when this was written.
     """
 
     family: str
@@ -236,6 +245,10 @@ class TowerIdentity:
         """The JSON form."""
         return asdict(self)
 
+    def without_biases(self) -> TowerIdentity:
+        """The same without the sketch of biases, which tell nothing of the base once adapters have trained them."""
+        return self if self.fingerprint is None else replace(self, fingerprint=self.fingerprint[: 2 * BUCKETS])
+
     def __str__(self) -> str:
         shape = f"{self.num_hidden_layers} blocks of width {self.hidden_size}"
         patch = f", patch {self.patch_size}" if self.patch_size else ""
@@ -255,7 +268,9 @@ class TowerIdentity:
 def _alike(numbers: list[float], others: list[float]) -> bool:
     """Whether two fingerprints can be those of the same weights."""
     if len(numbers) != len(others):
-        return False
+        if {len(numbers), len(others)} != {2 * BUCKETS, 3 * BUCKETS}:
+            return False
+        numbers, others = numbers[: 2 * BUCKETS], others[: 2 * BUCKETS]  # one of them says nothing of biases
     pairs = list(zip(numbers, others, strict=True))
     patches, positions, biases = pairs[:BUCKETS], pairs[BUCKETS : 2 * BUCKETS], pairs[2 * BUCKETS :]
     if not all(any(sketch) for sketch in zip(*patches, strict=True)):  # quantised, in one of the two
@@ -293,10 +308,17 @@ def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> To
         return None
     if before.fingerprint is None:
         return now
-    compared = now
-    if not biases:
-        compared = replace(now, fingerprint=[*now.fingerprint[: 2 * BUCKETS], *before.fingerprint[2 * BUCKETS :]])
-    return now if compared.differences(before) else None
+    compared = now if biases else with_biases_of(now, before)
+    if not compared.differences(before):
+        return None
+    return now if biases else now.without_biases()
+
+
+def with_biases_of(identity: TowerIdentity, other: TowerIdentity) -> TowerIdentity:
+    """An identity with the sketch of another one's biases, where these tell nothing of the base."""
+    if identity.fingerprint is None or other.fingerprint is None:
+        return identity
+    return replace(identity, fingerprint=[*identity.fingerprint[: 2 * BUCKETS], *other.fingerprint[2 * BUCKETS :]])
 
 
 def check_finite_base(tower: Tower, identity: TowerIdentity) -> None:

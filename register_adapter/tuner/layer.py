@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..towers.identity import TowerIdentity, identity_now, trains_biases
+from ..towers.identity import TowerIdentity, brings_biases, identity_now, trains_biases
 from ..towers.tower import Tower
 from ..utils.parameters import check_module
 from ._peft_compat import activate_heads, enable_heads
@@ -213,7 +213,7 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         """
         self.labels.renew()
         configs: dict[str, Any] = getattr(self.labels.model, "peft_config", {})
-        trained = any(getattr(config, "bias", "none") not in ("none", None) for config in configs.values())
+        trained = brings_biases(self.labels.model)
         # What was merged or deleted has left its flags behind, and is the base's now: no adapter brings it along.
         blocks = self.tower.part("blocks")
         others = any(not isinstance(config, RegisterConfig) for config in configs.values())

@@ -25,7 +25,7 @@ from ._peft_compat import PREFIX, FromFile, activate_heads, remap_on_load
 from .checks.dry_run import check_anatomy
 from .checks.head_weights import check_file_tensors, warn_of_left_out, warn_of_new_weights, without_left_out
 from .checks.loaded_over import loading_over
-from .checks.placing import by_block, check_placement, check_task, check_units, checked_identity, heads_of
+from .checks.placing import biases_tell, by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .checks.saved_heads import lost_heads
 from .config import RegisterConfig
 from .fields import check_name
@@ -126,7 +126,7 @@ class RegisterModel(BaseTuner):
         self._check_tower(tower, given)
         present = TowerIdentity.of(tower)
         check_finite_base(tower, present)
-        identity = checked_identity(present, given)
+        identity = checked_identity(present, given, biases_tell(model))
         if anatomy is not None:
             check_anatomy(tower, given)
         check_task(model, given)

@@ -20,7 +20,7 @@ from ..heads import labels_for
 from ..layer import RegisterLayer, register_layers
 from ..neuron_shift import count_neurons
 from .head_weights import lacking_heads, warn_of_left_out
-from .placing import checked_identity
+from .placing import biases_tell, checked_identity
 
 __all__ = ["check_same_base", "loading_over", "read_beside"]
 
@@ -60,7 +60,7 @@ def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]
     _check_placement(config, saved, adapter_name)
     for layer in layers:
         layer.renew_bases()
-        check_same_base(layer.tower, config, saved)
+        check_same_base(layer.tower, config, saved, biases_tell(model))
     if lacking := lacking_heads(model, saved.modules_to_save or ()):
         warn_of_left_out(model, lacking)
     yield lacking
@@ -104,13 +104,14 @@ def _check_placement(config: RegisterConfig, saved: RegisterConfig, adapter_name
         )
 
 
-def check_same_base(tower: Tower, config: Any, saved: Any) -> None:
+def check_same_base(tower: Tower, config: Any, saved: Any, biases: bool = True) -> None:
     """The values of a saved config are for the base that an adapter is on.
 
     Args:
         tower: The vision tower.
         config: The adapter's, which names the base as it is now.
         saved: The saved one.
+        biases: Whether biases tell anything of the base.
 
     Raises:
         BaseModelMismatchError: They are for another one. Of weights of the base that are trained along, it is a
@@ -119,7 +120,7 @@ def check_same_base(tower: Tower, config: Any, saved: Any) -> None:
     now, before = config.identity, saved.identity
     try:
         if now is not None:
-            checked_identity(now, saved)
+            checked_identity(now, saved, biases)
     except BaseModelMismatchError as error:
         if now.differences(but_for_trained(tower, before, now)):
             raise

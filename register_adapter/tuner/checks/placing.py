@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +12,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ...errors import AdapterFileError, BaseModelMismatchError, UnsupportedModelError
-from ...towers.identity import TowerIdentity
+from ...towers.identity import TowerIdentity, brings_biases, with_biases_of
 from ...towers.tower import Tower
 from ...utils.adapter_file import TensorInfo, check_savable_modules
 from ...utils.module_names import check_copies_load
@@ -24,8 +26,18 @@ from ..saved_keys import copied_modules
 from .copied_layers import check_free
 from .saved_heads import check_saved_heads
 
-__all__ = ["by_block", "check_placement", "check_task", "check_units", "checked_identity", "heads_of"]
+__all__ = [
+    "beside_biases_of",
+    "biases_tell",
+    "by_block",
+    "check_placement",
+    "check_task",
+    "check_units",
+    "checked_identity",
+    "heads_of",
+]
 
+_BESIDE: ContextVar[bool | None] = ContextVar("biases beside", default=None)
 #: What PEFT's classes for a task take from the model as they are made.
 _ASKED: dict[str, tuple[str, ...]] = {
     "CAUSAL_LM": ("prepare_inputs_for_generation",),
@@ -146,11 +158,39 @@ def _is_empty(modules: Mapping[str, nn.Module]) -> bool:
     return bool(modules) and not any(module.state_dict() for module in modules.values())
 
 
-def checked_identity(identity: TowerIdentity, config: Any) -> TowerIdentity:
-    """A tower's identity, after comparing it with the one that the config was saved with, which an override keeps."""
+@contextmanager
+def beside_biases_of(model: nn.Module) -> Iterator[None]:
+    """Have a loader know of biases that adapters of other methods have trained, where it sees none of their configs.
+
+    Those that are put on within the context have trained none so far.
+    """
+    known = _BESIDE.get()
+    token = _BESIDE.set(brings_biases(model) if known is None else known)
+    try:
+        yield
+    finally:
+        _BESIDE.reset(token)
+
+
+def biases_tell(model: nn.Module) -> bool:
+    """Whether biases tell anything of the base that a model is: an adapter on it may have trained them."""
+    known = _BESIDE.get()
+    return not (brings_biases(model) if known is None else known)
+
+
+def checked_identity(identity: TowerIdentity, config: Any, biases: bool = True) -> TowerIdentity:
+    """A tower's identity, after comparing it with the one that the config was saved with, which an override keeps.
+
+    Args:
+        identity: The tower's.
+        config: The adapter's config.
+        biases: Whether biases tell anything of the base; otherwise they remain what the config says, if it does.
+    """
     saved = config.identity
     if saved is None or not config.from_file:  # a new one, or one in use on another base too
-        return identity
+        return identity if biases else identity.without_biases()
+    if not biases:
+        identity = with_biases_of(identity, saved)
     differences = identity.differences(saved)
     if "hidden_size" in differences or (differences and not config.ignore_base_mismatch):
         advice = (

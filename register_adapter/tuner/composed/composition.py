@@ -19,10 +19,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import AdapterFileError
-from ...towers.identity import TowerIdentity
-from ...towers.tower import find_tower
 from ...utils.arguments import check_mapping
 from ..checks.head_weights import lacking_heads, warn_of_left_out
+from ..checks.placing import beside_biases_of
 from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import EVERYONE
@@ -34,8 +33,8 @@ from .class_names import expect_classes, fit_classes, note_classes
 from .folder import fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, trained_beside
 from .names import check_adapters, configs_of, innermost
-from .one_adapter import SavedAdapter, read_alone
-from .relocate import relocated, tower_path
+from .one_adapter import read_alone
+from .relocate import relocated
 from .saving import INITS, SavesAll, write_adapters
 from .tensors import check_filled, check_own, check_read
 from .tuner import ComposedTuner
@@ -78,15 +77,15 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     return composed
 
 
-def _all_or_nothing(
-    model: nn.Module, configs: Iterable[PeftConfig], loads: bool = False
-) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _all_or_nothing(model: nn.Module, configs: Iterable[PeftConfig], loads: bool = False) -> Iterator[None]:
     """A context that takes off again what was put on a model, if not all of it could be."""
     # Some methods begin by changing the base's weights; and biases that an adapter trains are the base's own.
     configs = list(configs)
     changing = any(isinstance(getattr(config, field, None), str) for config in configs for field in INITS)
     biases = any(getattr(config, "bias", "none") not in (None, "none") for config in configs)
-    return unchanged_if_refused(model, values=changing or (biases and loads))
+    with unchanged_if_refused(model, values=changing or (biases and loads)), beside_biases_of(innermost(model)):
+        yield
 
 
 def save_adapters(model: nn.Module, folder: str | Path, selected_adapters: Iterable[str] | None = None) -> None:
@@ -140,7 +139,8 @@ def load_adapters(
     saved = read_folder(fetch_folder(folder, hub), selected_adapters)
     check_adapters(base, {adapter.name: adapter.config for adapter in saved})
     check_switched_on(base)
-    saved_first = _in_order(saved, base)
+    # First those that know their base by the names and values of its own parameters.
+    saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, KNOW_THEIR_BASE))
     changing = _all_or_nothing(model, [adapter.config for adapter in saved], loads=True)
     with changing, relocated(saved_first, base) as placed:
         composed = ComposedPeftModel(model)
@@ -173,21 +173,6 @@ def load_adapters(
             composed.set_requires_grad([adapter.name for adapter in saved if adapter.active])
             composed.set_requires_grad([adapter.name for adapter in saved if not adapter.active], False)
     return composed
-
-
-def _in_order(saved: list[SavedAdapter], base: nn.Module) -> list[SavedAdapter]:
-    """First what knows its base by the names and values of its parameters, unless another brings these values along."""
-    brought = any(getattr(adapter.config, "bias", "none") not in (None, "none") for adapter in saved)
-    here = tower_path(base) if brought else None
-    now = None if here is None else TowerIdentity.of(find_tower(base, here or None))
-
-    def turn(config: Any) -> int:
-        if not isinstance(config, KNOW_THEIR_BASE):
-            return 1
-        other = now is not None and config.identity is not None and now.differences(config.identity) == ["weights"]
-        return 2 if other else 0  # it was put on beside biases that were trained by then
-
-    return sorted(saved, key=lambda adapter: turn(adapter.config))
 
 
 def load_onto(model: nn.Module, folder: str | Path) -> nn.Module:

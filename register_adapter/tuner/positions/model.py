@@ -15,14 +15,14 @@ from torch import nn
 
 from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.anatomy import parent
-from ...towers.identity import TowerIdentity, check_finite_base, identity_now, trains_biases
+from ...towers.identity import TowerIdentity, brings_biases, check_finite_base, identity_now, trains_biases
 from ...towers.tower import Tower, find_tower
 from ...utils.adapter_file import check_range, check_savable_modules, check_tensors, is_of
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, FromFile, activate_heads, remap_on_load, renew_on_save
 from ..checks.head_weights import lacking_heads, warn_of_left_out, without_left_out
 from ..checks.loaded_over import check_same_base, read_beside
-from ..checks.placing import check_task, checked_identity
+from ..checks.placing import biases_tell, check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
 from ..heads import check_adapter_name, modules_called, number_of_labels
@@ -81,7 +81,7 @@ class PositionModel(Walked, BaseTuner):
             self._place = place_of_positions(tower)
             present = TowerIdentity.of(tower)
             check_finite_base(tower, present)
-            identity = checked_identity(present, config)
+            identity = checked_identity(present, config, biases_tell(model))
             _check_file(model, tower, self._place, config)
             config.base_tower, config.ignore_base_mismatch = identity.to_dict(), False
             config.attached_to = present
@@ -180,7 +180,7 @@ class PositionModel(Walked, BaseTuner):
             saved: Any = read_beside(PositionConfig, state_dict) if over else None
             if saved is not None:
                 renew_base(model, config)
-                check_same_base(find_tower(model, config.tower_name), config, saved)
+                check_same_base(find_tower(model, config.tower_name), config, saved, biases_tell(model))
             lacking = lacking_heads(model, saved.modules_to_save or ()) if saved is not None else []
             if lacking:
                 warn_of_left_out(model, lacking, rest="position embeddings")
@@ -232,8 +232,7 @@ def renew_base(model: nn.Module, config: PeftConfig) -> None:
         tower = find_tower(model, config.tower_name)
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         others = any(not isinstance(layer, PositionLayer | RegisterLayer) for layer in layers)
-        configs = getattr(model, "peft_config", {}).values()
-        trained = any(getattr(each, "bias", "none") not in ("none", None) for each in configs) or trains_biases(tower)
+        trained = brings_biases(model) or trains_biases(tower)
         now = identity_now(tower, config.attached_to or config.identity, biases=not (others and trained))
         if now is not None:
             config.base_tower, config.attached_to = now.to_dict(), now
