@@ -99,6 +99,37 @@ def tokens(model: Any) -> torch.Tensor:
     return next(value for key, value in values.items() if key.endswith("register_adapter_tokens.default.weight"))
 
 
+@pytest.mark.parametrize("fault", ["base", "block", "shape"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "positions"])
+def test_a_new_adapter_that_is_only_used_is_compared_too(way: str, fault: str, tmp_path: Path) -> None:
+    """It is frozen, as what a loader is about to fill is, but has its own values."""
+    options = {"insert_layer": 1} if fault == "block" else {}
+    base = other_base() if fault == "base" else build("vit")
+    moved(add_registers(base, 3 if fault == "shape" else 2, **options)).save_pretrained(tmp_path)
+    model = WAYS[way](build("vit"), inference_mode=True)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises((BaseModelMismatchError, AdapterFileError)):
+        model.load_adapter(tmp_path, "default")
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["base", "block"])
+def test_a_file_is_compared_where_the_caller_gives_the_config(fault: str, tmp_path: Path) -> None:
+    options = {"insert_layer": 1} if fault == "block" else {}
+    moved(add_registers(other_base() if fault == "base" else build("vit"), 2, **options)).save_pretrained(tmp_path)
+    base = build("vit").eval()
+    before = Snapshot(base, make_inputs("vit"))
+    with pytest.raises((BaseModelMismatchError, AdapterFileError)):
+        PeftModel.from_pretrained(base, tmp_path, config=RegisterConfig(num_registers=2))
+    before.check()
+    if fault == "base":
+        config = RegisterConfig(num_registers=2, ignore_base_mismatch=True)
+        loaded = PeftModel.from_pretrained(base, tmp_path, config=config).eval()
+        other = PeftModel.from_pretrained(build("vit"), tmp_path, ignore_base_mismatch=True).eval()
+        assert_identical(run(loaded, make_inputs("vit")), run(other, make_inputs("vit")))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_values_for_another_base_are_refused(way: str, tmp_path: Path) -> None:
     moved(WAYS[way](other_base())).save_pretrained(tmp_path, selected_adapters=["default"])

@@ -141,7 +141,7 @@ class RegisterConfig(PeftConfig):
             self.ignore_base_mismatch = False
         self.auto_mapping: dict[str, Any] | None = without_unlisted(self.auto_mapping, any_package=CHECKS_IMPORTS)
         #: Whether a model has it; names of modules_to_save that this model lacks.
-        self.attached, self.left_out = False, list[str]()
+        self.attached, self.left_out, self.made_for_inference = False, list[str](), self.inference_mode
         check_types(self)
         check_values(self)
         check_combinations(self)

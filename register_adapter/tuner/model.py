@@ -95,7 +95,7 @@ class RegisterModel(BaseTuner):
         given = self.peft_config[adapter_name]
         if not isinstance(given, RegisterConfig):
             raise TypeError(f"expected a RegisterConfig for adapter {adapter_name!r}, got {type(given).__name__}")
-        folder = naming(given.folder) if given.folder else nullcontext()
+        folder, waived = naming(given.folder) if given.folder else nullcontext(), given.ignore_base_mismatch
         with ATTACHING, unchanged_if_refused(model) as before, folder:
             before.forget(adapter_name)
             if given.saved_weights is not None:
@@ -108,7 +108,8 @@ class RegisterModel(BaseTuner):
                 for name in _HANDED_ON:
                     self.__dict__.pop(name, None)
         # Loaders ask for inference, also with a config that a user has made and that is of no file.
-        loads = pending or given.inference_mode
+        loads = pending or (given.inference_mode and not given.made_for_inference)
+        before.compared, before.waived = pending, waived
         for layer in register_layers(model):
             layer.before = before if loads and adapter_name in layer.names else layer.before
 

@@ -53,6 +53,8 @@ class Before:
         self.model = model
         #: By adapter that a loader fills: asks which modules that are saved as a whole have other values than the file.
         self.lost: dict[str, Callable[[], list[str]]] = {}
+        #: Whether the values to come were compared with the base by their config, and whether the user waives that.
+        self.compared, self.waived = True, False
         self._names = _names(model)
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
         self._classes = [(module, type(module)) for module in model.modules()]

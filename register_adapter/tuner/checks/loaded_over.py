@@ -33,7 +33,7 @@ def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]
     """A context in which an adapter gets its values; one that had some gets the classes that are beside the new ones.
 
     A new adapter was compared with its base as it was put on, and has the classes of its config, which the caller may
-    have given.
+    have given; one whose config the caller has made was not.
 
     Args:
         model: The model with the adapter.
@@ -49,7 +49,8 @@ def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]
         BaseModelMismatchError: It is for another base.
     """
     layers = [layer for layer in register_layers(model) if adapter_name in layer.names]
-    over = isinstance(tensors, FromFile) and all(layer.before is None for layer in layers)
+    compared = [layer.before for layer in layers if layer.before is not None and layer.before.compared]
+    over = isinstance(tensors, FromFile) and not compared
     config = cast(Any, model).peft_config[adapter_name]
     # Trusted where it was made in code, and may say what a file's may not.
     own = {} if config.anatomy is None else {"anatomy": config.anatomy}
@@ -57,6 +58,7 @@ def loading_over(model: nn.Module, adapter_name: str, tensors: Mapping[str, Any]
     if saved is None:
         yield []
         return
+    saved.ignore_base_mismatch = any(layer.before is not None and layer.before.waived for layer in layers)
     _check_placement(config, saved, adapter_name)
     for layer in layers:
         layer.renew_bases()
