@@ -92,7 +92,8 @@ def relocated(saved: list[SavedAdapter], base: nn.Module) -> Iterator[Iterator[S
             else _moved(adapter, str(here), base, Path(scratch, adapter.name))
             for adapter in saved
         ]
-        whole = (_with_biases(adapter, base, Path(scratch, f"{adapter.name}.biases")) for adapter in placed)
+        known = (_without_biases_elsewhere(each, here, base, Path(scratch, f"{each.name}.known")) for each in placed)
+        whole = (_with_biases(adapter, base, Path(scratch, f"{adapter.name}.biases")) for adapter in known)
         yield (_without_heads(adapter, base, Path(scratch, f"{adapter.name}.rest")) for adapter in whole)
     for adapter in saved:
         for name, digest in adapter.digests.items():
@@ -146,6 +147,29 @@ def _with_biases(adapter: SavedAdapter, base: nn.Module, place: Path) -> SavedAd
         elif which == "all":  # others are the base's own, which PEFT saves beside the adapter's
             place_of[key] = path + inner.get(path, "") + ".bias"
     return adapter if place_of == {key: key for key in adapter.keys} else _copied(adapter, place_of, place)
+
+
+def _without_biases_elsewhere(adapter: SavedAdapter, here: str | None, base: nn.Module, place: Path) -> SavedAdapter:
+    """The adapter without biases of a head, a pooler or another tower that the base lacks, of which it warns.
+
+    ``bias="all"`` trains those of the whole model.
+    """
+    if getattr(adapter.config, "bias", "none") != "all" or None in (adapter.tower, here):
+        return adapter
+    blocks = find_tower(base, here or None).part("blocks")
+    within = next(f"{path}." for path, module in base.named_modules() if module is blocks)
+    heads = getattr(adapter.config, "modules_to_save", None) or []  # have their own warning
+    modules, start, lacking = dict(base.named_modules()), f"{here}." if here else "", dict[str, str]()
+    for key in sorted(adapter.keys):
+        path = key.removeprefix(_ROOT).removesuffix(".bias")
+        # timm leaves an nn.Identity of a head.
+        gone = not path.startswith(within) if path not in modules else not modules[path].state_dict()
+        if key.endswith(".bias") and gone and not any(is_of(key, name) for name in heads):
+            lacking[key] = path.removeprefix(start) if start and path.startswith(start) else path.partition(".")[0]
+    if not lacking:
+        return adapter
+    warn_of_left_out(base, list(dict.fromkeys(lacking.values())), rest="layers")
+    return _copied(adapter, {key: key for key in adapter.keys if key not in lacking}, place)
 
 
 def _without_heads(adapter: SavedAdapter, base: nn.Module, place: Path) -> SavedAdapter:
