@@ -348,3 +348,37 @@ def test_there_is_no_warning_where_nothing_is_random_or_it_is_trained(trained: P
         head_model(trained).save_pretrained(tmp_path)
         add_registers(tf.Dinov2ForImageClassification.from_pretrained(tmp_path))
         model.add_adapter("more", RegisterConfig(modules_to_save=["classifier"]))
+
+
+@pytest.mark.parametrize("way", ["compose", "add_adapter"])
+@pytest.mark.parametrize("first", ["registers", "lora"])
+def test_a_task_trains_the_head_of_a_composed_model_too(first: str, way: str, trained: Path, tmp_path: Path) -> None:
+    """As PEFT's class for the task does; the first adapter that is for the task has the head, the other leaves it."""
+    configs: dict[str, Any] = {
+        "registers": RegisterConfig(num_registers=2, task_type="SEQ_CLS"),
+        "lora": LoraConfig(target_modules=["query", "q_proj"], task_type="SEQ_CLS"),
+    }
+    configs = {first: configs.pop(first), **configs}
+    base = head_model(trained, num_labels=5)
+    if way == "compose":
+        model = compose(base, configs)
+    else:
+        model = compose(base, {first: configs[first]})
+        model.add_adapter(*next(item for item in configs.items() if item[0] != first))
+        model.set_adapter(list(configs))
+    heads = [name for name, value in model.named_parameters() if value.requires_grad and ".classifier." in name]
+    assert [name.rpartition("modules_to_save.")[2] for name in heads] == [f"{first}.weight", f"{first}.bias"]
+    for value in model.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value, std=0.2)
+    model.eval().save_pretrained(tmp_path)
+    again = load_adapters(head_model(trained, num_labels=5), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(PIXELS).logits, model(PIXELS).logits)
+    backbone = load_adapters(again.unload().dinov2, tmp_path)  # where the head is left out
+    backbone.save_pretrained(tmp_path / "backbone")
+    more = compose(head_model(trained, num_labels=5), {})
+    more.load_adapter(tmp_path / "backbone" / "registers", "registers")
+    for model in (more, load_adapters(head_model(trained, num_labels=5), tmp_path / "backbone")):
+        for head in (part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)):
+            assert all(torch.equal(copy.weight, head.original_module.weight) for copy in head.modules_to_save.values())

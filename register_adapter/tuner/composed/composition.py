@@ -31,7 +31,7 @@ from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
 from .class_names import expect_classes, fit_classes, note_classes
 from .folder import fetch_folder, holds_several, read_folder
-from .guards import check_heads, check_switched_on, flags_kept, trained_beside
+from .guards import check_heads, check_switched_on, flags_kept, trained_beside, with_task_heads
 from .names import check_adapters, configs_of, innermost
 from .one_adapter import read_alone
 from .relocate import relocated
@@ -51,7 +51,8 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     Args:
         model: A base model, or one that carries adapters already: from :func:`add_registers`, ``get_peft_model`` or
             transformers' ``add_adapter``. It is changed in place; those adapters stay and take part.
-        configs: Config by adapter name.
+        configs: Config by adapter name. With a ``task_type`` the head is trained too, as with ``get_peft_model``; where
+            several have one, by the first.
         **options: ``autocast_adapter_dtype`` and ``low_cpu_mem_usage`` as in ``get_peft_model``.
 
     Raises:
@@ -67,6 +68,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     check_mapping("configs", configs, "of PEFT configs by the names of adapters")
     check_adapters(base, configs)
     check_switched_on(base)
+    configs = with_task_heads(base, configs, together=True)
     with _all_or_nothing(model, configs.values()), trained_beside(configs.values()):
         composed = ComposedPeftModel(model)
         everything = list(dict.fromkeys([*composed.active_adapters, *configs]))
@@ -267,7 +269,11 @@ class ComposedPeftModel(SavesAll):
         Raises:
             ValueError: As :func:`compose`; the model is unchanged.
         """
-        self._put_on(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        check_string(adapter_name)
+        base = self.get_base_model()
+        check_adapters(base, {adapter_name: peft_config})
+        config = with_task_heads(base, {adapter_name: peft_config})[adapter_name]
+        self._put_on(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     def _put_on(
         self,

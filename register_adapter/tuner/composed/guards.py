@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -18,10 +19,12 @@ from ...utils.adapter_file import check_savable_modules
 from ...utils.module_names import check_copies_load
 from .._peft_compat import name_linear_layers
 from ..checks.copied_layers import check_own_layers, wrappers
-from ..heads import TRAINED_BESIDE, check_adapter_name
+from ..checks.head_weights import lacking_heads
+from ..heads import TASK_HEADS, TRAINED_BESIDE, check_adapter_name
 from ..layer import RegisterLayer
 from ..left_out import in_context
 from ..saved_keys import copied_modules
+from .names import configs_of
 
 __all__ = [
     "SWITCHING",
@@ -33,12 +36,15 @@ __all__ = [
     "fit_copies",
     "flags_kept",
     "hooks_lifted",
+    "loading",
     "settle_head",
     "still_active",
     "train_biases",
     "trained_beside",
+    "with_task_heads",
 ]
 
+_LOADS: ContextVar[bool] = ContextVar("loads", default=False)
 #: Held by a thread that switches layers of PEFT's.
 SWITCHING = threading.RLock()
 
@@ -54,6 +60,40 @@ def fit_copies(model: nn.Module, name: str, config: PeftConfig) -> None:
     check_savable_modules(dict(copied_modules(model, names)), own=False)
     check_adapter_name(model, name, names)
     leave_out_copies(model, config)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Adapters that are put on within the context train what their files have, and no head beside that."""
+    token = _LOADS.set(True)
+    try:
+        yield
+    finally:
+        _LOADS.reset(token)
+
+
+def with_task_heads(
+    base: nn.Module, configs: Mapping[str, PeftConfig], together: bool = False
+) -> dict[str, PeftConfig]:
+    """The configs of adapters to come with the heads that PEFT's classes for a ``task_type`` have them train.
+
+    Args:
+        base: The base model.
+        configs: Config by name.
+        together: They are active together, and with those that are there: a head that one of them trains is left to
+            it. Otherwise it is left to adapters of other methods.
+    """
+    given = dict(configs)
+    for name, config in configs.items() if not _LOADS.get() else ():
+        saved = list(getattr(config, "modules_to_save", None) or ())
+        others = {key: other for key, other in {**configs_of(base), **given}.items() if key != name}
+        rivals = [other for other in others.values() if together or other.peft_type != config.peft_type]
+        taken = {head for other in rivals for head in getattr(other, "modules_to_save", None) or ()}
+        heads = [head for head in TASK_HEADS.get(config.task_type, ()) if head not in {*saved, *taken}]
+        if added := [head for head in heads if head not in lacking_heads(base, heads)]:
+            given[name] = copy.deepcopy(config)
+            cast(Any, given[name]).modules_to_save = [*saved, *added]
+    return given
 
 
 @contextlib.contextmanager
