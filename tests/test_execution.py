@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from execution_cases import BITS, SHARDED, WAYS, check_bitsandbytes, gradients, 
 from families import TOWERS, build, make_inputs
 from helpers import assert_identical, differs, run
 from peft import PeftModel
-from processes import run_two_processes
+from processes import SCRIPTS, run_script, run_two_processes
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -246,6 +247,29 @@ def test_two_processes_give_the_gradients_of_one(
         torch.testing.assert_close(sharded[f"{kind} {name} {way} grad {key}"], grad, rtol=1e-4, atol=1e-7)
         stepped = before[key] - 0.1 * grad
         torch.testing.assert_close(sharded[f"{kind} {name} {way} step {key}"], stepped, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sharded_trainer_saves_resumes_and_finds_the_best_as_one_process(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_script("train_sharded", one, 4)
+    for process in run_two_processes(SCRIPTS / "train_sharded.py", two, 2):
+        if "no available devices found" in process.stderr:
+            pytest.skip("this accelerate has FSDP on GPUs alone")
+        assert process.returncode == 0, process.stderr[-4000:]
+        assert "parameters DTensor\n" in process.stdout
+    for adapter in ("registers", "lora"):
+        name = f"{adapter}/adapter_model.safetensors"
+        best, last = (load_file(two / place / name) for place in ("best", "checkpoint-4"))
+        assert_identical(best, load_file(two / "checkpoint-3" / name))
+        assert any(not torch.equal(best[key], value) for key, value in last.items())
+        for key, value in load_file(one / "best" / name).items():
+            torch.testing.assert_close(best[key], value, rtol=1e-4, atol=1e-5)
+        configs = [json.loads((folder / "best" / adapter / "adapter_config.json").read_text()) for folder in (one, two)]
+        for config in configs:
+            config.pop("weights_sha256", None)
+            config["target_modules"] = sorted(config.get("target_modules") or [])
+        assert configs[0] == configs[1]
 
 
 # Offloaded
