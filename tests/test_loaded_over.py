@@ -141,6 +141,17 @@ def test_values_for_another_base_are_refused(way: str, tmp_path: Path) -> None:
     before.check()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_new_adapter_that_is_refused_leaves_no_attributes(way: str, tmp_path: Path) -> None:
+    moved(WAYS[way](other_base())).save_pretrained(tmp_path, selected_adapters=["default"])
+    model = moved(WAYS[way](build("vit")))
+    before, attributes = Snapshot(model, make_inputs("vit")), {part: set(vars(part)) for part in model.modules()}
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
+        model.load_adapter(str(tmp_path / "default" if way == "compose" else tmp_path), "new")
+    before.check()
+    assert {part: set(vars(part)) for part in model.modules()} == attributes
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "positions"])
 def test_registers_for_another_block_are_refused(way: str, tmp_path: Path) -> None:
     moved(WAYS[way](build("vit"), insert_layer=1)).save_pretrained(tmp_path, selected_adapters=["default"])

@@ -78,16 +78,17 @@ class PositionModel(Walked, BaseTuner):
             check_adapter_name(model, adapter_name, config.modules_to_save or ())
             if config.from_file:
                 _leave_out_heads(model, config)
-            self._place = place_of_positions(tower)
+            place = place_of_positions(tower)
             present = TowerIdentity.of(tower)
             check_finite_base(tower, present)
             identity = checked_identity(present, config, biases_tell(model))
-            _check_file(model, tower, self._place, config)
+            _check_file(model, tower, place, config)
             config.base_tower, config.ignore_base_mismatch = identity.to_dict(), False
             config.attached_to = present
             saved, config.saved_weights = config.saved_weights, None
             if saved is not None:
                 before.lost[adapter_name] = partial(lost_heads, model, adapter_name, saved)
+            self._place = place
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
