@@ -285,6 +285,50 @@ def test_an_adapter_that_was_removed_is_made_again(done: Path, tmp_path: Path) -
     assert bytes_of(out) == bytes_of(done)
 
 
+def _cut(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+
+
+def _replace(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parents[1] / "1-random-register" / "seed-1" / "adapter", folder)
+
+
+def _take_config(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+def _pipe(folder: Path) -> None:
+    _take_config(folder)
+    os.mkfifo(folder / "adapter_config.json")
+
+
+@pytest.mark.parametrize("damage", [_cut, _replace, _take_config, _pipe], ids=lambda damage: damage.__name__[1:])
+def test_figures_are_not_taken_for_an_adapter_that_they_are_not_of(damage: Any, done: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "out")
+    place = out / "arms" / "fit-1-register"
+    damage(place / "adapter")
+    result = (out / "study.json").read_bytes()
+    with pytest.raises(ValueError, match=f"{place} is damaged .*; remove {place}, or name another folder"):
+        _again(out)
+    assert (out / "study.json").read_bytes() == result
+    shutil.rmtree(place)
+    _again(out)
+    assert bytes_of(out) == bytes_of(done)
+
+
+def test_an_edited_card_of_an_arm_is_left(done: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "out")
+    card = out / "arms" / "fit-1-register" / "adapter" / "README.md"
+    card.write_text("mine", "utf-8")
+    _again(out)
+    assert card.read_text("utf-8") == "mine"
+
+
+def _again(out: Path) -> None:
+    run_study(_arguments(out, seeds=2))
+
+
 # Models to leave as they are, and what is refused
 
 

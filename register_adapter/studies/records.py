@@ -14,7 +14,7 @@ from ..artifacts import ArtifactReport
 from ..artifacts.report import Verdict
 from ..towers.identity import is_finite
 from ..training.saving import save_adapter
-from ..utils.files import parse_json, read_text
+from ..utils.files import checksum, parse_json, read_text
 from ..utils.staging import staged, sweep, write_text
 from .arms import Arm
 from .ruler import Figures
@@ -109,13 +109,16 @@ class Records:
                 raise ValueError(f"why_not is {why_not!r:.80}")
             if made != (why_not is None,) * 2 or (base and why_not is not None):
                 raise ValueError("an arm that was made has both figures, and another says why it was not")
-            if choose is not None and not base and not (place / ADAPTER).is_dir():
-                return None  # somebody has removed it
+            if choose is not None and not base:
+                if not (place / ADAPTER).is_dir():
+                    return None  # somebody has removed it
+                if figures.get("adapter", there := _checksums(place / ADAPTER)) != there:
+                    raise ValueError("the adapter in it is not the one that its figures are of")
             return Record(choose, report, why_not, seconds)
 
     def keep(self, arm: Arm, seed: int, record: Record, model: nn.Module | None, facts: dict[str, Any]) -> None:
         """Write an arm, its figures last; an adapter of ``model`` is saved beside them, with ``facts`` on its card."""
-        figures = {
+        figures: dict[str, Any] = {
             "arm": arm.name,
             "seed": seed if arm.seeded else None,
             "choose": record.choose.to_dict() if record.choose else None,
@@ -126,8 +129,15 @@ class Records:
             if model is not None and hasattr(model, "peft_config"):
                 saved: Any = model
                 save_adapter(saved, scratch / ADAPTER, facts)
+                figures["adapter"] = _checksums(scratch / ADAPTER)
             (scratch / _TIMES).write_text(json.dumps({"seconds": round(record.seconds, 1)}) + "\n", "utf-8")
             (scratch / _FIGURES).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Names of what an adapter is loaded from, to their SHA-256; a card is for its readers to edit."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")]
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in sorted(files)}
 
 
 def _figures(name: str, values: Any) -> Figures | None:
