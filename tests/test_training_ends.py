@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from training_cases import RUN, STEPS, flags, results_of, start, stopped, write_case
 from training_helpers import adapter_bytes
 
+from register_adapter import HubAccessError
 from register_adapter.testbed import SceneDataset, load_image_processor, load_vit
 from register_adapter.training import ClassificationObjective, TrainArguments, checkpoints, saving, train, wrap
 from register_adapter.training.checkpoints import TrainState
@@ -326,6 +327,24 @@ def test_a_run_stopped_in_its_upload_says_that_it_is_trained_and_how_it_is_uploa
     said = capsys.readouterr().err
     assert f"the adapter is trained and saved in {tmp_path}; it is uploaded by: hf upload me/it {tmp_path} ." in said
     assert (tmp_path / "results.json").is_file()
+
+
+@pytest.mark.parametrize("what", ["registers", "registers+lora"])
+def test_a_run_whose_upload_fails_says_that_it_is_trained_and_how_it_is_uploaded(
+    what: str, case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise HubAccessError("'me/it' cannot be reached; check the connection.")
+
+    for place in ("launch.check_push", "trainer.check_push", "saving._open_repository"):
+        monkeypatch.setattr(f"register_adapter.training.{place}", lambda *_: None)
+    monkeypatch.setattr("register_adapter.training.saving.upload", fail)
+    monkeypatch.setattr("register_adapter.tuner.peft_model.upload", fail)
+    argv = flags(case, tmp_path, *RUN, "--train", what, "--quiet", "--push-to-hub", "--hub-model-id", "me/it")
+    assert stopped(argv) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "'me/it' cannot be reached; check the connection; the adapter is trained and saved in" in said
+    assert f"{tmp_path}; it is uploaded by: hf upload me/it {tmp_path} ." in said
 
 
 def test_a_run_that_was_resumed_and_stopped_at_once_names_its_checkpoint(

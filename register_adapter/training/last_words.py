@@ -24,7 +24,7 @@ from . import checkpoints
 from .arguments import TrainArguments
 from .checkpoints import CheckpointError
 from .interruption import Interrupted
-from .saving import RUN_CONFIG
+from .saving import how_to_upload
 
 __all__ = ["farewell", "fit_advice", "is_of_another_process", "of_another_process", "summarise", "tell_fault"]
 
@@ -112,9 +112,7 @@ def farewell(stop: Interrupted, args: TrainArguments, prog: str, argv: Sequence[
         argv: The arguments that it was started with.
     """
     if stop.saved:
-        upload = ["hf", "upload", str(args.hub_model_id), str(args.output_dir), ".", "--exclude", "checkpoint-*"]
-        command = shlex.join([*upload, "--exclude", RUN_CONFIG])
-        return f"{stop}; the adapter is trained and saved in {args.output_dir}; it is uploaded by: {command}"
+        return f"{stop}; {how_to_upload(args)}"
     # What the run was to be resumed from, before it came to that.
     checkpoint = stop.checkpoint or (_found(args.resume_from_checkpoint, args) if args.resume_from_checkpoint else None)
     return f"{stop}; {_how_to_go_on(checkpoint, args, prog, argv)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ __all__ = [
     "check_output_dir",
     "check_push",
     "describe_run",
+    "how_to_upload",
     "open_outputs",
     "push_run",
     "save_adapter",
@@ -228,15 +230,29 @@ def _open_repository(args: TrainArguments, token: str | None) -> None:
 def push_run(
     model: PeftModel, args: TrainArguments, image_processor: Any, card: dict[str, Any], token: str | None
 ) -> str:
-    """Upload adapter, card and image processor; the address of the repository."""
+    """Upload adapter, card and image processor; the address of the repository.
+
+    Raises:
+        HubAccessError: The Hub refused it or cannot be reached; what was trained is saved, and the message says so.
+    """
     name = str(args.hub_model_id)
-    if isinstance(model, ComposedPeftModel):
-        return _push_folder(model, args, card, token)
-    commit = model.push_to_hub(name, private=args.hub_private, token=token, **card)
-    if _can_be_saved(image_processor):
-        with hub_errors(name, token=token):
-            image_processor.push_to_hub(name, token=token)
+    try:
+        if isinstance(model, ComposedPeftModel):
+            return _push_folder(model, args, card, token)
+        commit = model.push_to_hub(name, private=args.hub_private, token=token, **card)
+        if _can_be_saved(image_processor):
+            with hub_errors(name, token=token):
+                image_processor.push_to_hub(name, token=token)
+    except HubAccessError as error:
+        raise HubAccessError(f"{str(error).rstrip('.')}; {how_to_upload(args)}") from error
     return str(commit.repo_url)
+
+
+def how_to_upload(args: TrainArguments) -> str:
+    """For the end of a message about an upload that did not come about."""
+    upload = ["hf", "upload", str(args.hub_model_id), str(args.output_dir), ".", "--exclude", "checkpoint-*"]
+    command = shlex.join([*upload, "--exclude", RUN_CONFIG])
+    return f"the adapter is trained and saved in {args.output_dir}; it is uploaded by: {command}"
 
 
 def _push_folder(model: ComposedPeftModel, args: TrainArguments, card: dict[str, Any], token: str | None) -> str:
