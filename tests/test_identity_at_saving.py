@@ -333,3 +333,70 @@ def test_what_is_put_on_together_with_trained_biases_knows_those_of_the_base(
             value.data += torch.linspace(-1, 1, value.numel())
     with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
         load_adapters(biases, tmp_path)
+
+
+def _trained(model: Any) -> Any:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def _added_afterwards(configs: dict[str, Any], folder: Path) -> Any:
+    model = _trained(compose(build("vit"), {"lora": configs["lora"]}))
+    model.add_adapter("other", configs["other"])
+    return model
+
+
+def _loaded_in_turns(configs: dict[str, Any], folder: Path) -> Any:
+    _trained(compose(build("vit"), configs)).save_pretrained(folder)
+    model: Any = build("vit")
+    for name in configs:
+        model = load_adapters(model, folder, selected_adapters=[name])
+    return model
+
+
+def _other_patches_for_one_save(configs: dict[str, Any], folder: Path) -> Any:
+    model = _trained(compose(build("vit"), configs))
+    patches = find_tower(model).part("patch_embedding").weight.detach()
+    own = patches.clone()
+    patches += torch.linspace(-1, 1, patches.numel()).reshape(patches.shape)
+    model.save_pretrained(folder)
+    patches.copy_(own)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:the base keeps the biases")
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("kind", [RegisterConfig, PositionConfig])
+@pytest.mark.parametrize("way", [_added_afterwards, _loaded_in_turns, _other_patches_for_one_save])
+def test_biases_tell_of_the_base_again_once_nobody_brings_them(
+    way: Callable[..., Any], kind: Any, bias: Any, tmp_path: Path
+) -> None:
+    """PEFT leaves trained biases in the base when their LoRA is deleted: no folder brings them."""
+    lora = LoraConfig(target_modules=["q_proj", "query"], bias=bias)
+    model = way({"lora": lora, "other": kind()}, tmp_path / "before")
+    model.delete_adapter("lora")
+    expected = run(model.eval(), make_inputs("vit"))
+    model.save_pretrained(tmp_path / "after")
+    state = {key: value for key, value in model.get_base_model().state_dict().items() if key.endswith(".bias")}
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
+        load_adapters(build("vit"), tmp_path / "after")
+    right = build("vit")
+    assert not right.load_state_dict(state, strict=False).unexpected_keys
+    assert_identical(run(load_adapters(right, tmp_path / "after").eval(), make_inputs("vit")), expected)
+
+
+@pytest.mark.filterwarnings("ignore:the base keeps the biases")
+def test_biases_that_a_deleted_lora_left_trainable_are_the_bases_beside_positions_too(tmp_path: Path) -> None:
+    lora = LoraConfig(target_modules=["q_proj", "query"], bias="all")
+    model: Any = compose(build("vit"), {"lora": lora, "registers": RegisterConfig(), "positions": PositionConfig()})
+    model.delete_adapter("lora")
+    expected = run(_trained(model), make_inputs("vit"))
+    model.save_pretrained(tmp_path)
+    state = {key: value for key, value in model.get_base_model().state_dict().items() if key.endswith(".bias")}
+    right = build("vit")
+    assert not right.load_state_dict(state, strict=False).unexpected_keys
+    assert_identical(run(load_adapters(right, tmp_path).eval(), make_inputs("vit")), expected)
+    with pytest.raises(BaseModelMismatchError, match="they differ in weights"):
+        load_adapters(build("vit"), tmp_path)

@@ -166,10 +166,10 @@ def _groups(tower: Tower) -> list[list[torch.Tensor]]:
 def but_for_trained(tower: Tower, identity: TowerIdentity, now: TowerIdentity) -> TowerIdentity:
     """An identity that a tower had earlier, with the sketches of now of those of its weights that are being trained."""
     groups, before, sketches = _groups(tower), identity.fingerprint, now.fingerprint
-    if before is None or sketches is None or len(before) != len(sketches):
+    if before is None or sketches is None:
         return identity
     trained = [any(tensor.requires_grad for tensor in group) for group in groups for _ in range(BUCKETS)]
-    chosen = zip(before, sketches, trained, strict=True)
+    chosen = zip(before, sketches, trained, strict=False)  # one of them may say nothing of biases
     return replace(identity, fingerprint=[new if is_new else old for old, new, is_new in chosen])
 
 
@@ -309,7 +309,8 @@ def identity_now(tower: Tower, before: TowerIdentity, biases: bool = True) -> To
     if before.fingerprint is None:
         return now
     compared = now if biases else with_biases_of(now, before)
-    if not compared.differences(before):
+    told = len(before.fingerprint) == len(now.fingerprint)  # otherwise its biases told nothing, those of an adapter
+    if not compared.differences(before) and (told or not biases):
         return None
     return now if biases else now.without_biases()
 

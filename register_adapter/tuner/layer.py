@@ -19,7 +19,7 @@ from torch import nn
 from ..towers.identity import TowerIdentity, brings_biases, identity_now, trains_biases
 from ..towers.tower import Tower
 from ..utils.parameters import check_module
-from ._peft_compat import activate_heads, enable_heads
+from ._peft_compat import POSITIONS, activate_heads, enable_heads, member
 from .config import RegisterConfig
 from .heads import HeadLabels
 from .hooks.call_state import CallState
@@ -216,7 +216,8 @@ class RegisterLayer(SequenceHooks, Choice, MethodHooks, NeuronHooks, PlaceHooks,
         trained = brings_biases(self.labels.model)
         # What was merged or deleted has left its flags behind, and is the base's now: no adapter brings it along.
         blocks = self.tower.part("blocks")
-        others = any(not isinstance(config, RegisterConfig) for config in configs.values())
+        rest = [config for config in configs.values() if not isinstance(config, RegisterConfig)]
+        others = any(config.peft_type != member(POSITIONS) for config in rest)  # these train no bias
         inside = set(map(id, blocks.modules()))
         whole = (self.labels.model or self.tower.module).modules()
         wrappers = [part for part in whole if isinstance(part, AuxiliaryTrainingWrapper)]  # in the blocks, or around

@@ -125,9 +125,9 @@ class RegisterModel(BaseTuner):
         if given.untrusted_anatomy:
             check_parts(tower)
         self._check_tower(tower, given)
-        present = TowerIdentity.of(tower)
+        present, biases = TowerIdentity.of(tower), biases_tell(model)
         check_finite_base(tower, present)
-        identity = checked_identity(present, given, biases_tell(model))
+        identity = checked_identity(present, given, biases)
         if anatomy is not None:
             check_anatomy(tower, given)
         check_task(model, given)
@@ -155,7 +155,8 @@ class RegisterModel(BaseTuner):
         config.id2label = labels
         config.folder = config.saved_weights = config.weights_sha256 = None
         self.peft_config[adapter_name] = config
-        self._tower, self._labels, self._present = tower, config.id2label, present
+        self._tower, self._labels = tower, config.id2label
+        self._present = present if biases else present.without_biases()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for layer in register_layers(model):  # PEFT has put copies of blocks in their place (modules_to_save)
             layer._renew_hooks()

@@ -79,12 +79,12 @@ class PositionModel(Walked, BaseTuner):
             if config.from_file:
                 _leave_out_heads(model, config)
             place = place_of_positions(tower)
-            present = TowerIdentity.of(tower)
+            present, biases = TowerIdentity.of(tower), biases_tell(model)
             check_finite_base(tower, present)
-            identity = checked_identity(present, config, biases_tell(model))
+            identity = checked_identity(present, config, biases)
             _check_file(model, tower, place, config)
             config.base_tower, config.ignore_base_mismatch = identity.to_dict(), False
-            config.attached_to = present
+            config.attached_to = present if biases else present.without_biases()
             saved, config.saved_weights = config.saved_weights, None
             if saved is not None:
                 before.lost[adapter_name] = partial(lost_heads, model, adapter_name, saved)
