@@ -186,6 +186,35 @@ def test_ctrl_c_and_sigterm_wait_while_files_are_moved(
         signal.signal(number, before)
 
 
+def test_signals_that_waited_all_come_where_a_handler_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, and then SIGTERM: whoever goes on after the first is still told of the second."""
+    move, numbers, came = Path.replace, [signal.SIGINT, signal.SIGTERM], list[int]()
+
+    def interrupted(path: Path, target: Path) -> Path:
+        for number in numbers:
+            signal.raise_signal(number)
+        return move(path, target)
+
+    def leave(number: int, _: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt(number)
+
+    def write() -> None:
+        with staged(tmp_path) as scratch:
+            (scratch / "a").write_text("new")
+
+    before = [signal.signal(number, leave) for number in numbers]
+    try:
+        monkeypatch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert came == numbers
+        assert [signal.getsignal(number) for number in numbers] == [leave, leave]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def test_a_move_that_does_not_come_to_an_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("register_adapter.utils.staging._PATIENCE", 0.1)
     with FileLock(tmp_path / ".register_adapter-moving.lock"), pytest.raises(OSError, match="another process"):

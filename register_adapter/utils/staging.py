@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +157,11 @@ def _to_the_end() -> Iterator[None]:
             signal.signal(number, lambda number, _: came.append(number))
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        with ExitStack() as last:  # the others too where a handler raises; from the last one to the first
+            for number in reversed(came):
+                last.callback(signal.raise_signal, number)
+            for number, handler in before.items():
+                last.callback(signal.signal, number, handler)
 
 
 @contextmanager
