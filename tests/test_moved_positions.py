@@ -327,3 +327,20 @@ def test_whoever_walks_over_a_model_is_not_disturbed(adding: bool) -> None:
             model.delete_adapter("guest")
     assert seen == before
     assert ("guest" in layer.offset_positions_values) == adding
+
+
+@pytest.mark.parametrize("holder", ["PEFT", "transformers"])
+def test_offsets_beside_a_lora_without_compose_are_saved_alone(holder: str, tmp_path: Path) -> None:
+    lora, model = LoraConfig(target_modules=["q_proj", "query"]), build("vit")
+    if holder == "PEFT":
+        model = get_peft_model(get_peft_model(model, lora, "lora"), PositionConfig(), "offsets")
+    else:
+        model.add_adapter(lora, "lora")
+        model.add_adapter(PositionConfig(), "offsets")
+        model.set_adapter("offsets")
+    (values,) = (value for key, value in model.named_parameters() if key.endswith("positions_values.offsets.weight"))
+    torch.nn.init.normal_(values)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("vit"), tmp_path / ("offsets" if holder == "PEFT" else ""))
+    (given,) = (value for key, value in loaded.named_parameters() if "positions_values" in key)
+    assert torch.equal(given, values)

@@ -145,7 +145,9 @@ class PositionModel(Walked, BaseTuner):
     def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
         if not getattr(model, "renews_bases", False):  # it has done so; here the other adapters are out of its sight
             renew_base(vars(model).get("viewed", model), config)
-        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        tensors = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        # PEFT takes those of every tuner's layers, such as a LoRA's that the offsets were put on.
+        return {key: value for key, value in tensors.items() if f".{cls.prefix}values." in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
