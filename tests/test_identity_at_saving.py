@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import build, make_inputs, perturb
 from helpers import assert_identical, run
-from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from stacks_cases import build_stack
 from torch import nn
@@ -28,6 +28,14 @@ from register_adapter import (
     save_adapters,
 )
 from register_adapter.towers import TowerIdentity
+
+
+def brought(lora: LoraConfig) -> LoraConfig:
+    """The config, unless this PEFT leaves its trained biases out of what it saves."""
+    saved = get_peft_model_state_dict(get_peft_model(build("vit"), copy.deepcopy(lora)))
+    if not any(key.endswith("bias") for key in saved):
+        pytest.skip("PEFT 0.18 saves no biases of lora_only")
+    return lora
 
 
 def other(name: str = "vit", make: Callable[[str], Any] = build) -> Any:
@@ -292,7 +300,7 @@ def test_what_was_put_on_beside_trained_biases_loads_on_the_base(
                 torch.nn.init.normal_(parameter, std=0.2)
         return model.eval()
 
-    lora = LoraConfig(target_modules=["q_proj", "query"], bias=bias)
+    lora = brought(LoraConfig(target_modules=["q_proj", "query"], bias=bias))
     model = trained(compose(build("vit"), {"lora": lora}))
     if before == "loaded":
         model.save_pretrained(tmp_path / "lora")
@@ -374,7 +382,7 @@ def test_biases_tell_of_the_base_again_once_nobody_brings_them(
     way: Callable[..., Any], kind: Any, bias: Any, tmp_path: Path
 ) -> None:
     """PEFT leaves trained biases in the base when their LoRA is deleted: no folder brings them."""
-    lora = LoraConfig(target_modules=["q_proj", "query"], bias=bias)
+    lora = brought(LoraConfig(target_modules=["q_proj", "query"], bias=bias))
     model = way({"lora": lora, "other": kind()}, tmp_path / "before")
     model.delete_adapter("lora")
     expected = run(model.eval(), make_inputs("vit"))
