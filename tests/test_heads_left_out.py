@@ -30,8 +30,8 @@ from register_adapter.tuner.composed import load_onto
 HEAD: dict[str, Any] = {"modules_to_save": ["classifier"]}
 CONFIGS: dict[str, Any] = {
     "lora": LoraConfig(target_modules=["q_proj", "query"], **HEAD),
-    "biases": LoraConfig(target_modules=["q_proj", "query"], bias="all"),
-    "biases_and_head": LoraConfig(target_modules=["q_proj", "query"], bias="all", **HEAD),
+    "whole": LoraConfig(target_modules=["q_proj", "query"], bias="all"),
+    "whole_and_head": LoraConfig(target_modules=["q_proj", "query"], bias="all", **HEAD),
     "norms": LNTuningConfig(target_modules=["layernorm_before"], **HEAD),
     "positions": PositionConfig(**HEAD),
 }
