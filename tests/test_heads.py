@@ -24,11 +24,13 @@ from PIL import Image
 
 from register_adapter import (
     AdapterFileError,
+    PositionConfig,
     RegisterConfig,
     RegisterPeftModel,
     add_registers,
     compose,
     export_native,
+    find_tower,
     load_adapters,
     save_adapters,
 )
@@ -96,6 +98,29 @@ def test_every_task_type_wraps_runs_saves_and_loads(task: str, named: bool, tmp_
 def test_a_typo_beside_a_task_type_is_refused() -> None:
     with pytest.raises(ValueError, match="'clasifier', which ViTForImageClassification lacks"):
         get_peft_model(build("vit-classifier"), RegisterConfig(task_type="SEQ_CLS", modules_to_save=["clasifier"]))
+
+
+@pytest.mark.parametrize("kind", [RegisterConfig, PositionConfig])
+@pytest.mark.parametrize(
+    ("name", "module", "message"),
+    [
+        ("vit-classifier", "clasifier", "'clasifier', which ViTForImageClassification lacks"),
+        ("vit-classifier", "embeddings.dropout", "'embeddings.dropout', a Dropout without parameters"),
+        ("vit-classifier", "blocks", "all blocks of ViTModel, .* single blocks"),
+        ("timm", "blocks", "all blocks of VisionTransformer, .* single blocks"),
+    ],
+)
+def test_what_cannot_be_trained_beside_is_refused(kind: Any, name: str, module: str, message: str) -> None:
+    if name == "timm":
+        timm = pytest.importorskip("timm", reason="its blocks are an nn.Sequential")
+        base = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2)
+    else:
+        base = build(name)
+        blocks = find_tower(base).part("blocks")
+        module = module if module != "blocks" else next(path for path, part in base.named_modules() if part is blocks)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, kind(modules_to_save=[module]))
+    assert not any(isinstance(part, ModulesToSaveWrapper) for part in base.modules())
 
 
 def test_a_task_types_adapter_loads_without_its_head(tmp_path: Path) -> None:

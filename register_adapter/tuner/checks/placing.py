@@ -31,6 +31,7 @@ __all__ = [
     "beside_biases_of",
     "biases_tell",
     "by_block",
+    "check_named",
     "check_placement",
     "check_task",
     "check_units",
@@ -128,18 +129,9 @@ def heads_of(
     """
     names = config.modules_to_save or []
     lacking = [name for name in lacking_modules(model, tower, names) if config.needs(name)]
-    if lacking and not config.from_file:
-        children = [name for name, _ in model.named_children()]
-        raise ValueError(f"modules_to_save names {lacking[0]!r}, which {type(model).__name__} lacks; it has {children}")
     # What a saved adapter names is in its file, where it is looked for.
-    for name in names if not config.from_file else ():
-        called = modules_called(model, name)
-        if config.needs(name) and _is_empty(called):
-            raise ValueError(
-                f"modules_to_save names {name!r}, a {type(next(iter(called.values()))).__name__} without parameters: "
-                "there is nothing in it to train or to save. Leave it out, or put a module with parameters in its "
-                "place first."
-            )
+    if not config.from_file:
+        check_named(model, tower, [name for name in names if config.needs(name)])
     if config.from_file:  # timm's num_classes=0 and ``model.head = nn.Identity()`` leave the name of a head without one
         lacking += [name for name in names if _is_empty(modules_called(model, name)) and config.needs(name)]
     heads = [name for name in names if name not in lacking]
@@ -153,6 +145,30 @@ def heads_of(
         present = heads_in_file(present, config.task_heads, config.saved_weights.layout)
         layout = check_saved_heads(model, tower, present, config.saved_weights)
     return heads, lacking, layout
+
+
+def check_named(model: nn.Module, tower: Tower, names: list[str]) -> None:
+    """What a new config names in ``modules_to_save`` is in the model, and there is something in it to train.
+
+    Raises:
+        ValueError: It is not, or is all of the tower's blocks, which PEFT's copy would not be in turn.
+    """
+    for name in names:
+        called = modules_called(model, name)
+        if not called:
+            children = [child for child, _ in model.named_children()]
+            raise ValueError(f"modules_to_save names {name!r}, which {type(model).__name__} lacks; it has {children}")
+        if _is_empty(called):
+            raise ValueError(
+                f"modules_to_save names {name!r}, a {type(next(iter(called.values()))).__name__} without parameters: "
+                "there is nothing in it to train or to save. Leave it out, or put a module with parameters in its "
+                "place first."
+            )
+        if tower.part("blocks") in called.values():
+            raise ValueError(
+                f"modules_to_save names {name!r}, all blocks of {type(tower.module).__name__}, which PEFT cannot copy "
+                f"as one module. Name a head, or single blocks: ['{name}.0', '{name}.1']."
+            )
 
 
 def _is_empty(modules: Mapping[str, nn.Module]) -> bool:

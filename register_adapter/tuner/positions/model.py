@@ -22,7 +22,7 @@ from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, FromFile, activate_heads, remap_on_load, renew_on_save
 from ..checks.head_weights import base_heads, heads_in_file, lacking_heads, warn_of_left_out, without_left_out
 from ..checks.loaded_over import check_same_base, read_beside
-from ..checks.placing import biases_tell, check_task, checked_identity
+from ..checks.placing import biases_tell, check_named, check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
 from ..fields import check_name
 from ..heads import check_adapter_name, modules_called, number_of_labels
@@ -73,8 +73,10 @@ class PositionModel(Walked, BaseTuner):
             check_task(model, config)
             tower = find_tower(model, config.tower_name)
             if not config.from_file:
-                check_copies_load(model, config.modules_to_save or (), by_end=False)
-                check_savable_modules(dict(copied_modules(model, config.modules_to_save or ())))
+                named = config.modules_to_save or []
+                check_named(model, tower, [name for name in named if name not in config.task_heads])
+                check_copies_load(model, named, by_end=False)
+                check_savable_modules(dict(copied_modules(model, named)))
             check_adapter_name(model, adapter_name, config.modules_to_save or ())
             if config.from_file:
                 _leave_out_heads(model, config)
