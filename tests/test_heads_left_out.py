@@ -167,3 +167,24 @@ def test_lora_alone_beside_a_head_of_no_parameters_says_what_it_leaves_out(tmp_p
     with pytest.warns(UserWarning, match="has 'classifier' trained beside its layers, and ViTForImageClassification"):
         model = load_onto(base, tmp_path / "lora")
     assert torch.allclose(features(model), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}], ids=["plain", "lora_bias"])
+@pytest.mark.parametrize(("name", "targets"), [("vit", ["q_proj", "projection"]), ("clip", ["q_proj"])])
+def test_trained_biases_of_layers_outside_the_blocks_come_back(
+    name: str, targets: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """LoRA's own layers, in the patch embedding or the text tower, keep the bias of what they are around inside."""
+    torch.manual_seed(0)
+    base = build(name)
+    config = LoraConfig(target_modules=targets, bias="all", **options)
+    model = compose(copy.deepcopy(base), {"lora": config, "registers": RegisterConfig()})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_adapters(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*left out.*")
+        loaded = load_adapters(copy.deepcopy(base), tmp_path)
+    expected = {key: value for key, value in model.state_dict().items() if key.endswith(".bias")}
+    assert_identical({key: value for key, value in loaded.state_dict().items() if key in expected}, expected)

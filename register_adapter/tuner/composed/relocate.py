@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
@@ -160,8 +161,9 @@ def _without_biases_elsewhere(adapter: SavedAdapter, here: str | None, base: nn.
     within = next(f"{path}." for path, module in base.named_modules() if module is blocks)
     heads = getattr(adapter.config, "modules_to_save", None) or []  # have their own warning
     modules, start, lacking = dict(base.named_modules()), f"{here}." if here else "", dict[str, str]()
-    for key in sorted(adapter.keys):
-        path = key.removeprefix(_ROOT).removesuffix(".bias")
+    mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]}"  # of the method's own tensors
+    for key in sorted(key for key in adapter.keys if mark not in key):
+        path = _BIAS.sub("", key.removeprefix(_ROOT))  # of the base, whatever was around it
         # timm leaves an nn.Identity of a head.
         gone = not path.startswith(within) if path not in modules else not modules[path].state_dict()
         if key.endswith(".bias") and gone and not any(is_of(key, name) for name in heads):
