@@ -407,3 +407,18 @@ def test_a_task_trains_the_head_of_a_composed_model_too(first: str, way: str, tr
     for model in (more, load_adapters(head_model(trained, num_labels=5), tmp_path / "backbone")):
         for head in (part for part in model.modules() if isinstance(part, ModulesToSaveWrapper)):
             assert all(torch.equal(copy.weight, head.original_module.weight) for copy in head.modules_to_save.values())
+
+
+@pytest.mark.parametrize("first", ["registers", "lora"])
+def test_a_head_that_a_later_config_names_is_left_to_it(first: str, trained: Path) -> None:
+    """Though the first one's task would have it trained."""
+    configs: dict[str, Any] = {
+        "registers": RegisterConfig(num_registers=2, task_type="SEQ_CLS"),
+        "lora": LoraConfig(target_modules=["query", "q_proj"], task_type="SEQ_CLS"),
+    }
+    configs = {first: configs.pop(first), **configs}
+    last = [*configs][-1]
+    configs[last].modules_to_save = ["classifier"]
+    model = compose(head_model(trained, num_labels=5), configs)
+    heads = [name for name, value in model.named_parameters() if value.requires_grad and ".classifier." in name]
+    assert [name.rpartition("modules_to_save.")[2] for name in heads] == [f"{last}.weight", f"{last}.bias"]

@@ -31,7 +31,7 @@ from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
 from .class_names import expect_classes, fit_classes, note_classes
 from .folder import fetch_folder, holds_several, read_folder
-from .guards import check_heads, check_switched_on, flags_kept, trained_beside, with_task_heads
+from .guards import check_heads, check_switched_on, flags_kept, heads_given, trained_beside, with_task_heads
 from .names import check_adapters, configs_of, innermost
 from .one_adapter import read_alone
 from .relocate import relocated
@@ -69,7 +69,7 @@ def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any)
     check_adapters(base, configs)
     check_switched_on(base)
     configs = with_task_heads(base, configs, together=True)
-    with _all_or_nothing(model, configs.values()), trained_beside(configs.values()):
+    with _all_or_nothing(model, configs.values()), trained_beside(configs.values()), heads_given():
         composed = ComposedPeftModel(model)
         everything = list(dict.fromkeys([*composed.active_adapters, *configs]))
         check_heads({**configs_of(base), **configs}, everything)

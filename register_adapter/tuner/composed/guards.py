@@ -35,8 +35,8 @@ __all__ = [
     "check_unmerged",
     "fit_copies",
     "flags_kept",
+    "heads_given",
     "hooks_lifted",
-    "loading",
     "settle_head",
     "still_active",
     "train_biases",
@@ -44,7 +44,7 @@ __all__ = [
     "with_task_heads",
 ]
 
-_LOADS: ContextVar[bool] = ContextVar("loads", default=False)
+_GIVEN: ContextVar[bool] = ContextVar("heads given", default=False)
 #: Held by a thread that switches layers of PEFT's.
 SWITCHING = threading.RLock()
 
@@ -63,13 +63,13 @@ def fit_copies(model: nn.Module, name: str, config: PeftConfig) -> None:
 
 
 @contextlib.contextmanager
-def loading() -> Iterator[None]:
-    """Adapters that are put on within the context train what their files have, and no head beside that."""
-    token = _LOADS.set(True)
+def heads_given() -> Iterator[None]:
+    """Adapters that are put on within the context train the heads that their configs name, and none for a task."""
+    token = _GIVEN.set(True)
     try:
         yield
     finally:
-        _LOADS.reset(token)
+        _GIVEN.reset(token)
 
 
 def with_task_heads(
@@ -84,7 +84,7 @@ def with_task_heads(
             it. Otherwise it is left to adapters of other methods.
     """
     given = dict(configs)
-    for name, config in configs.items() if not _LOADS.get() else ():
+    for name, config in configs.items() if not _GIVEN.get() else ():
         saved = list(getattr(config, "modules_to_save", None) or ())
         others = {key: other for key, other in {**configs_of(base), **given}.items() if key != name}
         rivals = [other for other in others.values() if together or other.peft_type != config.peft_type]

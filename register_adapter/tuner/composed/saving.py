@@ -31,7 +31,7 @@ from ..undo import unchanged_if_refused, values_kept
 from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
 from .folder import read_folder, write_folder
-from .guards import check_unmerged, loading
+from .guards import check_unmerged, heads_given
 from .one_adapter import read_alone
 from .relocate import relocated, tower_path
 from .tensors import adapter_tensors, check_own, check_read
@@ -203,7 +203,7 @@ class SavesAll(PeftModel):
             kept = _unchanged_if_refused(self, [adapter_name], model_id, kwargs.get("subfolder"))
             told = hub_errors(str(model_id), kwargs.get("revision"), kwargs.get("token"))
             names = given_classes(self.get_base_model(), {adapter_name: classes_in_folder(place)})
-            with told, kept, names, loading(), relocated([alone], self.get_base_model()) as placed:
+            with told, kept, names, heads_given(), relocated([alone], self.get_base_model()) as placed:
                 moved = next(placed)
                 if adapter_name in self.peft_config:
                     check_own(self, adapter_name, moved.keys, place)
