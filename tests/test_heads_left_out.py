@@ -81,6 +81,25 @@ def test_a_folder_loads_on_the_backbone(kind: str, beside: bool, tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize("owner", ["lora", "registers"])
+def test_with_trained_biases_a_head_of_another_size_comes_too(owner: str, tmp_path: Path) -> None:
+    """The bias of the base's own head is saved as well, by a name and in a size that are the old base's."""
+    configs: dict[str, Any] = {
+        "lora": LoraConfig(target_modules=["q_proj", "query"], bias="all", **(HEAD if owner == "lora" else {})),
+        "registers": RegisterConfig(**(HEAD if owner == "registers" else {})),
+    }
+    model = compose(head_model(), configs)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    save_adapters(model, tmp_path)
+    base = head_model()
+    base.classifier, base.config.num_labels = nn.Linear(32, 7), 7
+    loaded = load_adapters(base, tmp_path)
+    assert_identical(run(loaded.eval(), make_inputs("vit")), run(model.eval(), make_inputs("vit")))
+    assert loaded.config.num_labels == 5
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_it_is_loaded_over_one_without_the_head(kind: str, tmp_path: Path) -> None:
     expected, _ = trained(kind, tmp_path, beside=True)

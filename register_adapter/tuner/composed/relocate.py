@@ -21,7 +21,7 @@ from torch import nn
 
 from ...errors import AdapterFileError, UnsupportedModelError
 from ...towers.tower import find_tower
-from ...utils.adapter_file import is_of, read_tensors
+from ...utils.adapter_file import is_of, read_header, read_tensors
 from ...utils.files import checksum
 from ...utils.hub import WEIGHTS_NAME
 from .._peft_compat import named_as_in_state
@@ -168,10 +168,16 @@ def _without_biases_elsewhere(adapter: SavedAdapter, here: str | None, base: nn.
         gone = not path.startswith(within) if path not in modules else not modules[path].state_dict()
         if key.endswith(".bias") and gone and not any(is_of(key, name) for name in heads):
             lacking[key] = path.removeprefix(start) if start and path.startswith(start) else path.partition(".")[0]
-    if not lacking:
-        return adapter
-    warn_of_left_out(base, list(dict.fromkeys(lacking.values())), rest="layers")
-    return _copied(adapter, {key: key for key in adapter.keys if key not in lacking}, place)
+    if lacking:
+        warn_of_left_out(base, list(dict.fromkeys(lacking.values())), rest="layers")
+    # The bias beside a head's trained copy, of a base with another number of classes.
+    layout = read_header((adapter.copied_to or adapter.path) / WEIGHTS_NAME)
+    for key in (key for key in adapter.keys if key.endswith(".original_module.bias")):
+        module: Any = modules.get(_BIAS.sub("", key.removeprefix(_ROOT)))
+        own = getattr(getattr(module, "original_module", module), "bias", None)
+        if own is not None and tuple(own.shape) != layout[key].shape:
+            lacking[key] = key
+    return _copied(adapter, {key: key for key in adapter.keys if key not in lacking}, place) if lacking else adapter
 
 
 def _without_heads(adapter: SavedAdapter, base: nn.Module, place: Path) -> SavedAdapter:
