@@ -39,6 +39,7 @@ __all__ = [
     "heads_of",
 ]
 
+#: Whether adapters that were there before the call in progress have trained biases; ``None`` outside of one.
 _BESIDE: ContextVar[bool | None] = ContextVar("biases beside", default=None)
 #: What PEFT's classes for a task take from the model as they are made.
 _ASKED: dict[str, tuple[str, ...]] = {

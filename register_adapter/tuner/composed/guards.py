@@ -44,6 +44,7 @@ __all__ = [
     "with_task_heads",
 ]
 
+#: Whether the configs of adapters to come name every head that they train.
 _GIVEN: ContextVar[bool] = ContextVar("heads given", default=False)
 #: Held by a thread that switches layers of PEFT's.
 SWITCHING = threading.RLock()

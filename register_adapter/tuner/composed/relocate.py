@@ -158,7 +158,7 @@ def _without_biases_elsewhere(adapter: SavedAdapter, here: str | None, base: nn.
     if getattr(adapter.config, "bias", "none") != "all" or None in (adapter.tower, here):
         return adapter
     blocks = find_tower(base, here or None).part("blocks")
-    within = next(f"{path}." for path, module in base.named_modules() if module is blocks)
+    within = next((f"{path}." for path, module in base.named_modules() if module is blocks), "")  # "": none is left out
     heads = getattr(adapter.config, "modules_to_save", None) or []  # have their own warning
     modules, start, lacking = dict(base.named_modules()), f"{here}." if here else "", dict[str, str]()
     mark = f".{PEFT_TYPE_TO_PREFIX_MAPPING[adapter.config.peft_type]}"  # of the method's own tensors
