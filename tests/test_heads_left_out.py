@@ -118,29 +118,6 @@ def test_moved_positions_alone_leave_the_head_out(tmp_path: Path) -> None:
     assert torch.allclose(features(model), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("is_trainable", [False, True])
-@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
-@pytest.mark.parametrize("kind", [RegisterConfig, PositionConfig])
-def test_with_a_task_it_comes_back_from_the_backbone(kind: Any, task: str, is_trainable: bool, tmp_path: Path) -> None:
-    """PEFT adds the head again, of which the file that was saved on the backbone has nothing: it is the base's."""
-    model = get_peft_model(head_model(), kind(task_type=task))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(tmp_path / "head")
-    with pytest.warns(UserWarning, match=LEFT_OUT):
-        PeftModel.from_pretrained(build("vit"), tmp_path / "head").save_pretrained(tmp_path / "backbone")
-    base = head_model()
-    expected = {key: value.clone() for key, value in base.classifier.state_dict().items()}
-    loaded = PeftModel.from_pretrained(base, tmp_path / "backbone", is_trainable=is_trainable)
-    assert torch.allclose(features(loaded), features(model), atol=1e-6)
-    copies = base.classifier.modules_to_save["default"].state_dict()
-    assert all(torch.equal(copies[key], value) for key, value in expected.items())
-    loaded.save_pretrained(tmp_path / "again")
-    again = PeftModel.from_pretrained(head_model(), tmp_path / "again").eval()
-    assert_identical(run(again, make_inputs("vit")), run(loaded.eval(), make_inputs("vit")))
-
-
 @pytest.mark.parametrize("modules", [["classifier"], None], ids=["head", "task alone"])
 def test_moved_positions_with_a_task_load_on_the_backbone(modules: list[str] | None, tmp_path: Path) -> None:
     model = get_peft_model(head_model(), PositionConfig(task_type="SEQ_CLS", modules_to_save=modules))

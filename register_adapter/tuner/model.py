@@ -23,7 +23,7 @@ from ..utils.adapter_file import UNITS_KEY, check_range, is_foreign
 from ..utils.hub import WEIGHTS_NAME
 from ._peft_compat import PREFIX, FromFile, activate_heads, remap_on_load
 from .checks.dry_run import check_anatomy
-from .checks.head_weights import base_heads, check_file_tensors, warn_of_left_out, warn_of_new_weights, without_left_out
+from .checks.head_weights import check_file_tensors, warn_of_left_out, warn_of_new_weights, without_left_out
 from .checks.loaded_over import loading_over
 from .checks.placing import biases_tell, by_block, check_placement, check_task, check_units, checked_identity, heads_of
 from .checks.saved_heads import lost_heads
@@ -339,8 +339,7 @@ class RegisterModel(BaseTuner):
             rest = without_left_out(model, [*config.left_out, *lacking], config.task_heads, rest)
             # Here, since PEFT 0.18 puts what is none of the adapter's into the base before anybody is asked.
             check_file_tensors(config, adapter_name, {key: state_dict[key] for key in known} | rest)
-            whole = {known[key]: state_dict[key] for key in known} | rest
-            yield base_heads(model, adapter_name, config.task_heads, whole) | whole
+            yield {known[key]: state_dict[key] for key in known} | rest
 
 
 def _unnamed(number: int) -> dict[int, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,9 +18,7 @@ from ..config import RegisterConfig
 from ..heads import TRAINED_BESIDE, modules_called
 
 __all__ = [
-    "base_heads",
     "check_file_tensors",
-    "heads_in_file",
     "lacking_heads",
     "warn_of_left_out",
     "warn_of_new_weights",
@@ -60,29 +58,6 @@ def without_left_out(
     if dropped := [name for name in lacking if name in gone.values()]:
         warn_of_left_out(model, dropped)
     return {key: value for key, value in state_dict.items() if key not in gone}
-
-
-def heads_in_file(names: Iterable[str], optional: Iterable[str], keys: Iterable[str]) -> list[str]:
-    """Those of ``modules_to_save`` that a file must have: of those that PEFT adds for a task it may have none.
-
-    Such a head was left out where the adapter was loaded before, on a backbone.
-    """
-    left, found = set(optional), list(keys)
-    return [name for name in names if name not in left or any(is_of(key, name) for key in found)]
-
-
-def base_heads(
-    model: nn.Module, adapter_name: str, optional: Iterable[str], keys: Iterable[str]
-) -> dict[str, torch.Tensor]:
-    """What an adapter's copies of a task's heads have, by the keys that PEFT looks for, where a file has none of it."""
-    names, found = tuple(optional), list(keys)
-    return {
-        f"{path}.{key}": value
-        for path, part in model.named_modules()
-        if isinstance(part, ModulesToSaveWrapper) and adapter_name in part.modules_to_save and path.endswith(names)
-        if not any(key.startswith(f"{path}.") for key in found)
-        for key, value in part.modules_to_save[adapter_name].state_dict().items()
-    }
 
 
 def lacking_heads(model: nn.Module, names: Iterable[str]) -> list[str]:

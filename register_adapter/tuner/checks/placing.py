@@ -24,7 +24,6 @@ from ..hooks.fitting import misfit
 from ..neuron_shift import count_neurons
 from ..saved_keys import copied_modules
 from .copied_layers import check_free
-from .head_weights import heads_in_file
 from .saved_heads import check_saved_heads
 
 __all__ = [
@@ -143,7 +142,6 @@ def heads_of(
     layout = None
     if config.saved_weights is not None:
         present = [name for name in dict.fromkeys(heads) if modules_called(model, name)]
-        present = heads_in_file(present, config.task_heads, config.saved_weights.layout)
         layout = check_saved_heads(model, tower, present, config.saved_weights)
     return heads, lacking, layout
 

@@ -20,7 +20,7 @@ from ...towers.tower import Tower, find_tower
 from ...utils.adapter_file import check_range, check_savable_modules, check_tensors, is_of
 from ...utils.module_names import check_copies_load
 from .._peft_compat import POSITIONS, REMAPS, FromFile, activate_heads, remap_on_load, renew_on_save
-from ..checks.head_weights import base_heads, heads_in_file, lacking_heads, warn_of_left_out, without_left_out
+from ..checks.head_weights import lacking_heads, warn_of_left_out, without_left_out
 from ..checks.loaded_over import check_same_base, read_beside
 from ..checks.placing import biases_tell, check_named, check_task, checked_identity
 from ..checks.saved_heads import check_saved_heads, lost_heads
@@ -191,12 +191,11 @@ class PositionModel(Walked, BaseTuner):
                 warn_of_left_out(model, lacking, rest="position embeddings")
             state_dict = without_left_out(model, [*config.left_out, *lacking], (), state_dict)
             shapes = {OFFSETS_KEY: tuple(layers[0].base.shape)} if layers else {}
-            present = [name for name in dict.fromkeys(config.modules_to_save or ()) if modules_called(model, name)]
-            present = heads_in_file(present, config.task_heads, state_dict)
+            present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
             check_tensors(state_dict, shapes, config.modules_to_save, f"adapter {adapter_name!r}", present)
             for dtype in {layer.base.dtype for layer in layers}:
                 check_range(state_dict, dtype, f"adapter {adapter_name!r}")
-            yield base_heads(model, adapter_name, config.task_heads, state_dict) | dict(state_dict)
+            yield dict(state_dict)
         for layer in layers:
             layer.before = None
 
@@ -267,7 +266,6 @@ def _check_file(model: nn.Module, tower: Tower, place: tuple[nn.Module, str], co
         return
     owner, name = place
     present = [name for name in config.modules_to_save or [] if modules_called(model, name)]
-    present = heads_in_file(present, config.task_heads, saved.layout)
     layout = check_saved_heads(model, tower, present, saved)
     copied = copied_modules(model, present)
     values = {f"{path}.{key}": value for path, module in copied for key, value in module.state_dict().items()}
