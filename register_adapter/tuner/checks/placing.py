@@ -132,7 +132,7 @@ def heads_of(
     # What a saved adapter names is in its file, where it is looked for.
     if not config.from_file:
         check_named(model, tower, [name for name in names if config.needs(name)])
-    if config.from_file:  # timm's num_classes=0 and ``model.head = nn.Identity()`` leave the name of a head without one
+    else:  # timm's num_classes=0 and ``model.head = nn.Identity()`` leave the name of a head without one
         lacking += [name for name in names if _is_empty(modules_called(model, name)) and config.needs(name)]
     heads = [name for name in names if name not in lacking]
     if not config.from_file:

@@ -144,7 +144,7 @@ def load_adapters(
     # First those that know their base by the names and values of its own parameters.
     saved_first = sorted(saved, key=lambda adapter: not isinstance(adapter.config, KNOW_THEIR_BASE))
     changing = _all_or_nothing(model, [adapter.config for adapter in saved], loads=True)
-    with changing, relocated(saved_first, base) as placed:
+    with changing, heads_given(), relocated(saved_first, base) as placed:
         composed = ComposedPeftModel(model)
         kept = composed.active_adapters
         for adapter in placed:
@@ -269,11 +269,7 @@ class ComposedPeftModel(SavesAll):
         Raises:
             ValueError: As :func:`compose`; the model is unchanged.
         """
-        check_string(adapter_name)
-        base = self.get_base_model()
-        check_adapters(base, {adapter_name: peft_config})
-        config = with_task_heads(base, {adapter_name: peft_config})[adapter_name]
-        self._put_on(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self._put_on(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     def _put_on(
         self,
@@ -286,7 +282,7 @@ class ComposedPeftModel(SavesAll):
         check_string(adapter_name)
         base = self.get_base_model()
         check_adapters(base, {adapter_name: peft_config})
-        config = copy.deepcopy(peft_config)
+        config = copy.deepcopy(with_task_heads(base, {adapter_name: peft_config})[adapter_name])
         expect_classes(config, adapter_name)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(base, "name_or_path", None) or None

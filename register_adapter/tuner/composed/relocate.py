@@ -170,14 +170,15 @@ def _without_biases_elsewhere(adapter: SavedAdapter, here: str | None, base: nn.
             lacking[key] = path.removeprefix(start) if start and path.startswith(start) else path.partition(".")[0]
     if lacking:
         warn_of_left_out(base, list(dict.fromkeys(lacking.values())), rest="layers")
+    dropped = set(lacking)
     # The bias beside a head's trained copy, of a base with another number of classes.
     layout = read_header((adapter.copied_to or adapter.path) / WEIGHTS_NAME)
     for key in (key for key in adapter.keys if key.endswith(".original_module.bias")):
         module: Any = modules.get(_BIAS.sub("", key.removeprefix(_ROOT)))
         own = getattr(getattr(module, "original_module", module), "bias", None)
         if own is not None and tuple(own.shape) != layout[key].shape:
-            lacking[key] = key
-    return _copied(adapter, {key: key for key in adapter.keys if key not in lacking}, place) if lacking else adapter
+            dropped.add(key)
+    return _copied(adapter, {key: key for key in adapter.keys - dropped}, place) if dropped else adapter
 
 
 def _without_heads(adapter: SavedAdapter, base: nn.Module, place: Path) -> SavedAdapter:
