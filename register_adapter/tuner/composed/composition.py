@@ -22,16 +22,15 @@ from ...errors import AdapterFileError
 from ...utils.arguments import check_mapping
 from ..checks.head_weights import lacking_heads, warn_of_left_out
 from ..checks.placing import beside_biases_of
-from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..hooks.choice import EVERYONE
-from ..positions import PositionConfig
 from ..reading import naming, told
 from ..undo import unchanged_if_refused
 from .by_image import adapters_by_image
 from .class_names import expect_classes, fit_classes, note_classes
 from .folder import fetch_folder, holds_several, read_folder
 from .guards import check_heads, check_switched_on, flags_kept, heads_given, trained_beside, with_task_heads
+from .methods import KNOW_THEIR_BASE
 from .names import check_adapters, configs_of, innermost
 from .one_adapter import read_alone
 from .relocate import relocated
@@ -40,9 +39,6 @@ from .tensors import check_filled, check_own, check_read
 from .tuner import ComposedTuner
 
 __all__ = ["ComposedPeftModel", "compose", "load_adapters", "load_onto", "save_adapters"]
-
-#: Configs that are checked against the base they are loaded on.
-KNOW_THEIR_BASE = (RegisterConfig, PositionConfig)
 
 
 def compose(model: nn.Module, configs: Mapping[str, PeftConfig], **options: Any) -> ComposedPeftModel:

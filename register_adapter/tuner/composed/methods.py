@@ -5,7 +5,13 @@ from __future__ import annotations
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-__all__ = ["check_composable"]
+from ..config import RegisterConfig
+from ..positions import PositionConfig
+
+__all__ = ["KNOW_THEIR_BASE", "check_composable"]
+
+#: Configs of the package's own methods, which are checked against the base they are loaded on.
+KNOW_THEIR_BASE = (RegisterConfig, PositionConfig)
 
 
 def check_composable(name: str, config: PeftConfig) -> None:

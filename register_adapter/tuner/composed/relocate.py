@@ -28,7 +28,7 @@ from .._peft_compat import named_as_in_state
 from ..checks.head_weights import lacking_heads, warn_of_left_out
 from ..config import RegisterConfig
 from ..layer import register_layers
-from ..positions import PositionConfig
+from .methods import KNOW_THEIR_BASE
 from .one_adapter import SavedAdapter
 
 __all__ = ["relocated", "tower_path"]
@@ -187,7 +187,7 @@ def _without_heads(adapter: SavedAdapter, base: nn.Module, place: Path) -> Saved
     Registers and offsets do so themselves.
     """
     heads = getattr(adapter.config, "modules_to_save", None) or []
-    lacking = [] if isinstance(adapter.config, RegisterConfig | PositionConfig) else lacking_heads(base, heads)
+    lacking = [] if isinstance(adapter.config, KNOW_THEIR_BASE) else lacking_heads(base, heads)
     if not lacking:
         return adapter
     warn_of_left_out(base, lacking, rest="layers")

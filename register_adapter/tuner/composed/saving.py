@@ -20,10 +20,8 @@ from ...utils.parameters import trainable_by_part, trainable_in_words
 from ...utils.readme import read_readme
 from ..card import check_facts
 from ..checks.copied_layers import check_own_layers
-from ..config import RegisterConfig
 from ..fields import check_known, check_string
 from ..layer import renew_bases
-from ..positions import PositionConfig
 from ..positions.model import renew_base
 from ..reading import check_method, naming, read_json
 from ..saved_keys import check_copies
@@ -32,6 +30,7 @@ from .card import write_card
 from .class_names import classes_in_folder, given_classes, note_classes
 from .folder import read_folder, write_folder
 from .guards import check_unmerged, heads_given
+from .methods import KNOW_THEIR_BASE
 from .one_adapter import read_alone
 from .relocate import relocated, tower_path
 from .tensors import adapter_tensors, check_own, check_read
@@ -74,7 +73,7 @@ def write_adapters(
     adapters = {name: (composed.peft_config[name], adapter_tensors(composed, name, state)) for name in names}
     for name, (config, tensors) in adapters.items():
         check_plain([key for key in tensors if ".register_adapter_tokens." in key], name)
-        check_savable_values(tensors, name, own=isinstance(config, RegisterConfig | PositionConfig))
+        check_savable_values(tensors, name, own=isinstance(config, KNOW_THEIR_BASE))
     active = [name for name in composed.active_adapters if name in names]
     write_folder(folder, adapters, active, tower_path(composed.get_base_model()))
 
